@@ -1,0 +1,85 @@
+"""Grouped-query attention in a band, with ALiBi.
+
+Query i sees key j iff i - window <= j <= i. The sequence is cut into blocks of queries; a block
+sees its own keys and those of the `window` positions before it, so the cost is O(N * window) and
+no N x N matrix exists unless the window spans the sequence.
+
+Shape letters: B batch, N positions, H query heads, K key/value heads, G = H // K query heads that
+share one of them, C head_dim, W window, b blocks, q queries a block, s = q + reach keys a block.
+"""
+
+import math
+
+from tinygrad import Tensor, dtypes
+
+from .kernels import matmul, matmul_transposed
+
+
+def alibi_slopes(heads: int) -> Tensor:
+    """The ALiBi slope of each head, 2^(-8(h+1)/heads): float32 [heads] (arXiv 2108.12409)."""
+    return (-8.0 / heads * (Tensor.arange(heads, dtype=dtypes.float32) + 1)).exp2()
+
+
+def block_sizes(length: int, window: int) -> tuple[int, int, int]:
+    """How the band is cut: (queries a block, keys before them, blocks).
+
+    A block of q queries sees its own q keys and `reach` before them, a multiple of q that covers
+    the window: q + reach scores a query, window + 1 of them visible. Smaller blocks waste fewer
+    scores, larger ones make better matrices; a quarter of the window, at least 16, is the middle.
+    """
+    if window >= length - 1:
+        return length, 0, 1
+    queries = min(window, max(16, math.ceil(window / 4)))
+    return queries, math.ceil(window / queries) * queries, math.ceil(length / queries)
+
+
+def banded_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Softmax attention of each position over itself and the `window` positions before it.
+
+    q [B, H, N, C], k and v [B, K, N, C], float -> [B, H, N, C]. H must be a multiple of K; query
+    head h reads key/value head h // (H // K).
+    """
+    B, H, N, C = q.shape
+    K = k.shape[1]
+    G = H // K
+    queries, reach, blocks = block_sizes(N, window)
+    padding = blocks * queries - N
+
+    # the G heads that share keys become rows of one matrix: no key is read or stored twice
+    q = q.pad((None, None, (0, padding), None)).reshape(B, K, G, blocks, queries, C)
+    q = q.permute(0, 1, 3, 2, 4, 5).reshape(B, K, blocks, G * queries, C)  # (B, K, b, G*q, C)
+    k = _windows(k, queries, reach, blocks)  # (B, K, b, s, C)
+    v = _windows(v, queries, reach, blocks)  # (B, K, b, s, C)
+
+    scores = matmul_transposed(q, k)  # (B, K, b, G*q, s)
+    scores = scores.reshape(B, K, blocks, G, queries, reach + queries)
+    weights = _banded_softmax(scores / math.sqrt(C), queries, reach, window)
+    out = matmul(weights.reshape(B, K, blocks, G * queries, reach + queries), v)
+    out = out.reshape(B, K, blocks, G, queries, C).permute(0, 1, 3, 2, 4, 5)
+    return out.reshape(B, H, blocks * queries, C)[:, :, :N]
+
+
+def _windows(x: Tensor, queries: int, reach: int, blocks: int) -> Tensor:
+    """[B, K, N, C] -> [B, K, b, s, C]: the keys that each block of queries sees."""
+    B, K, N, C = x.shape
+    padded = x.pad((None, None, (reach, blocks * queries - N), None))
+    shifted = [
+        padded[:, :, start : start + blocks * queries].reshape(B, K, blocks, queries, C)
+        for start in range(0, reach + 1, queries)
+    ]
+    return shifted[0] if len(shifted) == 1 else Tensor.cat(*shifted, dim=3)
+
+
+def _banded_softmax(scores: Tensor, queries: int, reach: int, window: int) -> Tensor:
+    """Softmax over the visible keys of scores [B, K, b, G, q, s] with ALiBi added."""
+    _, K, blocks, G, _, keys = scores.shape
+    first = (Tensor.arange(blocks) * queries).reshape(blocks, 1, 1, 1)
+    i = first + Tensor.arange(queries).reshape(queries, 1)
+    j = first - reach + Tensor.arange(keys)
+    distance = i - j  # (b, 1, q, s)
+    visible = (distance >= 0) & (distance <= window) & (j >= 0)
+    slopes = alibi_slopes(K * G).reshape(K, 1, G, 1, 1)
+    # every real query sees itself, so no row is empty
+    biased = visible.where(scores - slopes * distance, -math.inf)
+    exps = (biased - biased.max(axis=-1, keepdim=True).detach().contiguous()).exp()
+    return exps / exps.sum(axis=-1, keepdim=True).contiguous()

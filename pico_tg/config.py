@@ -1,0 +1,119 @@
+"""The shape of a model: one frozen dataclass, written as model.json beside the weights."""
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from .files import PicoError, atomic_write
+
+PRESETS: dict[str, dict[str, int | float]] = {
+    "xs": dict(
+        dim=128,
+        next_tokens=8,
+        att_q_heads=9,
+        att_kv_heads=3,
+        fb_num_blocks=2,
+        fb_att_window_size=16,
+        latent_capacity_factor=0.25,
+        latent_num_blocks=12,
+        latent_att_window_size=512,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """The shape of a Pico. Raises PicoError on an impossible size, with the way out.
+
+    - dim: width of the residual stream
+    - next_tokens: how many next bytes are predicted at once, one head each
+    - att_q_heads, att_kv_heads: query heads, and the key/value heads that they share
+    - fb_num_blocks: full-bandwidth blocks, before *and* after the latent ones, on every byte
+    - fb_att_window_size: they see this many bytes back, and their own
+    - latent_capacity_factor: the fraction of the bytes that training sends to the latent blocks
+    - latent_num_blocks: latent blocks, on the selected bytes only
+    - latent_att_window_size: they see this many *selected* bytes back, and their own
+    """
+
+    dim: int
+    next_tokens: int
+    att_q_heads: int
+    att_kv_heads: int
+    fb_num_blocks: int
+    fb_att_window_size: int
+    latent_capacity_factor: float
+    latent_num_blocks: int
+    latent_att_window_size: int
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is float:
+                if isinstance(value, bool) or not isinstance(value, int | float):
+                    raise PicoError(f"{field.name} must be a number, not {value!r}")
+            elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise PicoError(f"{field.name} must be a whole number of at least 1, not {value!r}")
+        if not 0 < self.latent_capacity_factor <= 1:
+            raise PicoError(
+                f"latent_capacity_factor must be above 0 and at most 1, not {self.latent_capacity_factor}"
+            )
+        if self.dim < self.att_q_heads:
+            raise PicoError(
+                f"dim ({self.dim}) is smaller than att_q_heads ({self.att_q_heads}): "
+                "a head would have no width; take a larger dim or fewer heads"
+            )
+        if self.att_q_heads % self.att_kv_heads:
+            raise PicoError(
+                f"att_q_heads ({self.att_q_heads}) is not a multiple of att_kv_heads "
+                f"({self.att_kv_heads}): every key/value head must serve equally many query heads"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head; q_heads * head_dim may be less than dim."""
+        return self.dim // self.att_q_heads
+
+    def capacity(self, length: int) -> int:
+        """How many bytes of a sequence of `length` bytes training selects."""
+        return int(length * self.latent_capacity_factor)
+
+    @classmethod
+    def preset(cls, name: str, **changes: int | float) -> "Config":
+        """A named configuration with some keys changed: `Config.preset("xs", dim=372)`."""
+        if name not in PRESETS:
+            raise PicoError(f"no preset named {name!r}; there is: {', '.join(PRESETS)}")
+        return cls._from_dict(PRESETS[name] | changes, f"preset {name!r}")
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike) -> "Config":
+        """Read a model.json. Raises PicoError on a missing file, broken JSON or a wrong key."""
+        try:
+            values = json.loads(Path(path).read_text("utf-8"))
+        except OSError as error:
+            raise PicoError(f"cannot read {path}: {error.strerror or error}") from error
+        except ValueError as error:
+            raise PicoError(f"{path} is not valid JSON ({error})") from error
+        if not isinstance(values, dict):
+            raise PicoError(f"{path} must hold a JSON object of the model's sizes")
+        return cls._from_dict(values, str(path))
+
+    @classmethod
+    def _from_dict(cls, values: dict, where: str) -> "Config":
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                raise PicoError(f"{where}: unknown key {key!r}; the keys are {', '.join(known)}")
+        for key in known:
+            if key not in values:
+                raise PicoError(f"{where}: the key {key!r} is missing")
+        try:
+            return cls(**values)
+        except PicoError as error:
+            raise PicoError(f"{where}: {error}") from None
+
+    def to_json(self, path: str | os.PathLike) -> None:
+        """Write a model.json, atomically."""
+        with atomic_write(path) as file:
+            file.write((json.dumps(dataclasses.asdict(self), indent=2) + "\n").encode())

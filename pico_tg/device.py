@@ -1,0 +1,69 @@
+"""Which backend computes. Decided on `import pico_tg`, before the first Tensor.
+
+A `DEV` in the environment is obeyed. Otherwise tinygrad's own order of accelerators holds; where
+that ends at the CPU (or `DEV=CPU` leaves the code generator open), a code generator that is really
+there is taken: libLLVM, else clang, else tinygrad's own X86 assembler. tinygrad alone would assume
+clang and fail at the first kernel without it.
+"""
+
+import ctypes
+import os
+import shutil
+import site
+import sys
+from pathlib import Path
+
+from tinygrad import Device
+from tinygrad.helpers import DEV, getenv
+from tinygrad.runtime.support.c import DLL
+
+EXTRA_HINT = "pip install 'pico_tg[cpu]' brings libLLVM, which is about five times faster"
+
+
+def choose_backend() -> None:
+    """Settle `tinygrad.Device.DEFAULT` and, on a CPU, its code generator. Idempotent."""
+    if Device.DEFAULT.split(":")[0] != "CPU" or DEV.renderer not in ("", "LLVM"):
+        return
+    library = find_llvm()
+    if library is not None:
+        os.environ["LLVM_PATH"] = library
+        getenv.cache_clear()  # tinygrad remembers variables, also that they were missing
+        renderer = "LLVM"
+    elif "CC" in os.environ or shutil.which("clang"):
+        renderer = "CLANGJIT"
+    else:
+        renderer = "X86"
+    if not DEV.renderer:
+        DEV.value = "CPU:" + renderer + (f":{DEV.arch}" if DEV.arch else "")
+        os.environ["DEV"] = repr(DEV)  # for child processes
+
+
+def find_llvm() -> str | None:
+    """Path of a libLLVM that tinygrad can use: LLVM_PATH, the system's, or the extra `cpu`'s."""
+    names = ["LLVM", *(f"LLVM-{version}" for version in range(21, 15, -1))]
+    names += [f"/opt/homebrew/opt/llvm@{v}/lib/libLLVM.dylib" for v in range(21, 15, -1)]
+    candidates = [DLL.findlib("llvm", [name]) for name in names]
+    for folder in (Path(sys.prefix) / "lib", Path(site.getuserbase()) / "lib"):
+        candidates.append(str(folder / "libLLVM.so"))
+    return next((path for path in candidates if path and _usable(path)), None)
+
+
+def _usable(path: str) -> bool:
+    try:
+        # LLVMGetVersion came with LLVM 16: tinygrad's code mixes pointer types, which 15 refuses
+        return hasattr(ctypes.CDLL(path), "LLVMGetVersion")
+    except OSError:
+        return False
+
+
+def describe_backend() -> str:
+    """One line: the backend, and what would make it faster where that is known."""
+    name = Device.DEFAULT
+    if name.split(":")[0] != "CPU":
+        return f"backend {name}"
+    line = f"backend CPU ({DEV.renderer or 'default'}, {_cores()} threads)"
+    return f"{line}; {EXTRA_HINT}" if DEV.renderer == "X86" else line
+
+
+def _cores() -> int:
+    return getenv("CPU_COUNT", len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1)

@@ -1,0 +1,61 @@
+"""Files that are complete or not there, and the one error that a user is meant to read."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+
+class PicoError(Exception):
+    """Something the user can mend: one line that names the thing and the way out.
+
+    The command line prints it on stderr and exits with status 2; a script may catch it.
+    """
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """Open a temporary file beside `path` for writing bytes; on a clean exit it becomes `path`.
+
+    The data is on disk (fsync) before the rename, and the rename before the return, so a crash at
+    any moment leaves the old file or the new one. On an exception the temporary file is removed and
+    `path` is untouched. An OSError (disk full, read-only folder) is raised as PicoError.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        with os.fdopen(fd, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files private; a model is meant to be shared like any other file
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+        temporary = None
+        fsync_folder(path.parent)
+    except OSError as error:
+        raise PicoError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+def fsync_folder(folder: str | os.PathLike) -> None:
+    """Make the names in `folder` durable (a rename is only in memory until then)."""
+    if os.name != "posix":  # Windows cannot open a folder
+        return
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,209 @@
+"""Pico: a byte-level language model that learns which bytes deserve depth.
+
+    bytes -> embedding -> full-bandwidth blocks -> latent blocks -> full-bandwidth blocks -> heads
+
+- every block: pre-norm grouped-query attention in a band, with ALiBi, then SwiGLU
+- full-bandwidth blocks (narrow window) run on every byte
+- latent blocks (wide window) run on the bytes that a Mixture-of-Depths router selects: the top
+  `capacity` of a sequence in training, those with weight > 0.5 when `causal`
+- head k at position i predicts byte i + 1 + k
+
+Shape letters: B batch, N bytes, S selected bytes, D dim, H query heads, K key/value heads,
+C head_dim, T next_tokens.
+"""
+
+import math
+
+from tinygrad import Tensor, dtypes, nn
+
+from .attention import banded_attention
+from .config import Config
+from .kernels import linear, stored
+from .routing import gather, scatter, slots, top_k_decisions
+
+RMS_EPS = 2.0**-23  # float32's machine epsilon
+
+
+class Linear:
+    """y = x W^T, with W [out, in] uniform in +-1/sqrt(in)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        bound = 1 / math.sqrt(inputs)
+        self.weight = Tensor.uniform(outputs, inputs, low=-bound, high=bound)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
+
+
+class RMSNorm:
+    """x / sqrt(mean(x^2) + eps), times a learned scale [D] (arXiv 1910.07467)."""
+
+    def __init__(self, dim: int) -> None:
+        self.weight = Tensor.ones(dim).contiguous()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x * (x.square().mean(axis=-1, keepdim=True) + RMS_EPS).rsqrt() * self.weight
+
+
+class Attention:
+    """Grouped-query attention; `fused_qkv` packs [query heads | key heads | value heads]."""
+
+    def __init__(self, config: Config, window: int) -> None:
+        self.heads, self.kv_heads = config.att_q_heads, config.att_kv_heads
+        self.head_dim, self.window = config.head_dim, window
+        self.fused_qkv = Linear(config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim)
+        self.proj = Linear(self.heads * self.head_dim, config.dim)
+
+    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, N, D] -> q [B, H, N, C], k and v [B, K, N, C]."""
+        B, N, _ = x.shape
+        heads = self.fused_qkv(x).reshape(B, N, -1, self.head_dim).transpose(1, 2)
+        # stored one by one: the gradient of a split is otherwise a masked sum over all heads
+        return tuple(map(stored, heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)))
+
+    def output(self, heads: Tensor) -> Tensor:
+        """[B, H, N, C] -> [B, N, D]."""
+        return self.proj(heads.transpose(1, 2).flatten(2))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.output(banded_attention(*self.qkv(x), self.window))
+
+
+class SwiGLU:
+    """fc2(silu(gate) * value), where fc1's first half is the value (arXiv 2002.05202)."""
+
+    def __init__(self, dim: int) -> None:
+        self.fc1 = Linear(dim, 2 * dim)
+        self.fc2 = Linear(dim, dim)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        value, gate = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(gate.silu() * value)
+
+
+class Block:
+    """h + att(norm1(h)), then h + glu(norm2(h))."""
+
+    def __init__(self, config: Config, window: int) -> None:
+        self.norm1, self.norm2 = RMSNorm(config.dim), RMSNorm(config.dim)
+        self.att = Attention(config, window)
+        self.glu = SwiGLU(config.dim)
+
+    def __call__(self, h: Tensor) -> Tensor:
+        h = stored(h + self.att(self.norm1(h)))
+        return stored(h + self.glu(self.norm2(h)))
+
+
+class FullBandwidth:
+    """Blocks that see every byte through a narrow window."""
+
+    def __init__(self, config: Config) -> None:
+        window = config.fb_att_window_size
+        self.blocks = [Block(config, window) for _ in range(config.fb_num_blocks)]
+
+    def __call__(self, h: Tensor) -> Tensor:
+        for block in self.blocks:
+            h = block(h)
+        return h
+
+
+class Latent:
+    """The router, and the blocks for the bytes that it selects."""
+
+    def __init__(self, config: Config) -> None:
+        window = config.latent_att_window_size
+        self.router = Linear(config.dim, 1)
+        self.blocks = [Block(config, window) for _ in range(config.latent_num_blocks)]
+
+    def __call__(self, h: Tensor, router_logits: Tensor, decisions: Tensor, count: int) -> Tensor:
+        """What the blocks add to h [B, N, D], given router_logits [B, N], decisions bool [B, N].
+
+        `count` slots are computed; decisions beyond that many are not served.
+        """
+        index, slot = slots(decisions, count)
+        selected = gather(h, index, slot)  # (B, S, D)
+        weight = gather(router_logits.sigmoid().unsqueeze(2), index, slot)  # (B, S, 1)
+        deep = selected
+        for block in self.blocks:
+            deep = block(deep)
+        return scatter((deep - selected) * weight, index, slot)
+
+
+class Pico:
+    """The model. `Pico(config)` has fresh random weights (`Tensor.manual_seed` decides them)."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.embedding = nn.Embedding(256, config.dim)
+        self.embedding.weight = Tensor.randn(256, config.dim)
+        self.fb_in = FullBandwidth(config)
+        self.latent = Latent(config)
+        self.fb_out = FullBandwidth(config)
+        self.norm = RMSNorm(config.dim)
+        self.unembedding = nn.Linear(config.dim, config.next_tokens * 256)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Bytes [B, N] -> hidden state [B, N, D] before the latent blocks, router logits [B, N]."""
+        h = self.fb_in(stored(self.embedding(x.cast(dtypes.int32))))
+        # the router's logit is one number a byte: a plain sum is cheaper than a matrix product
+        return h, stored((h * self.latent.router.weight[0]).sum(axis=-1))
+
+    def heads(self, h: Tensor) -> Tensor:
+        """Hidden state [B, N, D] -> logits [B, N, T, 256]."""
+        logits = linear(self.norm(self.fb_out(h)), self.unembedding.weight)
+        logits = stored(logits + self.unembedding.bias)
+        return logits.reshape(*h.shape[:2], self.config.next_tokens, 256)
+
+    def __call__(
+        self, x: Tensor, causal: bool = False, count: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, N] of uint8 or int -> (logits, router_logits, router_decisions).
+
+        logits float32 [B, N, T, 256]; router_logits float32 [B, N], whose sigmoid is the router's
+        weight; router_decisions bool [B, N]. Training routing takes the top `capacity` bytes of
+        each sequence, `causal` those with weight > 0.5. `count` bounds how many bytes a sequence
+        may send to the latent blocks when causal (default: all of them, at their full cost).
+        """
+        h, z = self.encode(x)
+        if causal:
+            decisions = (z > 0).contiguous()
+            count = x.shape[1] if count is None else count
+        else:
+            count = self.config.capacity(x.shape[1])
+            decisions = top_k_decisions(z, count)
+        if count > 0:
+            h = stored(h + self.latent(h, z, decisions, count))
+        return self.heads(h), z, decisions
+
+
+def loss_fn(
+    logits: Tensor, router_logits: Tensor, router_decisions: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, aux_loss, next_byte_loss), float32 scalars in nats a byte.
+
+    logits [B, N, T, 256], router_logits [B, N], router_decisions [B, N], targets [B, N, T] of
+    bytes. loss = 0.9 * LM + 0.1 * AUX; LM weighs head k's cross-entropy by 1.618^(T-1-k) / sum;
+    AUX is the binary cross-entropy of the router against its own top-k decisions, so that a
+    threshold can stand in for the top-k at inference; next_byte_loss is head 0's cross-entropy.
+    """
+    T = logits.shape[2]
+    total = sum(1.618 ** (T - 1 - k) for k in range(T))
+    share = 1.618 ** (T - 1 - Tensor.arange(T, dtype=dtypes.float32)) / total
+    per_head = cross_entropy(logits, targets).mean(axis=(0, 1))  # (T,)
+    aux_loss = router_loss(router_logits, router_decisions)
+    loss = 0.9 * (per_head * share).sum() + 0.1 * aux_loss
+    return loss, aux_loss, per_head[0]
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log softmax(logits)[target] in nats: logits [..., 256], targets [...] -> [...]."""
+    top = logits.max(axis=-1, keepdim=True).detach().contiguous()
+    log_sum = (logits - top).exp().sum(axis=-1, keepdim=True).contiguous().log() + top
+    hit = Tensor.arange(256) == targets.cast(dtypes.int32).unsqueeze(-1)
+    return log_sum.squeeze(-1) - hit.where(logits, 0).sum(axis=-1)
+
+
+def router_loss(router_logits: Tensor, router_decisions: Tensor) -> Tensor:
+    """Mean binary cross-entropy of sigmoid(z) against decisions; from z, so that it stays finite."""
+    z, t = router_logits, router_decisions.cast(dtypes.float32).detach()
+    return (z.maximum(0) - z * t + ((-z.abs()).exp() + 1).log()).mean()

@@ -1,0 +1,79 @@
+"""Mixture-of-Depths routing (arXiv 2404.02258): which bytes go deeper, and the way there and back.
+
+A routing is a pair of maps that are each other's inverse: `index` [B, S], the byte in each slot,
+and `slot` [B, N], the slot of each byte (-1: none). Since the map is one-to-one, the gradient of
+`gather` is a `scatter` by the same pair and the reverse; both cost O(N * dim).
+"""
+
+from tinygrad import Tensor, dtypes, function
+from tinygrad.uop.ops import UOp
+
+from .kernels import stored
+
+
+def top_k_decisions(router_logits: Tensor, capacity: int) -> Tensor:
+    """The `capacity` largest of each row of [B, N], ties to the earlier one: bool [B, N].
+
+    Ranks are counted in one O(N^2) kernel of integers; a sort would be 67 kernels at N = 1024. The
+    order is that of the logits, which is the order of their sigmoids before rounding.
+    """
+    z = router_logits.detach().contiguous()
+    N = z.shape[1]
+    mine, other = z.unsqueeze(2), z.unsqueeze(1)  # (B, N, 1), (B, 1, N)
+    earlier = Tensor.arange(N).reshape(1, N) < Tensor.arange(N).reshape(N, 1)
+    ahead = (other > mine) | ((other == mine) & earlier)
+    return (ahead.sum(axis=2, dtype=dtypes.int32) < capacity).contiguous()
+
+
+def slots(decisions: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Maps for decisions bool [B, N] and `count` slots: index int32 [B, count], slot int32 [B, N].
+
+    Slots are filled in sequence order. Slots left over point at byte 0 and no byte points back;
+    decisions that find all slots taken get none.
+    """
+    B, N = decisions.shape
+    order = decisions.cast(dtypes.int32).cumsum(axis=1) - 1
+    slot = (decisions & (order < count)).where(order, -1).contiguous()
+    # the byte of slot s is the only one with slot == s: an integer sum over N, no sort
+    here = slot.unsqueeze(1) == Tensor.arange(count).reshape(count, 1)  # (B, S, N)
+    index = here.where(Tensor.arange(N), 0).sum(axis=2, dtype=dtypes.int32).contiguous()
+    return index, slot
+
+
+def gather(x: Tensor, index: Tensor, slot: Tensor) -> Tensor:
+    """x [B, N, dim] -> [B, S, dim], the bytes in their slots."""
+    return _gather(x.contiguous(), index, slot).contiguous()
+
+
+def scatter(x: Tensor, index: Tensor, slot: Tensor) -> Tensor:
+    """x [B, S, dim] -> [B, N, dim], the slots at their bytes and zeros elsewhere."""
+    return _scatter(x.contiguous(), index, slot)
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    return x.gather(1, index.unsqueeze(2).expand(*index.shape, x.shape[2]))
+
+
+def _place(x: Tensor, slot: Tensor) -> Tensor:
+    return (slot >= 0).unsqueeze(2).where(_take(x, slot.maximum(0)), 0)
+
+
+def _gather_gradient(gradient: UOp, call: UOp) -> tuple[UOp | None, ...]:
+    _, _, slot = (Tensor(uop) for uop in call.src[1:])
+    return _place(Tensor(gradient).contiguous(), slot).uop, None, None
+
+
+def _scatter_gradient(gradient: UOp, call: UOp) -> tuple[UOp | None, ...]:
+    _, index, _ = (Tensor(uop) for uop in call.src[1:])
+    return _take(Tensor(gradient).contiguous(), index).uop, None, None
+
+
+# without these, tinygrad's gradient of an indexed load is a one-hot sum, O(N * S * dim)
+@function(grad_fxn=_gather_gradient)
+def _gather(x: Tensor, index: Tensor, slot: Tensor) -> Tensor:
+    return _take(x, index) + 0 * slot[0, 0]
+
+
+@function(grad_fxn=_scatter_gradient)
+def _scatter(x: Tensor, index: Tensor, slot: Tensor) -> Tensor:
+    return _place(x, slot)
