@@ -9,17 +9,17 @@ from pathlib import Path
 from .files import PicoError, atomic_write
 
 PRESETS: dict[str, dict[str, int | float]] = {
-    "xs": dict(
-        dim=128,
-        next_tokens=8,
-        att_q_heads=9,
-        att_kv_heads=3,
-        fb_num_blocks=2,
-        fb_att_window_size=16,
-        latent_capacity_factor=0.25,
-        latent_num_blocks=12,
-        latent_att_window_size=512,
-    ),
+    "xs": {
+        "dim": 128,
+        "next_tokens": 8,
+        "att_q_heads": 9,
+        "att_kv_heads": 3,
+        "fb_num_blocks": 2,
+        "fb_att_window_size": 16,
+        "latent_capacity_factor": 0.25,
+        "latent_num_blocks": 12,
+        "latent_att_window_size": 512,
+    },
 }
 
 
@@ -57,7 +57,8 @@ class Config:
                 raise PicoError(f"{field.name} must be a whole number of at least 1, not {value!r}")
         if not 0 < self.latent_capacity_factor <= 1:
             raise PicoError(
-                f"latent_capacity_factor must be above 0 and at most 1, not {self.latent_capacity_factor}"
+                "latent_capacity_factor must be above 0 and at most 1, "
+                f"not {self.latent_capacity_factor}"
             )
         if self.dim < self.att_q_heads:
             raise PicoError(

@@ -149,8 +149,12 @@ class Pico:
         return h, stored((h * self.latent.router.weight[0]).sum(axis=-1))
 
     def heads(self, h: Tensor) -> Tensor:
-        """Hidden state [B, N, D] -> logits [B, N, T, 256]."""
-        logits = linear(self.norm(self.fb_out(h)), self.unembedding.weight)
+        """Hidden state [B, N, D] after the latent blocks -> logits [B, N, T, 256]."""
+        return self.unembed(self.fb_out(h))
+
+    def unembed(self, h: Tensor) -> Tensor:
+        """Hidden state [B, N, D] after the last block -> logits [B, N, T, 256]."""
+        logits = linear(self.norm(h), self.unembedding.weight)
         logits = stored(logits + self.unembedding.bias)
         return logits.reshape(*h.shape[:2], self.config.next_tokens, 256)
 
@@ -204,6 +208,9 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def router_loss(router_logits: Tensor, router_decisions: Tensor) -> Tensor:
-    """Mean binary cross-entropy of sigmoid(z) against decisions; from z, so that it stays finite."""
+    """Mean binary cross-entropy of sigmoid(z) against decisions, from z so that it stays finite.
+
+    router_logits [B, N], router_decisions [B, N] -> float32 scalar, in nats.
+    """
     z, t = router_logits, router_decisions.cast(dtypes.float32).detach()
     return (z.maximum(0) - z * t + ((-z.abs()).exp() + 1).log()).mean()

@@ -8,8 +8,6 @@ and `slot` [B, N], the slot of each byte (-1: none). Since the map is one-to-one
 from tinygrad import Tensor, dtypes, function
 from tinygrad.uop.ops import UOp
 
-from .kernels import stored
-
 
 def top_k_decisions(router_logits: Tensor, capacity: int) -> Tensor:
     """The `capacity` largest of each row of [B, N], ties to the earlier one: bool [B, N].
@@ -31,7 +29,7 @@ def slots(decisions: Tensor, count: int) -> tuple[Tensor, Tensor]:
     Slots are filled in sequence order. Slots left over point at byte 0 and no byte points back;
     decisions that find all slots taken get none.
     """
-    B, N = decisions.shape
+    N = decisions.shape[1]
     order = decisions.cast(dtypes.int32).cumsum(axis=1) - 1
     slot = (decisions & (order < count)).where(order, -1).contiguous()
     # the byte of slot s is the only one with slot == s: an integer sum over N, no sort

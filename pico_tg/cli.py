@@ -1,0 +1,308 @@
+"""The command line: parses, calls the library and prints. Nothing else knows about terminals."""
+
+import argparse
+import codecs
+import dataclasses
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+from tinygrad import Tensor, nn
+from tqdm import tqdm
+
+from .checkpoint import load, load_config, load_weights
+from .config import PRESETS, Config
+from .data import DataSpec
+from .device import describe_backend
+from .files import PicoError
+from .generate import GeneratedByte, generate
+from .model import Pico
+from .train import TrainSettings, train
+
+CONFIG_HELP = {
+    "dim": "width of the residual stream",
+    "next_tokens": "how many next bytes are predicted at once, one head each",
+    "att_q_heads": "query heads of every attention",
+    "att_kv_heads": "key/value heads, each shared by equally many query heads",
+    "fb_num_blocks": "full-bandwidth blocks before, and again after, the latent ones",
+    "fb_att_window_size": "how many bytes back a full-bandwidth block sees",
+    "latent_capacity_factor": "fraction of the bytes that training sends to the latent blocks",
+    "latent_num_blocks": "latent blocks, which run on the selected bytes only",
+    "latent_att_window_size": "how many selected bytes back a latent block sees",
+}
+TRAIN_HELP = {
+    "context_len": "bytes of one training window",
+    "batch_size": "windows of one (micro-)batch",
+    "learning_rate": "its peak; warms up linearly, then falls along a cosine to a tenth",
+    "weight_decay": "decay of the weights, matrices only",
+    "epochs": "passes over the data; training ends at --max-steps if that comes first",
+    "max_steps": "steps after which training ends",
+    "warmup_steps": "steps until the learning rate is at its peak",
+    "grad_accumulation_steps": "batches whose gradients are averaged for one step",
+    "validation_interval": "measure on the held-out data every so many steps, and at the end",
+    "checkpoint_interval": "write the weights every so many steps, and at the end",
+    "validation_bytes": "measure on at most so many held-out bytes",
+    "seed": "decides the fresh weights and the order of the data",
+}
+DATA_HELP = {
+    "column_name": "column that holds the text (default: text, else bytes)",
+    "train_file": "file of the data set to train on",
+    "validation_file": "file of the data set to validate on",
+    "train_split": "split to train on (default: train)",
+    "validation_split": "split to validate on (default: validation if there is one)",
+    "validation_size": "else hold out the last documents: a fraction of the bytes below 1, "
+    "or a number of documents (default 0.05)",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors in one line, without the usage in front."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def number(text: str) -> int | float:
+    return float(text) if "." in text or "e" in text.lower() else int(text)
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="pico_tg",
+        description="Pico: a byte-level language model without a tokenizer, on tinygrad.",
+        epilog="Start with: init models/small, then train models/small first, then run.",
+    )
+    parser.add_argument("--version", action="version", version=f"pico_tg {version('pico_tg')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    wide = argparse.ArgumentDefaultsHelpFormatter
+
+    init = commands.add_parser(
+        "init", help="describe a new model in PATH/model.json", description=command_init.__doc__
+    )
+    init.add_argument("path", metavar="PATH", type=Path, help="folder to create for the model")
+    init.add_argument("--preset", choices=PRESETS, default="xs", help="start from these sizes")
+    for field in dataclasses.fields(Config):
+        default = PRESETS["xs"][field.name]
+        text = f"{CONFIG_HELP[field.name]} (xs: {default})"
+        init.add_argument(flag(field.name), type=field.type, metavar="N", help=text)
+    init.set_defaults(function=command_init)
+
+    training = commands.add_parser(
+        "train", help="train a model on text", description=command_train.__doc__,
+        formatter_class=wide,
+    )  # fmt: skip
+    training.add_argument("path", metavar="PATH", type=Path, help="folder that init made")
+    training.add_argument("run", metavar="RUN", help="name of this training run, new")
+    training.add_argument(
+        "dataset",
+        metavar="DATASET",
+        nargs="?",
+        default="python-docs",
+        help="a Hugging Face name, a local folder of one, a .txt, .jsonl, .parquet or .csv file, "
+        "or python-docs, English text that comes with Python",
+    )
+    for name, text in DATA_HELP.items():
+        kind = number if name == "validation_size" else str
+        training.add_argument(
+            flag("dataset_" + name), type=kind, metavar="X", help=text, default=argparse.SUPPRESS
+        )
+    training.add_argument(
+        "--base-weights", type=Path, metavar="FILE", default=argparse.SUPPRESS,
+        help="start from these weights (.safetensors) instead of fresh ones",
+    )  # fmt: skip
+    for field in dataclasses.fields(TrainSettings):
+        training.add_argument(
+            flag(field.name), type=field.type, metavar="N", default=field.default,
+            help=TRAIN_HELP[field.name],
+        )  # fmt: skip
+    training.set_defaults(function=command_train)
+
+    running = commands.add_parser(
+        "run", help="write text with a trained model", description=command_run.__doc__,
+        formatter_class=wide,
+    )  # fmt: skip
+    running.add_argument("path", metavar="PATH", type=Path, help="folder that init made")
+    running.add_argument("run", metavar="RUN", help="name of the training run")
+    running.add_argument(
+        "--checkpoint", type=int, default=-1, metavar="N",
+        help="step of the checkpoint; negative counts from the newest, -1",
+    )  # fmt: skip
+    running.add_argument("--prompt", default="", metavar="TEXT", help="text to continue")
+    running.add_argument(
+        "--temperature", type=float, default=1.0, metavar="T",
+        help="below 1 more predictable, above 1 wilder, 0 always the likeliest byte",
+    )  # fmt: skip
+    running.add_argument(
+        "--max-bytes", type=int, default=1024, metavar="N", help="stop after so many bytes"
+    )
+    running.add_argument(
+        "--seed", type=int, default=argparse.SUPPRESS, metavar="N",
+        help="the same seed writes the same text",
+    )  # fmt: skip
+    running.add_argument(
+        "--show-router-decisions", action="store_true",
+        help="put _ before each byte that the router sent through the latent blocks",
+    )  # fmt: skip
+    running.set_defaults(function=command_run)
+    return parser
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def command_init(args: argparse.Namespace) -> int:
+    """Describe a new model: writes PATH/model.json. Weights come into being with `train`."""
+    names = [field.name for field in dataclasses.fields(Config)]
+    changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    config = Config.preset(args.preset, **changes)
+    if args.path.exists():
+        raise PicoError(f"{args.path} exists; choose another PATH, or delete it to start over")
+    try:
+        args.path.mkdir(parents=True)
+    except OSError as error:
+        raise PicoError(f"cannot create {args.path}: {error.strerror}") from error
+    config.to_json(args.path / "model.json")
+    print(f"{args.path / 'model.json'}: {count_parameters(Pico(config)):,} parameters")
+    print(f"next: python -m pico_tg train {args.path} RUN DATASET")
+    return 0
+
+
+def count_parameters(model: Pico) -> int:
+    return sum(parameter.numel() for parameter in nn.state.get_parameters(model))
+
+
+def command_train(args: argparse.Namespace) -> int:
+    """Train the model in PATH on DATASET; writes weights and metrics to PATH/RUN."""
+    options = vars(args)
+    settings = {field.name: options[field.name] for field in dataclasses.fields(TrainSettings)}
+    named = {name: options.get("dataset_" + name) for name in DATA_HELP}
+    spec = DataSpec(args.dataset, **{k: v for k, v in named.items() if v is not None})
+    config = load_config(args.path)
+    if (args.path / args.run).exists():
+        raise PicoError(f"{args.path / args.run} exists; choose another RUN")
+    Tensor.manual_seed(args.seed)
+    model = Pico(config)
+    if "base_weights" in options:
+        load_weights(model, args.base_weights)
+    say(f"{describe_backend()}; {count_parameters(model):,} parameters")
+    with StopSignals() as stopping:
+        records = train(model, spec, args.path / args.run, stop=stopping, progress=True, **settings)
+        checkpoint = show_training(records)
+    say(f"wrote {checkpoint}; write text with: python -m pico_tg run {args.path} {args.run}")
+    return 130 if stopping() else 0
+
+
+class StopSignals:
+    """While it lasts, Ctrl-C and SIGTERM ask for a stop after the step; a second one is final."""
+
+    def __enter__(self) -> "StopSignals":
+        self.asked = False
+        self.before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _handle(self, signum: int, frame: object) -> None:
+        if self.asked:
+            os._exit(130)
+        self.asked = True
+        say("\nstopping after this step (again: at once, without saving)")
+
+    def __call__(self) -> bool:
+        return self.asked
+
+    def __exit__(self, *exception: object) -> None:
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+
+
+def show_training(records: Iterator[dict]) -> str:
+    """A progress bar, and a line a validation; returns the last checkpoint's path."""
+    checkpoint, smoothed = "", None
+    with tqdm(unit="step", desc="compiling", dynamic_ncols=True) as bar:
+        for record in records:
+            bits = record["bits_per_byte"]
+            smoothed = bits if smoothed is None else 0.9 * smoothed + 0.1 * bits
+            bar.total = record["steps"]
+            if record["step"] == 2:  # the first two steps compile; from here on it is fast
+                bar.set_description("training")
+            bar.set_postfix_str(
+                f"loss {record['loss']:.3f}, {smoothed:.3f} bits/byte, lr {record['lr']:.1e}, "
+                f"{record['bytes_per_second']:,.0f} bytes/s"
+            )
+            bar.update(1)
+            checkpoint = record.get("checkpoint", checkpoint)
+            if "validation_bits_per_byte" in record:
+                tqdm.write(
+                    f"step {record['step']}: validation "
+                    f"{record['validation_bits_per_byte']:.3f} bits/byte as used, "
+                    f"{record['validation_bits_per_byte_top_k']:.3f} with training's routing, "
+                    f"{record['validation_router_rate']:.0%} of the bytes routed",
+                    file=sys.stderr,
+                )
+    return checkpoint
+
+
+def command_run(args: argparse.Namespace) -> int:
+    """Write text with the model PATH as trained in RUN, as it is made."""
+    model = load(args.path, args.run, args.checkpoint)
+    say(describe_backend())
+    records = generate(
+        model,
+        os.fsencode(args.prompt),
+        max_bytes=args.max_bytes,
+        temperature=args.temperature,
+        seed=getattr(args, "seed", None),
+    )
+    sys.stdout.write(args.prompt)
+    sys.stdout.flush()
+    for text in decode_text(records, "_" if args.show_router_decisions else ""):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    return 0
+
+
+def decode_text(records: Iterable[GeneratedByte], mark: str = "") -> Iterator[str]:
+    """The text as far as it is decided after each byte; `mark` before each routed byte.
+
+    A byte that is not valid UTF-8 becomes U+FFFD. The mark of a byte inside a character stands
+    before that character.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    marks = ""
+    for record in records:
+        marks += mark if record.router_decision else ""
+        if text := decoder.decode(bytes([record.byte])):
+            yield marks + text
+            marks = ""
+    if text := decoder.decode(b"", final=True):
+        yield marks + text
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 2 for an error, 130 when interrupted."""
+    # bytes of a prompt or of a sample that are not UTF-8 must not stop the stream
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+    args = build_parser().parse_args(arguments)
+    function: Callable[[argparse.Namespace], int] = args.function
+    try:
+        return function(args)
+    except PicoError as error:
+        message = " ".join(str(error).split())
+        say(f"pico_tg: error: {message}")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # whoever read us has had enough; keep Python's own flush at exit from complaining
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

@@ -1,0 +1,379 @@
+"""Training: a generator that yields one record a step; nothing here prints.
+
+for record in train(model, "python-docs", max_steps=200, context_len=512, batch_size=4):
+    print(record["step"], record["bits_per_byte"])
+"""
+
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tinygrad import Tensor, TinyJit, dtypes, nn
+
+from .checkpoint import checkpoint_path, list_checkpoints, save_weights
+from .data import Corpus, Data, DataSpec, Windows, load_data
+from .files import PicoError, atomic_write
+from .model import Pico, cross_entropy, loss_fn
+
+Record = dict[str, Any]
+
+
+MAY_BE_ZERO = ("learning_rate", "weight_decay", "warmup_steps", "seed")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How to train. Raises PicoError on an impossible value.
+
+    - context_len: bytes of one training window; batch_size: windows of one micro-batch
+    - learning_rate: its peak, after warmup_steps; weight_decay: on matrices only
+    - epochs, max_steps: training ends with whichever comes first
+    - grad_accumulation_steps: micro-batches whose gradients are averaged for one step
+    - validation_interval, checkpoint_interval: in steps; both also happen at the end
+    - validation_bytes: measure on at most this many held-out bytes, the same ones every time
+    - seed: order of the windows (and fresh weights, on the command line)
+    """
+
+    context_len: int = 6144
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.1
+    epochs: int = 1
+    max_steps: int = 3600
+    warmup_steps: int = 150
+    grad_accumulation_steps: int = 1
+    validation_interval: int = 100
+    checkpoint_interval: int = 500
+    validation_bytes: int = 1 << 18
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            whole = field.type is int
+            least = 0 if field.name in MAY_BE_ZERO else 1
+            kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
+            if isinstance(value, bool) or not isinstance(value, kinds) or not value >= least:
+                kind = "a whole number" if whole else "a number"
+                raise PicoError(f"{field.name} must be {kind} of at least {least}, not {value!r}")
+            if not math.isfinite(value):
+                raise PicoError(f"{field.name} must be finite, not {value!r}")
+
+
+def learning_rate(step: int, settings: TrainSettings, total_steps: int) -> float:
+    """The rate of step 0, 1, …: linear warm-up, then a cosine down to 10 % at `total_steps`."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    remaining = max(1, total_steps - settings.warmup_steps)
+    progress = min(1.0, (step - settings.warmup_steps) / remaining)
+    return settings.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+
+
+def inputs_and_targets(windows: Tensor, next_tokens: int) -> tuple[Tensor, Tensor]:
+    """Windows [B, N + T] of bytes -> inputs [B, N], targets [B, N, T]: byte n + 1 + k."""
+    N = windows.shape[1] - next_tokens
+    targets = Tensor.stack(*[windows[:, k : k + N] for k in range(1, next_tokens + 1)], dim=2)
+    return windows[:, :N].contiguous(), targets.contiguous()
+
+
+class TrainStep:
+    """One optimizer step on [A, B, N + T] bytes, compiled: A micro-batches, averaged.
+
+    Returns float32 [5]: loss, aux loss, next-byte loss (nats), share of bytes with weight > 0.5,
+    and 1 if every gradient was finite; where it is 0 no weight was changed.
+    """
+
+    def __init__(self, model: Pico, settings: TrainSettings) -> None:
+        self.model, self.settings = model, settings
+        self.parameters = nn.state.get_parameters(model)
+        matrices = [p for p in self.parameters if p.ndim >= 2]
+        vectors = [p for p in self.parameters if p.ndim < 2]
+        adamw = [(matrices, settings.weight_decay), (vectors, 0.0)]
+        self.optimizer = nn.optim.OptimizerGroup(
+            *[nn.optim.AdamW(params, lr=0.0, weight_decay=decay) for params, decay in adamw]
+        )
+        self.rates = [part.lr for part in self.optimizer.optimizers]
+        self.sums: list[Tensor] = []
+        if settings.grad_accumulation_steps > 1:
+            self.sums = [Tensor.zeros(*p.shape).contiguous().realize() for p in self.parameters]
+        self.whole_step = TinyJit(self._whole_step)
+        self.accumulate = TinyJit(self._accumulate)
+        self.update = TinyJit(self._update)
+
+    def _gradients(self, windows: Tensor) -> tuple[Tensor, list[Tensor]]:
+        x, targets = inputs_and_targets(windows, self.model.config.next_tokens)
+        logits, z, decisions = self.model(x)
+        loss, aux_loss, next_byte_loss = loss_fn(logits, z, decisions, targets)
+        rate = (z > 0).mean(dtype=dtypes.float32)
+        gradients = loss.gradient(*self.parameters)
+        return Tensor.stack(loss, aux_loss, next_byte_loss, rate).detach(), gradients
+
+    def _apply(self, gradients: list[Tensor], lr: Tensor) -> Tensor:
+        """Update the parameters; float32 scalar: 1 if the gradients were finite, else 0."""
+        finite = Tensor.stack(*[g.sum() for g in gradients]).sum().isfinite().contiguous()
+        for rate in self.rates:
+            rate.assign(finite.where(lr, 0.0))
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = finite.where(gradient, 0.0)
+        updated = self.optimizer.schedule_step()
+        self.optimizer.zero_grad()
+        Tensor.realize(*updated, *self.rates)
+        return finite.cast(dtypes.float32).reshape(1)
+
+    def _whole_step(self, windows: Tensor, lr: Tensor) -> Tensor:
+        losses, gradients = self._gradients(windows)
+        Tensor.realize(losses, *gradients)
+        return losses.cat(self._apply(gradients, lr)).realize()
+
+    def _accumulate(self, windows: Tensor) -> Tensor:
+        losses, gradients = self._gradients(windows)
+        for total, gradient in zip(self.sums, gradients, strict=True):
+            total.assign(total + gradient / self.settings.grad_accumulation_steps)
+        Tensor.realize(losses, *self.sums)
+        return losses
+
+    def _update(self, lr: Tensor) -> Tensor:
+        finite = self._apply(self.sums, lr).realize()
+        Tensor.realize(*[total.assign(Tensor.zeros(*total.shape)) for total in self.sums])
+        return finite
+
+    def __call__(self, batches: np.ndarray, lr: float) -> np.ndarray:
+        rate = Tensor([lr], dtype=dtypes.float32).realize()
+        with Tensor.train():
+            if len(batches) == 1:
+                return self.whole_step(Tensor(batches[0]).realize(), rate).numpy()
+            losses = [self.accumulate(Tensor(batch).realize()).numpy() for batch in batches]
+            finite = self.update(rate).numpy()
+            return np.concatenate([np.mean(losses, axis=0), finite])
+
+
+class Validation:
+    """Bits per byte on the same held-out windows every time, wrapper bytes left out.
+
+    Measured the way the model is used (causal routing: weight > 0.5) and, beside it, with the
+    top-k routing of training, which may look ahead.
+    """
+
+    def __init__(self, model: Pico, corpus: Corpus, settings: TrainSettings) -> None:
+        self.model = model
+        T = model.config.next_tokens
+        held_out = corpus.bytes[: settings.validation_bytes]
+        # a byte is scored when it has a byte before it and stands in a document's own text
+        scored = ~corpus.wrapper_mask(0, len(held_out))
+        length = min(settings.context_len, max(1, len(held_out) - 1))
+        count = math.ceil(max(1, len(held_out) - 1) / length)
+        self.batch_size = min(settings.batch_size, count)
+        rounded = math.ceil(count / self.batch_size) * self.batch_size
+        padded = np.zeros(rounded * length + T, np.uint8)
+        padded[: len(held_out)] = held_out
+        mask = np.zeros(rounded * length + 1, bool)
+        mask[: len(held_out)] = scored
+        starts = np.arange(rounded)[:, None] * length
+        self.windows = padded[starts + np.arange(length + T)]  # (rounded, length + T)
+        self.mask = mask[starts + 1 + np.arange(length)]  # (rounded, length): of the byte predicted
+        if not self.mask.any():
+            raise PicoError(
+                f"the validation data has {len(held_out)} bytes, too few to measure anything; "
+                "hold out more with --dataset-validation-size"
+            )
+        self.slots = min(length, 2 * max(1, model.config.capacity(length)))
+        self.length = length
+        self.measure = TinyJit(self._measure)
+        self.measure_all = TinyJit(self._measure_all)
+
+    def _measure(self, windows: Tensor, mask: Tensor) -> Tensor:
+        return self._sums(windows, mask, self.slots)
+
+    def _measure_all(self, windows: Tensor, mask: Tensor) -> Tensor:
+        return self._sums(windows, mask, self.length)
+
+    def _sums(self, windows: Tensor, mask: Tensor, count: int) -> Tensor:
+        x, targets = inputs_and_targets(windows, self.model.config.next_tokens)
+        mask = mask.cast(dtypes.float32)
+        causal, z, decisions = self.model(x, causal=True, count=count)
+        training, _, _ = self.model(x)
+        nats = [
+            (cross_entropy(logits[:, :, 0], targets[:, :, 0]) * mask).sum()
+            for logits in (causal, training)
+        ]
+        most = decisions.sum(axis=1, dtype=dtypes.int32).max().cast(dtypes.float32)
+        chosen = ((z > 0) * mask).sum()
+        return Tensor.stack(*nats, chosen, most).realize()
+
+    def __call__(self) -> Record:
+        """Keys: validation_bits_per_byte, …_top_k, validation_router_rate, validation_seconds."""
+        start = time.perf_counter()
+        total = np.zeros(3, np.float64)
+        for first in range(0, len(self.windows), self.batch_size):
+            rows = slice(first, first + self.batch_size)
+            inputs = [Tensor(a[rows].copy()).realize() for a in (self.windows, self.mask)]
+            sums = self.measure(*inputs).numpy()
+            if sums[3] > self.slots:  # more bytes chosen than there were slots: give them all one
+                sums = self.measure_all(*inputs).numpy()
+            total += sums[:3]
+        bits = total / self.mask.sum() / np.array([math.log(2), math.log(2), 1])
+        return {
+            "validation_bits_per_byte": float(bits[0]),
+            "validation_bits_per_byte_top_k": float(bits[1]),
+            "validation_router_rate": float(bits[2]),
+            "validation_seconds": time.perf_counter() - start,
+        }
+
+
+def train(
+    model: Pico,
+    dataset: str | DataSpec | Data = "python-docs",
+    run_dir: str | os.PathLike | None = None,
+    *,
+    stop: Callable[[], bool] = lambda: False,
+    progress: bool = False,
+    **settings: int | float,
+) -> Iterator[Record]:
+    """Train `model` in place, yielding one record (a dict that is valid JSON) a step.
+
+    dataset: what `pico_tg.DataSpec` takes, or its `dataset` alone, or loaded data. `settings` are
+    the fields of `pico_tg.TrainSettings`. With `run_dir` (which must not exist yet), it receives
+    training.json, metrics.jsonl (the records) and weights as NNNNNNNN.safetensors.
+    `stop()` is asked after every step: True ends training as if it were the last step.
+
+    A record has: step (from 1), steps (in all), epoch (from 0), loss, next_byte_loss, aux_loss
+    (nats), bits_per_byte (of the next byte, training routing), router_rate (share of bytes with
+    weight > 0.5), lr, bytes (seen so far), bytes_per_second; after a validation also its keys (see
+    `Validation`), after a checkpoint `checkpoint`, its path.
+
+    Raises PicoError on bad settings or data before anything is written, and when a loss or gradient
+    is not finite; the weights are then those before that step.
+    """
+    try:
+        chosen = TrainSettings(**settings)
+    except TypeError:
+        known = {field.name for field in dataclasses.fields(TrainSettings)}
+        wrong = ", ".join(sorted(set(settings) - known))
+        raise PicoError(f"unknown setting {wrong}; there are: {', '.join(sorted(known))}") from None
+    if model.config.capacity(chosen.context_len) < 1:
+        raise PicoError(
+            f"context_len {chosen.context_len} is too short: at a capacity factor of "
+            f"{model.config.latent_capacity_factor} no byte is selected; take at least "
+            f"{math.ceil(1 / model.config.latent_capacity_factor)}"
+        )
+    spec = DataSpec(dataset) if isinstance(dataset, str) else dataset
+    data = spec if isinstance(spec, Data) else load_data(spec, progress=progress)
+    accumulation = chosen.grad_accumulation_steps
+    windows = Windows(
+        data.train,
+        chosen.context_len,
+        model.config.next_tokens,
+        chosen.batch_size * accumulation,
+        chosen.seed,
+    )
+    validation = Validation(model, data.validation, chosen)
+    steps_an_epoch = len(windows) / (chosen.batch_size * accumulation)
+    total = min(chosen.max_steps, math.ceil(chosen.epochs * steps_an_epoch))
+    run = None if run_dir is None else Run(Path(run_dir), model, spec, data, chosen)
+    return _train(model, windows, validation, chosen, total, run, stop)
+
+
+def _train(
+    model: Pico,
+    windows: Windows,
+    validation: Validation,
+    settings: TrainSettings,
+    total: int,
+    run: "Run | None",
+    stop: Callable[[], bool],
+) -> Iterator[Record]:
+    train_step = TrainStep(model, settings)
+    accumulation, batch_size = settings.grad_accumulation_steps, settings.batch_size
+    step, seen, stopped = 0, 0, False
+    while step < total and not stopped:
+        start = time.perf_counter()
+        rate = learning_rate(step, settings, total)
+        batch = windows.batch(step).reshape(accumulation, batch_size, -1)
+        losses = train_step(batch, rate)
+        if losses[4] != 1 or not np.isfinite(losses).all():
+            saved = run.last_checkpoint() if run else "none"
+            raise PicoError(
+                f"a loss or gradient is not finite at step {step + 1} (lr {rate:.2e}); the weights "
+                f"were not updated; last checkpoint: {saved}; try a smaller --learning-rate"
+            )
+        epoch = windows.epoch(step)
+        step += 1
+        trained = accumulation * batch_size * settings.context_len
+        seen += trained
+        record: Record = {
+            "step": step,
+            "steps": total,
+            "epoch": epoch,
+            "loss": float(losses[0]),
+            "next_byte_loss": float(losses[2]),
+            "aux_loss": float(losses[1]),
+            "bits_per_byte": float(losses[2]) / math.log(2),
+            "router_rate": float(losses[3]),
+            "lr": rate,
+            "bytes": seen,
+            "bytes_per_second": trained / (time.perf_counter() - start),
+        }
+        stopped = stop()
+        last = stopped or step == total
+        if last or step % settings.validation_interval == 0:
+            record |= validation()
+        if run:
+            if last or step % settings.checkpoint_interval == 0:
+                record["checkpoint"] = str(run.save(step))
+            run.log(record)
+        yield record
+
+
+class Run:
+    """The folder of one training run: training.json, metrics.jsonl, NNNNNNNN.safetensors."""
+
+    def __init__(
+        self,
+        folder: Path,
+        model: Pico,
+        spec: DataSpec | Data,
+        data: Data,
+        settings: TrainSettings,
+    ) -> None:
+        if folder.exists():
+            raise PicoError(f"{folder} exists; choose another RUN, or delete it to start over")
+        self.folder, self.model = folder, model
+        self.description = {
+            "settings": dataclasses.asdict(settings),
+            "dataset": dataclasses.asdict(spec) if isinstance(spec, DataSpec) else None,
+            "data": data.note,
+            "checkpoints": [],
+        }
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise PicoError(f"cannot create {folder}: {error.strerror}") from error
+        self._describe()
+
+    def _describe(self) -> None:
+        with atomic_write(self.folder / "training.json") as file:
+            file.write((json.dumps(self.description, indent=2) + "\n").encode())
+
+    def save(self, step: int) -> Path:
+        """Write the weights as a checkpoint and list it in training.json."""
+        path = checkpoint_path(self.folder, step)
+        save_weights(self.model, path)
+        self.description["checkpoints"] = [p.name for _, p in list_checkpoints(self.folder)]
+        self._describe()
+        return path
+
+    def last_checkpoint(self) -> str:
+        checkpoints = list_checkpoints(self.folder)
+        return str(checkpoints[-1][1]) if checkpoints else "none"
+
+    def log(self, record: Record) -> None:
+        """Append one line to metrics.jsonl, readable at once by others."""
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
