@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-from tinygrad import Tensor, nn
+from tinygrad import Tensor
 from tqdm import tqdm
 
 from .checkpoint import load, load_config, load_weights
@@ -170,13 +170,9 @@ def command_init(args: argparse.Namespace) -> int:
     except OSError as error:
         raise PicoError(f"cannot create {args.path}: {error.strerror}") from error
     config.to_json(args.path / "model.json")
-    print(f"{args.path / 'model.json'}: {count_parameters(Pico(config)):,} parameters")
+    print(f"{args.path / 'model.json'}: {config.parameters:,} parameters")
     print(f"next: python -m pico_tg train {args.path} RUN DATASET")
     return 0
-
-
-def count_parameters(model: Pico) -> int:
-    return sum(parameter.numel() for parameter in nn.state.get_parameters(model))
 
 
 def command_train(args: argparse.Namespace) -> int:
@@ -192,7 +188,7 @@ def command_train(args: argparse.Namespace) -> int:
     model = Pico(config)
     if "base_weights" in options:
         load_weights(model, args.base_weights)
-    say(f"{describe_backend()}; {count_parameters(model):,} parameters")
+    say(f"{describe_backend()}; {config.parameters:,} parameters")
     with StopSignals() as stopping:
         records = train(model, spec, args.path / args.run, stop=stopping, progress=True, **settings)
         checkpoint = show_training(records)

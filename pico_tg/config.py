@@ -76,6 +76,17 @@ class Config:
         """Width of one head; q_heads * head_dim may be less than dim."""
         return self.dim // self.att_q_heads
 
+    @property
+    def parameters(self) -> int:
+        """How many weights a model of these sizes has."""
+        heads = self.att_q_heads + 2 * self.att_kv_heads
+        attention = self.dim * (heads + self.att_q_heads) * self.head_dim
+        block = attention + 3 * self.dim**2 + 2 * self.dim  # SwiGLU, two norms
+        outputs = self.next_tokens * 256
+        embeddings = 256 * self.dim + outputs * self.dim + outputs
+        blocks = 2 * self.fb_num_blocks + self.latent_num_blocks
+        return embeddings + blocks * block + 2 * self.dim  # the router, the last norm
+
     def capacity(self, length: int) -> int:
         """How many bytes of a sequence of `length` bytes training selects."""
         return int(length * self.latent_capacity_factor)

@@ -36,7 +36,7 @@ SEQ_END: bytes = b"</pico:seq>"
 
 _MARKER = b"<|endoftext|>"  # between the documents of a .txt
 _NEWLINES = b"\r\n"
-_CHUNK = 4 << 20  # bytes read at a time
+_CHUNK = 1 << 20  # bytes read at a time
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _HELD_OUT = 0.05  # of the bytes, where nobody says otherwise
 _CACHE_FORMAT = 1  # part of every cache's key: raise it when the files below change
@@ -528,6 +528,7 @@ def _write(source: _Source, folder: Path, progress: bool) -> None:
             bar.update(len(piece))
         if documents == 0:
             raise PicoError(f"{source.label} holds no text")
+        bar.update(max(0, (source.size or 0) - bar.n))  # markers were read as well
         for file in (data, offsets):
             file.flush()
             os.fsync(file.fileno())

@@ -141,6 +141,8 @@ class Pico:
         self.fb_out = FullBandwidth(config)
         self.norm = RMSNorm(config.dim)
         self.unembedding = nn.Linear(config.dim, config.next_tokens * 256)
+        # drawn now: left lazy, every use would draw them again
+        Tensor.realize(*nn.state.get_parameters(self))
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Bytes [B, N] -> hidden state [B, N, D] before the latent blocks, router logits [B, N]."""

@@ -111,7 +111,7 @@ class TrainStep:
         x, targets = inputs_and_targets(windows, self.model.config.next_tokens)
         logits, z, decisions = self.model(x)
         loss, aux_loss, next_byte_loss = loss_fn(logits, z, decisions, targets)
-        rate = (z > 0).mean(dtype=dtypes.float32)
+        rate = (z > 0).cast(dtypes.float32).mean()
         gradients = loss.gradient(*self.parameters)
         return Tensor.stack(loss, aux_loss, next_byte_loss, rate).detach(), gradients
 
