@@ -24,6 +24,8 @@ for record in (bar := tqdm(records, total=700, unit="step")):
 
 print("\nThe class statement", end="")
 text = b""
-for record in pico_tg.generate(model, b"The class statement", max_bytes=400, temperature=0.7, seed=1):
+for record in pico_tg.generate(
+    model, b"The class statement", max_bytes=400, temperature=0.7, seed=1
+):
     text += bytes([record.byte])
 print(text.decode(errors="replace"), f"\n\n{time.perf_counter() - START:.0f} seconds in all")

@@ -3,3 +3,27 @@
 from .device import choose_backend
 
 choose_backend()  # before any module can make a Tensor
+
+from .checkpoint import load, load_weights, save_weights  # noqa: E402
+from .config import Config  # noqa: E402
+from .data import DataSpec, load_data  # noqa: E402
+from .files import PicoError  # noqa: E402
+from .generate import GeneratedByte, generate  # noqa: E402
+from .model import Pico, loss_fn  # noqa: E402
+from .train import TrainSettings, train  # noqa: E402
+
+__all__ = [
+    "Config",
+    "DataSpec",
+    "GeneratedByte",
+    "Pico",
+    "PicoError",
+    "TrainSettings",
+    "generate",
+    "load",
+    "load_data",
+    "load_weights",
+    "loss_fn",
+    "save_weights",
+    "train",
+]

@@ -238,7 +238,7 @@ def _local_file(path: Path, column: str | None) -> _Source:
     def load():
         # escaped, since `datasets` takes a file's name for a pattern
         files = glob.escape(os.path.abspath(path))
-        options = _csv_options(column) if suffix == ".csv" else {}
+        options = _reader_options({suffix}, column)
         loaded = _datasets().load_dataset(
             _BUILDERS[suffix], data_files=files, streaming=True, **options
         )
@@ -266,7 +266,7 @@ def _local_folder(path: Path, column: str | None) -> dict[str, _Source]:
         texts = [file for file in files if file.suffix.lower() == ".txt"]
         return {"train": _txt_files(str(path), texts)}
 
-    options = _csv_options(column) if _BUILDERS.keys() & kinds.keys() == {".csv"} else {}
+    options = _reader_options(_BUILDERS.keys() & kinds.keys(), column)
     try:
         if saved:
             loaded = _datasets().load_from_disk(str(path))
@@ -326,10 +326,15 @@ def _dataset_splits(label: str, identity: list, loaded, column: str | None) -> d
     }
 
 
-def _csv_options(column: str | None) -> dict:
-    # pandas would make a text of digits a number and drop the text "NA"
-    names = ["text", "bytes"] if column is None else [column]
-    return {"na_filter": False, "converters": dict.fromkeys(names, str)}
+def _reader_options(kinds: set[str], column: str | None) -> dict:
+    """Options of `load_dataset` for files whose suffixes are `kinds`."""
+    if kinds == {".csv"}:
+        # pandas would make a text of digits a number and drop the text "NA"
+        names = ["text", "bytes"] if column is None else [column]
+        return {"na_filter": False, "converters": dict.fromkeys(names, str)}
+    if kinds == {".parquet"}:
+        return {"batch_size": 1000}  # rows: it would read several row groups ahead otherwise
+    return {}
 
 
 def _read_rows(label: str, load: Callable, column: str | None) -> _Pieces:
@@ -727,14 +732,6 @@ class Windows:
             epoch, place = divmod(step * self.batch_size + row, len(self))
             batch[row] = self._window(int(self._order(epoch)[place]))
         return batch
-
-    def sequential(self, limit: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
-        """The first `limit` windows (None: all) in order: (start, uint8 [C + next_tokens]).
-
-        start: where the window begins in the corpus, for `Corpus.wrapper_mask`. The arrays are new.
-        """
-        for i in range(len(self) if limit is None else min(limit, len(self))):
-            yield i * self.context_len, self._window(i).copy()
 
     def _window(self, i: int) -> np.ndarray:
         start = i * self.context_len

@@ -274,8 +274,7 @@ def train(
         chosen.seed,
     )
     validation = Validation(model, data.validation, chosen)
-    steps_an_epoch = len(windows) / (chosen.batch_size * accumulation)
-    total = min(chosen.max_steps, math.ceil(chosen.epochs * steps_an_epoch))
+    total = min(chosen.max_steps, math.ceil(chosen.epochs * windows.steps_per_epoch))
     run = None if run_dir is None else Run(Path(run_dir), model, spec, data, chosen)
     return _train(model, windows, validation, chosen, total, run, stop)
 

@@ -1,0 +1,331 @@
+"""The command line end to end, and every mistake: one line, status 2, nothing written."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pico_tg import cli
+from pico_tg.checkpoint import read_safetensors, write_safetensors
+from pico_tg.config import Config
+from pico_tg.generate import GeneratedByte
+from pico_tg.model import Pico
+
+TINY = {
+    "dim": 24,
+    "next_tokens": 2,
+    "att_q_heads": 4,
+    "att_kv_heads": 2,
+    "fb_num_blocks": 1,
+    "fb_att_window_size": 8,
+    "latent_capacity_factor": 0.25,
+    "latent_num_blocks": 1,
+    "latent_att_window_size": 16,
+}
+FLAGS = [part for k, v in TINY.items() for part in ("--" + k.replace("_", "-"), str(v))]
+SHORT = ["--context-len", "64", "--batch-size", "2", "--max-steps", "3", "--warmup-steps", "1"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PICO_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog. " * 50)
+    return path
+
+
+@pytest.fixture
+def model(tmp_path):
+    assert cli.main(["init", str(tmp_path / "model"), *FLAGS]) == 0
+    return tmp_path / "model"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PICO_CACHE", str(folder / "cache"))
+        (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 50)
+        assert cli.main(["init", str(folder / "model"), *FLAGS]) == 0
+        assert (
+            cli.main(["train", str(folder / "model"), "run", str(folder / "text.txt"), *SHORT]) == 0
+        )
+    return folder / "model"
+
+
+def test_init_describes_the_model(tmp_path, capsys):
+    assert cli.main(["init", str(tmp_path / "a" / "b"), "--dim", "372"]) == 0
+    written = json.loads((tmp_path / "a" / "b" / "model.json").read_text())
+    assert written["dim"] == 372
+    assert set(written) == set(TINY)
+    config = Config.preset("xs", dim=372)
+    assert f"{config.parameters:,} parameters" in capsys.readouterr().out
+
+
+def test_parameter_count_is_the_model_s():
+    from tinygrad import nn
+
+    config = Config(**TINY)
+    assert config.parameters == sum(p.numel() for p in nn.state.get_parameters(Pico(config)))
+
+
+def test_train_writes_a_run(trained):
+    run = trained / "run"
+    assert sorted(p.name for p in run.glob("*.safetensors") if ".state" not in p.name) == [
+        "00000003.safetensors"
+    ]
+    description = json.loads((run / "training.json").read_text())
+    assert description["settings"]["max_steps"] == 3
+    assert description["checkpoints"] == ["00000003.safetensors"]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert lines[0]["bits_per_byte"] == pytest.approx(8, abs=1)
+    assert lines[-1]["validation_bits_per_byte"] > 0
+
+
+def test_run_writes_the_same_text_for_a_seed(trained, capsys):
+    out = []
+    for _ in range(2):
+        arguments = ["run", str(trained), "run", "--prompt", "The", "--max-bytes", "30"]
+        assert cli.main([*arguments, "--seed", "3"]) == 0
+        out.append(capsys.readouterr().out)
+    assert out[0] == out[1]
+    assert out[0].startswith("The")
+
+
+def test_base_weights(trained, text):
+    """Training may start from another run's weights."""
+    weights = trained / "run" / "00000003.safetensors"
+    arguments = ["train", str(trained), "more", str(text), *SHORT, "--learning-rate", "0"]
+    assert cli.main([*arguments, "--base-weights", str(weights)]) == 0
+    before, _ = read_safetensors(weights)
+    after, _ = read_safetensors(trained / "more" / "00000003.safetensors")
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def record(byte: int, decision: bool = False) -> GeneratedByte:
+    return GeneratedByte(byte, 0.9 if decision else 0.1, decision, -1.0)
+
+
+def test_decode_text_goes_on_after_bad_bytes():
+    data = "é€".encode() + b"\xff" + b"a" + "é".encode()[:1]
+    assert "".join(cli.decode_text(map(record, data))) == "é€�a�"
+
+
+def test_decode_text_marks_characters_not_bytes():
+    data = [(b, decision) for b, decision in zip("aéb".encode(), [1, 0, 1, 0], strict=True)]
+    assert "".join(cli.decode_text((record(b, bool(d)) for b, d in data), "_")) == "_a_éb"
+
+
+def one_line(capsys) -> str:
+    """The one line on stderr that names the mistake, without what was said before it."""
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    lines = [line for line in err.splitlines() if "error" in line]
+    assert len(lines) == 1, err
+    return lines[0]
+
+
+def status(arguments: list[str]) -> int:
+    try:
+        return cli.main(arguments)
+    except SystemExit as done:  # argparse's own
+        return done.code
+
+
+BAD_INIT = {
+    "dim < heads": (["--dim", "3"], "att_q_heads"),
+    "heads no multiple": (["--att-q-heads", "5"], "multiple"),
+    "capacity 0": (["--latent-capacity-factor", "0"], "latent_capacity_factor"),
+    "capacity > 1": (["--latent-capacity-factor", "1.5"], "latent_capacity_factor"),
+    "capacity nan": (["--latent-capacity-factor", "nan"], "latent_capacity_factor"),
+    "no number": (["--dim", "many"], "--dim"),
+    "zero": (["--next-tokens", "0"], "next_tokens"),
+    "unknown flag": (["--depth", "3"], "--depth"),
+    "unknown preset": (["--preset", "huge"], "huge"),
+}
+
+
+@pytest.mark.parametrize(("flags", "named"), BAD_INIT.values(), ids=BAD_INIT)
+def test_bad_init(flags, named, tmp_path, capsys):
+    assert status(["init", str(tmp_path / "m"), *FLAGS, *flags]) == 2
+    assert named in one_line(capsys)
+    assert not (tmp_path / "m").exists()
+
+
+def test_init_refuses_an_existing_path(model, capsys):
+    before = (model / "model.json").read_bytes()
+    assert status(["init", str(model)]) == 2
+    assert "exists" in one_line(capsys)
+    assert (model / "model.json").read_bytes() == before
+
+
+def broken_model(model: Path, content: str) -> None:
+    (model / "model.json").write_text(content)
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("{", "JSON"),
+        ("[]", "object"),
+        (json.dumps(TINY | {"depth": 3}), "depth"),
+        (json.dumps({k: v for k, v in TINY.items() if k != "dim"}), "dim"),
+        (json.dumps(TINY | {"dim": "wide"}), "dim"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "run"])
+def test_bad_model_json(command, content, named, model, text, capsys):
+    (model / "model.json").write_text(content)
+    extra = [str(text)] if command == "train" else []
+    assert status([command, str(model), "r", *extra]) == 2
+    assert named in one_line(capsys)
+    assert not (model / "r").exists()
+
+
+BAD_TRAIN = {
+    "context too short": (["--context-len", "3"], "context_len"),
+    "data shorter than one window": (["--context-len", "100000"], "window"),
+    "batch size": (["--batch-size", "0"], "batch_size"),
+    "learning rate": (["--learning-rate", "-1"], "learning_rate"),
+    "learning rate nan": (["--learning-rate", "nan"], "learning_rate"),
+    "no number": (["--max-steps", "x"], "--max-steps"),
+    "missing weights": (["--base-weights", "nowhere.safetensors"], "nowhere.safetensors"),
+    "split": (["--dataset-train-split", "nope"], "nope"),
+    "validation size": (["--dataset-validation-size", "-0.5"], "validation"),
+}
+
+
+@pytest.mark.parametrize(("flags", "named"), BAD_TRAIN.values(), ids=BAD_TRAIN)
+def test_bad_train(flags, named, model, text, capsys):
+    assert status(["train", str(model), "r", str(text), *SHORT, *flags]) == 2
+    assert named in one_line(capsys)
+    assert not (model / "r").exists()
+
+
+def bad_data(folder: Path, kind: str) -> Path:
+    if kind == "empty":
+        path = folder / "empty.txt"
+        path.write_text("")
+    elif kind == "column":
+        path = folder / "rows.jsonl"
+        path.write_text('{"story": "once", "title": "a"}\n')
+    elif kind == "json":
+        path = folder / "rows.jsonl"
+        path.write_text('{"text": \n')
+    elif kind == "parquet":
+        path = folder / "rows.parquet"
+        path.write_bytes(b"not parquet")
+    else:
+        path = folder / "missing.txt"
+    return path
+
+
+@pytest.mark.parametrize("kind", ["empty", "column", "json", "parquet", "missing"])
+def test_bad_data(kind, model, tmp_path, capsys):
+    path = bad_data(tmp_path, kind)
+    assert status(["train", str(model), "r", str(path), *SHORT]) == 2
+    line = one_line(capsys)
+    assert path.name in line
+    if kind == "column":
+        assert "story" in line
+        assert "title" in line
+    assert not (model / "r").exists()
+
+
+def test_train_without_a_model(tmp_path, text, capsys):
+    assert status(["train", str(tmp_path / "none"), "r", str(text)]) == 2
+    assert "init" in one_line(capsys)
+    assert not (tmp_path / "none").exists()
+
+
+def test_train_refuses_an_existing_run(trained, text, capsys):
+    before = sorted((p.name, p.read_bytes()) for p in (trained / "run").iterdir())
+    assert status(["train", str(trained), "run", str(text), *SHORT]) == 2
+    assert "exists" in one_line(capsys)
+    assert sorted((p.name, p.read_bytes()) for p in (trained / "run").iterdir()) == before
+
+
+def test_run_without_a_run(model, capsys):
+    assert status(["run", str(model), "nothing"]) == 2
+    assert "train" in one_line(capsys)
+
+
+def test_run_with_a_wrong_checkpoint(trained, capsys):
+    assert status(["run", str(trained), "run", "--checkpoint", "77"]) == 2
+    assert "3" in one_line(capsys)
+
+
+@pytest.mark.parametrize("flags", [["--temperature", "-1"], ["--max-bytes", "-1"]])
+def test_bad_sampling(flags, trained, capsys):
+    assert status(["run", str(trained), "run", *flags]) == 2
+    assert flags[0].strip("-").replace("-", "_") in one_line(capsys)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign"])
+def test_run_with_broken_weights(damage, model, trained, capsys):
+    run = model / "r"
+    run.mkdir()
+    data = (trained / "run" / "00000003.safetensors").read_bytes()
+    path = run / "00000003.safetensors"
+    if damage == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    else:
+        write_safetensors(path, {"other.weight": np.zeros((2, 2), np.float32)})
+    assert status(["run", str(model), "r"]) == 2
+    assert "00000003.safetensors" in one_line(capsys)
+
+
+def test_help_and_version(capsys):
+    for arguments in (["--help"], ["init", "--help"], ["train", "--help"], ["run", "--help"]):
+        assert status(arguments) == 0
+        assert "usage" in capsys.readouterr().out
+    assert status(["--version"]) == 0
+    assert "pico_tg 0" in capsys.readouterr().out
+
+
+def start(*arguments: str, **options) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-m", "pico_tg", *arguments], **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_saves(signum, model, text):
+    """A signal ends training after the step, with a checkpoint; status 130."""
+    arguments = [str(model), "r", str(text), *SHORT, "--max-steps", "100000", "--epochs", "10000"]
+    process = start("train", *arguments, stderr=subprocess.PIPE, text=True)
+    metrics = model / "r" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signum)
+    err = process.communicate(timeout=120)[1]
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    steps = metrics.read_text().count("\n")
+    assert (model / "r" / f"{steps:08d}.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_broken_pipe_is_quiet(trained):
+    """`run … | head -c 5` ends without a complaint."""
+    arguments = ["run", str(trained), "run", "--max-bytes", "500", "--prompt", "The"]
+    process = start(*arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    os.read(process.stdout.fileno(), 3)
+    process.stdout.close()
+    err = process.stderr.read().decode()
+    assert process.wait(timeout=120) == 0, err
+    assert "Traceback" not in err
+    assert "Broken" not in err

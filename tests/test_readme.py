@@ -1,0 +1,79 @@
+"""The README is the product's face: its commands are run, its script too."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def run(command: str, folder: Path) -> str:
+    """Run one line of the README in `folder`, with this Python as `python`."""
+    bin_folder = folder / "bin"
+    bin_folder.mkdir(exist_ok=True)
+    python = bin_folder / "python"
+    if not python.exists():
+        python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+        python.chmod(0o755)
+    env = os.environ | {"PATH": f"{bin_folder}:{os.environ['PATH']}"}
+    done = subprocess.run(command, shell=True, cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stderr}"
+    return done.stdout
+
+
+def test_set_up_is_two_commands():
+    setup, tests = blocks("bash")[:2]
+    assert len(setup.splitlines()) == len(tests.splitlines()) == 1
+    # what .ci/run does is what the README says
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert "pip install -q -e '.[cpu,dev]'" in ci
+    assert "pip install -e '.[cpu,dev]'" in setup
+    assert "python -m pytest" in ci
+    assert tests.strip() == ".venv/bin/python -m pytest"
+
+
+@pytest.mark.slow
+def test_quickstart_writes_words(tmp_path):
+    """Shortened by nothing: what the first command runs, and recognisable words come out."""
+    assert "examples/quickstart.py" in blocks("bash")[0]
+    out = run(f"python {ROOT / 'examples' / 'quickstart.py'}", tmp_path)
+    words = re.findall(r"[a-z]+", out.split("seconds in all")[0].lower())
+    from pydoc_data.topics import topics
+
+    known = set(re.findall(r"[a-z]+", " ".join(topics.values()).lower()))
+    real = [word for word in words if word in known]
+    assert len(words) > 30
+    assert len(real) / len(words) > 0.6, out
+
+
+@pytest.mark.slow
+def test_command_line_of_the_readme(tmp_path):
+    """As written but for the number of steps, which would take minutes."""
+    init, train, sample = blocks("bash")[2].strip().splitlines()
+    run(init, tmp_path)
+    run(train + " --max-steps 3", tmp_path)
+    out = run(sample + " --max-bytes 20", tmp_path)
+    assert out.startswith("The import statement")
+
+
+@pytest.mark.slow
+def test_script_of_the_readme(tmp_path):
+    script = blocks("python")[0].replace("max_steps=100", "max_steps=3")
+    (tmp_path / "script.py").write_text(script)
+    out = run("python script.py", tmp_path)
+    assert re.match(r"1 [\d.]+\n2 [\d.]+\n3 [\d.]+\n", out)
+
+
+def test_files_named_exist():
+    table = README[README.index("## Where things are") :]
+    for name in re.findall(r"`([\w/]+\.py)`", table):
+        assert (ROOT / name).exists() or (ROOT / "pico_tg" / name).exists(), name

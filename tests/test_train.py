@@ -1,0 +1,269 @@
+"""Training: the schedule, the step against plain arithmetic, validation, what stops it."""
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+from oracle import forward
+from tinygrad import Tensor, nn
+from tinygrad.helpers import Context
+
+from pico_tg.config import Config
+from pico_tg.data import SEQ_END, SEQ_START, DataSpec, load_data
+from pico_tg.files import PicoError
+from pico_tg.model import Pico, loss_fn
+from pico_tg.train import (
+    TrainSettings,
+    TrainStep,
+    Validation,
+    inputs_and_targets,
+    learning_rate,
+    train,
+)
+
+CONFIG = Config(
+    dim=24,
+    next_tokens=3,
+    att_q_heads=4,
+    att_kv_heads=2,
+    fb_num_blocks=1,
+    fb_att_window_size=6,
+    latent_capacity_factor=0.25,
+    latent_num_blocks=1,
+    latent_att_window_size=9,
+)
+QUICK = {"context_len": 40, "batch_size": 2, "warmup_steps": 2, "learning_rate": 3e-3}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PICO_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("the cat sat on the mat; " * 60)
+    return str(path)
+
+
+def make(seed: int = 0) -> Pico:
+    Tensor.manual_seed(seed)
+    return Pico(CONFIG)
+
+
+def weights(model: Pico) -> dict[str, np.ndarray]:
+    return {name: t.numpy().copy() for name, t in nn.state.get_state_dict(model).items()}
+
+
+def test_learning_rate():
+    settings = TrainSettings(learning_rate=1.0, warmup_steps=4)
+    rates = [learning_rate(step, settings, 104) for step in range(105)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4] == 1.0
+    assert rates[54] == pytest.approx(0.55)  # half way down the cosine
+    assert rates[104] == pytest.approx(0.1)
+    assert all(a >= b for a, b in itertools.pairwise(rates[4:]))
+    assert learning_rate(0, TrainSettings(learning_rate=1.0, warmup_steps=0), 1) == 1.0
+
+
+def test_targets_are_the_next_bytes():
+    windows = np.arange(2 * 13, dtype=np.uint8).reshape(2, 13)
+    x, targets = inputs_and_targets(Tensor(windows), 3)
+    assert np.array_equal(x.numpy(), windows[:, :10])
+    for n in range(10):
+        for k in range(3):
+            assert np.array_equal(targets.numpy()[:, n, k], windows[:, n + 1 + k])
+
+
+def adamw_reference(params, gradients, lr, decay, steps):
+    """AdamW, betas (0.9, 0.999): decoupled decay, on matrices only; a list of gradients a step."""
+    m = {k: np.zeros_like(v) for k, v in params.items()}
+    v = {k: np.zeros_like(p) for k, p in params.items()}
+    for t in range(1, steps + 1):
+        g = gradients(params)
+        for k, p in params.items():
+            m[k] = 0.9 * m[k] + 0.1 * g[k]
+            v[k] = 0.999 * v[k] + 0.001 * g[k] ** 2
+            update = (m[k] / (1 - 0.9**t)) / (np.sqrt(v[k] / (1 - 0.999**t)) + 1e-8)
+            params[k] = p - lr * (update + (decay if p.ndim >= 2 else 0) * p)
+    return params
+
+
+def batch(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.integers(97, 105, shape, dtype=np.uint8)
+
+
+def gradients_of(model: Pico, windows: np.ndarray) -> dict[str, np.ndarray]:
+    """Unjitted gradients, by tinygrad (the model's tests compare those with the oracle's)."""
+    x, targets = inputs_and_targets(Tensor(windows), CONFIG.next_tokens)
+    named = nn.state.get_state_dict(model)
+    loss = loss_fn(*model(x), targets)[0]
+    return dict(zip(named, [g.numpy() for g in loss.gradient(*named.values())], strict=True))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_step_is_adamw_on_the_mean_gradient(accumulation):
+    """Four steps, so that the eager, the capturing and the replayed call all take part."""
+    rng = np.random.default_rng(0)
+    batches = batch(rng, 4, accumulation, 2, 40 + CONFIG.next_tokens)
+    model, other = make(), make()
+    settings = TrainSettings(weight_decay=0.1, grad_accumulation_steps=accumulation)
+    step = TrainStep(model, settings)
+    for b in batches:
+        losses = step(b, 1e-2)
+        assert losses[4] == 1
+
+    named = nn.state.get_state_dict(other)
+    calls = iter(batches)
+
+    def mean_gradients(params):
+        for name, tensor in named.items():
+            tensor.assign(Tensor(params[name])).realize()
+        parts = [gradients_of(other, windows) for windows in next(calls)]
+        return {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
+
+    expected = adamw_reference(weights(other), mean_gradients, 1e-2, 0.1, 4)
+    for name, value in weights(model).items():
+        # Adam's division amplifies rounding where a gradient is almost zero
+        assert np.abs(value - expected[name]).max() < 2e-3, name
+        assert np.abs(value - expected[name]).mean() < 2e-5, name
+
+
+def test_jitted_equals_unjitted():
+    rng = np.random.default_rng(1)
+    batches = batch(rng, 4, 1, 2, 40 + CONFIG.next_tokens)
+    results = []
+    for jit in (1, 0):
+        model = make()
+        with Context(JIT=jit):
+            step = TrainStep(model, TrainSettings())
+            losses = [step(b, 1e-2) for b in batches]
+        results.append((losses, weights(model)))
+    (a, weights_a), (b, weights_b) = results
+    assert np.abs(np.array(a) - np.array(b)).max() < 1e-5
+    assert all(np.abs(weights_a[k] - weights_b[k]).max() < 1e-4 for k in weights_a)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    model = make()
+    step = TrainStep(model, TrainSettings())
+    windows = batch(np.random.default_rng(2), 1, 2, 40 + CONFIG.next_tokens)
+    for _ in range(3):
+        step(windows, 1e-2)
+    poisoned = model.norm.weight
+    clean = poisoned.numpy().copy()
+    poisoned.assign(Tensor(np.where(np.arange(CONFIG.dim) == 0, np.nan, clean))).realize()
+    before = weights(model)
+    losses = step(windows, 1e-2)
+    assert losses[4] == 0
+    after = weights(model)
+    assert all(np.array_equal(before[k], after[k], equal_nan=True) for k in before)
+
+
+def test_training_stops_on_a_loss_that_is_not_finite(text, tmp_path):
+    model = make()
+    model.norm.weight.assign(Tensor(np.full(CONFIG.dim, np.inf, np.float32))).realize()
+    with pytest.raises(PicoError, match=r"not finite at step 1 .*last checkpoint: none"):
+        list(train(model, text, tmp_path / "run", max_steps=3, **QUICK))
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+
+
+def test_records_and_learning(text, tmp_path):
+    """A model this small learns a sentence by heart; the records say so, and are JSON."""
+    settings = QUICK | {"learning_rate": 2e-2, "validation_interval": 20, "max_steps": 60}
+    records = list(train(make(), text, tmp_path / "run", epochs=99, **settings))
+    assert [r["step"] for r in records] == list(range(1, 61))
+    assert records[0]["bits_per_byte"] > 7
+    assert records[-1]["bits_per_byte"] < 2.5
+    assert records[-1]["validation_bits_per_byte"] < 3
+    assert [r["step"] for r in records if "validation_bits_per_byte" in r] == [20, 40, 60]
+    assert records[-1]["bytes"] == 60 * 2 * 40
+    assert records[-1]["epoch"] > 0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == records
+    assert records[-1]["lr"] == pytest.approx(learning_rate(59, TrainSettings(**settings), 60))
+
+
+def test_epochs_end_training(text):
+    data = load_data(DataSpec(text), progress=False)
+    count = (len(data.train.bytes) - CONFIG.next_tokens) // 40
+    records = list(train(make(), data, epochs=2, **QUICK))
+    assert len(records) == math.ceil(2 * count / 2)
+
+
+def test_stop_ends_training_with_a_checkpoint(text, tmp_path):
+    answers = iter([False, True])
+    run = tmp_path / "run"
+    records = list(train(make(), text, run, stop=lambda: next(answers), max_steps=9, **QUICK))
+    assert len(records) == 2
+    assert records[-1]["checkpoint"] == str(run / "00000002.safetensors")
+
+
+def test_validation_is_bits_per_byte_of_the_text(text):
+    """Against the oracle, byte by byte: causal routing, wrapper bytes left out, padding too."""
+    model = make()
+    corpus = load_data(DataSpec(text), progress=False).validation
+    settings = TrainSettings(context_len=30, batch_size=3)
+    found = Validation(model, corpus, settings)()
+    named = weights(model)
+    total, count, chosen = 0.0, 0, 0
+    held_out = np.array(corpus.bytes)
+    assert bytes(held_out).startswith(SEQ_START)
+    assert bytes(held_out).endswith(SEQ_END)
+    own_text = np.ones(len(held_out), bool)
+    own_text[: len(SEQ_START)] = own_text[-len(SEQ_END) :] = False
+    for first in range(0, len(held_out) - 1, 30):
+        x = held_out[first : first + 30]
+        logits, z, _ = forward(named, CONFIG, x[None], causal=True)
+        for n in range(len(x)):
+            at = first + n + 1
+            if at < len(held_out) and own_text[at]:
+                row = logits[0, n, 0]
+                total += np.log(np.exp(row - row.max()).sum()) + row.max() - row[held_out[at]]
+                count += 1
+                chosen += z[0, n] > 0
+    assert found["validation_bits_per_byte"] == pytest.approx(total / count / math.log(2), 1e-5)
+    assert found["validation_router_rate"] == pytest.approx(chosen / count)
+    again = Validation(model, corpus, settings)()
+    assert again["validation_bits_per_byte"] == found["validation_bits_per_byte"]
+
+
+def test_validation_when_the_router_takes_every_byte(text):
+    """More bytes than slots: measured all the same, with a slot for each."""
+    model = make()
+    model.embedding.weight.assign(Tensor(np.ones((256, CONFIG.dim), np.float32))).realize()
+    row = np.full((1, CONFIG.dim), 10.0, np.float32)
+    model.latent.router.weight.assign(Tensor(row)).realize()
+    for block in model.fb_in.blocks:  # without the blocks before, the router sees the embedding
+        for layer in (block.att.proj, block.glu.fc2):
+            layer.weight.assign(Tensor.zeros(*layer.weight.shape).contiguous()).realize()
+    corpus = load_data(DataSpec(text), progress=False).validation
+    settings = TrainSettings(context_len=30, batch_size=3)
+    found = Validation(model, corpus, settings)()
+    assert found["validation_router_rate"] == 1
+    one_graph = Validation(model, corpus, settings)
+    assert one_graph.slots < one_graph.length
+    one_graph.slots = one_graph.length
+    assert one_graph()["validation_bits_per_byte"] == pytest.approx(
+        found["validation_bits_per_byte"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"context_len": 3}, "context_len"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"learning_rate": math.nan}, "learning_rate"),
+        ({"max_steps": 1.5}, "max_steps"),
+        ({"depth": 3}, "depth"),
+        ({"context_len": 10**6}, "window"),
+    ],
+)
+def test_bad_settings(settings, named, text, tmp_path):
+    with pytest.raises(PicoError, match=named):
+        train(make(), text, tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
