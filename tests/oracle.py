@@ -3,8 +3,9 @@
 Nothing but the config's fields comes from `pico_tg`, and nothing is clever: float64 throughout,
 one sequence at a time, dense T x T attention, gradients by hand. Every operation
 returns its output and a function `backward(d_output, grads)`, which returns the gradient of its
-input and adds those of its weights to the dict `grads`. `decode` is the same model a second time, a byte at a time with lists for
-caches, and shares only the arithmetic of one position with the rest.
+input and adds those of its weights to the dict `grads`. `decode` is the same model a second
+time, a byte at a time with lists for caches, and shares only the arithmetic of one position with
+the rest.
 
 Shape letters: B sequences, N bytes of a sequence, S selected bytes, T positions (N or S), D dim,
 H query heads, K key/value heads, G = H // K, C head_dim, P next_tokens (heads of prediction).

@@ -1,4 +1,4 @@
-"""The numbers of the published implementation: logits, routing, losses, every gradient, decoding."""
+"""The published implementation's numbers: logits, routing, losses, gradients, decoding."""
 
 from pathlib import Path
 
