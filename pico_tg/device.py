@@ -8,13 +8,14 @@ clang and fail at the first kernel without it.
 
 import ctypes
 import os
+import platform
 import shutil
 import site
 import sys
 from pathlib import Path
 
 from tinygrad import Device
-from tinygrad.helpers import DEV, getenv
+from tinygrad.helpers import DEV, USE_TC, getenv
 from tinygrad.runtime.support.c import DLL
 
 EXTRA_HINT = "pip install 'pico_tg[cpu]' brings libLLVM, which is about five times faster"
@@ -22,10 +23,12 @@ EXTRA_HINT = "pip install 'pico_tg[cpu]' brings libLLVM, which is about five tim
 
 def choose_backend() -> None:
     """Settle `tinygrad.Device.DEFAULT` and, on a CPU, its code generator. Idempotent."""
-    if Device.DEFAULT.split(":")[0] != "CPU" or DEV.renderer not in ("", "LLVM"):
+    if Device.DEFAULT.split(":")[0] != "CPU" or DEV.renderer not in ("", "LLVM", "CLANGJIT", "X86"):
         return
-    library = find_llvm()
-    if library is not None:
+    library = find_llvm() if DEV.renderer in ("", "LLVM") else None
+    if DEV.renderer and library is None:
+        renderer = DEV.renderer
+    elif library is not None:
         os.environ["LLVM_PATH"] = library
         getenv.cache_clear()  # tinygrad remembers variables, also that they were missing
         renderer = "LLVM"
@@ -33,9 +36,16 @@ def choose_backend() -> None:
         renderer = "CLANGJIT"
     else:
         renderer = "X86"
-    if not DEV.renderer:
-        DEV.value = "CPU:" + renderer + (f":{DEV.arch}" if DEV.arch else "")
+    if not DEV.arch:
+        machine = platform.machine().lower()
+        machine = {"amd64": "x86_64", "aarch64": "arm64"}.get(machine, machine)
+        # AMX is tinygrad's word for vectors of 16 floats; with 4 a product is half as fast. The
+        # matrix unit of that name is not meant: its kernels are asked for by TC, which is off.
+        wide = "" if renderer == "X86" else ",AMX"
+        DEV.value = f"CPU:{renderer}:{machine},native{wide}"
         os.environ["DEV"] = repr(DEV)  # for child processes
+    if "AMX" in DEV.arch:
+        USE_TC.value = 0
 
 
 def find_llvm() -> str | None:
