@@ -119,7 +119,8 @@ def _gemm(a: Tensor, b: Tensor, M: int, N: int, L: int, transposed: bool = False
         total = (left * B[z, l, n]).reduce(l, arg=Ops.ADD)
         outer = 1 if Z > 1 else 0
         opts = [Opt(OptOps.THREAD, 0, threads)] if threads > 1 else []
-        opts += [Opt(OptOps.UPCAST, outer, ROWS), Opt(OptOps.UPCAST, outer + 1, COLUMNS)]
+        # columns first: an axis that an upcast uses up is gone, and later ones move forward
+        opts += [Opt(OptOps.UPCAST, outer + 1, COLUMNS), Opt(OptOps.UPCAST, outer, ROWS)]
         if L % 4 == 0:
             opts.append(Opt(OptOps.UNROLL, 0, 4))
         info = KernelInfo(

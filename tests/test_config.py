@@ -1,0 +1,68 @@
+"""Configurations: what is refused, and what is counted."""
+
+import dataclasses
+import json
+
+import pytest
+
+from pico_tg.config import PRESETS, Config
+from pico_tg.files import PicoError
+
+
+def test_preset_and_file(tmp_path):
+    config = Config.preset("xs", dim=372, latent_num_blocks=8, fb_att_window_size=32)
+    assert config.parameters == 10_242_392
+    config.to_json(tmp_path / "model.json")
+    assert Config.from_json(tmp_path / "model.json") == config
+    assert json.loads((tmp_path / "model.json").read_text()) == dataclasses.asdict(config)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.dim = 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"dim": 8}, "att_q_heads"),
+        ({"dim": 0}, "dim"),
+        ({"dim": 12.5}, "dim"),
+        ({"dim": True}, "dim"),
+        ({"att_kv_heads": 4}, "multiple"),
+        ({"latent_capacity_factor": 0}, "latent_capacity_factor"),
+        ({"latent_capacity_factor": 1.01}, "latent_capacity_factor"),
+        ({"latent_capacity_factor": float("nan")}, "latent_capacity_factor"),
+        ({"latent_capacity_factor": "0.5"}, "latent_capacity_factor"),
+        ({"latent_num_blocks": -1}, "latent_num_blocks"),
+        ({"depth": 3}, "depth"),
+    ],
+    ids=str,
+)
+def test_impossible_sizes(changes, words):
+    with pytest.raises(PicoError, match=words):
+        Config.preset("xs", **changes)
+
+
+def test_unknown_preset():
+    with pytest.raises(PicoError, match="xs"):
+        Config.preset("xl")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "JSON"),
+        ("[]", "object"),
+        (json.dumps(PRESETS["xs"] | {"depth": 3}), "unknown key 'depth'"),
+        (json.dumps({k: v for k, v in PRESETS["xs"].items() if k != "dim"}), "'dim' is missing"),
+    ],
+)
+def test_broken_files(content, words, tmp_path):
+    path = tmp_path / "model.json"
+    path.write_text(content)
+    with pytest.raises(PicoError, match=words) as caught:
+        Config.from_json(path)
+    assert str(path) in str(caught.value)
+
+
+def test_capacity_rounds_down():
+    config = Config.preset("xs", latent_capacity_factor=0.25)
+    assert [config.capacity(n) for n in (3, 4, 7, 8, 1024)] == [0, 1, 1, 2, 256]

@@ -1,0 +1,113 @@
+"""The scheduled products against plain `@`: values, both gradients, jitted, switched off."""
+
+import numpy as np
+import pytest
+from tinygrad import Device, GlobalCounters, Tensor, TinyJit
+
+from pico_tg import kernels
+from pico_tg.kernels import linear, matmul, matmul_transposed, write_into
+
+SHAPES = [  # (leading, M, L, N)
+    ((), 64, 32, 48),
+    ((), 37, 41, 29),
+    ((3,), 16, 8, 16),
+    ((2, 3), 19, 13, 23),
+    ((5,), 8, 50, 1),
+    ((), 8, 372, 20),
+    ((1,), 100, 1, 7),
+]
+FORMS = {"matmul": matmul, "matmul_transposed": matmul_transposed, "linear": linear}
+
+
+@pytest.fixture
+def all_scheduled(monkeypatch):
+    monkeypatch.setattr(kernels, "SMALL", 0)
+    if not kernels._scheduled(Tensor.ones(8, 8), 8, 8):
+        pytest.skip(f"{Device.DEFAULT} has no schedules of ours")
+
+
+def inputs(form, shape, seed=0):
+    lead, M, L, N = shape
+    rng = np.random.default_rng(seed)
+    a = rng.standard_normal((*lead, M, L)).astype(np.float32)
+    sizes = {"matmul": (*lead, L, N), "matmul_transposed": (*lead, N, L), "linear": (N, L)}
+    return a, rng.standard_normal(sizes[form]).astype(np.float32)
+
+
+def value_and_gradients(form, a, b):
+    """The product, and the gradients of a weighted sum of it."""
+    out = FORMS[form](a, b)
+    weights = (Tensor.arange(out.numel()).reshape(out.shape) % 7 - 3).float()
+    found = [out, *(out * weights).sum().gradient(a, b)]
+    Tensor.realize(*found)
+    return found
+
+
+def expected(form, a, b):
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    right = b if form == "matmul" else b.swapaxes(-1, -2)
+    out = a @ right
+    g = (np.arange(out.size).reshape(out.shape) % 7 - 3).astype(np.float64)
+    d_right = a.swapaxes(-1, -2) @ g
+    if form == "linear":
+        d_right = d_right.reshape(-1, *d_right.shape[-2:]).sum(0)
+    return (
+        out,
+        g @ right.swapaxes(-1, -2),
+        d_right if form == "matmul" else d_right.swapaxes(-1, -2),
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_against_numpy(form, shape, all_scheduled):
+    a, b = inputs(form, shape)
+    found = value_and_gradients(form, *(Tensor(x).clone().realize() for x in (a, b)))
+    for ours, theirs in zip(found, expected(form, a, b), strict=True):
+        np.testing.assert_allclose(ours.numpy(), theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_jit_and_the_switch(form, all_scheduled, monkeypatch):
+    jitted = TinyJit(lambda a, b: value_and_gradients(form, a, b))
+    for seed in range(4):
+        tensors = [Tensor(x).clone().realize() for x in inputs(form, SHAPES[3], seed)]
+        ours = [t.numpy() for t in jitted(*tensors)]
+        monkeypatch.setenv("PICO_KERNELS", "0")
+        for found, plain in zip(ours, value_and_gradients(form, *tensors), strict=True):
+            np.testing.assert_allclose(found, plain.numpy(), rtol=0, atol=1e-4)
+        monkeypatch.delenv("PICO_KERNELS")
+
+
+def test_the_switch_switches(all_scheduled, monkeypatch):
+    x = Tensor.ones(16, 16)
+    monkeypatch.setenv("PICO_KERNELS", "0")
+    assert not kernels._scheduled(x, 16, 16)
+
+
+def test_products_are_computed_once(all_scheduled):
+    """Forward and both gradients: three times 2MNL, and next to nothing else."""
+    a, b = (Tensor.ones(256, 256).contiguous().realize() for _ in range(2))
+    GlobalCounters.reset()
+    value_and_gradients("linear", a, b)
+    assert GlobalCounters.global_ops <= 1.03 * 3 * 2 * 256**3
+
+
+def test_small_or_foreign_products_are_left_to_tinygrad():
+    assert not kernels._scheduled(Tensor.ones(1, 512), 1, 512 * 512)  # decoding one byte
+    assert not kernels._scheduled(Tensor.ones(64, 512, device="NULL"), 64, 512 * 512)
+
+
+def test_threads_share_evenly(monkeypatch):
+    monkeypatch.setattr(kernels, "CPU_COUNT", type("Count", (), {"value": 4}))
+    assert [kernels._threads(n) for n in (1, 2, 3, 8, 9, 10)] == [1, 2, 3, 4, 3, 2]
+
+
+def test_write_into_is_seen_by_a_jit():
+    buffer = Tensor(np.arange(4, dtype=np.int32)).clone().realize()
+    double = TinyJit(lambda x: (x * 2).realize())
+    for step in range(4):
+        write_into(buffer, np.full(4, step, np.int32))
+        assert double(buffer).tolist() == [2 * step] * 4
+    with pytest.raises(AssertionError, match="size"):
+        write_into(buffer, np.zeros(3, np.int32))
