@@ -34,7 +34,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., I] with weight [O, I] -> x @ weight.T [..., O]."""
     *lead, inputs = x.shape
     rows, outputs = math.prod(lead), weight.shape[0]
-    if not _scheduled(x, rows, outputs * inputs):
+    if not _scheduled(x, rows, inputs, outputs):
         return stored(stored(x) @ weight.T)
     x = x.reshape(1, rows, inputs)
     out = _product(x, weight.reshape(1, outputs, inputs))
@@ -43,7 +43,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a [..., M, L] @ b [..., L, N] -> [..., M, N], with the same leading dimensions."""
-    if not _scheduled(a, a.shape[-2], a.shape[-1] * b.shape[-1]):
+    if not _scheduled(a, *a.shape[-2:], b.shape[-1]):
         return stored(stored(a) @ stored(b))
     return matmul_transposed(a, b.transpose(-1, -2))
 
@@ -52,16 +52,17 @@ def matmul_transposed(a: Tensor, b: Tensor) -> Tensor:
     """a [..., M, L] @ b [..., N, L].T -> [..., M, N], with the same leading dimensions."""
     *lead, M, L = a.shape
     N = b.shape[-2]
-    if not _scheduled(a, M, N * L):
+    if not _scheduled(a, M, L, N):
         return stored(stored(a) @ stored(b).transpose(-1, -2))
     return _product(a.reshape(-1, M, L), b.reshape(-1, N, L)).reshape(*lead, M, N)
 
 
-def _scheduled(x: Tensor, rows: int, rest: int) -> bool:
-    """Whether a product of `rows` by `rest` multiplications gets a schedule of its own."""
+def _scheduled(x: Tensor, M: int, L: int, N: int) -> bool:
+    """Whether the product [M, L] @ [L, N] gets a schedule of its own."""
     one_cpu = isinstance(x.device, str) and x.device.split(":")[0] == "CPU"
     enabled = os.environ.get("PICO_KERNELS", "1") != "0" and DEV.renderer != "X86"
-    return one_cpu and enabled and rows >= ROWS and rows * rest >= SMALL
+    # each length is summed over in the product or a gradient; a sum of one term is no loop
+    return one_cpu and enabled and M >= ROWS and min(L, N) > 1 and M * L * N >= SMALL
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

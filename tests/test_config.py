@@ -11,7 +11,7 @@ from pico_tg.files import PicoError
 
 def test_preset_and_file(tmp_path):
     config = Config.preset("xs", dim=372, latent_num_blocks=8, fb_att_window_size=32)
-    assert config.parameters == 10_242_392
+    assert config.parameters == 10_243_208
     config.to_json(tmp_path / "model.json")
     assert Config.from_json(tmp_path / "model.json") == config
     assert json.loads((tmp_path / "model.json").read_text()) == dataclasses.asdict(config)

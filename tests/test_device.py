@@ -11,12 +11,12 @@ from pico_tg.device import find_llvm
 
 NO_LLVM = """
 import ctypes
-load = ctypes.CDLL
-def refuse(name, *rest, **options):
-    if "LLVM" in str(name):
-        raise OSError(name)
-    return load(name, *rest, **options)
-ctypes.CDLL = refuse
+class Refusing(ctypes.CDLL):
+    def __init__(self, name, *rest, **options):
+        if "LLVM" in str(name):
+            raise OSError(name)
+        super().__init__(name, *rest, **options)
+ctypes.CDLL = Refusing
 """
 CHOICE = """
 import pico_tg

@@ -22,7 +22,7 @@ FORMS = {"matmul": matmul, "matmul_transposed": matmul_transposed, "linear": lin
 @pytest.fixture
 def all_scheduled(monkeypatch):
     monkeypatch.setattr(kernels, "SMALL", 0)
-    if not kernels._scheduled(Tensor.ones(8, 8), 8, 8):
+    if not kernels._scheduled(Tensor.ones(8, 8), 8, 8, 8):
         pytest.skip(f"{Device.DEFAULT} has no schedules of ours")
 
 
@@ -82,7 +82,7 @@ def test_jit_and_the_switch(form, all_scheduled, monkeypatch):
 def test_the_switch_switches(all_scheduled, monkeypatch):
     x = Tensor.ones(16, 16)
     monkeypatch.setenv("PICO_KERNELS", "0")
-    assert not kernels._scheduled(x, 16, 16)
+    assert not kernels._scheduled(x, 16, 16, 16)
 
 
 def test_products_are_computed_once(all_scheduled):
@@ -94,8 +94,8 @@ def test_products_are_computed_once(all_scheduled):
 
 
 def test_small_or_foreign_products_are_left_to_tinygrad():
-    assert not kernels._scheduled(Tensor.ones(1, 512), 1, 512 * 512)  # decoding one byte
-    assert not kernels._scheduled(Tensor.ones(64, 512, device="NULL"), 64, 512 * 512)
+    assert not kernels._scheduled(Tensor.ones(1, 512), 1, 512, 512)  # decoding one byte
+    assert not kernels._scheduled(Tensor.ones(64, 512, device="NULL"), 64, 512, 512)
 
 
 def test_threads_share_evenly(monkeypatch):
