@@ -15,8 +15,8 @@ config = pico_tg.Config.preset(
 )
 model = pico_tg.Pico(config)
 settings = {"context_len": 512, "batch_size": 4, "learning_rate": 4e-3, "warmup_steps": 50}
-records = pico_tg.train(model, "python-docs", max_steps=700, epochs=10, **settings)
-for record in (bar := tqdm(records, total=700, unit="step")):
+records = pico_tg.train(model, "python-docs", max_steps=900, epochs=10, **settings)
+for record in (bar := tqdm(records, total=900, unit="step")):
     bar.set_postfix_str(f"{record['bits_per_byte']:.2f} bits/byte")
     if "validation_bits_per_byte" in record:
         bits = record["validation_bits_per_byte"]
