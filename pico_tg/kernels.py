@@ -15,7 +15,7 @@ import math
 import os
 
 import numpy as np
-from tinygrad import Tensor, function
+from tinygrad import Tensor, dtypes, function
 from tinygrad.codegen.opt import Opt, OptOps
 from tinygrad.helpers import CPU_COUNT, DEV
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
@@ -28,6 +28,15 @@ SMALL = 1 << 15
 def stored(x: Tensor) -> Tensor:
     """`x` computed once, and its gradient as well, instead of again inside each consumer."""
     return x.contiguous().contiguous_backward()
+
+
+def as_index(x: Tensor) -> Tensor:
+    """Bytes or integers as int32 in memory.
+
+    tinygrad drops the cast of a lone uint8 that becomes an address, and LLVM then takes the byte
+    for a signed number: 200 would read before the array.
+    """
+    return x.cast(dtypes.int32).contiguous()
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

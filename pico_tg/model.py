@@ -18,7 +18,7 @@ from tinygrad import Tensor, dtypes, nn
 
 from .attention import banded_attention
 from .config import Config
-from .kernels import linear, stored
+from .kernels import as_index, linear, stored
 from .routing import gather, scatter, slots, top_k_decisions
 
 RMS_EPS = 2.0**-23  # float32's machine epsilon
@@ -146,7 +146,7 @@ class Pico:
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Bytes [B, N] -> hidden state [B, N, D] before the latent blocks, router logits [B, N]."""
-        h = self.fb_in(stored(self.embedding(x.cast(dtypes.int32))))
+        h = self.fb_in(stored(self.embedding(as_index(x))))
         # the router's logit is one number a byte: a plain sum is cheaper than a matrix product
         return h, stored((h * self.latent.router.weight[0]).sum(axis=-1))
 
@@ -205,7 +205,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """-log softmax(logits)[target] in nats: logits [..., 256], targets [...] -> [...]."""
     top = logits.max(axis=-1, keepdim=True).detach().contiguous()
     log_sum = (logits - top).exp().sum(axis=-1, keepdim=True).contiguous().log() + top
-    hit = Tensor.arange(256) == targets.cast(dtypes.int32).unsqueeze(-1)
+    hit = Tensor.arange(256) == as_index(targets).unsqueeze(-1)
     return log_sum.squeeze(-1) - hit.where(logits, 0).sum(axis=-1)
 
 

@@ -11,7 +11,7 @@ from tinygrad import Tensor, dtypes, nn
 
 from pico_tg import kernels
 from pico_tg.config import Config
-from pico_tg.model import Pico, loss_fn
+from pico_tg.model import Pico, cross_entropy, loss_fn
 
 ODD = Config(
     dim=22,  # 3 heads of 7: one number of the 22 is in none
@@ -157,6 +157,15 @@ def test_slots_for_fewer_bytes_than_were_chosen_serve_the_first():
     served = decisions & (np.cumsum(decisions, axis=1) <= 3)
     assert served.sum() == 3 < decisions.sum()
     close(logits, oracle.forward(weights, ODD, x, causal=True, decisions=served)[0], 1e-4)
+
+
+@pytest.mark.parametrize("byte", [0, 127, 128, 255])
+def test_a_lone_byte(byte):
+    """One position, one target: tinygrad's gather from a lone uint8 would read out of bounds."""
+    logits = np.random.default_rng(6).standard_normal((1, 1, 1, 256)).astype(np.float32)
+    found = cross_entropy(Tensor(logits), Tensor(np.full((1, 1, 1), byte, np.uint8))).item()
+    expected = np.logaddexp.reduce(logits.astype(np.float64), axis=-1) - logits[..., byte]
+    assert found == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", [dtypes.uint8, dtypes.int32, dtypes.int64])

@@ -1,0 +1,333 @@
+"""SOAP: Adam, run in the slowly turning eigenbasis of Shampoo's preconditioner.
+
+Source: "SOAP: Improving and Stabilizing Shampoo using Adam", arXiv 2409.11321.
+
+For a matrix with gradient G [m, n], two running averages GG of G Gᵀ [m, m] and Gᵀ G [n, n] are
+kept, and for each an orthonormal basis Q of (nearly) its eigenvectors. Adam's moments live in that
+basis: G is turned into it, the update is turned back. The bases follow by one step of orthogonal
+iteration, Q = qr(GG Q), every few steps.
+
+Shape letters: Z parameters of one shape, [m, n, …] that shape, s one of its sides.
+"""
+
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from tinygrad import Tensor, dtypes
+from tinygrad.nn.optim import Optimizer
+
+from .kernels import capturing, product, read, write_into
+
+
+class SOAP(Optimizer):
+    """SOAP (arXiv 2409.11321) as a tinygrad optimizer, for parameters of any number of dimensions.
+
+    - params: float32 tensors; those of equal shape are stacked and share kernels
+    - lr: learning rate; `self.lr` is a Tensor [1] that may be assigned between steps
+    - betas: decay of the first and the second moment
+    - shampoo_beta: decay of GG; None: betas[1]
+    - eps: added to the root of the second moment
+    - weight_decay: decoupled, p -= lr * weight_decay * p after the update; only of parameters of
+      two or more dimensions unless `decay_vectors`
+    - precondition_frequency: updates between two refreshes of the bases
+    - max_precond_dim: a longer side is not rotated
+    - precondition_1d: rotate vectors too; otherwise they get plain Adam
+    - normalize_grads: scale each parameter's update to a root mean square of 1 before lr
+    - correct_bias: Adam's bias correction
+
+    The first gradient only initialises GG and Q; parameters move from the second on. A gradient
+    that is not finite changes nothing: `self.finite` (a bool Tensor [1]) says so after each step.
+
+    `step()` does everything. Under TinyJit, call `schedule_step()` and realize what it returns
+    inside the compiled function, and `refresh()` after each call of it:
+
+        @TinyJit
+        def train_step(x, y):
+            loss = loss_of(x, y)
+            optimizer.zero_grad()
+            loss.backward()
+            return loss.realize(*optimizer.schedule_step())
+
+        loss = train_step(x, y)
+        optimizer.refresh()
+
+    Cost of a step for a matrix [m, n]: 6 m n (m + n) operations on the device. `refresh()` reads
+    one number, and every precondition_frequency steps moves GG, Q and both moments to the host and
+    the latter three back (no copies of GG and Q on a CPU), where NumPy does a product and
+    a QR of 2 s^3 and 8/3 s^3 operations a side of s, and 2 m n (m + n) to turn the momentum.
+    """
+
+    def __init__(
+        self,
+        params: list[Tensor],
+        lr: float = 3e-3,
+        betas: tuple[float, float] = (0.95, 0.95),
+        shampoo_beta: float | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        precondition_frequency: int = 10,
+        max_precond_dim: int = 10000,
+        precondition_1d: bool = False,
+        normalize_grads: bool = False,
+        correct_bias: bool = True,
+        decay_vectors: bool = False,
+    ) -> None:
+        super().__init__(params, lr, fused=False)
+        self.betas = betas
+        self.shampoo_beta = betas[1] if shampoo_beta is None else shampoo_beta
+        for name, beta in (("betas", betas[0]), ("betas", betas[1]), ("shampoo_beta", shampoo_beta)):
+            if beta is not None and not 0 <= beta < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, not {beta}")
+        if precondition_frequency < 1:
+            raise ValueError(f"precondition_frequency must be at least 1, not {precondition_frequency}")
+        self.eps, self.weight_decay, self.decay_vectors = eps, weight_decay, decay_vectors
+        self.precondition_frequency = precondition_frequency
+        self.normalize_grads, self.correct_bias = normalize_grads, correct_bias
+        # gradients averaged in; how many of them the last refresh had seen
+        self.count = self._zeros(1, dtype=dtypes.int32)
+        self.refreshed = self._zeros(1, dtype=dtypes.int32)
+        self.finite = self._zeros(1, dtype=dtypes.bool)
+        shapes = dict.fromkeys(p.shape for p in self.params)
+        self.stacks = [
+            Stack(
+                self,
+                [i for i, p in enumerate(self.params) if p.shape == shape],
+                shape,
+                [
+                    side
+                    for side, size in enumerate(shape)
+                    if 1 < size <= max_precond_dim and (len(shape) > 1 or precondition_1d)
+                ],
+            )
+            for shape in shapes
+        ]
+
+    def _zeros(self, *shape: int, dtype=dtypes.float32) -> Tensor:
+        return self._place(np.zeros(shape, dtype=_numpy(dtype)))
+
+    def _place(self, values: np.ndarray) -> Tensor:
+        """A realised tensor on the parameters' device or devices."""
+        if isinstance(self.device, tuple):
+            return Tensor(values).shard(self.device).contiguous().realize().is_param_(False)
+        return Tensor(values, device=self.device).clone().realize().is_param_(False)
+
+    def _step(
+        self, params: list[Tensor], grads: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Called by `schedule_step`: what to subtract from each parameter, and the state."""
+        finite = Tensor.stack(*[g.sum() for g in grads]).sum().isfinite().reshape(1).contiguous()
+        self.finite.assign(finite)
+        moves = finite & (self.count > 0)  # the first gradient moves nothing
+        t = self.count.maximum(1).cast(dtypes.float32)
+        rate = self.lr
+        if self.correct_bias:
+            corrections = [1 - (t * math.log(beta)).exp() if beta else 1 for beta in self.betas]
+            rate = rate * (corrections[1] ** 0.5) / corrections[0]
+        moves, rate = moves.contiguous(), rate.contiguous()
+        differences: list[Tensor] = [None] * len(params)
+        state = [self.finite]
+        for stack in self.stacks:
+            stacked = Tensor.stack(*[grads[i].cast(dtypes.float32) for i in stack.members])
+            update = stack.step(stacked, finite, moves)
+            decays = self.weight_decay and (len(stack.shape) > 1 or self.decay_vectors)
+            for z, i in enumerate(stack.members):
+                difference = rate * update[z].reshape(*(stack.shape or (1,)))
+                if decays:
+                    left = params[i].detach() - difference
+                    difference = difference + self.lr * self.weight_decay * left
+                difference = moves.where(difference, 0).reshape(stack.shape)
+                differences[i] = difference.cast(params[i].dtype)
+            state += stack.tensors().values()
+        self.count.assign(self.count + finite.cast(dtypes.int32))
+        return differences, [*state, self.count]
+
+    def step(self) -> None:
+        """One optimization step from the parameters' `.grad`, refresh included."""
+        super().step()
+        self.refresh()
+
+    def refresh(self) -> bool:
+        """Renew the bases if that is due; whether it was. To be called after each step.
+
+        Raises RuntimeError inside a function that TinyJit captures, where it would be lost.
+        """
+        if capturing():
+            raise RuntimeError(
+                "SOAP.refresh() runs on the host: inside a TinyJit use schedule_step(), "
+                "and call refresh() after the compiled function"
+            )
+        count, refreshed = int(read(self.count)[0]), int(read(self.refreshed)[0])
+        updates = count - 1
+        due = refreshed == 0 or updates % self.precondition_frequency == 0
+        if count == 0 or count == refreshed or not due:
+            return False
+        for stack in self.stacks:
+            stack.refresh(first=refreshed == 0)
+        write_into(self.refreshed, np.array([count], np.int32))
+        return True
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All state by name: counts, moments, GG and Q, stacked over parameters of one shape."""
+        state = {"count": self.count, "refreshed": self.refreshed}
+        for stack in self.stacks:
+            shape = "x".join(map(str, stack.shape)) or "scalar"
+            state |= {f"{shape}.{name}": tensor for name, tensor in stack.tensors().items()}
+        return state
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        """Overwrite the state. Raises ValueError on a name, shape or dtype that does not fit."""
+        own = self.state_dict()
+        if own.keys() != state.keys():
+            raise ValueError(f"state of another optimizer: {sorted(own.keys() ^ state.keys())[:4]}")
+        for name, tensor in own.items():
+            value, dtype = np.asarray(state[name]), _numpy(tensor.dtype)
+            if value.shape != tensor.shape or value.dtype != dtype:
+                raise ValueError(
+                    f"{name}: {value.dtype} {value.shape} where {dtype} {tensor.shape} is needed"
+                )
+        for name, tensor in own.items():
+            write_into(tensor, np.asarray(state[name]))
+
+
+class Stack:
+    """The state of all parameters of one shape: moments [Z, *shape]; GG and Q [Z, s, s] a side."""
+
+    def __init__(
+        self, optimizer: SOAP, members: list[int], shape: tuple[int, ...], sides: list[int]
+    ) -> None:
+        self.optimizer, self.members, self.shape, self.sides = optimizer, members, shape, sides
+        Z = len(members)
+        self.exp_avg = optimizer._zeros(Z, *shape)
+        self.exp_avg_sq = optimizer._zeros(Z, *shape)
+        self.GG = [optimizer._zeros(Z, shape[side], shape[side]) for side in sides]
+        # until the first refresh: no rotation
+        self.Q = [
+            optimizer._place(np.tile(np.eye(shape[side], dtype=np.float32), (Z, 1, 1)))
+            for side in sides
+        ]
+
+    def tensors(self) -> dict[str, Tensor]:
+        bases = {f"GG{side}": GG for side, GG in zip(self.sides, self.GG, strict=True)}
+        bases |= {f"Q{side}": Q for side, Q in zip(self.sides, self.Q, strict=True)}
+        return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq} | bases
+
+    def step(self, gradient: Tensor, finite: Tensor, moves: Tensor) -> Tensor:
+        """Gradients [Z, *shape] -> updates [Z, *shape] before the learning rate."""
+        optimizer = self.optimizer
+        beta1, beta2 = optimizer.betas
+        gradient = rotated = gradient.contiguous()
+        for side, Q in zip(self.sides, self.Q, strict=True):
+            rotated = _turn(rotated, side, Q, back=False)
+        _lerp(self.exp_avg, rotated, 1 - beta1, moves)
+        _lerp(self.exp_avg_sq, rotated.square(), 1 - beta2, moves)
+        update = (self.exp_avg / (self.exp_avg_sq.sqrt() + optimizer.eps)).contiguous()
+        for side, Q in zip(self.sides, self.Q, strict=True):
+            update = _turn(update, side, Q, back=True)
+        for side, GG in zip(self.sides, self.GG, strict=True):
+            _lerp(GG, _outer(gradient, side), 1 - optimizer.shampoo_beta, finite)
+        if optimizer.normalize_grads:
+            axes = tuple(range(1, update.ndim))
+            size = update.square().mean(axis=axes, keepdim=True).sqrt() if axes else update.abs()
+            update = update / (size + 1e-30)
+        return update.contiguous()
+
+    def refresh(self, first: bool) -> None:
+        """New bases from GG; the momentum turned from the old ones into them."""
+        if not self.sides:
+            return
+        exp_avg, exp_avg_sq = read(self.exp_avg).copy(), read(self.exp_avg_sq).copy()
+        GGs, Qs = [read(GG) for GG in self.GG], [read(Q) for Q in self.Q]
+
+        def renew(z: int, n: int) -> np.ndarray:
+            side = self.sides[n]
+            if first:
+                return eigenvectors(GGs[n][z])
+            Q, order = next_basis(GGs[n][z], Qs[n][z])
+            exp_avg_sq[z] = np.take(exp_avg_sq[z], order, axis=side)
+            moment = np.moveaxis(exp_avg[z], side, 0)
+            turned = (Q.T @ Qs[n][z]) @ moment.reshape(len(Q), -1)
+            exp_avg[z] = np.moveaxis(turned.reshape(moment.shape), 0, side)
+            return Q
+
+        def renew_all(z: int) -> list[np.ndarray]:
+            return [renew(z, n) for n in range(len(self.sides))]
+
+        bases = list(_parallel(renew_all, len(self.members)))
+        for n, Q in enumerate(self.Q):
+            write_into(Q, np.stack([basis[n] for basis in bases]))
+        write_into(self.exp_avg, exp_avg)
+        write_into(self.exp_avg_sq, exp_avg_sq)
+
+
+def eigenvectors(GG: np.ndarray) -> np.ndarray:
+    """Orthonormal eigenvectors of a symmetric float32 [s, s] as columns, largest first."""
+    scale = np.abs(GG).max()
+    if scale == 0:
+        return np.eye(len(GG), dtype=np.float32)
+    for dtype in (np.float32, np.float64):
+        try:
+            vectors = np.linalg.eigh((GG / scale).astype(dtype))[1][:, ::-1]
+        except np.linalg.LinAlgError:
+            continue
+        if np.isfinite(vectors).all():
+            return vectors.astype(np.float32)
+    return np.eye(len(GG), dtype=np.float32)
+
+
+def next_basis(GG: np.ndarray, Q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """One step of orthogonal iteration: float32 [s, s] -> (new basis, the old columns' order).
+
+    The columns of Q are first sorted by their estimated eigenvalues, diag(Qᵀ GG Q), descending.
+    """
+    scale = np.abs(GG).max()
+    image = (GG / scale if scale > 0 else GG) @ Q
+    order = np.argsort(-(Q * image).sum(axis=0), kind="stable")
+    if scale > 0:
+        for dtype in (np.float32, np.float64):
+            basis = np.linalg.qr(image[:, order].astype(dtype))[0]
+            if np.isfinite(basis).all():
+                return basis.astype(np.float32), order
+    return Q[:, order], order
+
+
+def _parallel(function, count: int) -> Iterator:
+    with ThreadPoolExecutor() as pool:
+        yield from pool.map(function, range(count))
+
+
+def _lerp(average: Tensor, value: Tensor, weight: float, when: Tensor) -> None:
+    """average += (value - average) * weight, where the one bool `when` holds."""
+    when = when.reshape(*[1] * average.ndim)
+    average.assign(when.where(average + (value - average) * weight, average))
+
+
+def _front(x: Tensor, side: int) -> tuple[Tensor, list[int]]:
+    """x [Z, *shape] with `side` first and the rest flattened, [Z, s, rest]; and the permuted shape."""
+    axes = [0, side + 1, *[a for a in range(1, x.ndim) if a != side + 1]]
+    moved = x.permute(axes)
+    return moved.reshape(x.shape[0], x.shape[side + 1], -1), list(moved.shape)
+
+
+def _turn(x: Tensor, side: int, Q: Tensor, back: bool) -> Tensor:
+    """x [Z, *shape] times Q [Z, s, s] along `side`: into the basis, or `back` from it."""
+    if side == x.ndim - 2:  # the last: rows of x times Q
+        rows = x.reshape(x.shape[0], -1, x.shape[-1])
+        return product(rows, Q.transpose(1, 2) if back else Q).reshape(x.shape)
+    columns, shape = _front(x, side)
+    turned = product(Q, columns, transposed=not back).reshape(shape)
+    return turned.permute(0, *[1 + (a if a > side else a + 1 if a < side else 0) for a in range(x.ndim - 1)])
+
+
+def _outer(x: Tensor, side: int) -> Tensor:
+    """The products of x [Z, *shape] with itself over all axes but `side`: [Z, s, s]."""
+    if side == x.ndim - 2:
+        rows = x.reshape(x.shape[0], -1, x.shape[-1])
+        return product(rows, rows, transposed=True)
+    columns, _ = _front(x, side)
+    return product(columns, columns.transpose(1, 2))
+
+
+def _numpy(dtype) -> np.dtype:
+    return np.dtype({dtypes.float32: "f4", dtypes.int32: "i4", dtypes.bool: "?"}[dtype])
