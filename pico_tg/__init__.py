@@ -10,9 +10,11 @@ from .data import DataSpec, load_data  # noqa: E402
 from .files import PicoError  # noqa: E402
 from .generate import GeneratedByte, generate  # noqa: E402
 from .model import Pico, loss_fn  # noqa: E402
+from .soap import SOAP  # noqa: E402
 from .train import TrainSettings, train  # noqa: E402
 
 __all__ = [
+    "SOAP",
     "Config",
     "DataSpec",
     "GeneratedByte",

@@ -17,6 +17,8 @@ import os
 import numpy as np
 from tinygrad import Tensor, dtypes, function
 from tinygrad.codegen.opt import Opt, OptOps
+from tinygrad.dtype import _to_np_dtype
+from tinygrad.engine.realize import capturing
 from tinygrad.helpers import CPU_COUNT, DEV
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
@@ -64,6 +66,18 @@ def matmul_transposed(a: Tensor, b: Tensor) -> Tensor:
     if not _scheduled(a, M, L, N):
         return stored(stored(a) @ stored(b).transpose(-1, -2))
     return _product(a.reshape(-1, M, L), b.reshape(-1, N, L)).reshape(*lead, M, N)
+
+
+def product(a: Tensor, b: Tensor, transposed: bool = False) -> Tensor:
+    """a [Z, M, L] @ b [Z, L, N] -> [Z, M, N], with no gradient; `transposed`: a is [Z, L, M]."""
+    M, L = a.shape[:0:-1] if transposed else a.shape[1:]
+    N = b.shape[2]
+    if not _scheduled(a, M, L, N):
+        return ((a.transpose(1, 2) if transposed else a) @ b).contiguous()
+    row_padding, column_padding = _round_up(M, 2 * ROWS) - M, _round_up(N, COLUMNS) - N
+    a = a.pad((None, None, (0, row_padding)) if transposed else (None, (0, row_padding), None))
+    b = b.pad((None, None, (0, column_padding)))
+    return _gemm(a.contiguous(), b.contiguous(), M, N, L, transposed)[:, :M, :N]
 
 
 def _scheduled(x: Tensor, M: int, L: int, N: int) -> bool:
@@ -119,7 +133,9 @@ def _gemm(a: Tensor, b: Tensor, M: int, N: int, L: int, transposed: bool = False
     """
     Z = a.shape[0]
     rows, columns = _round_up(M, 2 * ROWS), _round_up(N, COLUMNS)
-    threads = _threads(Z if Z > 1 else rows // ROWS)
+    # threads share the matrices, or the rows if those divide better
+    by_rows = _threads(rows // ROWS) > _threads(Z)
+    threads = _threads(rows // ROWS if by_rows else Z)
 
     def kernel(C: UOp, A: UOp, B: UOp) -> UOp:
         m, n = UOp.range(rows, 1), UOp.range(columns, 2)
@@ -128,7 +144,8 @@ def _gemm(a: Tensor, b: Tensor, M: int, N: int, L: int, transposed: bool = False
         left = A[z, l, m] if transposed else A[z, m, l]
         total = (left * B[z, l, n]).reduce(l, arg=Ops.ADD)
         outer = 1 if Z > 1 else 0
-        opts = [Opt(OptOps.THREAD, 0, threads)] if threads > 1 else []
+        thread_axis = outer if by_rows else 0
+        opts = [Opt(OptOps.THREAD, thread_axis, threads)] if threads > 1 else []
         # columns first: an axis that an upcast uses up is gone, and later ones move forward
         opts += [Opt(OptOps.UPCAST, outer + 1, COLUMNS), Opt(OptOps.UPCAST, outer, ROWS)]
         if L % 4 == 0:
@@ -153,6 +170,27 @@ def _round_up(size: int, multiple: int) -> int:
 
 
 def write_into(x: Tensor, values: np.ndarray) -> None:
-    """Overwrite the realised tensor `x` in place; cheaper than a new Tensor, and jits keep it."""
+    """Overwrite the realised tensor `x` in place; cheaper than a new Tensor, and jits keep it.
+
+    On several devices, each holds all of it.
+    """
     assert values.dtype.itemsize * values.size == x.nbytes(), "size of the buffer"
-    x.uop.buffer.copyin(memoryview(np.ascontiguousarray(values)).cast("B"))
+    for buffer in _buffers(x):
+        buffer.copyin(memoryview(np.ascontiguousarray(values)).cast("B"))
+
+
+def read(x: Tensor) -> np.ndarray:
+    """The values of the realised tensor `x`; on a CPU its very memory, not a copy."""
+    buffer = _buffers(x)[0]
+    memory = buffer.as_memoryview(allow_zero_copy=True)[: x.nbytes()]
+    return np.frombuffer(memory, _to_np_dtype(x.dtype)).reshape(x.shape)
+
+
+def _buffers(x: Tensor) -> list:
+    buffer = x.uop.buffer
+    return getattr(buffer, "bufs", [buffer])
+
+
+def is_capturing() -> bool:
+    """Whether a TinyJit is recording: what runs on the host now would be lost in its replays."""
+    return bool(capturing)

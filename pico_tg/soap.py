@@ -11,14 +11,15 @@ Shape letters: Z parameters of one shape, [m, n, …] that shape, s one of its s
 """
 
 import math
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from tinygrad import Tensor, dtypes
 from tinygrad.nn.optim import Optimizer
 
-from .kernels import capturing, product, read, write_into
+from . import linalg
+from .kernels import is_capturing, product, read, write_into
 
 
 class SOAP(Optimizer):
@@ -77,11 +78,17 @@ class SOAP(Optimizer):
         super().__init__(params, lr, fused=False)
         self.betas = betas
         self.shampoo_beta = betas[1] if shampoo_beta is None else shampoo_beta
-        for name, beta in (("betas", betas[0]), ("betas", betas[1]), ("shampoo_beta", shampoo_beta)):
+        for name, beta in (
+            ("betas", betas[0]),
+            ("betas", betas[1]),
+            ("shampoo_beta", shampoo_beta),
+        ):
             if beta is not None and not 0 <= beta < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, not {beta}")
         if precondition_frequency < 1:
-            raise ValueError(f"precondition_frequency must be at least 1, not {precondition_frequency}")
+            raise ValueError(
+                f"precondition_frequency must be at least 1, not {precondition_frequency}"
+            )
         self.eps, self.weight_decay, self.decay_vectors = eps, weight_decay, decay_vectors
         self.precondition_frequency = precondition_frequency
         self.normalize_grads, self.correct_bias = normalize_grads, correct_bias
@@ -113,9 +120,7 @@ class SOAP(Optimizer):
             return Tensor(values).shard(self.device).contiguous().realize().is_param_(False)
         return Tensor(values, device=self.device).clone().realize().is_param_(False)
 
-    def _step(
-        self, params: list[Tensor], grads: list[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    def _step(self, params: list[Tensor], grads: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Called by `schedule_step`: what to subtract from each parameter, and the state."""
         finite = Tensor.stack(*[g.sum() for g in grads]).sum().isfinite().reshape(1).contiguous()
         self.finite.assign(finite)
@@ -153,7 +158,7 @@ class SOAP(Optimizer):
 
         Raises RuntimeError inside a function that TinyJit captures, where it would be lost.
         """
-        if capturing():
+        if is_capturing():
             raise RuntimeError(
                 "SOAP.refresh() runs on the host: inside a TinyJit use schedule_step(), "
                 "and call refresh() after the compiled function"
@@ -163,8 +168,11 @@ class SOAP(Optimizer):
         due = refreshed == 0 or updates % self.precondition_frequency == 0
         if count == 0 or count == refreshed or not due:
             return False
-        for stack in self.stacks:
-            stack.refresh(first=refreshed == 0)
+        # the longest first: what is left at the end should be short
+        stacks = sorted(self.stacks, key=lambda stack: -max(stack.shape, default=0))
+        linalg.parallel(task for s in stacks for task in s.refresh(first=refreshed == 0))
+        for stack in stacks:
+            stack.finish_refresh()
         write_into(self.refreshed, np.array([count], np.int32))
         return True
 
@@ -233,68 +241,46 @@ class Stack:
             update = update / (size + 1e-30)
         return update.contiguous()
 
-    def refresh(self, first: bool) -> None:
-        """New bases from GG; the momentum turned from the old ones into them."""
+    def refresh(self, first: bool) -> list[Callable[[], None]]:
+        """Tasks, one a parameter, that renew its bases from GG and turn its moments into them."""
         if not self.sides:
-            return
-        exp_avg, exp_avg_sq = read(self.exp_avg).copy(), read(self.exp_avg_sq).copy()
-        GGs, Qs = [read(GG) for GG in self.GG], [read(Q) for Q in self.Q]
+            return []
+        self.host = [read(x).copy() for x in (self.exp_avg, self.exp_avg_sq, *self.Q)]
+        GGs = [read(GG) for GG in self.GG]
+        return [
+            partial(_refresh, self.sides, [GG[z] for GG in GGs], [x[z] for x in self.host], first)
+            for z in range(len(self.members))
+        ]
 
-        def renew(z: int, n: int) -> np.ndarray:
-            side = self.sides[n]
-            if first:
-                return eigenvectors(GGs[n][z])
-            Q, order = next_basis(GGs[n][z], Qs[n][z])
-            exp_avg_sq[z] = np.take(exp_avg_sq[z], order, axis=side)
-            moment = np.moveaxis(exp_avg[z], side, 0)
-            turned = (Q.T @ Qs[n][z]) @ moment.reshape(len(Q), -1)
-            exp_avg[z] = np.moveaxis(turned.reshape(moment.shape), 0, side)
-            return Q
-
-        def renew_all(z: int) -> list[np.ndarray]:
-            return [renew(z, n) for n in range(len(self.sides))]
-
-        bases = list(_parallel(renew_all, len(self.members)))
-        for n, Q in enumerate(self.Q):
-            write_into(Q, np.stack([basis[n] for basis in bases]))
-        write_into(self.exp_avg, exp_avg)
-        write_into(self.exp_avg_sq, exp_avg_sq)
+    def finish_refresh(self) -> None:
+        """Write back what the tasks have computed."""
+        if self.sides:
+            for tensor, values in zip(
+                (self.exp_avg, self.exp_avg_sq, *self.Q), self.host, strict=True
+            ):
+                write_into(tensor, values)
+            del self.host
 
 
-def eigenvectors(GG: np.ndarray) -> np.ndarray:
-    """Orthonormal eigenvectors of a symmetric float32 [s, s] as columns, largest first."""
-    scale = np.abs(GG).max()
-    if scale == 0:
-        return np.eye(len(GG), dtype=np.float32)
-    for dtype in (np.float32, np.float64):
-        try:
-            vectors = np.linalg.eigh((GG / scale).astype(dtype))[1][:, ::-1]
-        except np.linalg.LinAlgError:
+def _refresh(sides: list[int], GGs: list[np.ndarray], host: list[np.ndarray], first: bool) -> None:
+    """The refresh of one parameter, in place: `host` is exp_avg, exp_avg_sq and a Q for each GG."""
+    exp_avg, exp_avg_sq, *Qs = host
+    for side, GG, Q in zip(sides, GGs, Qs, strict=True):
+        scale = np.abs(GG).max()
+        if scale == 0:  # no gradient yet
             continue
-        if np.isfinite(vectors).all():
-            return vectors.astype(np.float32)
-    return np.eye(len(GG), dtype=np.float32)
-
-
-def next_basis(GG: np.ndarray, Q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """One step of orthogonal iteration: float32 [s, s] -> (new basis, the old columns' order).
-
-    The columns of Q are first sorted by their estimated eigenvalues, diag(Qᵀ GG Q), descending.
-    """
-    scale = np.abs(GG).max()
-    image = (GG / scale if scale > 0 else GG) @ Q
-    order = np.argsort(-(Q * image).sum(axis=0), kind="stable")
-    if scale > 0:
-        for dtype in (np.float32, np.float64):
-            basis = np.linalg.qr(image[:, order].astype(dtype))[0]
-            if np.isfinite(basis).all():
-                return basis.astype(np.float32), order
-    return Q[:, order], order
-
-
-def _parallel(function, count: int) -> Iterator:
-    with ThreadPoolExecutor() as pool:
-        yield from pool.map(function, range(count))
+        if first:  # the moments are zero
+            Q[:] = linalg.eigenvectors(GG / scale)
+            continue
+        image = (GG / scale) @ Q
+        # by the estimated eigenvalues, diag(Qᵀ GG Q), descending
+        order = np.argsort(-np.einsum("ij,ij->j", Q, image), kind="stable")
+        new = linalg.qr(image[:, order])
+        exp_avg_sq[:] = np.take(exp_avg_sq, order, axis=side)
+        moment = np.moveaxis(exp_avg, side, 0)
+        turned = new.T @ (Q @ moment.reshape(len(Q), -1))
+        exp_avg[:] = np.moveaxis(turned.reshape(moment.shape), 0, side)
+        Q[:] = new
 
 
 def _lerp(average: Tensor, value: Tensor, weight: float, when: Tensor) -> None:
@@ -304,10 +290,9 @@ def _lerp(average: Tensor, value: Tensor, weight: float, when: Tensor) -> None:
 
 
 def _front(x: Tensor, side: int) -> tuple[Tensor, list[int]]:
-    """x [Z, *shape] with `side` first and the rest flattened, [Z, s, rest]; and the permuted shape."""
+    """x [Z, *shape] with `side` first and the rest flattened, [Z, s, rest]; and the axes' order."""
     axes = [0, side + 1, *[a for a in range(1, x.ndim) if a != side + 1]]
-    moved = x.permute(axes)
-    return moved.reshape(x.shape[0], x.shape[side + 1], -1), list(moved.shape)
+    return x.permute(axes).reshape(x.shape[0], x.shape[side + 1], -1), axes
 
 
 def _turn(x: Tensor, side: int, Q: Tensor, back: bool) -> Tensor:
@@ -315,9 +300,11 @@ def _turn(x: Tensor, side: int, Q: Tensor, back: bool) -> Tensor:
     if side == x.ndim - 2:  # the last: rows of x times Q
         rows = x.reshape(x.shape[0], -1, x.shape[-1])
         return product(rows, Q.transpose(1, 2) if back else Q).reshape(x.shape)
-    columns, shape = _front(x, side)
-    turned = product(Q, columns, transposed=not back).reshape(shape)
-    return turned.permute(0, *[1 + (a if a > side else a + 1 if a < side else 0) for a in range(x.ndim - 1)])
+    columns, axes = _front(x, side)
+    turned = product(Q, columns, transposed=not back)
+    return turned.reshape([x.shape[a] for a in axes]).permute(
+        [axes.index(a) for a in range(x.ndim)]
+    )
 
 
 def _outer(x: Tensor, side: int) -> Tensor:
