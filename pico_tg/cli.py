@@ -20,7 +20,7 @@ from .device import describe_backend
 from .files import PicoError
 from .generate import GeneratedByte, generate
 from .model import Pico
-from .train import TrainSettings, train
+from .train import OPTIMIZERS, TrainSettings, train
 
 CONFIG_HELP = {
     "dim": "width of the residual stream",
@@ -45,6 +45,7 @@ TRAIN_HELP = {
     "validation_interval": "measure on the held-out data every so many steps, and at the end",
     "checkpoint_interval": "write the weights every so many steps, and at the end",
     "validation_bytes": "measure on at most so many held-out bytes",
+    "optimizer": "SOAP, or AdamW",
     "seed": "decides the fresh weights and the order of the data",
 }
 DATA_HELP = {
@@ -118,9 +119,10 @@ def build_parser() -> Parser:
         help="start from these weights (.safetensors) instead of fresh ones",
     )  # fmt: skip
     for field in dataclasses.fields(TrainSettings):
+        choice = {"choices": OPTIMIZERS} if field.name == "optimizer" else {"metavar": "N"}
         training.add_argument(
-            flag(field.name), type=field.type, metavar="N", default=field.default,
-            help=TRAIN_HELP[field.name],
+            flag(field.name), type=field.type, default=field.default,
+            help=TRAIN_HELP[field.name], **choice,
         )  # fmt: skip
     training.set_defaults(function=command_train)
 

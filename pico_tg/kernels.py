@@ -144,12 +144,12 @@ def _gemm(a: Tensor, b: Tensor, M: int, N: int, L: int, transposed: bool = False
         left = A[z, l, m] if transposed else A[z, m, l]
         total = (left * B[z, l, n]).reduce(l, arg=Ops.ADD)
         outer = 1 if Z > 1 else 0
-        thread_axis = outer if by_rows else 0
-        opts = [Opt(OptOps.THREAD, thread_axis, threads)] if threads > 1 else []
-        # columns first: an axis that an upcast uses up is gone, and later ones move forward
-        opts += [Opt(OptOps.UPCAST, outer + 1, COLUMNS), Opt(OptOps.UPCAST, outer, ROWS)]
+        # from the last axis to the first: one that is used up is gone, and later ones move forward
+        opts = [Opt(OptOps.UPCAST, outer + 1, COLUMNS), Opt(OptOps.UPCAST, outer, ROWS)]
         if L % 4 == 0:
             opts.append(Opt(OptOps.UNROLL, 0, 4))
+        if threads > 1:
+            opts.append(Opt(OptOps.THREAD, outer if by_rows else 0, threads))
         info = KernelInfo(
             name=f"gemm{'_t' if transposed else ''}_{Z}_{M}_{N}_{L}", opts_to_apply=tuple(opts)
         )

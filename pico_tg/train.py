@@ -21,10 +21,12 @@ from .checkpoint import checkpoint_path, list_checkpoints, save_weights
 from .data import Corpus, Data, DataSpec, Windows, load_data
 from .files import PicoError, atomic_write
 from .model import Pico, cross_entropy, loss_fn
+from .soap import SOAP
 
 Record = dict[str, Any]
 
 
+OPTIMIZERS = ("soap", "adamw")
 MAY_BE_ZERO = ("learning_rate", "weight_decay", "warmup_steps", "seed")
 
 
@@ -38,6 +40,7 @@ class TrainSettings:
     - grad_accumulation_steps: micro-batches whose gradients are averaged for one step
     - validation_interval, checkpoint_interval: in steps; both also happen at the end
     - validation_bytes: measure on at most this many held-out bytes, the same ones every time
+    - optimizer: soap or adamw
     - seed: order of the windows (and fresh weights, on the command line)
     """
 
@@ -52,11 +55,16 @@ class TrainSettings:
     validation_interval: int = 100
     checkpoint_interval: int = 500
     validation_bytes: int = 1 << 18
+    optimizer: str = "soap"
     seed: int = 0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if field.name == "optimizer":
+                if value not in OPTIMIZERS:
+                    raise PicoError(f"optimizer must be {' or '.join(OPTIMIZERS)}, not {value!r}")
+                continue
             whole = field.type is int
             least = 0 if field.name in MAY_BE_ZERO else 1
             kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
@@ -83,6 +91,16 @@ def inputs_and_targets(windows: Tensor, next_tokens: int) -> tuple[Tensor, Tenso
     return windows[:, :N].contiguous(), targets.contiguous()
 
 
+def adamw(parameters: list[Tensor], weight_decay: float) -> nn.optim.OptimizerGroup:
+    """AdamW with decay on matrices only."""
+    matrices = [p for p in parameters if p.ndim >= 2]
+    vectors = [p for p in parameters if p.ndim < 2]
+    return nn.optim.OptimizerGroup(
+        nn.optim.AdamW(matrices, lr=0.0, weight_decay=weight_decay),
+        nn.optim.AdamW(vectors, lr=0.0, weight_decay=0.0),
+    )
+
+
 class TrainStep:
     """One optimizer step on [A, B, N + T] bytes, compiled: A micro-batches, averaged.
 
@@ -93,13 +111,12 @@ class TrainStep:
     def __init__(self, model: Pico, settings: TrainSettings) -> None:
         self.model, self.settings = model, settings
         self.parameters = nn.state.get_parameters(model)
-        matrices = [p for p in self.parameters if p.ndim >= 2]
-        vectors = [p for p in self.parameters if p.ndim < 2]
-        adamw = [(matrices, settings.weight_decay), (vectors, 0.0)]
-        self.optimizer = nn.optim.OptimizerGroup(
-            *[nn.optim.AdamW(params, lr=0.0, weight_decay=decay) for params, decay in adamw]
-        )
-        self.rates = [part.lr for part in self.optimizer.optimizers]
+        if settings.optimizer == "soap":
+            self.optimizer = SOAP(self.parameters, lr=0.0, weight_decay=settings.weight_decay)
+            self.rates = [self.optimizer.lr]
+        else:
+            self.optimizer = adamw(self.parameters, settings.weight_decay)
+            self.rates = [part.lr for part in self.optimizer.optimizers]
         self.sums: list[Tensor] = []
         if settings.grad_accumulation_steps > 1:
             self.sums = [Tensor.zeros(*p.shape).contiguous().realize() for p in self.parameters]
@@ -116,12 +133,16 @@ class TrainStep:
         return Tensor.stack(loss, aux_loss, next_byte_loss, rate).detach(), gradients
 
     def _apply(self, gradients: list[Tensor], lr: Tensor) -> Tensor:
-        """Update the parameters; float32 scalar: 1 if the gradients were finite, else 0."""
-        finite = Tensor.stack(*[g.sum() for g in gradients]).sum().isfinite().contiguous()
+        """Update the parameters; float32 [1]: 1 if the gradients were finite, else 0."""
+        if isinstance(self.optimizer, SOAP):  # leaves everything as it is if they are not
+            finite = self.optimizer.finite
+        else:
+            finite = Tensor.stack(*[g.sum() for g in gradients]).sum().isfinite().contiguous()
+            lr, gradients = finite.where(lr, 0.0), [finite.where(g, 0.0) for g in gradients]
         for rate in self.rates:
-            rate.assign(finite.where(lr, 0.0))
+            rate.assign(lr)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = finite.where(gradient, 0.0)
+            parameter.grad = gradient
         updated = self.optimizer.schedule_step()
         self.optimizer.zero_grad()
         Tensor.realize(*updated, *self.rates)
@@ -148,10 +169,13 @@ class TrainStep:
         rate = Tensor([lr], dtype=dtypes.float32).realize()
         with Tensor.train():
             if len(batches) == 1:
-                return self.whole_step(Tensor(batches[0]).realize(), rate).numpy()
-            losses = [self.accumulate(Tensor(batch).realize()).numpy() for batch in batches]
-            finite = self.update(rate).numpy()
-            return np.concatenate([np.mean(losses, axis=0), finite])
+                losses = self.whole_step(Tensor(batches[0]).realize(), rate).numpy()
+            else:
+                parts = [self.accumulate(Tensor(batch).realize()).numpy() for batch in batches]
+                losses = np.concatenate([np.mean(parts, axis=0), self.update(rate).numpy()])
+        if isinstance(self.optimizer, SOAP):
+            self.optimizer.refresh()
+        return losses
 
 
 class Validation:

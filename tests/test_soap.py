@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tinygrad import Tensor, TinyJit
+from tinygrad import GlobalCounters, Tensor, TinyJit, nn
 
 from pico_tg import SOAP
 from pico_tg.kernels import write_into
@@ -43,3 +43,263 @@ def test_recorded_trajectories(jit):
             ]
             worst = np.maximum(worst, errors)
     assert (worst <= 5e-5).all(), worst
+
+
+class Rendering:
+    """One parameter's SOAP in plain float64 NumPy, to be told the first bases."""
+
+    def __init__(self, p, sides, lr, decay, normalize=False, correct=True, beta=(0.95, 0.95)):
+        self.p, self.sides, self.lr, self.decay = p.astype(np.float64), sides, lr, decay
+        self.normalize, self.correct, self.beta = normalize, correct, beta
+        self.m, self.v = np.zeros_like(self.p), np.zeros_like(self.p)
+        self.GG = [np.zeros((p.shape[side],) * 2) for side in sides]
+        self.Q: list[np.ndarray] = []
+        self.steps = -1
+
+    def turn(self, x, back=False):
+        for side, Q in zip(self.sides, self.Q, strict=True):
+            x = np.moveaxis(np.tensordot(Q if back else Q.T, x, axes=(1, side)), 0, side)
+        return x
+
+    def step(self, g, first_Q=None):
+        g = g.astype(np.float64)
+        self.steps += 1
+        t, (b1, b2) = self.steps, self.beta
+        if t > 0:
+            turned = self.turn(g)
+            self.m = b1 * self.m + (1 - b1) * turned
+            self.v = b2 * self.v + (1 - b2) * turned**2
+            update = self.turn(self.m / (np.sqrt(self.v) + 1e-8), back=True)
+            if self.normalize:
+                update /= np.sqrt((update**2).mean())
+            rate = self.lr * (np.sqrt(1 - b2**t) / (1 - b1**t) if self.correct else 1)
+            self.p = self.p - rate * update
+            self.p = self.p - self.lr * self.decay * self.p
+        for n, side in enumerate(self.sides):
+            rows = np.moveaxis(g, side, 0).reshape(g.shape[side], -1)
+            self.GG[n] = b2 * self.GG[n] + (1 - b2) * rows @ rows.T
+        if t == 0:
+            self.Q = [Q.astype(np.float64) for Q in first_Q]
+        elif t % 10 == 0:
+            m = self.turn(self.m, back=True)
+            for n, side in enumerate(self.sides):
+                order = np.argsort(-np.diag(self.Q[n].T @ self.GG[n] @ self.Q[n]), kind="stable")
+                self.v = np.take(self.v, order, axis=side)
+                self.Q[n] = np.linalg.qr(self.GG[n] @ self.Q[n][:, order])[0]
+            self.m = self.turn(m)
+
+
+CASES = {  # shape, options, rotated sides
+    "matrix": ((12, 8), {}, [0, 1]),
+    "three dimensions": ((4, 5, 6), {}, [0, 1, 2]),
+    "four dimensions": ((3, 2, 4, 3), {}, [0, 1, 2, 3]),
+    "a long side": ((6, 30), {"max_precond_dim": 20}, [0]),
+    "a side of one": ((1, 9), {}, [1]),
+    "both sides one": ((1, 1), {}, []),
+    "vector": ((10,), {}, []),
+    "rotated vector": ((10,), {"precondition_1d": True}, [0]),
+    "scalar": ((), {}, []),
+    "normalized": ((9, 7), {"normalize_grads": True}, [0, 1]),
+    "uncorrected": ((9, 7), {"correct_bias": False}, [0, 1]),
+    "one moment": ((5, 7), {"betas": (0.0, 0.9)}, [0, 1]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_against_numpy(case):
+    shape, options, sides = CASES[case]
+    rng = np.random.default_rng(0)
+    start = np.asarray(rng.standard_normal(shape), np.float32)
+    p = Tensor(start.reshape(-1)).reshape(shape).clone().realize()
+    optimizer = SOAP([p], lr=1e-2, weight_decay=0.1, **options)
+    assert optimizer.stacks[0].sides == sides
+    slow = Rendering(
+        start,
+        sides,
+        1e-2,
+        0.1 if len(shape) > 1 else 0,
+        options.get("normalize_grads", False),
+        options.get("correct_bias", True),
+        options.get("betas", (0.95, 0.95)),
+    )
+    scales = rng.uniform(0.1, 3, shape)
+    with Tensor.train():
+        for step in range(22):
+            g = np.asarray(rng.standard_normal(shape) * scales, np.float32)
+            p.grad = Tensor(g.reshape(-1)).reshape(shape)
+            optimizer.step()
+            slow.step(g, [Q.numpy()[0] for Q in optimizer.stacks[0].Q] if step == 0 else None)
+    np.testing.assert_allclose(p.numpy(), slow.p, rtol=0, atol=1e-4)
+
+
+def parameters(seed=0, shapes=((6, 4), (6, 4), (5,), (6, 4), (5,), (3, 3))):
+    rng = np.random.default_rng(seed)
+    return [Tensor(rng.standard_normal(s).astype(np.float32)).clone().realize() for s in shapes]
+
+
+def gradients(step, params):
+    rng = np.random.default_rng([step, 1])
+    return [rng.standard_normal(p.shape).astype(np.float32) for p in params]
+
+
+def run(optimizer, params, steps, zero=()):
+    with Tensor.train():
+        for step in steps:
+            for i, (p, g) in enumerate(zip(params, gradients(step, params), strict=True)):
+                p.grad = Tensor(g * (i not in zero))
+            optimizer.step()
+    return [p.numpy() for p in params]
+
+
+def test_stacked_is_the_same_as_one_by_one():
+    together, apart = parameters(), parameters()
+    optimizer = SOAP(together)
+    assert len(optimizer.stacks) == 3
+    expected = [run_alone(p, i) for i, p in enumerate(apart)]
+    for ours, theirs in zip(run(optimizer, together, range(13)), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+
+
+def run_alone(p, index):
+    optimizer = SOAP([p])
+    everything = parameters()
+    with Tensor.train():
+        for step in range(13):
+            p.grad = Tensor(gradients(step, everything)[index])
+            optimizer.step()
+    return p.numpy()
+
+
+@pytest.mark.parametrize("pause", [1, 5, 10, 11])
+def test_state_saves_and_loads_exactly(pause):
+    straight = run(SOAP(params := parameters()), params, range(15))
+    first = SOAP(params := parameters())
+    half = run(first, params, range(pause))
+    state = {name: t.numpy().copy() for name, t in first.state_dict().items()}
+    resumed = [Tensor(p).clone().realize() for p in half]
+    second = SOAP(resumed)
+    second.load_state_dict(state)
+    for ours, theirs in zip(run(second, resumed, range(pause, 15)), straight, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_foreign_state_is_refused():
+    optimizer = SOAP(parameters())
+    state = {name: t.numpy() for name, t in optimizer.state_dict().items()}
+    with pytest.raises(ValueError, match="another optimizer"):
+        optimizer.load_state_dict({k: v for k, v in state.items() if k != "count"})
+    with pytest.raises(ValueError, match=r"6x4\.Q0"):
+        optimizer.load_state_dict(state | {"6x4.Q0": state["6x4.Q0"][:1]})
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+@pytest.mark.parametrize("when", [0, 1, 10])
+def test_a_gradient_that_is_not_finite_changes_nothing(poison, when):
+    params = parameters()
+    optimizer = SOAP(params)
+    run(optimizer, params, range(when))
+    before = [t.numpy().copy() for t in (*params, *optimizer.state_dict().values())]
+    with Tensor.train():
+        for i, (p, g) in enumerate(zip(params, gradients(when, params), strict=True)):
+            if i == 1:
+                g[2, 1] = poison
+            p.grad = Tensor(g)
+        optimizer.step()
+    assert not optimizer.finite.item()
+    after = [t.numpy() for t in (*params, *optimizer.state_dict().values())]
+    for old, new in zip(before, after, strict=True):
+        np.testing.assert_array_equal(old, new)
+    # and it goes on as if that gradient had never been
+    expected = run(SOAP(other := parameters()), other, range(12))
+    for ours, theirs in zip(run(optimizer, params, range(when, 12)), expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert optimizer.finite.item()
+
+
+def test_zero_and_rank_deficient_gradients():
+    """What is never used stays: a column, a parameter. (Rows of a tall matrix mix at first.)"""
+    params = parameters()
+    start = [p.numpy().copy() for p in params]
+    optimizer = SOAP(params, weight_decay=0)
+    rng = np.random.default_rng(3)
+    with Tensor.train():
+        for _ in range(25):
+            for i, p in enumerate(params):
+                g = rng.standard_normal(p.shape).astype(np.float32)
+                if i == 0:
+                    g[:, 2] = 0
+                if i == 3:
+                    g = np.outer(g[:, 0], g[0]).astype(np.float32)
+                p.grad = Tensor(g * (i != 1))
+            optimizer.step()
+    after = [p.numpy() for p in params]
+    assert all(np.isfinite(p).all() for p in after)
+    np.testing.assert_allclose(after[0][:, 2], start[0][:, 2], rtol=0, atol=1e-4)
+    np.testing.assert_array_equal(after[1], start[1])
+    assert np.abs(after[0] - start[0]).max() > 1e-3
+    for tensors in ([t.numpy() for t in stack.Q] for stack in optimizer.stacks):
+        for Q in tensors:
+            identity = np.broadcast_to(np.eye(Q.shape[1]), Q.shape)
+            np.testing.assert_allclose(Q.swapaxes(1, 2) @ Q, identity, atol=1e-5)
+
+
+def test_refresh_inside_a_jit_is_refused():
+    params = parameters()
+    optimizer = SOAP(params)
+
+    @TinyJit
+    def step(x):
+        for p in params:
+            p.grad = x + p * 0
+        optimizer.step()
+
+    with Tensor.train():
+        step(Tensor([1.0]).realize())  # the first call is not recorded
+        with pytest.raises(RuntimeError, match="after the compiled function"):
+            step(Tensor([1.0]).realize())
+
+
+def test_operations_of_a_step():
+    """6mn(m+n) for each matrix, and at most a fifth more for the rest of the update."""
+    shapes = [(372, 372), (744, 372), (744, 372), (372,)]
+    params = [Tensor.ones(*shape).contiguous().realize() for shape in shapes]
+    optimizer = SOAP(params)
+    for p in params:
+        p.grad = Tensor.ones(*p.shape).contiguous().realize()
+    with Tensor.train():
+        GlobalCounters.reset()
+        Tensor.realize(*optimizer.schedule_step())
+    analytic = sum(6 * s[0] * s[1] * sum(s) for s in shapes if len(s) == 2)
+    assert analytic <= GlobalCounters.global_ops <= 1.2 * analytic
+
+
+@pytest.mark.parametrize(
+    "options", [{"betas": (1.0, 0.9)}, {"precondition_frequency": 0}, {"lr": -1}]
+)
+def test_bad_options(options):
+    with pytest.raises(ValueError, match=r"betas|frequency|learning rate"):
+        SOAP(parameters(), **options)
+
+
+def test_docstring_example_learns():
+    """The recipe in the docstring, on another model."""
+    Tensor.manual_seed(0)
+    layers = [nn.Linear(4, 16), nn.Linear(16, 1)]
+    params = [t for layer in layers for t in (layer.weight, layer.bias)]
+    optimizer = SOAP(params, lr=3e-2)
+    x = Tensor(np.random.default_rng(0).standard_normal((64, 4)).astype(np.float32)).realize()
+    y = (x[:, :1] * x[:, 1:2]).realize()
+
+    @TinyJit
+    def train_step(x, y):
+        loss = (layers[1](layers[0](x).tanh()) - y).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        return loss.realize(*optimizer.schedule_step())
+
+    losses = []
+    with Tensor.train():
+        for _ in range(150):
+            losses.append(train_step(x, y).item())
+            optimizer.refresh()
+    assert losses[-1] < 0.1 * losses[0]

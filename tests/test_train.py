@@ -110,7 +110,9 @@ def test_step_is_adamw_on_the_mean_gradient(accumulation):
     rng = np.random.default_rng(0)
     batches = batch(rng, 4, accumulation, 2, 40 + CONFIG.next_tokens)
     model, other = make(), make()
-    settings = TrainSettings(weight_decay=0.1, grad_accumulation_steps=accumulation)
+    settings = TrainSettings(
+        weight_decay=0.1, grad_accumulation_steps=accumulation, optimizer="adamw"
+    )
     step = TrainStep(model, settings)
     for b in batches:
         losses = step(b, 1e-2)
@@ -132,14 +134,15 @@ def test_step_is_adamw_on_the_mean_gradient(accumulation):
         assert np.abs(value - expected[name]).mean() < 2e-5, name
 
 
-def test_jitted_equals_unjitted():
+@pytest.mark.parametrize("optimizer", ["soap", "adamw"])
+def test_jitted_equals_unjitted(optimizer):
     rng = np.random.default_rng(1)
     batches = batch(rng, 4, 1, 2, 40 + CONFIG.next_tokens)
     results = []
     for jit in (1, 0):
         model = make()
         with Context(JIT=jit):
-            step = TrainStep(model, TrainSettings())
+            step = TrainStep(model, TrainSettings(optimizer=optimizer))
             losses = [step(b, 1e-2) for b in batches]
         results.append((losses, weights(model)))
     (a, weights_a), (b, weights_b) = results
@@ -147,9 +150,10 @@ def test_jitted_equals_unjitted():
     assert all(np.abs(weights_a[k] - weights_b[k]).max() < 1e-4 for k in weights_a)
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing():
+@pytest.mark.parametrize("optimizer", ["soap", "adamw"])
+def test_a_gradient_that_is_not_finite_changes_nothing(optimizer):
     model = make()
-    step = TrainStep(model, TrainSettings())
+    step = TrainStep(model, TrainSettings(optimizer=optimizer))
     windows = batch(np.random.default_rng(2), 1, 2, 40 + CONFIG.next_tokens)
     for _ in range(3):
         step(windows, 1e-2)
@@ -259,6 +263,7 @@ def test_validation_when_the_router_takes_every_byte(text):
         ({"batch_size": 0}, "batch_size"),
         ({"learning_rate": math.nan}, "learning_rate"),
         ({"max_steps": 1.5}, "max_steps"),
+        ({"optimizer": "sgd"}, "soap or adamw"),
         ({"depth": 3}, "depth"),
         ({"context_len": 10**6}, "window"),
     ],
