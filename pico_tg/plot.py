@@ -1,0 +1,204 @@
+"""Line charts as self-contained SVG, so that no plotting package is needed."""
+
+import json
+import math
+from dataclasses import dataclass
+from html import escape
+from itertools import pairwise
+from pathlib import Path
+
+from .files import PicoError
+
+# distinguishable also with the common colour deficiencies, and on white (Okabe and Ito, 2008)
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+WIDTH = 760
+LEFT, RIGHT, TOP, BOTTOM = 64, 190, 44, 48  # margins of a panel
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a chart: its points, how it is called, and how it looks."""
+
+    name: str
+    xs: list[float]
+    ys: list[float]
+    colour: str
+    dashed: bool = False
+    thin: bool = False
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One chart: its lines, named at their ends; `y_range` cuts off what lies outside it."""
+
+    lines: list[Line]
+    title: str
+    x_label: str
+    y_label: str
+    y_range: tuple[float, float] | None = None
+    height: int = 400
+
+
+def svg(panels: list[Panel]) -> str:
+    """The panels below each other, as one SVG."""
+    height = sum(panel.height for panel in panels)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '
+        f'height="{height}" font-family="system-ui, sans-serif" font-size="13">',
+        f'<rect width="{WIDTH}" height="{height}" fill="white"/>',
+    ]
+    top = 0
+    for number, panel in enumerate(panels):
+        parts += [f'<g transform="translate(0 {top})">', *_draw(panel, f"inside{number}"), "</g>"]
+        top += panel.height
+    return "\n".join([*parts, "</svg>\n"])
+
+
+def _draw(panel: Panel, clip: str) -> list[str]:
+    points = [(x, y) for line in panel.lines for x, y in _finite(line)] or [(0.0, 0.0)]
+    x_ticks = ticks(min(x for x, _ in points), max(x for x, _ in points))
+    low, high = panel.y_range or (min(y for _, y in points), max(y for _, y in points))
+    y_ticks = ticks(low, high, about=panel.height // 70)
+    right, bottom = WIDTH - RIGHT, panel.height - BOTTOM
+
+    def at_x(x: float) -> float:
+        return LEFT + (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (right - LEFT)
+
+    def at_y(y: float) -> float:
+        return bottom - (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (bottom - TOP)
+
+    parts = [
+        f'<text x="{LEFT}" y="26" font-size="16" font-weight="600">{escape(panel.title)}</text>'
+    ]
+    for y in y_ticks:
+        parts.append(
+            f'<path d="M{LEFT} {at_y(y):.1f}H{right}" stroke="#ddd"/><text x="{LEFT - 8}" '
+            f'y="{at_y(y) + 4:.1f}" text-anchor="end" fill="#555">{_short(y)}</text>'
+        )
+    for x in x_ticks:
+        parts.append(
+            f'<text x="{at_x(x):.1f}" y="{bottom + 18}" text-anchor="middle" '
+            f'fill="#555">{_short(x)}</text>'
+        )
+    parts += [
+        f'<path d="M{LEFT} {bottom}H{right}" stroke="#555"/>',
+        f'<text x="{(LEFT + right) / 2:.0f}" y="{bottom + 38}" text-anchor="middle">'
+        f"{escape(panel.x_label)}</text>",
+        f'<text transform="translate(16 {(TOP + bottom) / 2:.0f}) rotate(-90)" '
+        f'text-anchor="middle">{escape(panel.y_label)}</text>',
+        f'<clipPath id="{clip}"><rect x="{LEFT}" y="{TOP - 4}" width="{right - LEFT + 4}" '
+        f'height="{bottom - TOP + 8}"/></clipPath>',
+    ]
+    ends = []
+    for line in panel.lines:
+        place = [f"{at_x(x):.1f} {at_y(y):.1f}" for x, y in _finite(line)]
+        if not place:
+            continue
+        dash = ' stroke-dasharray="5 4"' if line.dashed else ""
+        look = 'stroke-width="1" stroke-opacity="0.5"' if line.thin else 'stroke-width="2"'
+        parts.append(
+            f'<path d="M{"L".join(place)}" fill="none" stroke="{line.colour}" {look} '
+            f'stroke-linejoin="round" clip-path="url(#{clip})"{dash}/>'
+        )
+        if line.name:
+            last = float(place[-1].split()[1])
+            ends.append([min(max(last, TOP), bottom), line])
+    # names beside the ends of their lines, moved apart where they would overlap
+    ends.sort(key=lambda end: end[0])
+    for above, below in pairwise(ends):
+        below[0] = max(below[0], above[0] + 17)
+    excess = max(0.0, ends[-1][0] - bottom) if ends else 0.0
+    for y, line in ends:
+        parts.append(
+            f'<text x="{right + 10}" y="{y - excess + 4:.1f}" fill="{line.colour}">'
+            f"{escape(line.name)}</text>"
+        )
+    return parts
+
+
+def _finite(line: Line) -> list[tuple[float, float]]:
+    pairs = zip(line.xs, line.ys, strict=True)
+    return [(x, y) for x, y in pairs if math.isfinite(x) and math.isfinite(y)]
+
+
+def ticks(low: float, high: float, about: int = 6) -> list[float]:
+    """Round numbers, evenly spaced, that enclose [low, high]."""
+    if high <= low:
+        low, high = low - 0.5, low + 0.5
+    rough = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [i * step for i in range(first, last + 1)]
+
+
+def _short(value: float) -> str:
+    """A tick's label: 1500000 as 1.5M, 0.30000000000000004 as 0.3."""
+    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= size:
+            scale = 1e3 if suffix == "k" else size
+            return f"{value / scale:.4g}{suffix}"
+    return f"{value:.4g}"
+
+
+def smoothed(values: list[float], weight: float) -> list[float]:
+    """Running averages whose newest value has `weight`, without a bias to the first ones."""
+    found, total, norm = [], 0.0, 0.0
+    for value in values:
+        total = (1 - weight) * total + weight * value
+        norm = (1 - weight) * norm + weight
+        found.append(total / norm)
+    return found
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The records in a run's metrics.jsonl; a line still being written is left out.
+
+    Raises PicoError if there is none.
+    """
+    path = folder / "metrics.jsonl"
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except OSError as error:
+        raise PicoError(
+            f"cannot read {path}: {error.strerror or error}; is {folder} a training run?"
+        ) from error
+    records = []
+    for line in lines:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    if not records:
+        raise PicoError(f"{path} holds no step yet")
+    return records
+
+
+def training_chart(runs: dict[str, list[dict]]) -> str:
+    """SVG of training runs by name: bits per byte, router rate and learning rate over bytes."""
+    bits, rates, speeds = [], [], []
+    for number, (name, records) in enumerate(runs.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        seen = [record["bytes"] for record in records]
+        measured = [r for r in records if "validation_bits_per_byte" in r]
+        weight = min(1.0, 20 / len(records))
+        train = smoothed([r["bits_per_byte"] for r in records], weight)
+        routed = smoothed([r["router_rate"] for r in records], weight)
+        validation = [r["validation_bits_per_byte"] for r in measured]
+        bits += [
+            Line(f"{name}, training", seen, train, colour, thin=True),
+            Line(f"{name}, held out", [r["bytes"] for r in measured], validation, colour),
+        ]
+        rates.append(Line(name, seen, routed, colour))
+        speeds.append(Line(name, seen, [r["lr"] for r in records], colour))
+    # the first steps, at 8 bits, would leave no room for the rest
+    values = [y for line in bits for y in line.ys if math.isfinite(y)] or [0.0, 8.0]
+    ends = [line.ys[-1] for line in bits if line.ys] or [8.0]
+    y_range = (min(values), min(max(values), max(ends) + 1.5))
+    return svg(
+        [
+            Panel(bits, "Bits per byte", "bytes seen", "bits per byte", y_range),
+            Panel(rates, "Share of bytes routed", "bytes seen", "r > 0.5", height=250),
+            Panel(speeds, "Learning rate", "bytes seen", "learning rate", height=250),
+        ]
+    )
