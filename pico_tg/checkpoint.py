@@ -1,8 +1,14 @@
 """Weights on disk: safetensors, checked on reading and atomic on writing; and the runs' folders.
 
 Plain file I/O, not tinygrad's: its writer is not atomic, and its reader trusts the header.
+
+A checkpoint of a run is a pair: NNNNNNNN.state.safetensors, what training needs to go on, is
+written first; NNNNNNNN.safetensors, the weights alone, completes it. The first holds a digest of
+the second, so that a pair is either of one moment or not valid.
 """
 
+import contextlib
+import hashlib
 import json
 import math
 import os
@@ -167,6 +173,80 @@ def load_weights(model: Pico, path: str | os.PathLike) -> None:
         # in place: compiled graphs hold on to these buffers
         value = Tensor(arrays[name].astype(np.float32)).to(tensor.device).cast(tensor.dtype)
         tensor.assign(value.contiguous()).realize()
+
+
+def save_checkpoint(
+    model: Pico, state: dict[str, np.ndarray], progress: dict, run_dir: str | os.PathLike, step: int
+) -> Path:
+    """Write a checkpoint; returns the path of its weights.
+
+    `state` is the optimizer's, `progress` any JSON. The new weights complete the checkpoint, so
+    whatever goes wrong (PicoError), the older ones stay as they are.
+    """
+    weights = {name: t.numpy() for name, t in nn.state.get_state_dict(model).items()}
+    path = checkpoint_path(run_dir, step)
+    path.unlink(missing_ok=True)  # a broken one of that step: never beside a new state
+    notes = {"progress": json.dumps(progress), "weights": _digest(weights)}
+    write_safetensors(_state_path(path), state, notes)
+    write_safetensors(path, weights)
+    return path
+
+
+def load_checkpoint(model: Pico, path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict]:
+    """Read a checkpoint's weights into the model; returns the optimizer's state and `progress`.
+
+    Raises PicoError, and changes nothing, if a file is missing or broken or they do not belong
+    together.
+    """
+    state_path = _state_path(Path(path))
+    state, notes = read_safetensors(state_path)
+    weights, _ = read_safetensors(path)
+    try:
+        digest, progress = notes["weights"], json.loads(notes["progress"])
+    except (KeyError, ValueError):
+        raise PicoError(f"{state_path} is not the state of a training run") from None
+    if digest != _digest(weights):
+        raise PicoError(f"{path} and {state_path.name} do not belong together")
+    load_weights(model, path)
+    return state, progress
+
+
+def load_newest(
+    model: Pico, run_dir: str | os.PathLike
+) -> tuple[Path, dict[str, np.ndarray], dict, list[str]]:
+    """`load_checkpoint` of the newest valid one: its path, state, progress, and why newer were not.
+
+    Raises PicoError if there is none.
+    """
+    refused: list[str] = []
+    for _, path in reversed(list_checkpoints(run_dir)):
+        try:
+            return path, *load_checkpoint(model, path), refused
+        except PicoError as error:
+            refused.append(str(error))
+    why = f": {refused[0]}" if refused else ""
+    raise PicoError(f"{run_dir} has no checkpoint to resume from{why}; train a new RUN instead")
+
+
+def delete_older(run_dir: str | os.PathLike, step: int, keep: int) -> None:
+    """Delete all checkpoints before `step`'s but the newest, so that `keep` remain with it."""
+    older = [path for at, path in list_checkpoints(run_dir) if at < step]
+    for path in older[: max(0, len(older) - (keep - 1))]:
+        with contextlib.suppress(OSError):  # a read-only folder: they stay, nothing is lost
+            path.unlink()  # from here on it is not complete, and never chosen
+            _state_path(path).unlink(missing_ok=True)
+
+
+def _state_path(weights: Path) -> Path:
+    return weights.with_suffix(".state.safetensors")
+
+
+def _digest(arrays: dict[str, np.ndarray]) -> str:
+    total = hashlib.sha256()
+    for name in sorted(arrays):
+        total.update(f"{name} {arrays[name].shape} {arrays[name].dtype}".encode())
+        total.update(np.ascontiguousarray(arrays[name]))
+    return total.hexdigest()
 
 
 def load_config(path: str | os.PathLike) -> Config:

@@ -17,10 +17,11 @@ from .checkpoint import load, load_config, load_weights
 from .config import PRESETS, Config
 from .data import DataSpec
 from .device import describe_backend
-from .files import PicoError
+from .files import PicoError, atomic_write
 from .generate import GeneratedByte, generate
 from .model import Pico
-from .train import OPTIMIZERS, TrainSettings, train
+from .plot import training_chart
+from .train import OPTIMIZERS, TrainSettings, read_metrics, train
 
 CONFIG_HELP = {
     "dim": "width of the residual stream",
@@ -46,6 +47,7 @@ TRAIN_HELP = {
     "checkpoint_interval": "write the weights every so many steps, and at the end",
     "validation_bytes": "measure on at most so many held-out bytes",
     "optimizer": "SOAP, or AdamW",
+    "keep_checkpoints": "delete older checkpoints, so that so many remain; 0 keeps all",
     "seed": "decides the fresh weights and the order of the data",
 }
 DATA_HELP = {
@@ -96,18 +98,16 @@ def build_parser() -> Parser:
     init.set_defaults(function=command_init)
 
     training = commands.add_parser(
-        "train", help="train a model on text", description=command_train.__doc__,
-        formatter_class=wide,
-    )  # fmt: skip
+        "train", help="train a model on text", description=command_train.__doc__
+    )
     training.add_argument("path", metavar="PATH", type=Path, help="folder that init made")
-    training.add_argument("run", metavar="RUN", help="name of this training run, new")
+    training.add_argument("run", metavar="RUN", help="name of this training run")
     training.add_argument(
         "dataset",
         metavar="DATASET",
         nargs="?",
-        default="python-docs",
         help="a Hugging Face name, a local folder of one, a .txt, .jsonl, .parquet or .csv file, "
-        "or python-docs, English text that comes with Python",
+        "or python-docs (default), English text that comes with Python",
     )
     for name, text in DATA_HELP.items():
         kind = number if name == "validation_size" else str
@@ -121,10 +121,27 @@ def build_parser() -> Parser:
     for field in dataclasses.fields(TrainSettings):
         choice = {"choices": OPTIMIZERS} if field.name == "optimizer" else {"metavar": "N"}
         training.add_argument(
-            flag(field.name), type=field.type, default=field.default,
-            help=TRAIN_HELP[field.name], **choice,
+            flag(field.name), type=field.type, default=argparse.SUPPRESS,
+            help=f"{TRAIN_HELP[field.name]} (default: {field.default})", **choice,
         )  # fmt: skip
+    training.add_argument(
+        "--resume", action="store_true",
+        help="continue RUN from its newest valid checkpoint, with the settings that it had",
+    )  # fmt: skip
+    training.add_argument(
+        "--force", action="store_true", help="resume although --batch-size is another one"
+    )
     training.set_defaults(function=command_train)
+
+    plotting = commands.add_parser(
+        "plot", help="draw the curves of training runs", description=command_plot.__doc__
+    )
+    plotting.add_argument("path", metavar="PATH", type=Path, help="folder that init made")
+    plotting.add_argument("runs", metavar="RUN", nargs="+", help="names of training runs")
+    plotting.add_argument(
+        "--output", type=Path, metavar="FILE", help="SVG to write (default: PATH/RUN.svg)"
+    )
+    plotting.set_defaults(function=command_plot)
 
     running = commands.add_parser(
         "run", help="write text with a trained model", description=command_run.__doc__,
@@ -180,20 +197,35 @@ def command_init(args: argparse.Namespace) -> int:
 def command_train(args: argparse.Namespace) -> int:
     """Train the model in PATH on DATASET; writes weights and metrics to PATH/RUN."""
     options = vars(args)
-    settings = {field.name: options[field.name] for field in dataclasses.fields(TrainSettings)}
-    named = {name: options.get("dataset_" + name) for name in DATA_HELP}
-    spec = DataSpec(args.dataset, **{k: v for k, v in named.items() if v is not None})
+    fields = [field.name for field in dataclasses.fields(TrainSettings)]
+    settings = {name: options[name] for name in fields if name in options}
+    named = {name: options["dataset_" + name] for name in DATA_HELP if "dataset_" + name in options}
+    run_dir = args.path / args.run
+    if args.resume and "base_weights" in options:
+        raise PicoError("--base-weights starts a run; it cannot go with --resume")
+    if args.resume and named and args.dataset is None:
+        raise PicoError("give the DATASET too, or leave its options out: --resume knows them")
+    if args.force and not args.resume:
+        raise PicoError("--force goes with --resume")
+    resumed = args.resume and args.dataset is None
+    spec = None if resumed else DataSpec(args.dataset or "python-docs", **named)
     config = load_config(args.path)
-    if (args.path / args.run).exists():
-        raise PicoError(f"{args.path / args.run} exists; choose another RUN")
-    Tensor.manual_seed(args.seed)
+    if run_dir.exists() and not args.resume:
+        raise PicoError(f"{run_dir} exists; continue it with --resume, or choose another RUN")
+    Tensor.manual_seed(settings.get("seed", TrainSettings.seed))
     model = Pico(config)
     if "base_weights" in options:
         load_weights(model, args.base_weights)
     say(f"{describe_backend()}; {config.parameters:,} parameters")
     with StopSignals() as stopping:
-        records = train(model, spec, args.path / args.run, stop=stopping, progress=True, **settings)
+        records = train(
+            model, spec, run_dir, resume=args.resume, force=args.force, stop=stopping,
+            progress=True, say=say, **settings,
+        )  # fmt: skip
         checkpoint = show_training(records)
+    if not checkpoint:
+        say(f"{run_dir} is complete; a larger --max-steps or --epochs trains it further")
+        return 0
     say(f"wrote {checkpoint}; write text with: python -m pico_tg run {args.path} {args.run}")
     return 130 if stopping() else 0
 
@@ -222,16 +254,20 @@ class StopSignals:
 
 def show_training(records: Iterator[dict]) -> str:
     """A progress bar, and a line a validation; returns the last checkpoint's path."""
-    checkpoint, smoothed = "", None
+    checkpoint, smoothed, first = "", None, None
     with tqdm(unit="step", desc="compiling", dynamic_ncols=True) as bar:
         for record in records:
+            if first is None:
+                first = bar.n = bar.initial = record["step"] - 1
+                bar.total = record["steps"]
             bits = record["bits_per_byte"]
             smoothed = bits if smoothed is None else 0.9 * smoothed + 0.1 * bits
-            bar.total = record["steps"]
-            if record["step"] == 2:  # the first two steps compile; from here on it is fast
+            if record["step"] == first + 2:  # the first two steps compile; then it is fast
                 bar.set_description("training")
+                bar.unpause()  # the time left is not theirs to say
             bar.set_postfix_str(
-                f"loss {record['loss']:.3f}, {smoothed:.3f} bits/byte, lr {record['lr']:.1e}, "
+                f"loss {record['loss']:.3f}, {smoothed:.3f} bits/byte, "
+                f"{record['router_rate']:.0%} routed, lr {record['lr']:.1e}, "
                 f"{record['bytes_per_second']:,.0f} bytes/s"
             )
             bar.update(1)
@@ -241,10 +277,26 @@ def show_training(records: Iterator[dict]) -> str:
                     f"step {record['step']}: validation "
                     f"{record['validation_bits_per_byte']:.3f} bits/byte as used, "
                     f"{record['validation_bits_per_byte_top_k']:.3f} with training's routing, "
-                    f"{record['validation_router_rate']:.0%} of the bytes routed",
+                    f"{record['validation_router_rate']:.0%} of the bytes routed "
+                    f"({record['validation_seconds']:.1f} s)",
                     file=sys.stderr,
                 )
     return checkpoint
+
+
+def command_plot(args: argparse.Namespace) -> int:
+    """Draw the curves of training runs, overlaid: bits per byte, router rate, learning rate."""
+    load_config(args.path)
+    runs = {}
+    for name in args.runs:
+        runs[name] = [r for r in read_metrics(args.path / name) if "bytes" in r]
+        if not runs[name]:
+            raise PicoError(f"{args.path / name}/metrics.jsonl holds no step yet")
+    output = args.output or args.path / f"{'-'.join(args.runs)}.svg"
+    with atomic_write(output) as file:
+        file.write(training_chart(runs).encode())
+    print(output)
+    return 0
 
 
 def command_run(args: argparse.Namespace) -> int:

@@ -1,13 +1,9 @@
 """Line charts as self-contained SVG, so that no plotting package is needed."""
 
-import json
 import math
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
-from pathlib import Path
-
-from .files import PicoError
 
 # distinguishable also with the common colour deficiencies, and on white (Okabe and Ito, 2008)
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -149,29 +145,6 @@ def smoothed(values: list[float], weight: float) -> list[float]:
         norm = (1 - weight) * norm + weight
         found.append(total / norm)
     return found
-
-
-def read_metrics(folder: Path) -> list[dict]:
-    """The records in a run's metrics.jsonl; a line still being written is left out.
-
-    Raises PicoError if there is none.
-    """
-    path = folder / "metrics.jsonl"
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except OSError as error:
-        raise PicoError(
-            f"cannot read {path}: {error.strerror or error}; is {folder} a training run?"
-        ) from error
-    records = []
-    for line in lines:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    if not records:
-        raise PicoError(f"{path} holds no step yet")
-    return records
 
 
 def training_chart(runs: dict[str, list[dict]]) -> str:

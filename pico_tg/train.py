@@ -4,6 +4,7 @@ for record in train(model, "python-docs", max_steps=200, context_len=512, batch_
     print(record["step"], record["bits_per_byte"])
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -17,9 +18,16 @@ from typing import Any
 import numpy as np
 from tinygrad import Tensor, TinyJit, dtypes, nn
 
-from .checkpoint import checkpoint_path, list_checkpoints, save_weights
+from .checkpoint import (
+    checkpoint_path,
+    delete_older,
+    list_checkpoints,
+    load_newest,
+    save_checkpoint,
+)
 from .data import Corpus, Data, DataSpec, Windows, load_data
 from .files import PicoError, atomic_write
+from .kernels import write_into
 from .model import Pico, cross_entropy, loss_fn
 from .soap import SOAP
 
@@ -27,7 +35,8 @@ Record = dict[str, Any]
 
 
 OPTIMIZERS = ("soap", "adamw")
-MAY_BE_ZERO = ("learning_rate", "weight_decay", "warmup_steps", "seed")
+ADAMW_STATE = ("b1_t", "b2_t", "m", "v")
+MAY_BE_ZERO = ("learning_rate", "weight_decay", "warmup_steps", "seed", "keep_checkpoints")
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,7 @@ class TrainSettings:
     - validation_interval, checkpoint_interval: in steps; both also happen at the end
     - validation_bytes: measure on at most this many held-out bytes, the same ones every time
     - optimizer: soap or adamw
+    - keep_checkpoints: delete older ones, so that so many remain; 0 keeps all
     - seed: order of the windows (and fresh weights, on the command line)
     """
 
@@ -56,6 +66,7 @@ class TrainSettings:
     checkpoint_interval: int = 500
     validation_bytes: int = 1 << 18
     optimizer: str = "soap"
+    keep_checkpoints: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -177,6 +188,27 @@ class TrainStep:
             self.optimizer.refresh()
         return losses
 
+    def _state(self) -> dict[str, Tensor]:
+        if isinstance(self.optimizer, SOAP):
+            return self.optimizer.state_dict()
+        own = nn.state.get_state_dict(self.optimizer)
+        return {name: t for name, t in own.items() if {*name.split(".")} & {*ADAMW_STATE}}
+
+    def state(self) -> dict[str, np.ndarray]:
+        """The optimizer's state, by name."""
+        return {name: tensor.numpy() for name, tensor in self._state().items()}
+
+    def load_state(self, state: dict[str, np.ndarray], path: Path) -> None:
+        """Overwrite the optimizer's state. Raises PicoError if what `path` held does not fit."""
+        own = self._state()
+        fits = own.keys() == state.keys() and all(
+            state[name].shape == tensor.shape for name, tensor in own.items()
+        )
+        if not fits:
+            raise PicoError(f"the optimizer's state beside {path} is not of this model")
+        for name, tensor in own.items():
+            write_into(tensor.realize(), state[name])
+
 
 class Validation:
     """Bits per byte on the same held-out windows every time, wrapper bytes left out.
@@ -253,19 +285,28 @@ class Validation:
 
 def train(
     model: Pico,
-    dataset: str | DataSpec | Data = "python-docs",
+    dataset: str | DataSpec | Data | None = None,
     run_dir: str | os.PathLike | None = None,
     *,
+    resume: bool = False,
+    force: bool = False,
     stop: Callable[[], bool] = lambda: False,
     progress: bool = False,
-    **settings: int | float,
+    say: Callable[[str], None] = lambda text: None,
+    **settings: int | float | str,
 ) -> Iterator[Record]:
     """Train `model` in place, yielding one record (a dict that is valid JSON) a step.
 
-    dataset: what `pico_tg.DataSpec` takes, or its `dataset` alone, or loaded data. `settings` are
-    the fields of `pico_tg.TrainSettings`. With `run_dir` (which must not exist yet), it receives
-    training.json, metrics.jsonl (the records) and weights as NNNNNNNN.safetensors.
+    dataset: what `pico_tg.DataSpec` takes, or its `dataset` alone, or loaded data; None is
+    `python-docs`. `settings` are the fields of `pico_tg.TrainSettings`. With `run_dir` (which must
+    not exist yet), it receives training.json, metrics.jsonl (the records) and checkpoints: weights
+    as NNNNNNNN.safetensors, and beside them what resuming needs.
     `stop()` is asked after every step: True ends training as if it were the last step.
+
+    `resume` continues the run in `run_dir` from its newest valid checkpoint as if nothing had
+    happened. Data and settings not given are the run's; those given must be the run's, except
+    max_steps, validation_interval, checkpoint_interval and keep_checkpoints, and with `force`
+    batch_size. `say` is told in one line where it continues, and which checkpoints were broken.
 
     A record has: step (from 1), steps (in all), epoch (from 0), loss, next_byte_loss, aux_loss
     (nats), bits_per_byte (of the next byte, training routing), router_rate (share of bytes with
@@ -275,46 +316,113 @@ def train(
     Raises PicoError on bad settings or data before anything is written, and when a loss or gradient
     is not finite; the weights are then those before that step.
     """
-    try:
-        chosen = TrainSettings(**settings)
-    except TypeError:
-        known = {field.name for field in dataclasses.fields(TrainSettings)}
-        wrong = ", ".join(sorted(set(settings) - known))
-        raise PicoError(f"unknown setting {wrong}; there are: {', '.join(sorted(known))}") from None
+    known = {field.name for field in dataclasses.fields(TrainSettings)}
+    if wrong := ", ".join(sorted(set(settings) - known)):
+        raise PicoError(f"unknown setting {wrong}; there are: {', '.join(sorted(known))}")
+    spec = DataSpec(dataset) if isinstance(dataset, str) else dataset
+    stored: dict[str, Any] = {}
+    if resume:
+        if run_dir is None:
+            raise PicoError("nothing to resume: no run was named")
+        stored = read_description(Path(run_dir))
+        spec = _resumed_spec(spec, stored, run_dir)
+        settings = _resumed_settings(settings, stored["settings"], force, run_dir)
+    elif run_dir is not None and Path(run_dir).exists():
+        raise PicoError(
+            f"{run_dir} exists; continue it with --resume, choose another RUN, or delete it"
+        )
+    chosen = TrainSettings(**settings)
     if model.config.capacity(chosen.context_len) < 1:
         raise PicoError(
             f"context_len {chosen.context_len} is too short: at a capacity factor of "
             f"{model.config.latent_capacity_factor} no byte is selected; take at least "
             f"{math.ceil(1 / model.config.latent_capacity_factor)}"
         )
-    spec = DataSpec(dataset) if isinstance(dataset, str) else dataset
+    spec = DataSpec("python-docs") if spec is None else spec
     data = spec if isinstance(spec, Data) else load_data(spec, progress=progress)
-    accumulation = chosen.grad_accumulation_steps
     windows = Windows(
         data.train,
         chosen.context_len,
         model.config.next_tokens,
-        chosen.batch_size * accumulation,
+        chosen.batch_size * chosen.grad_accumulation_steps,
         chosen.seed,
     )
+    fingerprints = [data.train.fingerprint, data.validation.fingerprint]
+    if stored.get("fingerprints", fingerprints) != fingerprints:
+        raise PicoError(f"the data of {run_dir} have changed since; train a new RUN on them")
+    train_step = TrainStep(model, chosen)
     validation = Validation(model, data.validation, chosen)
-    total = min(chosen.max_steps, math.ceil(chosen.epochs * windows.steps_per_epoch))
-    run = None if run_dir is None else Run(Path(run_dir), model, spec, data, chosen)
-    return _train(model, windows, validation, chosen, total, run, stop)
+    description = {
+        "settings": dataclasses.asdict(chosen),
+        "dataset": dataclasses.asdict(spec) if isinstance(spec, DataSpec) else None,
+        "data": data.note,
+        "fingerprints": fingerprints,
+    }
+    run, reached = None, {"step": 0, "bytes": 0}
+    if resume:
+        path, state, reached, refused = load_newest(model, run_dir)
+        train_step.load_state(state, path)
+        for problem in refused:
+            say(f"skipped a checkpoint: {problem}")
+        say(f"resuming after step {reached['step']}, from {path}")
+        run = Run(Path(run_dir), description)
+        run.forget_after(reached["step"])
+    elif run_dir is not None:
+        try:
+            Path(run_dir).mkdir(parents=True)
+        except OSError as error:
+            raise PicoError(f"cannot create {run_dir}: {error.strerror}") from error
+        run = Run(Path(run_dir), description)
+    return _train(train_step, windows, validation, run, reached, stop)
+
+
+MAY_CHANGE = ("max_steps", "validation_interval", "checkpoint_interval", "keep_checkpoints")
+
+
+def _resumed_settings(given: dict, stored: dict, force: bool, run_dir: str | os.PathLike) -> dict:
+    free = (*MAY_CHANGE, "batch_size") if force else MAY_CHANGE
+    differences = [
+        f"{name} was {stored[name]}, now {value}"
+        for name, value in given.items()
+        if name not in free and stored.get(name, value) != value
+    ]
+    if differences:
+        forced = "; --force allows another batch_size" if "batch_size" in given else ""
+        raise PicoError(
+            f"{run_dir} was trained otherwise: {', '.join(differences)}; leave these out to resume "
+            f"with what it had, or train a new RUN{forced}"
+        )
+    return stored | given
+
+
+def _resumed_spec(
+    given: DataSpec | Data | None, stored: dict, run_dir: str | os.PathLike
+) -> DataSpec | Data:
+    known = None if stored["dataset"] is None else DataSpec(**stored["dataset"])
+    if given is None and known is None:
+        raise PicoError(f"{run_dir} was trained on data from a script; give them again to resume")
+    if isinstance(given, DataSpec) and known is not None and given != known:
+        changed = [
+            f"{name} was {old!r}, now {getattr(given, name)!r}"
+            for name, old in dataclasses.asdict(known).items()
+            if old != getattr(given, name)
+        ]
+        raise PicoError(f"{run_dir} was trained on other data: {', '.join(changed)}")
+    return known if given is None else given
 
 
 def _train(
-    model: Pico,
+    train_step: TrainStep,
     windows: Windows,
     validation: Validation,
-    settings: TrainSettings,
-    total: int,
     run: "Run | None",
+    reached: dict[str, int],
     stop: Callable[[], bool],
 ) -> Iterator[Record]:
-    train_step = TrainStep(model, settings)
+    settings = train_step.settings
     accumulation, batch_size = settings.grad_accumulation_steps, settings.batch_size
-    step, seen, stopped = 0, 0, False
+    total = min(settings.max_steps, math.ceil(settings.epochs * windows.steps_per_epoch))
+    step, seen, stopped = reached["step"], reached["bytes"], False
     while step < total and not stopped:
         start = time.perf_counter()
         rate = learning_rate(step, settings, total)
@@ -348,55 +456,88 @@ def _train(
         if last or step % settings.validation_interval == 0:
             record |= validation()
         if run:
-            if last or step % settings.checkpoint_interval == 0:
-                record["checkpoint"] = str(run.save(step))
-            run.log(record)
+            saving = last or step % settings.checkpoint_interval == 0
+            if saving:
+                record["checkpoint"] = str(checkpoint_path(run.folder, step))
+            run.log(record, durable=saving)  # before the checkpoint: a resumed run has all records
+            if saving:
+                run.save(train_step, {"step": step, "bytes": seen})
         yield record
 
 
 class Run:
-    """The folder of one training run: training.json, metrics.jsonl, NNNNNNNN.safetensors."""
+    """The folder of one training run: training.json, metrics.jsonl and checkpoints."""
 
-    def __init__(
-        self,
-        folder: Path,
-        model: Pico,
-        spec: DataSpec | Data,
-        data: Data,
-        settings: TrainSettings,
-    ) -> None:
-        if folder.exists():
-            raise PicoError(f"{folder} exists; choose another RUN, or delete it to start over")
-        self.folder, self.model = folder, model
-        self.description = {
-            "settings": dataclasses.asdict(settings),
-            "dataset": dataclasses.asdict(spec) if isinstance(spec, DataSpec) else None,
-            "data": data.note,
-            "checkpoints": [],
-        }
-        try:
-            folder.mkdir(parents=True)
-        except OSError as error:
-            raise PicoError(f"cannot create {folder}: {error.strerror}") from error
+    def __init__(self, folder: Path, description: dict[str, Any]) -> None:
+        self.folder, self.description = folder, description
         self._describe()
 
     def _describe(self) -> None:
+        checkpoints = [path.name for _, path in list_checkpoints(self.folder)]
         with atomic_write(self.folder / "training.json") as file:
-            file.write((json.dumps(self.description, indent=2) + "\n").encode())
+            described = self.description | {"checkpoints": checkpoints}
+            file.write((json.dumps(described, indent=2) + "\n").encode())
 
-    def save(self, step: int) -> Path:
-        """Write the weights as a checkpoint and list it in training.json."""
-        path = checkpoint_path(self.folder, step)
-        save_weights(self.model, path)
-        self.description["checkpoints"] = [p.name for _, p in list_checkpoints(self.folder)]
+    def save(self, train_step: TrainStep, reached: dict[str, int]) -> None:
+        """Write a checkpoint, list it in training.json, delete those not to be kept."""
+        state, step = train_step.state(), reached["step"]
+        save_checkpoint(train_step.model, state, reached, self.folder, step)
+        if train_step.settings.keep_checkpoints:
+            delete_older(self.folder, step, train_step.settings.keep_checkpoints)
         self._describe()
-        return path
 
     def last_checkpoint(self) -> str:
         checkpoints = list_checkpoints(self.folder)
         return str(checkpoints[-1][1]) if checkpoints else "none"
 
-    def log(self, record: Record) -> None:
+    def log(self, record: Record, durable: bool = False) -> None:
         """Append one line to metrics.jsonl, readable at once by others."""
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+
+    def forget_after(self, step: int) -> None:
+        """Drop the records of steps that will be taken again."""
+        path = self.folder / "metrics.jsonl"
+        records = read_metrics(self.folder) if path.exists() else []
+        with atomic_write(path) as file:
+            for record in records:
+                if record["step"] <= step:
+                    file.write((json.dumps(record) + "\n").encode())
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """A run's training.json. Raises PicoError if it is missing or broken."""
+    path = folder / "training.json"
+    try:
+        description = json.loads(path.read_text("utf-8"))
+        if not {"settings", "dataset"} <= description.keys():
+            raise ValueError("keys are missing")
+    except OSError as error:
+        raise PicoError(
+            f"{folder} is no training run to resume: cannot read {path} ({error.strerror})"
+        ) from error
+    except (ValueError, AttributeError) as error:
+        raise PicoError(f"{path} is broken ({error})") from error
+    return description
+
+
+def read_metrics(folder: Path) -> list[Record]:
+    """The records in a run's metrics.jsonl; a line still being written is left out.
+
+    Raises PicoError if there is none.
+    """
+    path = folder / "metrics.jsonl"
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except OSError as error:
+        raise PicoError(
+            f"cannot read {path}: {error.strerror or error}; is {folder} a training run?"
+        ) from error
+    records = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return records
