@@ -13,7 +13,7 @@ from tqdm import tqdm
 import pico_tg
 from pico_tg.plot import COLOURS, Line, Panel, svg
 
-RATES = {"adamw": (4e-3, 8e-3, 16e-3), "soap": (3e-3, 6e-3, 12e-3)}
+RATES = {"adamw": (4e-3, 8e-3, 16e-3), "soap": (6e-3, 12e-3, 24e-3)}
 EVERY = 25  # steps between two measurements
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])

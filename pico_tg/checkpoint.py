@@ -176,16 +176,20 @@ def load_weights(model: Pico, path: str | os.PathLike) -> None:
 
 
 def save_checkpoint(
-    model: Pico, state: dict[str, np.ndarray], progress: dict, run_dir: str | os.PathLike, step: int
+    weights: dict[str, np.ndarray],
+    state: dict[str, np.ndarray],
+    progress: dict,
+    run_dir: str | os.PathLike,
+    step: int,
 ) -> Path:
     """Write a checkpoint; returns the path of its weights.
 
     `state` is the optimizer's, `progress` any JSON. The new weights complete the checkpoint, so
     whatever goes wrong (PicoError), the older ones stay as they are.
     """
-    weights = {name: t.numpy() for name, t in nn.state.get_state_dict(model).items()}
     path = checkpoint_path(run_dir, step)
-    path.unlink(missing_ok=True)  # a broken one of that step: never beside a new state
+    with contextlib.suppress(OSError):  # a broken one of that step: never beside a new state
+        path.unlink()
     notes = {"progress": json.dumps(progress), "weights": _digest(weights)}
     write_safetensors(_state_path(path), state, notes)
     write_safetensors(path, weights)

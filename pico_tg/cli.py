@@ -224,7 +224,7 @@ def command_train(args: argparse.Namespace) -> int:
         )  # fmt: skip
         checkpoint = show_training(records)
     if not checkpoint:
-        say(f"{run_dir} is complete; a larger --max-steps or --epochs trains it further")
+        say(f"{run_dir} has nothing left to train; a larger --max-steps would give it more")
         return 0
     say(f"wrote {checkpoint}; write text with: python -m pico_tg run {args.path} {args.run}")
     return 130 if stopping() else 0

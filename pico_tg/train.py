@@ -106,10 +106,15 @@ def adamw(parameters: list[Tensor], weight_decay: float) -> nn.optim.OptimizerGr
     """AdamW with decay on matrices only."""
     matrices = [p for p in parameters if p.ndim >= 2]
     vectors = [p for p in parameters if p.ndim < 2]
-    return nn.optim.OptimizerGroup(
+    group = nn.optim.OptimizerGroup(
         nn.optim.AdamW(matrices, lr=0.0, weight_decay=weight_decay),
         nn.optim.AdamW(vectors, lr=0.0, weight_decay=0.0),
     )
+    # its state begins as constants; resuming overwrites it, which takes memory
+    for part in group.optimizers:
+        for tensor in (part.b1_t, part.b2_t, *part.m, *part.v):
+            tensor.replace(tensor.contiguous().realize())
+    return group
 
 
 class TrainStep:
@@ -194,6 +199,10 @@ class TrainStep:
         own = nn.state.get_state_dict(self.optimizer)
         return {name: t for name, t in own.items() if {*name.split(".")} & {*ADAMW_STATE}}
 
+    def weights(self) -> dict[str, np.ndarray]:
+        """The model's weights, by name."""
+        return {name: t.numpy() for name, t in nn.state.get_state_dict(self.model).items()}
+
     def state(self) -> dict[str, np.ndarray]:
         """The optimizer's state, by name."""
         return {name: tensor.numpy() for name, tensor in self._state().items()}
@@ -207,7 +216,7 @@ class TrainStep:
         if not fits:
             raise PicoError(f"the optimizer's state beside {path} is not of this model")
         for name, tensor in own.items():
-            write_into(tensor.realize(), state[name])
+            write_into(tensor, state[name])
 
 
 class Validation:
@@ -481,7 +490,7 @@ class Run:
     def save(self, train_step: TrainStep, reached: dict[str, int]) -> None:
         """Write a checkpoint, list it in training.json, delete those not to be kept."""
         state, step = train_step.state(), reached["step"]
-        save_checkpoint(train_step.model, state, reached, self.folder, step)
+        save_checkpoint(train_step.weights(), state, reached, self.folder, step)
         if train_step.settings.keep_checkpoints:
             delete_older(self.folder, step, train_step.settings.keep_checkpoints)
         self._describe()

@@ -329,3 +329,45 @@ def test_broken_pipe_is_quiet(trained):
     assert process.wait(timeout=120) == 0, err
     assert "Traceback" not in err
     assert "Broken" not in err
+
+
+RESUME = {
+    "fresh weights": (["--resume", "--base-weights", "x"], "--base-weights"),
+    "forced for nothing": (["--force"], "--resume"),
+    "data options alone": (["--resume", "--dataset-train-split", "a"], "DATASET"),
+    "another learning rate": (["--resume", "--learning-rate", "0.5"], "learning_rate was"),
+}
+
+
+@pytest.mark.parametrize(("flags", "named"), RESUME.values(), ids=RESUME)
+def test_bad_resume(flags, named, trained, capsys):
+    before = sorted((p.name, p.read_bytes()) for p in (trained / "run").iterdir())
+    assert status(["train", str(trained), "run", *flags]) == 2
+    assert named in one_line(capsys)
+    assert sorted((p.name, p.read_bytes()) for p in (trained / "run").iterdir()) == before
+
+
+def test_resume_of_a_complete_run(trained, capsys):
+    assert cli.main(["train", str(trained), "run", "--resume"]) == 0
+    assert "nothing left to train" in capsys.readouterr().err
+    assert cli.main(["train", str(trained), "nothing", "--resume"]) == 2
+    assert "no training run to resume" in capsys.readouterr().err
+    assert not (trained / "nothing").exists()
+
+
+def test_plot(trained, tmp_path, capsys):
+    assert cli.main(["plot", str(trained), "run"]) == 0
+    written = Path(capsys.readouterr().out.strip())
+    assert written == trained / "run.svg"
+    text = written.read_text()
+    assert "run, held out" in text
+    assert "Learning rate" in text
+    assert "http" not in text.replace("http://www.w3.org/2000/svg", "")  # self-contained
+    output = tmp_path / "two.svg"
+    assert cli.main(["plot", str(trained), "run", "run", "--output", str(output)]) == 0
+    assert output.exists()
+    capsys.readouterr()
+    assert status(["plot", str(trained), "missing"]) == 2
+    assert "metrics.jsonl" in one_line(capsys)
+    assert status(["plot", str(tmp_path / "none"), "run"]) == 2
+    assert "init" in one_line(capsys)

@@ -58,9 +58,10 @@ def test_quickstart_writes_words(tmp_path):
 @pytest.mark.slow
 def test_command_line_of_the_readme(tmp_path):
     """As written but for the number of steps, which would take minutes."""
-    init, train, sample = blocks("bash")[2].strip().splitlines()
+    init, train, plot, sample = blocks("bash")[2].strip().splitlines()
     run(init, tmp_path)
     run(train + " --max-steps 3", tmp_path)
+    assert (tmp_path / run(plot, tmp_path).strip()).read_text().startswith("<svg")
     out = run(sample + " --max-bytes 20", tmp_path)
     assert out.startswith("The import statement")
 
@@ -73,7 +74,23 @@ def test_script_of_the_readme(tmp_path):
     assert re.match(r"1 [\d.]+\n2 [\d.]+\n3 [\d.]+\n", out)
 
 
+@pytest.mark.slow
+def test_comparison_of_optimizers(tmp_path):
+    """As written but for the number of steps, and where the picture goes."""
+    command = blocks("bash")[3].strip().replace("examples/", f"{ROOT}/examples/")
+    out = run(f"{command} --steps 2 --svg {tmp_path}/optimizers.svg", tmp_path)
+    assert len(re.findall(r"^\| (?:adamw|soap) \| [\d.]+ \| [\d.]+ \|$", out, re.MULTILINE)) == 6
+    assert "AdamW ends at" in out
+    assert (tmp_path / "optimizers.svg").read_text().startswith("<svg")
+
+
+def test_soap_elsewhere(tmp_path):
+    out = run(f"python {ROOT / 'examples' / 'soap_elsewhere.py'}", tmp_path)
+    errors = [float(error) for error in re.findall(r"error ([\d.]+)", out)]
+    assert len(errors) == 4
+    assert errors[-1] < errors[0] / 50
+
+
 def test_files_named_exist():
-    table = README[README.index("## Where things are") :]
-    for name in re.findall(r"`([\w/]+\.py)`", table):
+    for name in re.findall(r"`([\w/]+\.py)`", README):
         assert (ROOT / name).exists() or (ROOT / "pico_tg" / name).exists(), name
