@@ -54,8 +54,9 @@ goal = curves[best["adamw"]][-1][1]
 reached = next((step for step, bits in curves[best["soap"]] if bits <= goal), None)
 print(f"\nAdamW ends at {goal:.3f} bits per byte after {args.steps} steps;", end=" ")
 print(f"SOAP is there after {reached}" if reached else "SOAP does not get there")
-ratio = seconds["soap"] / seconds["adamw"]
-print(f"a step of SOAP takes {ratio:.2f} times as long as one of AdamW, refreshes included")
+if seconds["adamw"]:
+    ratio = seconds["soap"] / seconds["adamw"]
+    print(f"a step of SOAP takes {ratio:.2f} times as long as one of AdamW, refreshes included")
 
 lines = [
     Line(f"{o} {rate:g}", *map(list, zip(*curves[o, rate], strict=True)), colour, dashed)

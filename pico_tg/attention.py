@@ -9,15 +9,17 @@ share one of them, C head_dim, W window, b blocks, q queries a block, s = q + re
 """
 
 import math
+from functools import partial
 
 from tinygrad import Tensor, dtypes
 
 from .kernels import matmul, matmul_transposed
 
 
-def alibi_slopes(heads: int) -> Tensor:
+def alibi_slopes(heads: int, device: str | tuple[str, ...] | None = None) -> Tensor:
     """The ALiBi slope of each head, 2^(-8(h+1)/heads): float32 [heads] (arXiv 2108.12409)."""
-    return (-8.0 / heads * (Tensor.arange(heads, dtype=dtypes.float32) + 1)).exp2()
+    head = Tensor.arange(heads, dtype=dtypes.float32, device=device)
+    return (-8.0 / heads * (head + 1)).exp2()
 
 
 def block_sizes(length: int, window: int) -> tuple[int, int, int]:
@@ -73,12 +75,13 @@ def _windows(x: Tensor, queries: int, reach: int, blocks: int) -> Tensor:
 def _banded_softmax(scores: Tensor, queries: int, reach: int, window: int) -> Tensor:
     """Softmax over the visible keys of scores [B, K, b, G, q, s] with ALiBi added."""
     _, K, blocks, G, _, keys = scores.shape
-    first = (Tensor.arange(blocks) * queries).reshape(blocks, 1, 1, 1)
-    i = first + Tensor.arange(queries).reshape(queries, 1)
-    j = first - reach + Tensor.arange(keys)
+    arange = partial(Tensor.arange, device=scores.device)
+    first = (arange(blocks) * queries).reshape(blocks, 1, 1, 1)
+    i = first + arange(queries).reshape(queries, 1)
+    j = first - reach + arange(keys)
     distance = i - j  # (b, 1, q, s)
     visible = (distance >= 0) & (distance <= window) & (j >= 0)
-    slopes = alibi_slopes(K * G).reshape(K, 1, G, 1, 1)
+    slopes = alibi_slopes(K * G, scores.device).reshape(K, 1, G, 1, 1)
     # every real query sees itself, so no row is empty
     biased = visible.where(scores - slopes * distance, -math.inf)
     exps = (biased - biased.max(axis=-1, keepdim=True).detach().contiguous()).exp()

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from .checkpoint import load, load_config, load_weights
 from .config import PRESETS, Config
 from .data import DataSpec
-from .device import describe_backend
+from .device import describe_backend, parse_devices
 from .files import PicoError, atomic_write
 from .generate import GeneratedByte, generate
 from .model import Pico
@@ -129,6 +129,10 @@ def build_parser() -> Parser:
         help="continue RUN from its newest valid checkpoint, with the settings that it had",
     )  # fmt: skip
     training.add_argument(
+        "--devices", default="", metavar="N",
+        help="share each batch among so many devices, or among these: CUDA:0,CUDA:1",
+    )  # fmt: skip
+    training.add_argument(
         "--force", action="store_true", help="resume although --batch-size is another one"
     )
     training.set_defaults(function=command_train)
@@ -212,6 +216,7 @@ def command_train(args: argparse.Namespace) -> int:
     config = load_config(args.path)
     if run_dir.exists() and not args.resume:
         raise PicoError(f"{run_dir} exists; continue it with --resume, or choose another RUN")
+    devices = parse_devices(args.devices) if args.devices else ()
     Tensor.manual_seed(settings.get("seed", TrainSettings.seed))
     model = Pico(config)
     if "base_weights" in options:
@@ -219,7 +224,8 @@ def command_train(args: argparse.Namespace) -> int:
     say(f"{describe_backend()}; {config.parameters:,} parameters")
     with StopSignals() as stopping:
         records = train(
-            model, spec, run_dir, resume=args.resume, force=args.force, stop=stopping,
+            model, spec, run_dir, devices=devices, resume=args.resume, force=args.force,
+            stop=stopping,
             progress=True, say=say, **settings,
         )  # fmt: skip
         checkpoint = show_training(records)

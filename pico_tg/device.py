@@ -18,6 +18,8 @@ from tinygrad import Device
 from tinygrad.helpers import DEV, USE_TC, getenv
 from tinygrad.runtime.support.c import DLL
 
+from .files import PicoError
+
 EXTRA_HINT = "pip install 'pico_tg[cpu]' brings libLLVM, which is about five times faster"
 
 
@@ -46,6 +48,29 @@ def choose_backend() -> None:
         os.environ["DEV"] = repr(DEV)  # for child processes
     if "AMX" in DEV.arch:
         USE_TC.value = 0
+
+
+def parse_devices(text: str) -> tuple[str, ...]:
+    """`--devices`: a number of the default backend's devices, or names such as CUDA:0,CUDA:1.
+
+    Raises PicoError on anything else, and on a device that cannot be opened.
+    """
+    if text.isdigit() and int(text) > 0:
+        devices = tuple(f"{Device.DEFAULT}:{i}" for i in range(int(text)))
+    else:
+        devices = tuple(text.split(","))
+    for name in devices:
+        try:
+            Device[name]
+        except Exception as error:  # each backend has exceptions of its own
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise PicoError(
+                f"--devices {text}: cannot open {name!r} ({reason}); give a number, or names such "
+                "as CUDA:0,CUDA:1"
+            ) from error
+    if len({Device.canonicalize(name) for name in devices}) < len(devices):
+        raise PicoError(f"--devices {text} names a device twice")
+    return tuple(Device.canonicalize(name) for name in devices)
 
 
 def find_llvm() -> str | None:

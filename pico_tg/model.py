@@ -194,7 +194,8 @@ def loss_fn(
     """
     T = logits.shape[2]
     total = sum(1.618 ** (T - 1 - k) for k in range(T))
-    share = 1.618 ** (T - 1 - Tensor.arange(T, dtype=dtypes.float32)) / total
+    head = Tensor.arange(T, dtype=dtypes.float32, device=logits.device)
+    share = 1.618 ** (T - 1 - head) / total
     per_head = cross_entropy(logits, targets).mean(axis=(0, 1))  # (T,)
     aux_loss = router_loss(router_logits, router_decisions)
     loss = 0.9 * (per_head * share).sum() + 0.1 * aux_loss
@@ -205,7 +206,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """-log softmax(logits)[target] in nats: logits [..., 256], targets [...] -> [...]."""
     top = logits.max(axis=-1, keepdim=True).detach().contiguous()
     log_sum = (logits - top).exp().sum(axis=-1, keepdim=True).contiguous().log() + top
-    hit = Tensor.arange(256) == as_index(targets).unsqueeze(-1)
+    hit = Tensor.arange(256, device=logits.device) == as_index(targets).unsqueeze(-1)
     return log_sum.squeeze(-1) - hit.where(logits, 0).sum(axis=-1)
 
 

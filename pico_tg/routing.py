@@ -5,6 +5,8 @@ and `slot` [B, N], the slot of each byte (-1: none). Since the map is one-to-one
 `gather` is a `scatter` by the same pair and the reverse; both cost O(N * dim).
 """
 
+from functools import partial
+
 from tinygrad import Tensor, dtypes, function
 from tinygrad.uop.ops import UOp
 
@@ -18,7 +20,8 @@ def top_k_decisions(router_logits: Tensor, capacity: int) -> Tensor:
     z = router_logits.detach().contiguous()
     N = z.shape[1]
     mine, other = z.unsqueeze(2), z.unsqueeze(1)  # (B, N, 1), (B, 1, N)
-    earlier = Tensor.arange(N).reshape(1, N) < Tensor.arange(N).reshape(N, 1)
+    position = Tensor.arange(N, device=z.device)
+    earlier = position.reshape(1, N) < position.reshape(N, 1)
     ahead = (other > mine) | ((other == mine) & earlier)
     return (ahead.sum(axis=2, dtype=dtypes.int32) < capacity).contiguous()
 
@@ -33,8 +36,9 @@ def slots(decisions: Tensor, count: int) -> tuple[Tensor, Tensor]:
     order = decisions.cast(dtypes.int32).cumsum(axis=1) - 1
     slot = (decisions & (order < count)).where(order, -1).contiguous()
     # the byte of slot s is the only one with slot == s: an integer sum over N, no sort
-    here = slot.unsqueeze(1) == Tensor.arange(count).reshape(count, 1)  # (B, S, N)
-    index = here.where(Tensor.arange(N), 0).sum(axis=2, dtype=dtypes.int32).contiguous()
+    arange = partial(Tensor.arange, device=slot.device)
+    here = slot.unsqueeze(1) == arange(count).reshape(count, 1)  # (B, S, N)
+    index = here.where(arange(N), 0).sum(axis=2, dtype=dtypes.int32).contiguous()
     return index, slot
 
 
@@ -69,7 +73,7 @@ def _scatter_gradient(gradient: UOp, call: UOp) -> tuple[UOp | None, ...]:
 # without these, tinygrad's gradient of an indexed load is a one-hot sum, O(N * S * dim)
 @function(grad_fxn=_gather_gradient)
 def _gather(x: Tensor, index: Tensor, slot: Tensor) -> Tensor:
-    return _take(x, index) + 0 * slot[0, 0]
+    return _take(x, index) + 0 * slot[:, :1].unsqueeze(2)  # the gradient needs slot
 
 
 @function(grad_fxn=_scatter_gradient)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from tinygrad import Tensor, TinyJit, dtypes, nn
+from tinygrad.helpers import JIT, Context
 
 from .checkpoint import (
     checkpoint_path,
@@ -117,6 +118,28 @@ def adamw(parameters: list[Tensor], weight_decay: float) -> nn.optim.OptimizerGr
     return group
 
 
+def on_devices(values: np.ndarray, devices: tuple[str, ...], axis: int | None = None) -> Tensor:
+    """A realised tensor: split along `axis` over the devices, or whole on each."""
+    x = Tensor(values)
+    return (x.shard(devices, axis=axis) if len(devices) > 1 else x).realize()
+
+
+def jit_for(devices: tuple[str, ...]) -> Context:
+    """How TinyJit may replay: on several devices not as one graph, which 0.13 does not order.
+
+    Measured on two CPU devices: replayed graphs read weights from before the update.
+    """
+    return Context(JIT=2) if len(devices) > 1 and JIT.value else Context()
+
+
+def move(tensors: list[Tensor], devices: tuple[str, ...]) -> None:
+    """Put tensors, in place, on one device or whole on each of several; none: leave them."""
+    if devices:
+        for tensor in tensors:
+            tensor.to_(devices if len(devices) > 1 else devices[0])
+        Tensor.realize(*tensors)
+
+
 class TrainStep:
     """One optimizer step on [A, B, N + T] bytes, compiled: A micro-batches, averaged.
 
@@ -124,9 +147,15 @@ class TrainStep:
     and 1 if every gradient was finite; where it is 0 no weight was changed.
     """
 
-    def __init__(self, model: Pico, settings: TrainSettings) -> None:
-        self.model, self.settings = model, settings
+    def __init__(self, model: Pico, settings: TrainSettings, devices: tuple[str, ...] = ()) -> None:
+        self.model, self.settings, self.devices = model, settings, devices
+        if len(devices) > 1 and settings.batch_size % len(devices):
+            raise PicoError(
+                f"batch_size {settings.batch_size} cannot be shared by {len(devices)} devices; "
+                f"take a multiple of {len(devices)}"
+            )
         self.parameters = nn.state.get_parameters(model)
+        move(self.parameters, devices)
         if settings.optimizer == "soap":
             self.optimizer = SOAP(self.parameters, lr=0.0, weight_decay=settings.weight_decay)
             self.rates = [self.optimizer.lr]
@@ -135,7 +164,7 @@ class TrainStep:
             self.rates = [part.lr for part in self.optimizer.optimizers]
         self.sums: list[Tensor] = []
         if settings.grad_accumulation_steps > 1:
-            self.sums = [Tensor.zeros(*p.shape).contiguous().realize() for p in self.parameters]
+            self.sums = [p.zeros_like().contiguous().realize() for p in self.parameters]
         self.whole_step = TinyJit(self._whole_step)
         self.accumulate = TinyJit(self._accumulate)
         self.update = TinyJit(self._update)
@@ -178,16 +207,17 @@ class TrainStep:
 
     def _update(self, lr: Tensor) -> Tensor:
         finite = self._apply(self.sums, lr).realize()
-        Tensor.realize(*[total.assign(Tensor.zeros(*total.shape)) for total in self.sums])
+        Tensor.realize(*[total.assign(total.zeros_like()) for total in self.sums])
         return finite
 
     def __call__(self, batches: np.ndarray, lr: float) -> np.ndarray:
-        rate = Tensor([lr], dtype=dtypes.float32).realize()
-        with Tensor.train():
+        rate = on_devices(np.array([lr], np.float32), self.devices)
+        with Tensor.train(), jit_for(self.devices):
             if len(batches) == 1:
-                losses = self.whole_step(Tensor(batches[0]).realize(), rate).numpy()
+                losses = self.whole_step(on_devices(batches[0], self.devices, 0), rate).numpy()
             else:
-                parts = [self.accumulate(Tensor(batch).realize()).numpy() for batch in batches]
+                inputs = (on_devices(batch, self.devices, 0) for batch in batches)
+                parts = [self.accumulate(x).numpy() for x in inputs]
                 losses = np.concatenate([np.mean(parts, axis=0), self.update(rate).numpy()])
         if isinstance(self.optimizer, SOAP):
             self.optimizer.refresh()
@@ -226,8 +256,14 @@ class Validation:
     top-k routing of training, which may look ahead.
     """
 
-    def __init__(self, model: Pico, corpus: Corpus, settings: TrainSettings) -> None:
-        self.model = model
+    def __init__(
+        self,
+        model: Pico,
+        corpus: Corpus,
+        settings: TrainSettings,
+        devices: tuple[str, ...] = (),
+    ) -> None:
+        self.model, self.devices = model, devices
         T = model.config.next_tokens
         held_out = corpus.bytes[: settings.validation_bytes]
         # a byte is scored when it has a byte before it and stands in a document's own text
@@ -235,6 +271,8 @@ class Validation:
         length = min(settings.context_len, max(1, len(held_out) - 1))
         count = math.ceil(max(1, len(held_out) - 1) / length)
         self.batch_size = min(settings.batch_size, count)
+        if len(devices) > 1:  # each takes its share
+            self.batch_size = math.ceil(self.batch_size / len(devices)) * len(devices)
         rounded = math.ceil(count / self.batch_size) * self.batch_size
         padded = np.zeros(rounded * length + T, np.uint8)
         padded[: len(held_out)] = held_out
@@ -278,10 +316,12 @@ class Validation:
         total = np.zeros(3, np.float64)
         for first in range(0, len(self.windows), self.batch_size):
             rows = slice(first, first + self.batch_size)
-            inputs = [Tensor(a[rows].copy()).realize() for a in (self.windows, self.mask)]
-            sums = self.measure(*inputs).numpy()
-            if sums[3] > self.slots:  # more bytes chosen than there were slots: give them all one
-                sums = self.measure_all(*inputs).numpy()
+            arrays = (self.windows[rows].copy(), self.mask[rows].copy())
+            inputs = [on_devices(array, self.devices, 0) for array in arrays]
+            with jit_for(self.devices):
+                sums = self.measure(*inputs).numpy()
+                if sums[3] > self.slots:  # more bytes than there were slots: one for each
+                    sums = self.measure_all(*inputs).numpy()
             total += sums[:3]
         bits = total / self.mask.sum() / np.array([math.log(2), math.log(2), 1])
         return {
@@ -297,6 +337,7 @@ def train(
     dataset: str | DataSpec | Data | None = None,
     run_dir: str | os.PathLike | None = None,
     *,
+    devices: tuple[str, ...] = (),
     resume: bool = False,
     force: bool = False,
     stop: Callable[[], bool] = lambda: False,
@@ -311,6 +352,8 @@ def train(
     not exist yet), it receives training.json, metrics.jsonl (the records) and checkpoints: weights
     as NNNNNNNN.safetensors, and beside them what resuming needs.
     `stop()` is asked after every step: True ends training as if it were the last step.
+    Several `devices` (`("CUDA:0", "CUDA:1")`) share each batch; the model is on all of them until
+    training ends, and then on the first.
 
     `resume` continues the run in `run_dir` from its newest valid checkpoint as if nothing had
     happened. Data and settings not given are the run's; those given must be the run's, except
@@ -359,8 +402,8 @@ def train(
     fingerprints = [data.train.fingerprint, data.validation.fingerprint]
     if stored.get("fingerprints", fingerprints) != fingerprints:
         raise PicoError(f"the data of {run_dir} have changed since; train a new RUN on them")
-    train_step = TrainStep(model, chosen)
-    validation = Validation(model, data.validation, chosen)
+    validation = Validation(model, data.validation, chosen, devices)
+    train_step = TrainStep(model, chosen, devices)
     description = {
         "settings": dataclasses.asdict(chosen),
         "dataset": dataclasses.asdict(spec) if isinstance(spec, DataSpec) else None,
@@ -471,6 +514,8 @@ def _train(
             run.log(record, durable=saving)  # before the checkpoint: a resumed run has all records
             if saving:
                 run.save(train_step, {"step": step, "bytes": seen})
+        if last:
+            move(train_step.parameters, train_step.devices[:1])
         yield record
 
 

@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 import pytest
+from tinygrad import Device
 
-from pico_tg.device import find_llvm
+from pico_tg.device import find_llvm, parse_devices
+from pico_tg.files import PicoError
 
 NO_LLVM = """
 import ctypes
@@ -73,3 +75,17 @@ def test_clang_comes_after_llvm(tmp_path):
 @pytest.mark.parametrize("dev", ["NULL", "PYTHON", "CPU:CLANGJIT", "CPU:X86", "CPU:LLVM:x86_64"])
 def test_the_user_is_obeyed(dev, tmp_path):
     assert start(tmp_path, CHOICE, DEV=dev)[0].startswith(dev)
+
+
+def test_devices():
+    assert len(parse_devices("1")) == 1
+    if Device.DEFAULT == "CPU":
+        assert parse_devices("2") == ("CPU", "CPU:1")
+        assert parse_devices("CPU:1,CPU:3") == ("CPU:1", "CPU:3")
+    assert parse_devices("NULL,NULL:1") == ("NULL", "NULL:1")
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "NOWHERE", "CPU:0,CPU", "", "CPU,"])
+def test_wrong_devices(text):
+    with pytest.raises(PicoError, match="--devices"):
+        parse_devices(text)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tinygrad import GlobalCounters, Tensor, TinyJit, nn
+from tinygrad import Device, GlobalCounters, Tensor, TinyJit, nn
 
 from pico_tg import SOAP
 from pico_tg.kernels import write_into
@@ -214,6 +214,26 @@ def test_a_gradient_that_is_not_finite_changes_nothing(poison, when):
     for ours, theirs in zip(run(optimizer, params, range(when, 12)), expected, strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert optimizer.finite.item()
+
+
+@pytest.mark.skipif(Device.DEFAULT != "CPU", reason="compares two CPU devices")
+def test_on_two_devices():
+    """Parameters whole on each of two devices, gradients too: the same as on one."""
+    devices = ("CPU", "CPU:1")
+    shapes = ((5, 5), (5, 5), (7,))
+    one, two = parameters(shapes=shapes), parameters(shapes=shapes)
+    for p in two:
+        p.to_(devices)
+    Tensor.realize(*two)
+    expected = run(SOAP(one), one, range(13))
+    optimizer = SOAP(two)
+    with Tensor.train():
+        for step in range(13):
+            for p, g in zip(two, gradients(step, one), strict=True):
+                p.grad = Tensor(g).shard(devices)
+            optimizer.step()
+    for ours, theirs in zip(two, expected, strict=True):
+        np.testing.assert_allclose(ours.numpy(), theirs, rtol=0, atol=1e-5)
 
 
 def test_zero_and_rank_deficient_gradients():

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 from oracle import forward
-from tinygrad import Tensor, nn
+from tinygrad import Device, Tensor, nn
 from tinygrad.helpers import Context
 
 from pico_tg.config import Config
@@ -271,4 +271,48 @@ def test_validation_when_the_router_takes_every_byte(text):
 def test_bad_settings(settings, named, text, tmp_path):
     with pytest.raises(PicoError, match=named):
         train(make(), text, tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
+
+
+TWO = ("CPU", "CPU:1")
+
+
+@pytest.mark.skipif(Device.DEFAULT != "CPU", reason="compares two CPU devices")
+def test_two_devices_are_the_same_as_one():
+    """With AdamW. SOAP is tested alone: it turns rounding into whole steps where a gradient is
+    of low rank, as those of so few letters are."""
+    rng = np.random.default_rng(4)
+    batches = batch(rng, 4, 1, 4, 40 + CONFIG.next_tokens)
+    settings = TrainSettings(batch_size=4, optimizer="adamw")
+    one, two = TrainStep(make(), settings), TrainStep(make(), settings, TWO)
+    assert {p.device for p in two.parameters} == {TWO}
+    for windows in batches:
+        np.testing.assert_allclose(one(windows, 1e-2), two(windows, 1e-2), rtol=0, atol=2e-5)
+    for name, value in one.weights().items():
+        np.testing.assert_allclose(value, two.weights()[name], rtol=0, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.skipif(Device.DEFAULT != "CPU", reason="compares two CPU devices")
+def test_training_on_two_devices(text, tmp_path):
+    """Validation and accumulation too; afterwards the model is on one device, and usable."""
+    settings = QUICK | {"max_steps": 3, "batch_size": 2, "grad_accumulation_steps": 2}
+    settings |= {"optimizer": "adamw", "warmup_steps": 0}
+    model, other = make(), make()
+    one = list(train(other, text, **settings))
+    two = list(train(model, text, tmp_path / "run", devices=TWO, **settings))
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+    key = "validation_bits_per_byte"
+    assert one[-1][key] == pytest.approx(two[-1][key], abs=1e-4)
+    found = model(Tensor([[65, 66, 67, 68]]))[0].numpy()
+    np.testing.assert_allclose(found, other(Tensor([[65, 66, 67, 68]]))[0].numpy(), atol=1e-3)
+    resumed = make(1)
+    settings |= {"max_steps": 4}
+    records = list(train(resumed, None, tmp_path / "run", resume=True, devices=TWO, max_steps=4))
+    assert [r["step"] for r in records] == [4]
+
+
+def test_a_batch_that_cannot_be_shared(text, tmp_path):
+    with pytest.raises(PicoError, match="batch_size 3 cannot be shared by 2 devices"):
+        train(make(), text, tmp_path / "run", devices=TWO, **(QUICK | {"batch_size": 3}))
     assert not (tmp_path / "run").exists()
