@@ -3,12 +3,15 @@
 import argparse
 import codecs
 import dataclasses
+import importlib
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from tinygrad import Tensor
 from tqdm import tqdm
@@ -21,7 +24,7 @@ from .files import PicoError, atomic_write
 from .generate import GeneratedByte, generate
 from .model import Pico
 from .plot import training_chart
-from .train import OPTIMIZERS, TrainSettings, read_metrics, train
+from .train import OPTIMIZERS, TrainSettings, read_description, read_metrics, train
 
 CONFIG_HELP = {
     "dim": "width of the residual stream",
@@ -129,6 +132,10 @@ def build_parser() -> Parser:
         help="continue RUN from its newest valid checkpoint, with the settings that it had",
     )  # fmt: skip
     training.add_argument(
+        "--tracker", choices=["wandb"], default=None,
+        help="also log every record to Weights & Biases (pip install wandb)",
+    )  # fmt: skip
+    training.add_argument(
         "--devices", default="", metavar="N",
         help="share each batch among so many devices, or among these: CUDA:0,CUDA:1",
     )  # fmt: skip
@@ -217,6 +224,7 @@ def command_train(args: argparse.Namespace) -> int:
     if run_dir.exists() and not args.resume:
         raise PicoError(f"{run_dir} exists; continue it with --resume, or choose another RUN")
     devices = parse_devices(args.devices) if args.devices else ()
+    tracker = import_tracker(args.tracker)
     Tensor.manual_seed(settings.get("seed", TrainSettings.seed))
     model = Pico(config)
     if "base_weights" in options:
@@ -228,12 +236,37 @@ def command_train(args: argparse.Namespace) -> int:
             stop=stopping,
             progress=True, say=say, **settings,
         )  # fmt: skip
+        if tracker:
+            described = dataclasses.asdict(config) | read_description(run_dir)["settings"]
+            tracked = tracker.init(
+                project="pico_tg", name=f"{args.path.name}/{args.run}", config=described
+            )
+            records = logged(records, tracked)
         checkpoint = show_training(records)
     if not checkpoint:
         say(f"{run_dir} has nothing left to train; a larger --max-steps would give it more")
         return 0
     say(f"wrote {checkpoint}; write text with: python -m pico_tg run {args.path} {args.run}")
     return 130 if stopping() else 0
+
+
+def import_tracker(name: str | None) -> ModuleType | None:
+    if name is None:
+        return None
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise PicoError(f"--tracker {name} needs its package: pip install {name}") from error
+
+
+def logged(records: Iterator[dict], tracked: Any) -> Iterator[dict]:
+    """The records, each logged to a tracker's run on its way; the run ends with them."""
+    try:
+        for record in records:
+            tracked.log(record, step=record["step"])
+            yield record
+    finally:
+        tracked.finish()
 
 
 class StopSignals:

@@ -10,7 +10,7 @@ from tinygrad import Tensor, TinyJit
 from .attention import alibi_slopes
 from .data import SEQ_END, SEQ_START
 from .files import PicoError
-from .kernels import write_into
+from .kernels import compiled, write_into
 from .model import Block, Pico
 from .routing import gather, scatter
 
@@ -126,7 +126,7 @@ class Decoder:
         """`function`, compiled once a name and number of rows."""
         key = (name, rows)
         if key not in self.jits:
-            self.jits[key] = TinyJit(function)
+            self.jits[key] = compiled(function)
         return self.jits[key](*inputs)
 
     def _encode(self, control: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,9 +13,11 @@ Two things are done here that tinygrad does not do by itself:
 import functools
 import math
 import os
+import weakref
+from collections.abc import Callable
 
 import numpy as np
-from tinygrad import Tensor, dtypes, function
+from tinygrad import Tensor, TinyJit, dtypes, function
 from tinygrad.codegen.opt import Opt, OptOps
 from tinygrad.dtype import _to_np_dtype
 from tinygrad.engine.realize import capturing
@@ -189,6 +191,16 @@ def read(x: Tensor) -> np.ndarray:
 def _buffers(x: Tensor) -> list:
     buffer = x.uop.buffer
     return getattr(buffer, "bufs", [buffer])
+
+
+def compiled(method: Callable) -> TinyJit:
+    """TinyJit of a bound method, kept in an attribute of its own object without a cycle.
+
+    A cycle would leave the graph to Python's garbage collector. That may run on the CPU device's
+    own thread, and there freeing a graph waits for that thread itself, for ever (0.13, seen).
+    """
+    reference = weakref.WeakMethod(method)
+    return TinyJit(lambda *inputs: reference()(*inputs))
 
 
 def is_capturing() -> bool:

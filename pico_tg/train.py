@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tinygrad import Tensor, TinyJit, dtypes, nn
+from tinygrad import Tensor, dtypes, nn
 from tinygrad.helpers import JIT, Context
 
 from .checkpoint import (
@@ -28,7 +28,7 @@ from .checkpoint import (
 )
 from .data import Corpus, Data, DataSpec, Windows, load_data
 from .files import PicoError, atomic_write
-from .kernels import write_into
+from .kernels import compiled, write_into
 from .model import Pico, cross_entropy, loss_fn
 from .soap import SOAP
 
@@ -165,9 +165,9 @@ class TrainStep:
         self.sums: list[Tensor] = []
         if settings.grad_accumulation_steps > 1:
             self.sums = [p.zeros_like().contiguous().realize() for p in self.parameters]
-        self.whole_step = TinyJit(self._whole_step)
-        self.accumulate = TinyJit(self._accumulate)
-        self.update = TinyJit(self._update)
+        self.whole_step = compiled(self._whole_step)
+        self.accumulate = compiled(self._accumulate)
+        self.update = compiled(self._update)
 
     def _gradients(self, windows: Tensor) -> tuple[Tensor, list[Tensor]]:
         x, targets = inputs_and_targets(windows, self.model.config.next_tokens)
@@ -288,8 +288,8 @@ class Validation:
             )
         self.slots = min(length, 2 * max(1, model.config.capacity(length)))
         self.length = length
-        self.measure = TinyJit(self._measure)
-        self.measure_all = TinyJit(self._measure_all)
+        self.measure = compiled(self._measure)
+        self.measure_all = compiled(self._measure_all)
 
     def _measure(self, windows: Tensor, mask: Tensor) -> Tensor:
         return self._sums(windows, mask, self.slots)

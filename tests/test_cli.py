@@ -371,3 +371,30 @@ def test_plot(trained, tmp_path, capsys):
     assert "metrics.jsonl" in one_line(capsys)
     assert status(["plot", str(tmp_path / "none"), "run"]) == 2
     assert "init" in one_line(capsys)
+
+
+def test_tracker(trained, text, tmp_path, monkeypatch, capsys):
+    """A package of that name gets every record; without one, how to install it is said."""
+    monkeypatch.setitem(sys.modules, "wandb", None)  # an import of it fails
+    arguments = ["train", str(trained), "tracked", str(text), *SHORT, "--tracker", "wandb"]
+    assert status(arguments) == 2
+    assert "pip install wandb" in one_line(capsys)
+    assert not (trained / "tracked").exists()
+
+    (tmp_path / "wandb.py").write_text(
+        "calls = []\n"
+        "class Run:\n"
+        "    def log(self, record, step): calls.append((step, record['loss']))\n"
+        "    def finish(self): calls.append('finished')\n"
+        "def init(project, name, config): calls.append((project, name, config)); return Run()\n"
+    )
+    monkeypatch.delitem(sys.modules, "wandb")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert cli.main(arguments) == 0
+    calls = sys.modules["wandb"].calls
+    monkeypatch.delitem(sys.modules, "wandb")
+    assert calls[0][:2] == ("pico_tg", "model/tracked")
+    assert calls[0][2]["dim"] == TINY["dim"]
+    assert calls[0][2]["max_steps"] == 3
+    assert [step for step, _ in calls[1:-1]] == [1, 2, 3]
+    assert calls[-1] == "finished"

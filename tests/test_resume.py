@@ -1,5 +1,6 @@
 """Resuming: bit for bit, from the newest valid checkpoint, whatever happened to the others."""
 
+import gc
 import json
 import os
 import random
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +24,11 @@ from pico_tg.checkpoint import (
     save_checkpoint,
 )
 from pico_tg.config import Config
+from pico_tg.data import DataSpec, load_data
 from pico_tg.files import PicoError
+from pico_tg.generate import Decoder
 from pico_tg.model import Pico
-from pico_tg.train import TrainSettings, TrainStep, read_metrics, train
+from pico_tg.train import TrainSettings, TrainStep, Validation, read_metrics, train
 
 CONFIG = Config(
     dim=16,
@@ -332,6 +336,32 @@ def test_steps_do_not_leak():
     assert GlobalCounters.mem_used == device
     if sys.platform == "linux":
         assert resident() - process < 4 << 20
+
+
+def test_graphs_are_freed_at_once(text):
+    """Not by the garbage collector: on the CPU device's own thread that would never end."""
+    corpus = load_data(DataSpec(text), progress=False).validation
+    settings = TrainSettings(**QUICK)
+    windows = np.random.default_rng(0).integers(97, 120, (1, 4, 42), dtype=np.uint8)
+    gc.collect()
+    gc.disable()
+    try:
+        step, validation, decoder = (
+            TrainStep(make(), settings),
+            Validation(make(), corpus, settings),
+            Decoder(make()),
+        )
+        for _ in range(3):  # the second call makes a graph, the third replays it
+            step(windows, 1e-3)
+            validation()
+            decoder.feed(b"a")
+        jits = [step.whole_step, validation.measure, *decoder.jits.values()]
+        graphs = [weakref.ref(jit.captured) for jit in jits if jit.captured is not None]
+        assert len(graphs) >= 4
+        del step, validation, decoder, jits
+        assert [graph() for graph in graphs] == [None] * len(graphs)
+    finally:
+        gc.enable()
 
 
 def test_weights_stay_those_of_the_model(run):
