@@ -19,6 +19,7 @@ EVERY = 25  # steps between two measurements
 parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
 parser.add_argument("dataset", nargs="?", default="python-docs")
 parser.add_argument("--steps", type=int, default=600)
+parser.add_argument("--rates", type=int, default=3, help="try so many of the learning rates")
 parser.add_argument("--svg", type=Path, default=Path(__file__).parent / "optimizers.svg")
 args = parser.parse_args()
 
@@ -29,7 +30,7 @@ data = pico_tg.load_data(pico_tg.DataSpec(args.dataset))
 curves: dict[tuple[str, float], list[tuple[int, float]]] = {}
 seconds: dict[str, float] = {}
 for optimizer, rates in RATES.items():
-    for rate in rates:
+    for rate in rates[: args.rates]:
         Tensor.manual_seed(0)
         records = pico_tg.train(
             pico_tg.Pico(config), data, context_len=512, batch_size=4, max_steps=args.steps,
@@ -61,7 +62,7 @@ if seconds["adamw"]:
 lines = [
     Line(f"{o} {rate:g}", *map(list, zip(*curves[o, rate], strict=True)), colour, dashed)
     for (o, colour) in zip(RATES, (COLOURS[1], COLOURS[0]), strict=True)
-    for rate in RATES[o]
+    for rate in RATES[o][: args.rates]
     for dashed in [(o, rate) != best[o]]
 ]
 top = max(min(bits for _, bits in curve) for curve in curves.values()) + 1.5

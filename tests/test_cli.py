@@ -299,8 +299,7 @@ def start(*arguments: str, **options) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_interrupt_saves(signum, model, text):
+def test_interrupt_saves(model, text):
     """A signal ends training after the step, with a checkpoint; status 130."""
     arguments = [str(model), "r", str(text), *SHORT, "--max-steps", "100000", "--epochs", "10000"]
     process = start("train", *arguments, stderr=subprocess.PIPE, text=True)
@@ -310,12 +309,29 @@ def test_interrupt_saves(signum, model, text):
         assert time.monotonic() < deadline
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
-    process.send_signal(signum)
+    process.send_signal(signal.SIGTERM)
     err = process.communicate(timeout=120)[1]
     assert process.returncode == 130, err
     assert "Traceback" not in err
     steps = metrics.read_text().count("\n")
     assert (model / "r" / f"{steps:08d}.safetensors").exists()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signals_ask_first(signum, monkeypatch, capsys):
+    """The first one asks for a stop, a second one leaves at once; then they are as before."""
+    left = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    before = signal.getsignal(signum)
+    with cli.StopSignals() as stopping:
+        assert not stopping()
+        os.kill(os.getpid(), signum)
+        assert stopping()
+        assert left == []
+        os.kill(os.getpid(), signum)
+        assert left == [130]
+    assert signal.getsignal(signum) is before
+    assert "stopping after this step" in capsys.readouterr().err
 
 
 @pytest.mark.slow
