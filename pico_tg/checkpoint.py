@@ -148,8 +148,12 @@ def write_safetensors(
 
 def save_weights(model: Pico, path: str | os.PathLike) -> None:
     """Write the model's weights as float32, under the names of the published implementation."""
-    named = nn.state.get_state_dict(model)
-    write_safetensors(path, {name: tensor.numpy() for name, tensor in named.items()})
+    write_safetensors(path, weights_of(model))
+
+
+def weights_of(model: Pico) -> dict[str, np.ndarray]:
+    """The model's weights, float32, by name."""
+    return {name: tensor.numpy() for name, tensor in nn.state.get_state_dict(model).items()}
 
 
 def load_weights(model: Pico, path: str | os.PathLike) -> None:
@@ -157,7 +161,10 @@ def load_weights(model: Pico, path: str | os.PathLike) -> None:
 
     Names and shapes must be the model's, all of them; otherwise PicoError, and nothing is changed.
     """
-    arrays, _ = read_safetensors(path)
+    _set_weights(model, read_safetensors(path)[0], path)
+
+
+def _set_weights(model: Pico, arrays: dict[str, np.ndarray], path: str | os.PathLike) -> None:
     named = nn.state.get_state_dict(model)
     problems = [f"{name} is missing" for name in named if name not in arrays]
     problems += [f"{name} is not of this model" for name in arrays if name not in named]
@@ -211,7 +218,7 @@ def load_checkpoint(model: Pico, path: str | os.PathLike) -> tuple[dict[str, np.
         raise PicoError(f"{state_path} is not the state of a training run") from None
     if digest != _digest(weights):
         raise PicoError(f"{path} and {state_path.name} do not belong together")
-    load_weights(model, path)
+    _set_weights(model, weights, path)
     return state, progress
 
 

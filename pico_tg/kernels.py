@@ -76,10 +76,9 @@ def product(a: Tensor, b: Tensor, transposed: bool = False) -> Tensor:
     N = b.shape[2]
     if not _scheduled(a, M, L, N):
         return ((a.transpose(1, 2) if transposed else a) @ b).contiguous()
-    row_padding, column_padding = _round_up(M, 2 * ROWS) - M, _round_up(N, COLUMNS) - N
-    a = a.pad((None, None, (0, row_padding)) if transposed else (None, (0, row_padding), None))
-    b = b.pad((None, None, (0, column_padding)))
-    return _gemm(a.contiguous(), b.contiguous(), M, N, L, transposed)[:, :M, :N]
+    rows, columns = _round_up(M, 2 * ROWS), _round_up(N, COLUMNS)
+    a = _padded(a, L, rows) if transposed else _padded(a, rows, L)
+    return _gemm(a, _padded(b, L, columns), M, N, L, transposed)[:, :M, :N]
 
 
 def _scheduled(x: Tensor, M: int, L: int, N: int) -> bool:
@@ -179,6 +178,20 @@ def write_into(x: Tensor, values: np.ndarray) -> None:
     assert values.dtype.itemsize * values.size == x.nbytes(), "size of the buffer"
     for buffer in _buffers(x):
         buffer.copyin(memoryview(np.ascontiguousarray(values)).cast("B"))
+
+
+def write_all(tensors: dict[str, Tensor], values: dict[str, np.ndarray]) -> None:
+    """`write_into` an optimizer's state, by name. Raises ValueError, before any is written, unless all of them fit."""
+    if tensors.keys() != values.keys():
+        names = sorted(tensors.keys() ^ values.keys())
+        raise ValueError(f"state of another optimizer: {', '.join(names[:4])}")
+    for name, tensor in tensors.items():
+        shape, dtype = tensor.shape, np.dtype(_to_np_dtype(tensor.dtype))
+        if values[name].shape != shape or values[name].dtype != dtype:
+            found = f"{values[name].dtype} {values[name].shape}"
+            raise ValueError(f"{name}: {found} where {dtype} {shape} is needed")
+    for name, tensor in tensors.items():
+        write_into(tensor, values[name])
 
 
 def read(x: Tensor) -> np.ndarray:

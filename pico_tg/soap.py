@@ -19,7 +19,7 @@ from tinygrad import Tensor, dtypes
 from tinygrad.nn.optim import Optimizer
 
 from . import linalg
-from .kernels import is_capturing, product, read, write_into
+from .kernels import is_capturing, product, read, write_all, write_into
 
 
 class SOAP(Optimizer):
@@ -55,9 +55,9 @@ class SOAP(Optimizer):
         optimizer.refresh()
 
     Cost of a step for a matrix [m, n]: 6 m n (m + n) operations on the device. `refresh()` reads
-    one number, and every precondition_frequency steps moves GG, Q and both moments to the host and
-    the latter three back (no copies of GG and Q on a CPU), where NumPy does a product and
-    a QR of 2 s^3 and 8/3 s^3 operations a side of s, and 2 m n (m + n) to turn the momentum.
+    two numbers, and every precondition_frequency steps moves GG, Q and both moments to the host and
+    the latter three back (GG needs no copy on a CPU). There NumPy does a product and a QR, 2 s^3
+    and 8/3 s^3 operations a side of s, and 4 m n (m + n) to turn the momentum.
     """
 
     def __init__(
@@ -93,9 +93,9 @@ class SOAP(Optimizer):
         self.precondition_frequency = precondition_frequency
         self.normalize_grads, self.correct_bias = normalize_grads, correct_bias
         # gradients averaged in; how many of them the last refresh had seen
-        self.count = self._zeros(1, dtype=dtypes.int32)
-        self.refreshed = self._zeros(1, dtype=dtypes.int32)
-        self.finite = self._zeros(1, dtype=dtypes.bool)
+        self.count = self._zeros(1, dtype=np.int32)
+        self.refreshed = self._zeros(1, dtype=np.int32)
+        self.finite = self._zeros(1, dtype=np.bool_)
         shapes = dict.fromkeys(p.shape for p in self.params)
         self.stacks = [
             Stack(
@@ -111,8 +111,8 @@ class SOAP(Optimizer):
             for shape in shapes
         ]
 
-    def _zeros(self, *shape: int, dtype=dtypes.float32) -> Tensor:
-        return self._place(np.zeros(shape, dtype=_numpy(dtype)))
+    def _zeros(self, *shape: int, dtype: type = np.float32) -> Tensor:
+        return self._place(np.zeros(shape, dtype))
 
     def _place(self, values: np.ndarray) -> Tensor:
         """A realised tensor on the parameters' device or devices."""
@@ -186,17 +186,7 @@ class SOAP(Optimizer):
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         """Overwrite the state. Raises ValueError on a name, shape or dtype that does not fit."""
-        own = self.state_dict()
-        if own.keys() != state.keys():
-            raise ValueError(f"state of another optimizer: {sorted(own.keys() ^ state.keys())[:4]}")
-        for name, tensor in own.items():
-            value, dtype = np.asarray(state[name]), _numpy(tensor.dtype)
-            if value.shape != tensor.shape or value.dtype != dtype:
-                raise ValueError(
-                    f"{name}: {value.dtype} {value.shape} where {dtype} {tensor.shape} is needed"
-                )
-        for name, tensor in own.items():
-            write_into(tensor, np.asarray(state[name]))
+        write_all(self.state_dict(), state)
 
 
 class Stack:
@@ -314,7 +304,3 @@ def _outer(x: Tensor, side: int) -> Tensor:
         return product(rows, rows, transposed=True)
     columns, _ = _front(x, side)
     return product(columns, columns.transpose(1, 2))
-
-
-def _numpy(dtype) -> np.dtype:
-    return np.dtype({dtypes.float32: "f4", dtypes.int32: "i4", dtypes.bool: "?"}[dtype])

@@ -25,10 +25,11 @@ from .checkpoint import (
     list_checkpoints,
     load_newest,
     save_checkpoint,
+    weights_of,
 )
 from .data import Corpus, Data, DataSpec, Windows, load_data
 from .files import PicoError, atomic_write
-from .kernels import compiled, write_into
+from .kernels import compiled, write_all
 from .model import Pico, cross_entropy, loss_fn
 from .soap import SOAP
 
@@ -229,24 +230,18 @@ class TrainStep:
         own = nn.state.get_state_dict(self.optimizer)
         return {name: t for name, t in own.items() if {*name.split(".")} & {*ADAMW_STATE}}
 
-    def weights(self) -> dict[str, np.ndarray]:
-        """The model's weights, by name."""
-        return {name: t.numpy() for name, t in nn.state.get_state_dict(self.model).items()}
-
     def state(self) -> dict[str, np.ndarray]:
         """The optimizer's state, by name."""
         return {name: tensor.numpy() for name, tensor in self._state().items()}
 
     def load_state(self, state: dict[str, np.ndarray], path: Path) -> None:
         """Overwrite the optimizer's state. Raises PicoError if what `path` held does not fit."""
-        own = self._state()
-        fits = own.keys() == state.keys() and all(
-            state[name].shape == tensor.shape for name, tensor in own.items()
-        )
-        if not fits:
-            raise PicoError(f"the optimizer's state beside {path} is not of this model")
-        for name, tensor in own.items():
-            write_into(tensor, state[name])
+        try:
+            write_all(self._state(), state)
+        except ValueError as error:
+            raise PicoError(
+                f"the optimizer's state beside {path} is not of this model: {error}"
+            ) from error
 
 
 class Validation:
@@ -425,7 +420,15 @@ def train(
         except OSError as error:
             raise PicoError(f"cannot create {run_dir}: {error.strerror}") from error
         run = Run(Path(run_dir), description)
-    return _train(train_step, windows, validation, run, reached, stop)
+    return _until_the_end(_train(train_step, windows, validation, run, reached, stop), train_step)
+
+
+def _until_the_end(records: Iterator[Record], train_step: TrainStep) -> Iterator[Record]:
+    """The records; however training ends, the model is then on the first device."""
+    try:
+        yield from records
+    finally:
+        move(train_step.parameters, train_step.devices[:1])
 
 
 MAY_CHANGE = ("max_steps", "validation_interval", "checkpoint_interval", "keep_checkpoints")
@@ -514,8 +517,6 @@ def _train(
             run.log(record, durable=saving)  # before the checkpoint: a resumed run has all records
             if saving:
                 run.save(train_step, {"step": step, "bytes": seen})
-        if last:
-            move(train_step.parameters, train_step.devices[:1])
         yield record
 
 
@@ -535,7 +536,7 @@ class Run:
     def save(self, train_step: TrainStep, reached: dict[str, int]) -> None:
         """Write a checkpoint, list it in training.json, delete those not to be kept."""
         state, step = train_step.state(), reached["step"]
-        save_checkpoint(train_step.weights(), state, reached, self.folder, step)
+        save_checkpoint(weights_of(train_step.model), state, reached, self.folder, step)
         if train_step.settings.keep_checkpoints:
             delete_older(self.folder, step, train_step.settings.keep_checkpoints)
         self._describe()

@@ -32,11 +32,6 @@ FLAGS = [part for k, v in TINY.items() for part in ("--" + k.replace("_", "-"), 
 SHORT = ["--context-len", "64", "--batch-size", "2", "--max-steps", "3", "--warmup-steps", "1"]
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("PICO_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "text.txt"

@@ -28,13 +28,6 @@ from pico_tg.files import PicoError
 TEXTS = ["first\n", "zweites: äöü 🙂", "NA", "4", 'last, "quoted"\nand long ' + "x" * 300]
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    folder = tmp_path / "cache"
-    monkeypatch.setenv("PICO_CACHE", str(folder))
-    return folder
-
-
 def load(dataset, **options):
     return load_data(DataSpec(str(dataset), **options), progress=False)
 

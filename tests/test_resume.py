@@ -45,11 +45,6 @@ CONFIG = Config(
 QUICK = {"context_len": 40, "batch_size": 4, "warmup_steps": 2, "learning_rate": 1e-2, "epochs": 99}
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("PICO_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "text.txt"

@@ -37,11 +37,6 @@ CONFIG = Config(
 QUICK = {"context_len": 40, "batch_size": 2, "warmup_steps": 2, "learning_rate": 3e-3}
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("PICO_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "text.txt"
@@ -288,8 +283,8 @@ def test_two_devices_are_the_same_as_one():
     assert {p.device for p in two.parameters} == {TWO}
     for windows in batches:
         np.testing.assert_allclose(one(windows, 1e-2), two(windows, 1e-2), rtol=0, atol=2e-5)
-    for name, value in one.weights().items():
-        np.testing.assert_allclose(value, two.weights()[name], rtol=0, atol=1e-4, err_msg=name)
+    for name, value in weights(one.model).items():
+        np.testing.assert_allclose(value, weights(two.model)[name], rtol=0, atol=1e-4, err_msg=name)
 
 
 @pytest.mark.skipif(Device.DEFAULT != "CPU", reason="compares two CPU devices")
@@ -310,6 +305,10 @@ def test_training_on_two_devices(text, tmp_path):
     settings |= {"max_steps": 4}
     records = list(train(resumed, None, tmp_path / "run", resume=True, devices=TWO, max_steps=4))
     assert [r["step"] for r in records] == [4]
+    unfinished = make(1)
+    records = train(unfinished, None, tmp_path / "run", resume=True, devices=TWO, max_steps=4)
+    assert list(records) == []  # nothing was left to do
+    assert {p.device for p in nn.state.get_parameters(unfinished)} == {TWO[0]}
 
 
 def test_a_batch_that_cannot_be_shared(text, tmp_path):
