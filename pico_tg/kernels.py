@@ -181,7 +181,10 @@ def write_into(x: Tensor, values: np.ndarray) -> None:
 
 
 def write_all(tensors: dict[str, Tensor], values: dict[str, np.ndarray]) -> None:
-    """`write_into` an optimizer's state, by name. Raises ValueError, before any is written, unless all of them fit."""
+    """`write_into` an optimizer's state, by name.
+
+    Raises ValueError, before anything is written, unless all names, shapes and dtypes fit.
+    """
     if tensors.keys() != values.keys():
         names = sorted(tensors.keys() ^ values.keys())
         raise ValueError(f"state of another optimizer: {', '.join(names[:4])}")
