@@ -77,8 +77,22 @@ def product(a: Tensor, b: Tensor, transposed: bool = False) -> Tensor:
     if not _scheduled(a, M, L, N):
         return ((a.transpose(1, 2) if transposed else a) @ b).contiguous()
     rows, columns = _round_up(M, 2 * ROWS), _round_up(N, COLUMNS)
-    a = _padded(a, L, rows) if transposed else _padded(a, rows, L)
-    return _gemm(a, _padded(b, L, columns), M, N, L, transposed)[:, :M, :N]
+    a = _padded(_whole(a), L, rows) if transposed else _padded(_whole(a), rows, L)
+    return _gemm(a, _padded(_whole(b), L, columns), M, N, L, transposed)[:, :M, :N]
+
+
+def _whole(x: Tensor) -> Tensor:
+    """`x`; where it is all of a buffer, reshaped, that buffer with only one reshape. No gradient.
+
+    Two reshapes make 0.13 hand a custom kernel a view of the buffer. TinyJit's memory planner does
+    not see views: it would give the memory of a buffer that an earlier realize in the same captured
+    function made to others while the kernel still needs it (seen: SOAP's gradients).
+    """
+    base = x.uop.base
+    if base.op is not Ops.BUFFER or base.numel() != x.numel():
+        return x
+    in_order = x.uop.contiguous_view_offset() == 0
+    return Tensor(base.reshape(x.shape)) if in_order else x
 
 
 def _scheduled(x: Tensor, M: int, L: int, N: int) -> bool:

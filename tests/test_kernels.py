@@ -80,6 +80,23 @@ def test_jit_and_the_switch(form, all_scheduled, monkeypatch):
         monkeypatch.delenv("PICO_KERNELS")
 
 
+def test_operands_keep_their_memory_in_a_jit(all_scheduled):
+    """A product as the last reader of what an earlier realize of the same function made."""
+    right = Tensor(inputs("matmul", ((1,), 32, 32, 32))[1]).clone().realize()
+
+    @TinyJit
+    def step(x):
+        doubled = (x * 2).contiguous().realize()
+        tripled = (x * 3).contiguous().realize()  # must not lie where `doubled` does
+        out = kernels.product(Tensor.stack(doubled), right).realize()
+        return out, tripled.sum().realize()
+
+    for seed in range(4):
+        x = inputs("matmul", ((), 32, 32, 32), seed)[0]
+        out = step(Tensor(x).clone().realize())[0]
+        np.testing.assert_allclose(out.numpy()[0], 2 * x @ right.numpy()[0], rtol=0, atol=1e-4)
+
+
 def test_the_switch_switches(all_scheduled, monkeypatch):
     x = Tensor.ones(16, 16)
     monkeypatch.setenv("PICO_KERNELS", "0")
