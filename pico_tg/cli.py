@@ -24,7 +24,7 @@ from .files import PicoError, atomic_write
 from .generate import GeneratedByte, generate
 from .model import Pico
 from .plot import training_chart
-from .train import OPTIMIZERS, TrainSettings, read_description, read_metrics, train
+from .train import CHOICES, TrainSettings, read_description, read_metrics, train
 
 CONFIG_HELP = {
     "dim": "width of the residual stream",
@@ -50,6 +50,7 @@ TRAIN_HELP = {
     "checkpoint_interval": "write the weights every so many steps, and at the end",
     "validation_bytes": "measure on at most so many held-out bytes",
     "optimizer": "SOAP, or AdamW",
+    "precision": "of the factors of matrix products; auto: bf16 where the device has units for it",
     "keep_checkpoints": "delete older checkpoints, so that so many remain; 0 keeps all",
     "seed": "decides the fresh weights and the order of the data",
 }
@@ -122,7 +123,7 @@ def build_parser() -> Parser:
         help="start from these weights (.safetensors) instead of fresh ones",
     )  # fmt: skip
     for field in dataclasses.fields(TrainSettings):
-        choice = {"choices": OPTIMIZERS} if field.name == "optimizer" else {"metavar": "N"}
+        choice = {"choices": CHOICES[field.name]} if field.name in CHOICES else {"metavar": "N"}
         training.add_argument(
             flag(field.name), type=field.type, default=argparse.SUPPRESS,
             help=f"{TRAIN_HELP[field.name]} (default: {field.default})", **choice,

@@ -8,25 +8,30 @@ Two things are done here that tinygrad does not do by itself:
   in vector registers while one loop runs over the summed axis. tinygrad's own choice reaches a
   fifth of it. `PICO_KERNELS=0` switches them off; on accelerators plain `@` is used, so that
   tensor cores apply.
+
+With `BF16` on, both factors of every product of the model, and of its gradients, are rounded to
+bfloat16; sums and results stay float32.
 """
 
 import functools
 import math
 import os
+import re
 import weakref
 from collections.abc import Callable
 
 import numpy as np
-from tinygrad import Tensor, TinyJit, dtypes, function
+from tinygrad import Device, Tensor, TinyJit, dtypes, function
 from tinygrad.codegen.opt import Opt, OptOps
 from tinygrad.dtype import _to_np_dtype
 from tinygrad.engine.realize import capturing
-from tinygrad.helpers import CPU_COUNT, DEV
+from tinygrad.helpers import CPU_COUNT, DEV, ContextVar
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
 ROWS, COLUMNS = 8, 16  # the register tile
 # below this many multiplications a product is bound by memory or by the call, not by arithmetic
 SMALL = 1 << 15
+BF16 = ContextVar("PICO_BF16", 0)  # `with Context(PICO_BF16=1)` while a graph is made
 
 
 def stored(x: Tensor) -> Tensor:
@@ -47,7 +52,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., I] with weight [O, I] -> x @ weight.T [..., O]."""
     *lead, inputs = x.shape
     rows, outputs = math.prod(lead), weight.shape[0]
-    if not _scheduled(x, rows, inputs, outputs):
+    if not BF16 and not _scheduled(x, rows, inputs, outputs):
         return stored(stored(x) @ weight.T)
     x = x.reshape(1, rows, inputs)
     out = _product(x, weight.reshape(1, outputs, inputs))
@@ -56,7 +61,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a [..., M, L] @ b [..., L, N] -> [..., M, N], with the same leading dimensions."""
-    if not _scheduled(a, *a.shape[-2:], b.shape[-1]):
+    if not BF16 and not _scheduled(a, *a.shape[-2:], b.shape[-1]):
         return stored(stored(a) @ stored(b))
     return matmul_transposed(a, b.transpose(-1, -2))
 
@@ -65,7 +70,7 @@ def matmul_transposed(a: Tensor, b: Tensor) -> Tensor:
     """a [..., M, L] @ b [..., N, L].T -> [..., M, N], with the same leading dimensions."""
     *lead, M, L = a.shape
     N = b.shape[-2]
-    if not _scheduled(a, M, L, N):
+    if not BF16 and not _scheduled(a, M, L, N):
         return stored(stored(a) @ stored(b).transpose(-1, -2))
     return _product(a.reshape(-1, M, L), b.reshape(-1, N, L)).reshape(*lead, M, N)
 
@@ -106,38 +111,65 @@ def _scheduled(x: Tensor, M: int, L: int, N: int) -> bool:
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a [Z, M, L] @ b [Z, N, L].T, on padded copies; the padding is no work for the reader.
 
-    Padding happens in the kernel that computes `a` or `b`, and the gradient's in the one that
-    computes the gradient.
+    Padding and rounding happen in the kernel that computes `a` or `b`, and the gradient's in the
+    one that computes the gradient.
     """
     _, M, L = a.shape
     N = b.shape[1]
     a = _padded(a, _round_up(M, 2 * ROWS), _round_up(L, COLUMNS))
     b = _padded(b, _round_up(N, COLUMNS), _round_up(L, COLUMNS))
-    return _product_function(M, N, L)(a, b)[:, :M, :N].contiguous_backward()
+    gemm = _on_units if multiplies_bf16(a.device) else _plain
+    if _scheduled(a, M, L, N):
+        gemm = _gemm
+    return _product_function(M, N, L, gemm)(a, b)[:, :M, :N].contiguous_backward()
 
 
 def _padded(x: Tensor, rows: int, columns: int) -> Tensor:
     padded = x.pad((None, (0, rows - x.shape[1]), (0, columns - x.shape[2])))
-    return padded.contiguous().contiguous_backward()
+    return _rounded(padded).contiguous().contiguous_backward()
+
+
+def _rounded(x: Tensor) -> Tensor:
+    return x.cast(dtypes.bfloat16) if BF16 else x
 
 
 @functools.cache
-def _product_function(M: int, N: int, L: int):
+def _product_function(M: int, N: int, L: int, gemm: Callable[..., Tensor]):
     """a, b (padded) -> a @ b.T, whose gradient is two more such products."""
 
     def gradient(upstream: UOp, call: UOp) -> tuple[UOp | None, ...]:
         a, b, *buffers = (Tensor(uop) for uop in call.src[1:])
-        g = Tensor(upstream).contiguous()
-        da, db = _gemm(g, b, M, L, N), _gemm(g, a, N, L, M, transposed=True)
+        g = Tensor(upstream).cast(a.dtype).contiguous()
+        da, db = gemm(g, b, M, L, N), gemm(g, a, N, L, M, transposed=True)
         return da.uop, db.uop, *[None for _ in buffers]
 
     # implicit: the buffer that the kernel writes
     @function(grad_fxn=gradient, allow_implicit=True)
     def product(a: Tensor, b: Tensor) -> Tensor:
         # rows of b become columns: the vector's lanes are then next to each other in memory
-        return _gemm(a, b.transpose(1, 2).contiguous(), M, N, L)
+        return gemm(a, b.transpose(1, 2).contiguous(), M, N, L)
 
     return product
+
+
+def _plain(a: Tensor, b: Tensor, M: int, N: int, L: int, transposed: bool = False) -> Tensor:
+    """What `_gemm` computes, as tinygrad schedules it; the padding, zeros here, is summed over."""
+    return ((a.transpose(1, 2) if transposed else a).float() @ b.float()).contiguous()
+
+
+def _on_units(a: Tensor, b: Tensor, M: int, N: int, L: int, transposed: bool = False) -> Tensor:
+    """`_plain` in the form that matrix units take: bfloat16 in, float32 sums of exact products."""
+    a = a.transpose(1, 2) if transposed else a
+    return a.matmul(b, dtype=dtypes.float32).contiguous()
+
+
+def multiplies_bf16(device: str | tuple[str, ...]) -> bool:
+    """Whether the device has matrix units for bfloat16 (CUDA from sm_80, Apple from the M3 on)."""
+    renderer = Device[device if isinstance(device, str) else device[0]].renderer
+    apple = re.fullmatch(r"Apple(\d+)", renderer.target.arch)
+    if apple and int(apple[1]) < 9:
+        return False
+    return any(core.dtype_in == dtypes.bfloat16 for core in renderer.tensor_cores)
 
 
 def _gemm(a: Tensor, b: Tensor, M: int, N: int, L: int, transposed: bool = False) -> Tensor:
@@ -157,7 +189,9 @@ def _gemm(a: Tensor, b: Tensor, M: int, N: int, L: int, transposed: bool = False
         l = UOp.range(L, 3, AxisType.REDUCE)
         z = UOp.range(Z, 0) if Z > 1 else 0
         left = A[z, l, m] if transposed else A[z, m, l]
-        total = (left * B[z, l, n]).reduce(l, arg=Ops.ADD)
+        right = B[z, l, n]
+        product = left.cast(dtypes.float32) * right.cast(dtypes.float32)
+        total = product.reduce(l, arg=Ops.ADD)
         outer = 1 if Z > 1 else 0
         # from the last axis to the first: one that is used up is gone, and later ones move forward
         opts = [Opt(OptOps.UPCAST, outer + 1, COLUMNS), Opt(OptOps.UPCAST, outer, ROWS)]
@@ -171,7 +205,7 @@ def _gemm(a: Tensor, b: Tensor, M: int, N: int, L: int, transposed: bool = False
         ranges = (z, m, n) if Z > 1 else (m, n)
         return C[z, m, n].store(total).end(*ranges).sink(arg=info)
 
-    out = Tensor.empty(Z, rows, columns, dtype=a.dtype, device=a.device)
+    out = Tensor.empty(Z, rows, columns, device=a.device)
     return out.custom_kernel(a, b, fxn=kernel)[0]
 
 

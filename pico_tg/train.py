@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tinygrad import Tensor, dtypes, nn
+from tinygrad import Device, Tensor, dtypes, nn
 from tinygrad.helpers import JIT, Context
 
 from .checkpoint import (
@@ -29,14 +29,14 @@ from .checkpoint import (
 )
 from .data import Corpus, Data, DataSpec, Windows, load_data
 from .files import PicoError, atomic_write
-from .kernels import compiled, write_all
+from .kernels import compiled, multiplies_bf16, write_all
 from .model import Pico, cross_entropy, loss_fn
 from .soap import SOAP
 
 Record = dict[str, Any]
 
 
-OPTIMIZERS = ("soap", "adamw")
+CHOICES = {"optimizer": ("soap", "adamw"), "precision": ("auto", "fp32", "bf16")}
 ADAMW_STATE = ("b1_t", "b2_t", "m", "v")
 MAY_BE_ZERO = ("learning_rate", "weight_decay", "warmup_steps", "seed", "keep_checkpoints")
 
@@ -52,6 +52,9 @@ class TrainSettings:
     - validation_interval, checkpoint_interval: in steps; both also happen at the end
     - validation_bytes: measure on at most this many held-out bytes, the same ones every time
     - optimizer: soap or adamw
+    - precision: fp32; bf16 rounds the factors of matrix products to bfloat16, while weights, sums,
+      softmax, norms, router, loss and optimizer stay float32; auto is bf16 where the device has
+      matrix units for it, else fp32
     - keep_checkpoints: delete older ones, so that so many remain; 0 keeps all
     - seed: order of the windows (and fresh weights, on the command line)
     """
@@ -68,15 +71,17 @@ class TrainSettings:
     checkpoint_interval: int = 500
     validation_bytes: int = 1 << 18
     optimizer: str = "soap"
+    precision: str = "auto"
     keep_checkpoints: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name == "optimizer":
-                if value not in OPTIMIZERS:
-                    raise PicoError(f"optimizer must be {' or '.join(OPTIMIZERS)}, not {value!r}")
+            if field.name in CHOICES:
+                if value not in CHOICES[field.name]:
+                    allowed = " or ".join(CHOICES[field.name])
+                    raise PicoError(f"{field.name} must be {allowed}, not {value!r}")
                 continue
             whole = field.type is int
             least = 0 if field.name in MAY_BE_ZERO else 1
@@ -125,12 +130,23 @@ def on_devices(values: np.ndarray, devices: tuple[str, ...], axis: int | None = 
     return (x.shard(devices, axis=axis) if len(devices) > 1 else x).realize()
 
 
-def jit_for(devices: tuple[str, ...]) -> Context:
-    """How TinyJit may replay: on several devices not as one graph, which 0.13 does not order.
+def choose_precision(precision: str, devices: tuple[str, ...] = ()) -> str:
+    """fp32 or bf16, whatever `auto` means on these devices (none: the default one)."""
+    if precision != "auto":
+        return precision
+    return "bf16" if multiplies_bf16((devices or (Device.DEFAULT,))[0]) else "fp32"
 
-    Measured on two CPU devices: replayed graphs read weights from before the update.
+
+def graph_context(settings: TrainSettings, devices: tuple[str, ...]) -> Context:
+    """How graphs are made and replayed: the precision of products, and whether as one graph.
+
+    Not on several devices, since 0.13 does not order them there: measured on two CPU devices,
+    replayed graphs read weights from before the update.
     """
-    return Context(JIT=2) if len(devices) > 1 and JIT.value else Context()
+    options = {"PICO_BF16": int(choose_precision(settings.precision, devices) == "bf16")}
+    if len(devices) > 1 and JIT.value:
+        options["JIT"] = 2
+    return Context(**options)
 
 
 def move(tensors: list[Tensor], devices: tuple[str, ...]) -> None:
@@ -213,7 +229,7 @@ class TrainStep:
 
     def __call__(self, batches: np.ndarray, lr: float) -> np.ndarray:
         rate = on_devices(np.array([lr], np.float32), self.devices)
-        with Tensor.train(), jit_for(self.devices):
+        with Tensor.train(), graph_context(self.settings, self.devices):
             if len(batches) == 1:
                 losses = self.whole_step(on_devices(batches[0], self.devices, 0), rate).numpy()
             else:
@@ -258,7 +274,7 @@ class Validation:
         settings: TrainSettings,
         devices: tuple[str, ...] = (),
     ) -> None:
-        self.model, self.devices = model, devices
+        self.model, self.settings, self.devices = model, settings, devices
         T = model.config.next_tokens
         held_out = corpus.bytes[: settings.validation_bytes]
         # a byte is scored when it has a byte before it and stands in a document's own text
@@ -313,7 +329,7 @@ class Validation:
             rows = slice(first, first + self.batch_size)
             arrays = (self.windows[rows].copy(), self.mask[rows].copy())
             inputs = [on_devices(array, self.devices, 0) for array in arrays]
-            with jit_for(self.devices):
+            with graph_context(self.settings, self.devices):
                 sums = self.measure(*inputs).numpy()
                 if sums[3] > self.slots:  # more bytes than there were slots: one for each
                     sums = self.measure_all(*inputs).numpy()
@@ -373,12 +389,17 @@ def train(
             raise PicoError("nothing to resume: no run was named")
         stored = read_description(Path(run_dir))
         spec = _resumed_spec(spec, stored, run_dir)
+        if "precision" in settings:
+            chosen = choose_precision(settings["precision"], devices)
+            settings = settings | {"precision": chosen}
         settings = _resumed_settings(settings, stored["settings"], force, run_dir)
     elif run_dir is not None and Path(run_dir).exists():
         raise PicoError(
             f"{run_dir} exists; continue it with --resume, choose another RUN, or delete it"
         )
     chosen = TrainSettings(**settings)
+    # what is recorded, and resumed, is what `auto` means here
+    chosen = dataclasses.replace(chosen, precision=choose_precision(chosen.precision, devices))
     if model.config.capacity(chosen.context_len) < 1:
         raise PicoError(
             f"context_len {chosen.context_len} is too short: at a capacity factor of "

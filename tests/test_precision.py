@@ -1,0 +1,168 @@
+"""--precision: what bfloat16 rounds, what it does not, and where matrix units take it."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from test_kernels import FORMS, SHAPES, inputs, value_and_gradients
+from tinygrad import Device, Tensor, TinyJit
+from tinygrad.helpers import Context
+
+from pico_tg import kernels
+from pico_tg.config import Config
+from pico_tg.files import PicoError
+from pico_tg.model import Pico
+from pico_tg.train import TrainSettings, choose_precision, read_description, train
+
+CONFIG = Config(
+    dim=48,
+    next_tokens=2,
+    att_q_heads=4,
+    att_kv_heads=2,
+    fb_num_blocks=1,
+    fb_att_window_size=8,
+    latent_capacity_factor=0.25,
+    latent_num_blocks=1,
+    latent_att_window_size=16,
+)
+QUICK = {"context_len": 128, "batch_size": 4, "warmup_steps": 5, "learning_rate": 5e-3}
+
+
+def rounded(x):
+    """float32 to the nearest bfloat16, ties to even, as float64."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return bits.astype(np.uint32).view(np.float32).astype(np.float64)
+
+
+def expected(form, a, b):
+    """Products of rounded factors, also in the gradients of the weighted sum."""
+    a, b = rounded(a), rounded(b)
+    right = b if form == "matmul" else b.swapaxes(-1, -2)
+    out = a @ right
+    g = rounded(np.arange(out.size).reshape(out.shape) % 7 - 3)
+    d_right = a.swapaxes(-1, -2) @ g
+    if form == "linear":
+        d_right = d_right.reshape(-1, *d_right.shape[-2:]).sum(0)
+    d_b = d_right if form == "matmul" else d_right.swapaxes(-1, -2)
+    return out, g @ right.swapaxes(-1, -2), d_b
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("scheduled", [True, False])
+def test_factors_are_rounded_and_nothing_else(form, shape, scheduled, monkeypatch):
+    monkeypatch.setattr(kernels, "SMALL", 0 if scheduled else 1 << 60)
+    a, b = inputs(form, shape)
+    with Context(PICO_BF16=1):
+        found = value_and_gradients(form, *(Tensor(x).clone().realize() for x in (a, b)))
+    for ours, theirs in zip(found, expected(form, a, b), strict=True):
+        assert ours.dtype == Tensor.ones(1).dtype
+        np.testing.assert_allclose(ours.numpy(), theirs, rtol=0, atol=2e-6 * np.abs(theirs).max())
+
+
+def test_jitted():
+    jitted = TinyJit(lambda a, b: value_and_gradients("linear", a, b))
+    with Context(PICO_BF16=1):
+        for seed in range(4):
+            a, b = inputs("linear", SHAPES[1], seed)
+            found = jitted(Tensor(a).clone().realize(), Tensor(b).clone().realize())
+            for ours, theirs in zip(found, expected("linear", a, b), strict=True):
+                np.testing.assert_allclose(ours.numpy(), theirs, rtol=0, atol=1e-4)
+
+
+EMULATED = """
+import numpy as np
+from test_kernels import SHAPES, inputs, value_and_gradients
+from test_precision import expected
+from tinygrad import Tensor
+from tinygrad.helpers import Context
+from tinygrad.runtime.ops_python import PythonProgram
+from tinygrad.uop.ops import Ops
+
+on_units = set()
+before = PythonProgram.__init__
+
+def watch(self, *args, **kwargs):
+    before(self, *args, **kwargs)
+    if any(uop[0] is Ops.WMMA for uop in self.uops):
+        on_units.add(id(self))
+
+PythonProgram.__init__ = watch
+a, b = inputs("matmul_transposed", SHAPES[4])
+with Context(PICO_BF16=1):
+    found = value_and_gradients("matmul_transposed", *(Tensor(x).realize() for x in (a, b)))
+for ours, theirs in zip(found, expected("matmul_transposed", a, b), strict=True):
+    np.testing.assert_allclose(ours.numpy(), theirs, rtol=0, atol=2e-6 * np.abs(theirs).max())
+print(len(on_units))
+"""
+
+
+@pytest.mark.parametrize("unit", ["sm_80", "METAL"])
+def test_matrix_units_take_all_three_products(unit):
+    """tinygrad's emulators of CUDA's and Metal's: sizes that do not divide, and both gradients."""
+    tests = os.path.dirname(__file__)
+    env = os.environ | {"DEV": f"PYTHON::{unit}", "PYTHONPATH": tests}
+    command = [sys.executable, "-c", EMULATED]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "3\n"
+
+
+def test_auto_asks_the_hardware():
+    assert choose_precision("auto", ("NULL",)) == "fp32"
+    assert choose_precision("bf16", ("NULL",)) == "bf16"
+
+    class Fake:
+        def __init__(self, arch, renderer):
+            self.renderer = renderer
+            renderer.target = type("Target", (), {"arch": arch})
+
+    def units(arch):
+        """What tinygrad's own renderer of that architecture has."""
+        from tinygrad.codegen.opt import tc
+
+        cores = tc.metal if arch.startswith("Apple") else tc.get_cuda(arch)
+        fake = {"D": Fake(arch, type("Renderer", (), {"tensor_cores": cores}))}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels, "Device", fake)
+            return kernels.multiplies_bf16("D")
+
+    found = {arch: units(arch) for arch in ("sm_70", "sm_75", "sm_80", "sm_90")}
+    assert found == {"sm_70": False, "sm_75": False, "sm_80": True, "sm_90": True}
+    found = {arch: units(arch) for arch in ("Apple7", "Apple8", "Apple9", "Apple10")}
+    assert found == {"Apple7": False, "Apple8": False, "Apple9": True, "Apple10": True}
+
+
+@pytest.mark.slow
+def test_losses_are_within_a_hundredth_over_100_steps():
+    """Averages of 20 steps: single ones part further, since training amplifies any rounding."""
+    curves = {}
+    for precision in ("fp32", "bf16"):
+        Tensor.manual_seed(0)
+        records = train(Pico(CONFIG), "python-docs", max_steps=100, precision=precision, **QUICK)
+        curves[precision] = np.array([record["loss"] for record in records])
+    fp32, bf16 = (curve.reshape(5, 20).mean(axis=1) for curve in curves.values())
+    assert fp32[-1] < 0.75 * fp32[0]  # it learns
+    assert not np.array_equal(fp32, bf16)
+    assert np.abs(bf16 / fp32 - 1).max() < 0.01
+
+
+def test_the_precision_is_recorded_and_kept(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("the cat sat on the mat; " * 90)
+    run = tmp_path / "run"
+    list(train(Pico(CONFIG), str(path), run, max_steps=1, **QUICK))
+    here = "bf16" if kernels.multiplies_bf16(Device.DEFAULT) else "fp32"
+    assert read_description(run)["settings"]["precision"] == here
+    other = {"fp32": "bf16", "bf16": "fp32"}[here]
+    with pytest.raises(PicoError, match=f"precision was {here}, now {other}"):
+        train(Pico(CONFIG), None, run, resume=True, precision=other)
+    assert list(train(Pico(CONFIG), None, run, resume=True, precision="auto")) == []
+
+
+def test_a_precision_that_is_none():
+    with pytest.raises(PicoError, match="precision must be auto or fp32 or bf16"):
+        TrainSettings(precision="fp16")
