@@ -1,7 +1,16 @@
-"""Decoding: sliding KV caches of fixed size, and a generator that yields one record a byte."""
+"""Decoding: sliding KV caches of fixed size, and a generator that yields one record a byte.
+
+Self-speculative and exact. Head 0 at a position gives the distribution of the next byte, heads 1,
+2, … at the same position guess those after it. A round feeds the byte just sampled and some
+guesses (drafts) in one pass; then head 0 at each of them says how the *next* byte is distributed. It is
+sampled from that; if it is the byte that was fed as the next draft, the pass has the following
+distribution as well, and so on. No sample is ever thrown away, so drafts change how many passes a
+text takes and nothing else.
+"""
 
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,48 +78,79 @@ def cached_block(block: Block, cache: Cache, h: Tensor, start: Tensor, valid: Te
 class Decoder:
     """A model with caches: feed bytes, get the logits after each and the router's weights.
 
-    Memory and time a pass do not depend on how much was fed. `position` counts the bytes fed and
-    `selected` those that went through the latent blocks; to forget the newest bytes (at most
-    CHUNK of them since the last pass), set both back.
+    Memory and time a pass do not depend on how much was fed. `position` counts the bytes fed,
+    `selected` those that went through the latent blocks, `passes` the passes. Without `latent` the
+    latent blocks are left out.
     """
 
-    def __init__(self, model: Pico) -> None:
-        self.model = model
-        self.position = self.selected = 0
+    def __init__(self, model: Pico, latent: bool = True) -> None:
+        self.model, self.use_latent = model, latent
+        self.position = self.selected = self.passes = 0
         self.before, self.latent, self.after = (
             [Cache(block) for block in part.blocks]
             for part in (model.fb_in, model.latent, model.fb_out)
         )
-        self.jits: dict[tuple[str, int], TinyJit] = {}
+        self.last_decisions = np.zeros(0, bool)
+        self.jits: dict[tuple, TinyJit] = {}
         self.controls: dict[tuple[str, int], Tensor] = {}
 
     def feed(self, data: bytes) -> tuple[np.ndarray, np.ndarray]:
         """Feed at least one byte -> (logits float32 [n, T, 256], router logits float32 [n])."""
-        parts = []
-        while data:
-            rows = 1 if len(data) == 1 else CHUNK
-            parts.append(self._pass(np.frombuffer(data[:rows], np.uint8), rows))
-            data = data[rows:]
+        parts = [
+            self._pass(np.frombuffer(data[start : start + CHUNK], np.uint8))
+            for start in range(0, len(data), CHUNK)
+        ]
         logits, router_logits = zip(*parts, strict=True)
         return np.concatenate(logits), np.concatenate(router_logits)
 
-    def _pass(self, data: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    def forget(self, count: int) -> None:
+        """Take back the newest `count` bytes fed, at most as many as the last pass took in."""
+        kept = len(self.last_decisions) - count
+        assert kept >= 0, "more than the last pass"
+        self.position -= count
+        self.selected -= int(self.last_decisions[kept:].sum())
+        self.last_decisions = self.last_decisions[:kept]
+
+    def save(self) -> tuple:
+        """The state now, for `restore`."""
+        rings = [tensor.clone().realize() for tensor in self._rings()]
+        return self.position, self.selected, rings
+
+    def restore(self, state: tuple) -> None:
+        """Go back to what `save` returned."""
+        self.position, self.selected, rings = state
+        self.last_decisions = np.zeros(0, bool)
+        for ring, saved in zip(self._rings(), rings, strict=True):
+            ring.assign(saved).realize()
+
+    def _rings(self) -> list[Tensor]:
+        caches = (*self.before, *self.latent, *self.after)
+        return [tensor for cache in caches for tensor in (cache.keys, cache.values)]
+
+    def _pass(self, data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         n = len(data)
+        rows = _graph_size(n)
         control = np.zeros(2 + rows, np.int32)  # start, valid, bytes
         control[:2], control[2 : 2 + n] = (self.position, n), data
         control = self._control("bytes", control)
-        h, z = self._run("encode", rows, self._encode, control)
+        h, z = self._run(self._encode, (rows,), control)
         router_logits = z.numpy()[0, :n]
-        chosen = np.flatnonzero(router_logits > 0)
+        self.last_decisions = (router_logits > 0) & self.use_latent
+        chosen = np.flatnonzero(self.last_decisions)
         if len(chosen):
-            deeper = np.zeros(2 + 2 * rows, np.int32)  # start, valid, byte in each slot, its slot
+            count = _graph_size(len(chosen))
+            deeper = np.zeros(
+                2 + count + rows, np.int32
+            )  # start, valid, byte in each slot, its slot
             deeper[:2], deeper[2 : 2 + len(chosen)] = (self.selected, len(chosen)), chosen
-            deeper[2 + rows :] = -1
-            deeper[2 + rows + chosen] = np.arange(len(chosen))
-            h = self._run("deepen", rows, self._deepen, h, z, self._control("latent", deeper))
-        logits = self._run("heads", rows, self._heads, h, control)
+            deeper[2 + count :] = -1
+            deeper[2 + count + chosen] = np.arange(len(chosen))
+            deeper = self._control("latent", deeper)
+            h = self._run(self._deepen, (rows, count), h, z, deeper)
+        logits = self._run(self._heads, (rows,), h, control)
         self.position += n
         self.selected += len(chosen)
+        self.passes += 1
         return logits.numpy()[0, :n], router_logits
 
     def _control(self, name: str, values: np.ndarray) -> Tensor:
@@ -122,9 +162,9 @@ class Decoder:
             write_into(self.controls[key], values)
         return self.controls[key]
 
-    def _run(self, name: str, rows: int, function, *inputs: Tensor):
-        """`function`, compiled once a name and number of rows."""
-        key = (name, rows)
+    def _run(self, function: Callable, size: tuple[int, ...], *inputs: Tensor):
+        """A method, compiled once a size."""
+        key = (function.__name__, *size)
         if key not in self.jits:
             self.jits[key] = compiled(function)
         return self.jits[key](*inputs)
@@ -138,9 +178,9 @@ class Decoder:
         return h.realize(), z.realize()
 
     def _deepen(self, h: Tensor, z: Tensor, control: Tensor) -> Tensor:
-        rows = h.shape[1]
+        count = control.shape[0] - 2 - h.shape[1]
         start, valid = control[0], control[1]
-        index, slot = control[2 : 2 + rows].reshape(1, -1), control[2 + rows :].reshape(1, -1)
+        index, slot = control[2 : 2 + count].reshape(1, -1), control[2 + count :].reshape(1, -1)
         selected = deep = gather(h, index, slot)
         for block, cache in zip(self.model.latent.blocks, self.latent, strict=True):
             deep = cached_block(block, cache, deep, start, valid)
@@ -154,28 +194,140 @@ class Decoder:
         return self.model.unembed(h).realize()
 
 
+def _graph_size(rows: int) -> int:
+    """Rows of the compiled pass that takes `rows` in: 1, 2, 4, 8, or a whole chunk."""
+    return next((size for size in (1, 2, 4, 8) if rows <= size), CHUNK)
+
+
 @dataclass(frozen=True)
 class GeneratedByte:
     """One byte of a sample.
 
     byte: 0..255; router_weight: the router's sigmoid for it; router_decision: whether it went
     through the latent blocks (weight > 0.5); logprob: natural log of its probability under the
-    distribution it was drawn from.
+    distribution it was drawn from; drafted: whether a pass took it in before it was known, as a
+    draft that proved right; sample: which of several, from 0.
     """
 
     byte: int
     router_weight: float
     router_decision: bool
     logprob: float
+    drafted: bool = False
+    sample: int = 0
 
 
-def distribution(logits: np.ndarray, temperature: float) -> np.ndarray:
-    """Probabilities float64 [256] of the next byte; temperature 0 puts all on the likeliest."""
-    if temperature == 0:
-        return np.eye(256)[np.argmax(logits)]
-    scaled = logits.astype(np.float64) / temperature
-    exps = np.exp(scaled - scaled.max())
-    return exps / exps.sum()
+@dataclass
+class Stats:
+    """What generating took, kept up to date by `generate`.
+
+    bytes: made so far, end tags included; passes: through the model, the prompt's left out;
+    routed: how many bytes went through the latent blocks; drafts, accepted: guesses fed, and those
+    that were right; first_byte_seconds: from the start to the first byte; seconds: all of it.
+    """
+
+    bytes: int = 0
+    passes: int = 0
+    routed: int = 0
+    drafts: int = 0
+    accepted: int = 0
+    first_byte_seconds: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a byte is drawn from the logits of head 0. Raises PicoError on an impossible option.
+
+    - temperature: divides the logits; 0 always takes the likeliest byte
+    - top_k: only the k likeliest bytes; 0 is all
+    - top_p: only the likeliest bytes that together reach this probability; 1 is all
+    - min_p: only bytes at least this likely, as a fraction of the likeliest one; 0 is all
+
+    They apply in this order; what is left is scaled to a sum of 1.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+            raise PicoError(f"temperature must be a number of at least 0, not {self.temperature}")
+        if self.top_k < 0:
+            raise PicoError(f"top_k must be at least 0 (all bytes), not {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise PicoError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise PicoError(f"min_p must be from 0 to 1, not {self.min_p}")
+
+    def distribution(self, logits: np.ndarray) -> np.ndarray:
+        """Probabilities float64 [256] of the next byte, from logits [256]."""
+        if self.temperature == 0:
+            return np.eye(256)[np.argmax(logits)]
+        scaled = logits.astype(np.float64)
+        scaled = (scaled - scaled.max()) / self.temperature
+        p = np.exp(scaled)
+        p /= p.sum()
+        if 0 < self.top_k < 256 or self.top_p < 1:
+            order = np.argsort(-p, kind="stable")  # ties to the smaller byte
+            if 0 < self.top_k < 256:
+                p[order[self.top_k :]] = 0
+                p /= p.sum()
+            if self.top_p < 1:
+                reached = np.cumsum(p[order]) - p[order]  # before each
+                p[order[reached >= self.top_p]] = 0
+        p[p < self.min_p * p.max()] = 0
+        return p / p.sum()
+
+    def __call__(self, logits: np.ndarray, rng: np.random.Generator) -> tuple[int, float]:
+        """A byte and the natural log of its probability; takes one number from `rng`."""
+        p = self.distribution(logits)
+        total = np.cumsum(p)
+        byte = int(np.searchsorted(total, rng.random() * total[-1], side="right"))
+        return byte, math.log(p[byte])
+
+
+class DraftPolicy:
+    """How many drafts a pass should carry, from how often they were right lately.
+
+    `right[j]`: how often draft j was, given that those before it were; a running average, which
+    also counts the guesses that no pass took in. The choice is that of the most bytes for the
+    time, if a row more costs ROW_COST of a pass of one row; it depends on the text alone.
+    """
+
+    ROW_COST = 0.08
+    WEIGHT = 0.05
+
+    def __init__(self, most: int) -> None:
+        self.right = [0.5] * most
+        self.guesses: list[int] = []  # the oldest ones that are still undecided
+        self.matched = 0
+
+    def choose(self) -> int:
+        expected, bytes_a_pass = [1.0], 1.0
+        for chance in self.right:
+            bytes_a_pass *= chance
+            expected.append(expected[-1] + bytes_a_pass)
+        sizes = [k for k in range(len(expected)) if k + 1 == _graph_size(k + 1)]
+        sizes += [len(self.right)]
+        return max(sizes, key=lambda k: expected[k] / (1 + self.ROW_COST * k))
+
+    def guess(self, guesses: list[int]) -> None:
+        """All that the heads guess now, about the bytes after the one just sampled."""
+        if not self.guesses:
+            self.guesses, self.matched = guesses, 0
+
+    def see(self, byte: int) -> None:
+        """The byte that really came."""
+        if not self.guesses:
+            return
+        hit = self.guesses[self.matched] == byte
+        self.right[self.matched] += self.WEIGHT * (hit - self.right[self.matched])
+        self.matched += 1
+        if not hit or self.matched == len(self.guesses):
+            self.guesses = []
 
 
 def generate(
@@ -184,33 +336,115 @@ def generate(
     *,
     max_bytes: int = 1024,
     temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
     seed: int | None = None,
+    num_samples: int = 1,
+    speculative: bool = True,
+    ignore_end: bool = False,
+    raw_prompt: bool = False,
+    latent: bool = True,
+    stats: Stats | None = None,
 ) -> Iterator[GeneratedByte]:
     """Continue `prompt`, yielding one record a byte until `</pico:seq>` or `max_bytes`.
 
-    The prompt is put after `<pico:seq>`, the start of a document. temperature 0 is greedy. The
-    same seed gives the same bytes on the same backend. Raises PicoError on a bad option.
+    - temperature, top_k, top_p, min_p: see `Sampler`; temperature 0 is greedy
+    - seed: the same one gives the same bytes on the same backend
+    - num_samples: so many continuations, one after another; the prompt is read once
+    - speculative: let a pass take in guesses of the next bytes; the distribution is the same
+    - ignore_end: go on after `</pico:seq>`, which is then part of the text
+    - raw_prompt: the prompt is all that the model sees; otherwise it is put after `<pico:seq>`, the
+      start of a document
+    - latent: False leaves the latent blocks out
+    - stats: filled in while bytes are made
+
+    Raises PicoError on a bad option.
     """
-    if not (temperature >= 0 and math.isfinite(temperature)):
-        raise PicoError(f"temperature must be a number of at least 0, not {temperature}")
-    if max_bytes < 0:
-        raise PicoError(f"max_bytes must be at least 0, not {max_bytes}")
-    return _generate(model, prompt, max_bytes, temperature, np.random.default_rng(seed))
+    sampler = Sampler(temperature, top_k, top_p, min_p)
+    for name, value, least in (("max_bytes", max_bytes, 0), ("num_samples", num_samples, 1)):
+        if value < least:
+            raise PicoError(f"{name} must be at least {least}, not {value}")
+    if seed is not None and seed < 0:
+        raise PicoError(f"seed must be at least 0, not {seed}")
+    if raw_prompt and not prompt:
+        raise PicoError("a raw prompt must hold at least one byte: there is nothing to continue")
+    start = prompt if raw_prompt else SEQ_START + prompt
+    stats = Stats() if stats is None else stats
+
+    def samples() -> Iterator[GeneratedByte]:
+        began = time.perf_counter()
+        decoder = Decoder(model, latent)
+        heads = decoder.feed(start)[0][-1]
+        after_prompt = decoder.save() if num_samples > 1 else None
+        for number in range(num_samples):
+            if number > 0:
+                decoder.restore(after_prompt)
+            rng = np.random.default_rng(None if seed is None else (seed, number))
+            most = model.config.next_tokens - 1 if speculative else 0
+            bytes_ = _decode(decoder, heads, sampler, rng, most, max_bytes, number, stats, began)
+            yield from bytes_ if ignore_end else _until_the_end_tag(bytes_)
+
+    return samples()
 
 
-def _generate(model, prompt, max_bytes, temperature, rng) -> Iterator[GeneratedByte]:
-    decoder = Decoder(model)
-    logits = decoder.feed(SEQ_START + prompt)[0][-1, 0]
-    held: list[GeneratedByte] = []  # bytes that may turn out to be the end tag
-    for _ in range(max_bytes):
-        probabilities = distribution(logits, temperature)
-        byte = int(rng.choice(256, p=probabilities))
-        fed, router_logits = decoder.feed(bytes([byte]))
-        logits, z = fed[0, 0], float(router_logits[0])
-        weight = 1 / (1 + math.exp(-z)) if z > -700 else 0.0
-        held.append(GeneratedByte(byte, weight, z > 0, math.log(probabilities[byte])))
-        if bytes(record.byte for record in held) == SEQ_END:
+def _decode(
+    decoder: Decoder,
+    heads: np.ndarray,
+    sampler: Sampler,
+    rng: np.random.Generator,
+    most_drafts: int,
+    max_bytes: int,
+    number: int,
+    stats: Stats,
+    began: float,
+) -> Iterator[GeneratedByte]:
+    """Rounds, given the logits [T, 256] of all heads at the last byte of the prompt."""
+    policy = DraftPolicy(most_drafts)
+    passes = decoder.passes
+    made, drafted = 0, False
+    byte, logprob = sampler(heads[0], rng)
+    while made < max_bytes:
+        guesses = np.argmax(heads[1 : 1 + most_drafts], axis=1).tolist()
+        policy.guess(guesses)
+        drafts = guesses[: min(policy.choose(), max_bytes - made - 1)]
+        logits, router_logits = decoder.feed(bytes([byte, *drafts]))
+        accepted = 0
+        while True:
+            z, decision = float(router_logits[accepted]), bool(decoder.last_decisions[accepted])
+            made += 1
+            stats.bytes += 1
+            stats.routed += decision
+            stats.seconds = time.perf_counter() - began
+            stats.first_byte_seconds = stats.first_byte_seconds or stats.seconds
+            yield GeneratedByte(byte, _sigmoid(z), decision, logprob, drafted, number)
+            if made == max_bytes:
+                break
+            byte, logprob = sampler(logits[accepted, 0], rng)
+            policy.see(byte)
+            drafted = accepted < len(drafts) and byte == drafts[accepted]
+            if not drafted:
+                break
+            accepted += 1
+        heads = logits[accepted]
+        decoder.forget(len(drafts) - accepted)
+        stats.passes += decoder.passes - passes
+        passes = decoder.passes
+        stats.drafts += len(drafts)
+        stats.accepted += accepted
+
+
+def _until_the_end_tag(records: Iterator[GeneratedByte]) -> Iterator[GeneratedByte]:
+    """The records up to `</pico:seq>`; bytes that may turn out to be it are held back."""
+    held: list[GeneratedByte] = []
+    for record in records:
+        held.append(record)
+        if bytes(r.byte for r in held) == SEQ_END:
             return
-        while held and not SEQ_END.startswith(bytes(record.byte for record in held)):
+        while held and not SEQ_END.startswith(bytes(r.byte for r in held)):
             yield held.pop(0)
     yield from held
+
+
+def _sigmoid(z: float) -> float:
+    return 1 / (1 + math.exp(-z)) if z > -700 else 0.0

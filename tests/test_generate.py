@@ -11,7 +11,7 @@ from tinygrad import GlobalCounters, Tensor, nn
 from pico_tg import PicoError
 from pico_tg.config import Config
 from pico_tg.data import SEQ_END, SEQ_START
-from pico_tg.generate import CHUNK, Decoder, distribution, generate
+from pico_tg.generate import CHUNK, Decoder, Sampler, generate
 from pico_tg.model import Pico
 
 CONFIG = Config(
