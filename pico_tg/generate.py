@@ -2,10 +2,10 @@
 
 Self-speculative and exact. Head 0 at a position gives the distribution of the next byte, heads 1,
 2, … at the same position guess those after it. A round feeds the byte just sampled and some
-guesses (drafts) in one pass; then head 0 at each of them says how the *next* byte is distributed. It is
-sampled from that; if it is the byte that was fed as the next draft, the pass has the following
-distribution as well, and so on. No sample is ever thrown away, so drafts change how many passes a
-text takes and nothing else.
+guesses (drafts) in one pass; then head 0 at each of them says how the *next* byte is distributed.
+It is sampled from that; if it is the byte that was fed as the next draft, the pass has the
+following distribution as well, and so on. No sample is ever thrown away, so drafts change how many
+passes a text takes and nothing else.
 """
 
 import math
@@ -14,65 +14,44 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from tinygrad import Tensor, TinyJit
+from tinygrad import Tensor, TinyJit, dtypes
 
 from .attention import alibi_slopes
 from .data import SEQ_END, SEQ_START
 from .files import PicoError
-from .kernels import compiled, write_into
-from .model import Block, Pico
-from .routing import gather, scatter
+from .kernels import Packed, Ring, compiled, padded_width, read, write_into
+from .model import RMS_EPS, Block, Pico
 
 CHUNK = 64  # bytes of a prompt that one pass takes in
 
 
-class Cache:
-    """Keys and values of one block for the last positions, a ring: position p is in slot p % L.
+class CachedBlock:
+    """One block as decoding runs it: its weights packed, the norms' scales inside, and its ring."""
 
-    L = window + CHUNK, so that a pass may write up to CHUNK rows and still see a whole window
-    before the first of them; rows that turn out unwanted are undone by moving the position back,
-    since what they overwrote was already out of every window.
-    """
-
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: Block, heads: int, kv_heads: int) -> None:
         attention = block.att
-        self.window, self.slots = attention.window, attention.window + CHUNK
-        shape = (1, attention.kv_heads, self.slots, attention.head_dim)
-        self.keys, self.values = (Tensor.zeros(*shape).contiguous().realize() for _ in range(2))
+        self.dim = block.norm1.weight.shape[0]
+        slopes = alibi_slopes(heads, block.norm1.weight.device)
+        self.ring = Ring(heads, kv_heads, attention.head_dim, attention.window, CHUNK, slopes)
+        self.qkv = Packed(attention.fused_qkv.weight, block.norm1.weight)
+        self.proj = Packed(attention.proj.weight)
+        self.fc1 = Packed(block.glu.fc1.weight, block.norm2.weight)
+        self.fc2 = Packed(block.glu.fc2.weight)
 
-    def write(self, keys: Tensor, values: Tensor, start: Tensor, valid: Tensor) -> None:
-        """Store the first `valid` of the rows [1, K, R, C], at positions `start`, start + 1, …"""
-        row = valid - 1 - self.age(start, valid)  # the newest row that lands in each slot
-        fresh = (row >= 0).reshape(1, 1, -1, 1)
-        where = row.maximum(0).reshape(1, 1, -1, 1).expand(self.keys.shape)
-        for ring, new in ((self.keys, keys), (self.values, values)):
-            ring.assign(fresh.where(new.contiguous().gather(2, where), ring))
-
-    def age(self, start: Tensor, valid: Tensor) -> Tensor:
-        """How many positions before the newest, start + valid - 1, each slot's is: int [L]."""
-        newest = start + valid - 1
-        return (newest + self.slots - Tensor.arange(self.slots)) % self.slots
+    def __call__(self, h: Tensor, start: Tensor) -> Tensor:
+        """Rows h [R, D…] at positions from `start` (int [1]) on; zeros beyond D stay zeros."""
+        heads = self.ring.attend(self.qkv(h, rms_scale(h, self.dim)), start)
+        h = self.proj(heads, residual=h)
+        both = self.fc1(h, rms_scale(h, self.dim))
+        value, gate = both[:, : self.dim], both[:, self.dim : 2 * self.dim]
+        # at once: the next block's kernels are then the same ones, already scheduled
+        return self.fc2((gate.silu() * value).contiguous(), residual=h).realize()
 
 
-def cached_block(block: Block, cache: Cache, h: Tensor, start: Tensor, valid: Tensor) -> Tensor:
-    """One block on rows h [1, R, D] at positions from `start`, `valid` of them real."""
-    q, k, v = block.att.qkv(block.norm1(h))  # (1, H, R, C), (1, K, R, C)
-    cache.write(k, v, start, valid)
-    _, H, R, C = q.shape
-    K = k.shape[1]
-    # rows after the real ones stand in for the last real one, so that each sees at least itself
-    position = start + Tensor.arange(R).minimum(valid - 1)
-    slot_position = start + valid - 1 - cache.age(start, valid)
-    distance = position.reshape(R, 1) - slot_position.reshape(1, cache.slots)
-    visible = (distance >= 0) & (distance <= cache.window) & (slot_position >= 0)
-    q = q.reshape(1, K, H // K * R, C)
-    scores = (q @ cache.keys.transpose(2, 3)).reshape(1, K, H // K, R, cache.slots)
-    slopes = alibi_slopes(H).reshape(1, K, H // K, 1, 1)
-    scores = visible.where(scores / math.sqrt(C) - slopes * distance, -math.inf)
-    weights = scores.softmax(axis=-1).reshape(1, K, H // K * R, cache.slots).contiguous()
-    heads = (weights @ cache.values).reshape(1, H, R, C)
-    h = (h + block.att.output(heads)).contiguous()
-    return (h + block.glu(block.norm2(h))).contiguous()
+def rms_scale(h: Tensor, dim: int) -> Tensor:
+    """What RMSNorm multiplies rows h [R, D…] by, its learned scale apart: [R, 1]."""
+    mean = h.square().sum(axis=-1, keepdim=True) / dim
+    return (mean + RMS_EPS).rsqrt().contiguous()
 
 
 class Decoder:
@@ -86,13 +65,20 @@ class Decoder:
     def __init__(self, model: Pico, latent: bool = True) -> None:
         self.model, self.use_latent = model, latent
         self.position = self.selected = self.passes = 0
+        config = model.config
         self.before, self.latent, self.after = (
-            [Cache(block) for block in part.blocks]
+            [CachedBlock(b, config.att_q_heads, config.att_kv_heads) for b in part.blocks]
             for part in (model.fb_in, model.latent, model.fb_out)
         )
+        self.width = padded_width(config.dim, model.norm.weight.device)
+        padding = ((0, 0), (0, self.width - config.dim))
+        self.embedding = model.embedding.weight.detach().pad(padding).contiguous().realize()
+        self.router = model.latent.router.weight.detach().pad(padding).contiguous().realize()
+        self.unembedding = Packed(model.unembedding.weight, model.norm.weight)
+        self.bias = model.unembedding.bias.detach().reshape(1, -1)
         self.last_decisions = np.zeros(0, bool)
         self.jits: dict[tuple, TinyJit] = {}
-        self.controls: dict[tuple[str, int], Tensor] = {}
+        self.buffers: dict[tuple, Tensor] = {}
 
     def feed(self, data: bytes) -> tuple[np.ndarray, np.ndarray]:
         """Feed at least one byte -> (logits float32 [n, T, 256], router logits float32 [n])."""
@@ -113,85 +99,90 @@ class Decoder:
 
     def save(self) -> tuple:
         """The state now, for `restore`."""
-        rings = [tensor.clone().realize() for tensor in self._rings()]
-        return self.position, self.selected, rings
+        return self.position, self.selected, [read(ring).copy() for ring in self._rings()]
 
     def restore(self, state: tuple) -> None:
         """Go back to what `save` returned."""
         self.position, self.selected, rings = state
         self.last_decisions = np.zeros(0, bool)
         for ring, saved in zip(self._rings(), rings, strict=True):
-            ring.assign(saved).realize()
+            write_into(ring, saved)
 
     def _rings(self) -> list[Tensor]:
-        caches = (*self.before, *self.latent, *self.after)
-        return [tensor for cache in caches for tensor in (cache.keys, cache.values)]
+        rings = [block.ring for block in (*self.before, *self.latent, *self.after)]
+        return [tensor for ring in rings for tensor in (ring.keys, ring.values)]
 
     def _pass(self, data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         n = len(data)
         rows = _graph_size(n)
-        control = np.zeros(2 + rows, np.int32)  # start, valid, bytes
-        control[:2], control[2 : 2 + n] = (self.position, n), data
-        control = self._control("bytes", control)
-        h, z = self._run(self._encode, (rows,), control)
-        router_logits = z.numpy()[0, :n]
+        control = np.zeros(1 + rows, np.int32)  # start, bytes
+        control[0], control[1 : 1 + n] = self.position, data
+        write_into(self._buffer("control", 1 + rows), control)
+        router_logits = read(self._run(self._encode, rows))[:n].copy()
         self.last_decisions = (router_logits > 0) & self.use_latent
         chosen = np.flatnonzero(self.last_decisions)
         if len(chosen):
             count = _graph_size(len(chosen))
-            deeper = np.zeros(
-                2 + count + rows, np.int32
-            )  # start, valid, byte in each slot, its slot
-            deeper[:2], deeper[2 : 2 + len(chosen)] = (self.selected, len(chosen)), chosen
-            deeper[2 + count :] = -1
-            deeper[2 + count + chosen] = np.arange(len(chosen))
-            deeper = self._control("latent", deeper)
-            h = self._run(self._deepen, (rows, count), h, z, deeper)
-        logits = self._run(self._heads, (rows,), h, control)
+            deeper = np.zeros(1 + count + rows, np.int32)  # start, byte in each slot, slot of each
+            deeper[0], deeper[1 : 1 + len(chosen)] = self.selected, chosen
+            deeper[1 + count :] = -1
+            deeper[1 + count + chosen] = np.arange(len(chosen))
+            write_into(self._buffer("deeper", 1 + count + rows), deeper)
+            self._run(self._deepen, rows, count)
+        logits = read(self._run(self._heads, rows))[:n].copy()
         self.position += n
         self.selected += len(chosen)
         self.passes += 1
-        return logits.numpy()[0, :n], router_logits
+        return logits, router_logits
 
-    def _control(self, name: str, values: np.ndarray) -> Tensor:
-        """The int32 vector that steers a pass: one buffer a length, written in place."""
-        key = (name, len(values))
-        if key not in self.controls:
-            self.controls[key] = Tensor(values).clone().realize()
-        else:
-            write_into(self.controls[key], values)
-        return self.controls[key]
+    def _buffer(self, name: str, *shape: int) -> Tensor:
+        """A tensor that the graphs of this decoder share, one a name and shape.
 
-    def _run(self, function: Callable, size: tuple[int, ...], *inputs: Tensor):
-        """A method, compiled once a size."""
+        What a graph holds costs nothing a call; what it is passed costs a tenth of a millisecond.
+        """
+        if (name, *shape) not in self.buffers:
+            dtype = dtypes.float32 if name == "hidden" else dtypes.int32
+            new = Tensor.zeros(*shape, dtype=dtype, device=self.router.device)
+            self.buffers[name, *shape] = new.contiguous().realize()
+        return self.buffers[name, *shape]
+
+    def _run(self, function: Callable, *size: int) -> Tensor:
+        """A method of that size, compiled."""
         key = (function.__name__, *size)
         if key not in self.jits:
-            self.jits[key] = compiled(function)
-        return self.jits[key](*inputs)
+            self.jits[key] = compiled(function, *size)
+        return self.jits[key]()
 
-    def _encode(self, control: Tensor) -> tuple[Tensor, Tensor]:
-        start, valid, data = control[0], control[1], control[2:]
-        h = self.model.embedding(data.reshape(1, -1)).contiguous()
-        for block, cache in zip(self.model.fb_in.blocks, self.before, strict=True):
-            h = cached_block(block, cache, h, start, valid)
-        z = (h * self.model.latent.router.weight[0]).sum(axis=-1)
-        return h.realize(), z.realize()
+    def _encode(self, rows: int) -> Tensor:
+        control = self._buffer("control", 1 + rows)
+        start, data = control[:1].contiguous(), control[1:]
+        h = self.embedding[data].contiguous()
+        for block in self.before:
+            h = block(h, start)
+        z = (h * self.router).sum(axis=-1).contiguous()
+        self._buffer("hidden", rows, self.width).assign(h).realize()
+        return z.realize()
 
-    def _deepen(self, h: Tensor, z: Tensor, control: Tensor) -> Tensor:
-        count = control.shape[0] - 2 - h.shape[1]
-        start, valid = control[0], control[1]
-        index, slot = control[2 : 2 + count].reshape(1, -1), control[2 + count :].reshape(1, -1)
-        selected = deep = gather(h, index, slot)
-        for block, cache in zip(self.model.latent.blocks, self.latent, strict=True):
-            deep = cached_block(block, cache, deep, start, valid)
-        added = scatter(deep - selected, index, slot) * z.sigmoid().unsqueeze(2)
-        return (h + added).realize()
+    def _deepen(self, rows: int, count: int) -> Tensor:
+        control = self._buffer("deeper", 1 + count + rows)
+        start, index, slot = control[:1].contiguous(), control[1 : 1 + count], control[1 + count :]
+        hidden = self._buffer("hidden", rows, self.width)
+        weight = (hidden * self.router).sum(axis=-1, keepdim=True).sigmoid().contiguous()
+        selected = deep = hidden[index].contiguous()
+        for block in self.latent:
+            deep = block(deep, start)
+        here = (slot >= 0).unsqueeze(1)
+        added = here.where((deep - selected).contiguous()[slot.maximum(0)], 0)
+        return hidden.assign((hidden + added * weight).contiguous()).realize()
 
-    def _heads(self, h: Tensor, control: Tensor) -> Tensor:
-        start, valid = control[0], control[1]
-        for block, cache in zip(self.model.fb_out.blocks, self.after, strict=True):
-            h = cached_block(block, cache, h, start, valid)
-        return self.model.unembed(h).realize()
+    def _heads(self, rows: int) -> Tensor:
+        start = self._buffer("control", 1 + rows)[:1].contiguous()
+        h = self._buffer("hidden", rows, self.width)
+        for block in self.after:
+            h = block(h, start)
+        bias = self.bias.expand(rows, -1)
+        logits = self.unembedding(h, rms_scale(h, self.model.config.dim), bias)
+        return logits.reshape(rows, -1, 256).realize()
 
 
 def _graph_size(rows: int) -> int:
@@ -267,7 +258,8 @@ class Sampler:
         if self.temperature == 0:
             return np.eye(256)[np.argmax(logits)]
         scaled = logits.astype(np.float64)
-        scaled = (scaled - scaled.max()) / self.temperature
+        with np.errstate(over="ignore"):  # to -inf, as it should be
+            scaled = (scaled - scaled.max()) / self.temperature
         p = np.exp(scaled)
         p /= p.sum()
         if 0 < self.top_k < 256 or self.top_p < 1:

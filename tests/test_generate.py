@@ -1,14 +1,19 @@
 """Cached decoding against the oracle and against recomputation; sampling and its ends."""
 
 import itertools
+import math
 import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import oracle
 import pytest
-from tinygrad import GlobalCounters, Tensor, nn
+from tinygrad import Device, GlobalCounters, Tensor, nn
 
-from pico_tg import PicoError
+from pico_tg import PicoError, Stats, kernels, train
+from pico_tg.attention import alibi_slopes
 from pico_tg.config import Config
 from pico_tg.data import SEQ_END, SEQ_START
 from pico_tg.generate import CHUNK, Decoder, Sampler, generate
@@ -40,14 +45,16 @@ def weights(model) -> oracle.Weights:
 
 @pytest.fixture(scope="module")
 def text() -> bytes:
-    return np.random.default_rng(0).integers(0, 256, 230, np.uint8).tobytes()
+    return np.random.default_rng(0).integers(0, 256, 330, np.uint8).tobytes()
 
 
 def test_rings_wrap_around(model, weights, text):
-    """Three times round the ring of 67 slots, by pieces of every kind."""
+    """Three times round the ring of 96 slots, by pieces of every kind."""
     decoder = Decoder(model)
-    pieces = [text[a:b] for a, b in itertools.pairwise([0, 1, 2, 66, 67, 130, 131, 200, 230])]
-    assert len(text) > 3 * decoder.before[0].slots
+    pieces = [
+        text[a:b] for a, b in itertools.pairwise([0, 1, 2, 66, 67, 130, 131, 200, 203, 209, 330])
+    ]
+    assert len(text) > 3 * decoder.before[0].ring.slots
     found = np.concatenate([decoder.feed(piece)[0] for piece in pieces])
     np.testing.assert_allclose(found, oracle.decode(weights, CONFIG, text), rtol=0, atol=2e-4)
     assert decoder.position == len(text)
@@ -59,9 +66,8 @@ def test_setting_the_position_back_forgets(rejected, model, text):
     plain, undone = Decoder(model), Decoder(model)
     for decoder in (plain, undone):
         decoder.feed(text[:150])
-    position, selected = undone.position, undone.selected
     undone.feed(text[-rejected:])
-    undone.position, undone.selected = position, selected
+    undone.forget(rejected)
     for piece in (text[150:151], text[151:190]):
         for ours, theirs in zip(undone.feed(piece), plain.feed(piece), strict=True):
             np.testing.assert_array_equal(ours, theirs)
@@ -104,42 +110,89 @@ def test_the_seed_decides(model):
 
 
 def test_logprob_is_that_of_the_distribution_sampled(model):
-    (record,) = generate(model, b"a", max_bytes=1, temperature=0.7, seed=3)
+    (record,) = generate(model, b"a", max_bytes=1, temperature=0.7, top_k=9, seed=3)
     logits = Decoder(model).feed(SEQ_START + b"a")[0][-1, 0]
-    expected = distribution(logits, 0.7)[record.byte]
+    expected = Sampler(0.7, top_k=9).distribution(logits)[record.byte]
     assert np.exp(record.logprob) == pytest.approx(expected, rel=1e-6)
 
 
-def test_distribution():
-    logits = np.log(np.arange(1, 257, dtype=np.float64))
-    np.testing.assert_allclose(distribution(logits, 1.0), np.arange(1, 257) / (128 * 257))
+LOGITS = np.log(np.arange(1, 257, dtype=np.float64))
+
+
+def test_temperature():
+    np.testing.assert_allclose(Sampler().distribution(LOGITS), np.arange(1, 257) / (128 * 257))
     squared = np.arange(1, 257.0) ** 2
-    np.testing.assert_allclose(distribution(logits, 0.5), squared / squared.sum())
-    assert distribution(logits, 0).argmax() == 255
-    assert distribution(logits * 1e6, 1e-6)[255] == 1  # no overflow
+    np.testing.assert_allclose(Sampler(0.5).distribution(LOGITS), squared / squared.sum())
+    assert Sampler(0).distribution(LOGITS).argmax() == 255
+    assert Sampler(1e-6).distribution(LOGITS * 1e6)[255] == 1  # no overflow
+    assert Sampler(1e-320).distribution(LOGITS)[255] == 1
+
+
+def test_filters():
+    whole = np.arange(1, 257) / (128 * 257)
+    top = Sampler(top_k=3).distribution(LOGITS)
+    np.testing.assert_allclose(top[253:], whole[253:] / whole[253:].sum())
+    assert not top[:253].any()
+    # 256 + 255 + 254 of 32896 is just above 0.02325
+    assert np.count_nonzero(Sampler(top_p=0.0232).distribution(LOGITS)) == 3
+    assert np.count_nonzero(Sampler(top_p=0.0233).distribution(LOGITS)) == 4
+    assert np.count_nonzero(Sampler(top_p=1e-9).distribution(LOGITS)) == 1
+    half = Sampler(min_p=0.499).distribution(LOGITS)
+    np.testing.assert_allclose(half[127:], whole[127:] / whole[127:].sum())
+    assert not half[:127].any()
+    # in that order: half of the mass of the four likeliest is the two likeliest, or a little more
+    assert np.count_nonzero(Sampler(top_k=4, top_p=0.5).distribution(LOGITS)) == 2
+    flat = Sampler(top_k=5).distribution(np.zeros(256))  # ties: the smaller bytes
+    np.testing.assert_array_equal(np.flatnonzero(flat), range(5))
+    for sampler in (Sampler(top_k=300), Sampler(top_k=256), Sampler(min_p=0.0)):
+        np.testing.assert_array_equal(sampler.distribution(LOGITS), Sampler().distribution(LOGITS))
 
 
 class Scripted:
-    """Stands in for a Decoder: whatever is fed, the next byte of the script is certain."""
+    """Stands in for a Decoder: whatever is fed, the next byte of the script is certain.
 
-    def __init__(self, script: bytes) -> None:
-        self.script, self.fed = script, -1
+    `right(position)` says whether the first draft made there will be right, and so on.
+    """
+
+    def __init__(self, script: bytes, drafts: int = 0, right=lambda position: True) -> None:
+        self.script, self.drafts, self.right = script, drafts, right
+        self.position, self.passes, self.fed = -1, 0, []
+        self.last_decisions = np.zeros(0, bool)
 
     def feed(self, data: bytes):
-        self.fed += 1
-        logits = np.full((len(data), 1, 256), -np.inf, np.float32)
-        logits[:, :, self.script[min(self.fed, len(self.script) - 1)]] = 0
-        return logits, np.zeros(len(data), np.float32)
+        rows = len(data)
+        if self.position < 0:  # the prompt
+            rows, self.position = 1, 0
+        logits = np.full((rows, 1 + self.drafts, 256), -np.inf, np.float32)
+        for row in range(rows):
+            at = self.position + row + (self.passes > 0)
+            for head in range(1 + self.drafts):
+                byte = self.script[min(at + head, len(self.script) - 1)]
+                wrong = head > 0 and not self.right(at + head)
+                logits[row, head, byte ^ 1 if wrong else byte] = 0
+        self.position += rows if self.passes else 0
+        self.passes += 1
+        self.fed.append(rows)
+        self.last_decisions = np.zeros(rows, bool)
+        return logits, np.zeros(rows, np.float32)
+
+    def forget(self, count: int) -> None:
+        self.position -= count
 
 
-def scripted(monkeypatch, script: bytes, max_bytes: int = 100) -> bytes:
+def scripted(monkeypatch, script: bytes, max_bytes: int = 100, decoder=None, **options) -> bytes:
     module = sys.modules["pico_tg.generate"]  # the name in the package is the function
-    monkeypatch.setattr(module, "Decoder", lambda _: Scripted(script))
-    return bytes(r.byte for r in generate(None, max_bytes=max_bytes))
+    decoder = decoder or Scripted(script)
+    monkeypatch.setattr(module, "Decoder", lambda *_: decoder)
+    heads = type("Model", (), {"config": Config(**(vars(CONFIG) | {"next_tokens": 8}))})
+    records = generate(heads, max_bytes=max_bytes, **options)
+    return bytes(r.byte for r in records)
 
 
 def test_ends_at_the_end_tag(monkeypatch):
-    assert scripted(monkeypatch, b"a <b></pico" + SEQ_END + b"more") == b"a <b></pico"
+    script = b"a <b></pico" + SEQ_END + b"more"
+    assert scripted(monkeypatch, script) == b"a <b></pico"
+    assert scripted(monkeypatch, script, len(script), ignore_end=True) == script
 
 
 def test_a_tag_that_does_not_end_is_text(monkeypatch):
@@ -147,13 +200,270 @@ def test_a_tag_that_does_not_end_is_text(monkeypatch):
     assert scripted(monkeypatch, b"</pico:sex", max_bytes=10) == b"</pico:sex"
 
 
+SCRIPT = bytes(range(32, 127)) * 4
+
+
+def test_drafts_that_are_always_right(monkeypatch):
+    """After a while a pass takes eight bytes in, and all of them stay."""
+    decoder, stats = Scripted(SCRIPT, 7), Stats()
+    assert scripted(monkeypatch, SCRIPT, 300, decoder, stats=stats) == SCRIPT[:300]
+    assert decoder.fed[-3:-1] == [8, 8]
+    assert stats.drafts == stats.accepted
+    assert stats.bytes == stats.passes + stats.accepted == 300
+    assert stats.passes == len(decoder.fed) - 1 < 60
+
+
+def test_drafts_that_are_never_right(monkeypatch):
+    """After a while there are none."""
+    decoder, stats = Scripted(SCRIPT, 7, lambda at: False), Stats()
+    assert scripted(monkeypatch, SCRIPT, 200, decoder, stats=stats) == SCRIPT[:200]
+    assert stats.accepted == 0
+    assert stats.passes == 200
+    assert decoder.fed[-100:] == [1] * 100
+
+
+def test_drafts_that_are_sometimes_right(monkeypatch):
+    """Every third is wrong: two more bytes a pass, at most."""
+    decoder, stats = Scripted(SCRIPT, 7, lambda at: at % 3 != 0), Stats()
+    records = []
+    scripted(monkeypatch, SCRIPT, 0, decoder)
+    heads = type("Model", (), {"config": Config(**(vars(CONFIG) | {"next_tokens": 8}))})
+    decoder = Scripted(SCRIPT, 7, lambda at: at % 3 != 0)
+    monkeypatch.setattr(sys.modules["pico_tg.generate"], "Decoder", lambda *_: decoder)
+    records = list(generate(heads, max_bytes=240, stats=stats))
+    assert bytes(r.byte for r in records) == SCRIPT[:240]
+    assert sum(r.drafted for r in records) == stats.accepted > 100
+    assert 80 <= stats.passes < 140
+
+
+def test_no_speculation(monkeypatch):
+    decoder = Scripted(SCRIPT, 7)
+    assert scripted(monkeypatch, SCRIPT, 50, decoder, speculative=False) == SCRIPT[:50]
+    assert set(decoder.fed) == {1}
+
+
+class Eager:
+    """A policy that always drafts all, right or wrong."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+
+    def choose(self) -> int:
+        return self.most
+
+    def guess(self, guesses: list[int]) -> None: ...
+
+    def see(self, byte: int) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def repetitive() -> Pico:
+    """A model that learned eight bytes of a cycle by heart, so that some drafts are right."""
+    Tensor.manual_seed(3)
+    model = Pico(Config(**(vars(CONFIG) | {"next_tokens": 4})))
+    settings = {"context_len": 48, "batch_size": 4, "learning_rate": 1e-2, "warmup_steps": 5}
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PICO_CACHE", folder)
+        path = Path(folder) / "text.txt"
+        rng = np.random.default_rng(0)
+        path.write_text("".join(rng.choice(["abcde ", "bad ", "cab "]) for _ in range(400)))
+        list(train(model, str(path), max_steps=250, epochs=999, **settings))
+    return model
+
+
+OPTIONS = [
+    {"temperature": 0.0},
+    {"temperature": 1.0},
+    {"temperature": 0.6, "top_k": 4},
+    {"temperature": 1.3, "top_p": 0.8},
+    {"temperature": 1.0, "min_p": 0.1},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_speculation_changes_no_byte(options, repetitive, monkeypatch):
+    """The same uniforms are spent on the same bytes, however many a pass took in."""
+    monkeypatch.setattr(sys.modules["pico_tg.generate"], "DraftPolicy", Eager)
+    found = {}
+    for speculative in (True, False):
+        records = generate(
+            repetitive, b"abc", max_bytes=120, seed=5, speculative=speculative, **options
+        )
+        found[speculative] = list(records)
+    assert [r.byte for r in found[True]] == [r.byte for r in found[False]]
+    assert [r.router_decision for r in found[True]] == [r.router_decision for r in found[False]]
+    for name in ("router_weight", "logprob"):
+        a, b = ([getattr(r, name) for r in found[kind]] for kind in (True, False))
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-4)
+    drafted = sum(r.drafted for r in found[True])
+    assert 10 < drafted < 110
+    assert not any(r.drafted for r in found[False])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", OPTIONS[1:], ids=str)
+def test_three_bytes_are_distributed_as_enumerated(options, repetitive, monkeypatch):
+    """Pearson's chi-squared, against the product of byte-by-byte distributions."""
+    monkeypatch.setattr(sys.modules["pico_tg.generate"], "DraftPolicy", Eager)
+    sampler, decoder = Sampler(**options), Decoder(repetitive)
+    start = decoder.feed(SEQ_START + b"cab ab")[0][-1, 0]
+
+    def enumerate_(logits, depth, text, chance, found):
+        for byte, p in enumerate(sampler.distribution(logits)):
+            if chance * p < 1e-4:
+                continue
+            if depth == 1:
+                found[text + bytes([byte])] = chance * p
+                continue
+            after = decoder.feed(bytes([byte]))[0][0, 0]
+            enumerate_(after, depth - 1, text + bytes([byte]), chance * p, found)
+            decoder.rewind()
+        return found
+
+    # the decoder forgets one byte at a time: it keeps what each pass decided
+    decisions = []
+    feed = decoder.feed
+
+    def remembering(data):
+        out = feed(data)
+        decisions.append(decoder.last_decisions)
+        return out
+
+    def rewind():
+        decoder.last_decisions = decisions.pop()
+        decoder.forget(1)
+
+    decoder.feed, decoder.rewind = remembering, rewind
+    expected = enumerate_(start, 3, b"", 1.0, {})
+    samples = 1200
+    records = generate(
+        repetitive, b"cab ab", max_bytes=3, num_samples=samples, seed=11, ignore_end=True, **options
+    )
+    counts = Counter()
+    for _, group in itertools.groupby(records, key=lambda r: r.sample):
+        counts[bytes(r.byte for r in group)] += 1
+    assert counts.total() == samples
+    frequent = {text: p for text, p in expected.items() if p * samples >= 5}
+    assert len(frequent) > 3
+    statistic = sum((counts[t] - samples * p) ** 2 / (samples * p) for t, p in frequent.items())
+    rest = 1 - sum(frequent.values())
+    others = samples - sum(counts[t] for t in frequent)
+    if rest * samples >= 5:
+        statistic += (others - samples * rest) ** 2 / (samples * rest)
+    # mean k and variance 2k: five deviations are one chance in a million or less
+    freedom = len(frequent)
+    assert statistic < freedom + 5 * math.sqrt(2 * freedom), statistic
+
+
+def test_prompts_of_every_length_about_the_windows(model, weights, text):
+    """The first byte after the prompt has the distribution of a full pass."""
+    for length in (1, 2, 3, 4, 5, 6, 7, 62, 63, 64, 65, 66, 127, 128, 129):
+        prompt = text[:length]
+        (record,) = generate(model, prompt, max_bytes=1, temperature=0, raw_prompt=True)
+        logits = oracle.forward(
+            weights, CONFIG, np.frombuffer(prompt, np.uint8)[None], causal=True
+        )[0][0, -1, 0]
+        assert record.byte == np.argmax(logits)
+
+
+def test_samples_share_a_prompt(model):
+    """Each is what it would be alone with its own uniforms; the first is that of the seed."""
+    records = list(generate(model, b"once", max_bytes=20, num_samples=3, seed=4, ignore_end=True))
+    samples = [bytes(r.byte for r in records if r.sample == n) for n in range(3)]
+    assert [len(sample) for sample in samples] == [20] * 3
+    assert len(set(samples)) == 3
+    alone = generate(model, b"once", max_bytes=20, seed=4, ignore_end=True)
+    assert bytes(r.byte for r in alone) == samples[0]
+
+
+def test_without_the_latent_blocks(model, weights):
+    """As if their contribution were nothing."""
+    cut = {k: v * 0 if "latent.blocks" in k and "proj" in k else v for k, v in weights.items()}
+    cut = {k: v * 0 if "latent.blocks" in k and "fc2" in k else v for k, v in cut.items()}
+    data = SEQ_START + b"some text"
+    found = Decoder(model, latent=False).feed(data)[0]
+    x = np.frombuffer(data, np.uint8)[None]
+    np.testing.assert_allclose(
+        found, oracle.forward(cut, CONFIG, x, causal=True)[0][0], rtol=0, atol=2e-4
+    )
+    records = list(generate(model, b"a", max_bytes=30, latent=False, seed=1))
+    assert not any(r.router_decision for r in records)
+
+
+@pytest.mark.slow
+def test_twenty_thousand_bytes(model):
+    """At constant memory; the last bytes are still those of a full pass."""
+    decoder = Decoder(model)
+    data = np.random.default_rng(5).integers(0, 256, 20_000, np.uint8).tobytes()
+    used = []
+    for start in range(0, len(data), 1000):
+        decoder.feed(data[start : start + 990])
+        for byte in data[start + 990 : start + 1000]:
+            last = decoder.feed(bytes([byte]))[0]
+        used.append(GlobalCounters.mem_used)
+    assert decoder.position == 20_000
+    assert len(set(used[1:])) == 1
+    # what is out of every window, of bytes or of selected bytes, does not matter
+    tail = Decoder(model)
+    reach = 400
+    tail.feed(data[-reach:-1])
+    again = tail.feed(data[-1:])[0]
+    np.testing.assert_allclose(last, again, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 8, CHUNK])
+def test_kernels_by_hand_are_the_plain_ones(rows, monkeypatch):
+    """Ring, scores, weighted values and packed products; before, at and beyond a full ring."""
+    if not kernels.decodes_by_hand(Device.DEFAULT):
+        pytest.skip(f"{Device.DEFAULT} has no kernels of ours")
+    H, K, C, window = 6, 3, 7, 9
+    rng = np.random.default_rng(rows)
+    rings = {}
+    for by_hand in (True, False):
+        monkeypatch.setenv("PICO_KERNELS", "1" if by_hand else "0")
+        rings[by_hand] = kernels.Ring(H, K, C, window, CHUNK, alibi_slopes(H))
+        assert rings[by_hand].by_hand == by_hand
+    for start in (0, rows, 40, 40 + rows, 90, 1000):
+        qkv = rng.standard_normal((rows, (H + 2 * K) * C)).astype(np.float32)
+        at = Tensor(np.array([start], np.int32)).realize()
+        one, other = (ring.attend(Tensor(qkv).realize(), at).numpy() for ring in rings.values())
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+    weight, scale = rng.standard_normal((50, 21)), rng.standard_normal(21)
+    x, s = rng.standard_normal((rows, 21)), rng.standard_normal((rows, 1))
+    residual = rng.standard_normal((rows, 64))
+    tensors = [Tensor(v.astype(np.float32)).realize() for v in (weight, scale, x, s, residual)]
+    expected = (x * scale) @ weight.T * s + residual[:, :50]
+    for by_hand in ("1", "0"):
+        monkeypatch.setenv("PICO_KERNELS", by_hand)
+        packed = kernels.Packed(tensors[0], tensors[1])
+        found = packed(tensors[2], tensors[3], tensors[4][:, : packed.width].contiguous())
+        np.testing.assert_allclose(found.numpy()[:, :50], expected, rtol=0, atol=1e-4)
+
+
 def test_no_bytes_wanted(model):
     assert list(generate(model, b"a", max_bytes=0)) == []
 
 
 @pytest.mark.parametrize(
-    "option", [{"temperature": -1}, {"temperature": float("nan")}, {"max_bytes": -1}]
+    "option",
+    [
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"max_bytes": -1},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"min_p": -0.1},
+        {"min_p": 2.0},
+        {"num_samples": 0},
+        {"seed": -1},
+    ],
 )
 def test_bad_options(option, model):
     with pytest.raises(PicoError, match=next(iter(option))):
         generate(model, b"a", **option)
+
+
+def test_a_raw_prompt_of_nothing(model):
+    with pytest.raises(PicoError, match="raw prompt must hold"):
+        generate(model, b"", raw_prompt=True)
