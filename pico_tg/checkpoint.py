@@ -173,6 +173,8 @@ def _set_weights(model: Pico, arrays: dict[str, np.ndarray], path: str | os.Path
             problems.append(f"{name} is {arrays[name].shape}, the model's {named[name].shape}")
         elif arrays[name].dtype.kind != "f":
             problems.append(f"{name} holds {arrays[name].dtype}, not floating-point numbers")
+        elif not np.isfinite(arrays[name]).all():
+            problems.append(f"{name} holds numbers that are not finite")
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise PicoError(f"{path} does not fit the model: {'; '.join(problems[:3])}{more}")
@@ -199,7 +201,12 @@ def save_checkpoint(
         path.unlink()
     notes = {"progress": json.dumps(progress), "weights": _digest(weights)}
     write_safetensors(_state_path(path), state, notes)
-    write_safetensors(path, weights)
+    try:
+        write_safetensors(path, weights, {"state": _digest(state)})
+    except PicoError:
+        with contextlib.suppress(OSError):  # on a full disk its room is needed
+            _state_path(path).unlink()
+        raise
     return path
 
 
@@ -209,14 +216,16 @@ def load_checkpoint(model: Pico, path: str | os.PathLike) -> tuple[dict[str, np.
     Raises PicoError, and changes nothing, if a file is missing or broken or they do not belong
     together.
     """
-    state_path = _state_path(Path(path))
+    path = Path(path)
+    state_path = _state_path(path)
     state, notes = read_safetensors(state_path)
-    weights, _ = read_safetensors(path)
+    weights, marks = read_safetensors(path)
     try:
-        digest, progress = notes["weights"], json.loads(notes["progress"])
-    except (KeyError, ValueError):
+        progress = json.loads(notes["progress"])
+        digests, step = (notes["weights"], marks["state"]), progress["step"]
+    except (KeyError, ValueError, TypeError):
         raise PicoError(f"{state_path} is not the state of a training run") from None
-    if digest != _digest(weights):
+    if digests != (_digest(weights), _digest(state)) or path != checkpoint_path(path.parent, step):
         raise PicoError(f"{path} and {state_path.name} do not belong together")
     _set_weights(model, weights, path)
     return state, progress
@@ -236,7 +245,9 @@ def load_newest(
         except PicoError as error:
             refused.append(str(error))
     why = f": {refused[0]}" if refused else ""
-    raise PicoError(f"{run_dir} has no checkpoint to resume from{why}; train a new RUN instead")
+    raise PicoError(
+        f"{run_dir} has no checkpoint to resume from{why}; train a new RUN instead, or delete it"
+    )
 
 
 def delete_older(run_dir: str | os.PathLike, step: int, keep: int) -> None:
@@ -246,6 +257,23 @@ def delete_older(run_dir: str | os.PathLike, step: int, keep: int) -> None:
         with contextlib.suppress(OSError):  # a read-only folder: they stay, nothing is lost
             path.unlink()  # from here on it is not complete, and never chosen
             _state_path(path).unlink(missing_ok=True)
+
+
+def set_aside(path: Path) -> None:
+    """Rename a checkpoint that is not valid, so that nobody takes it for one."""
+    for file in (path, _state_path(path)):
+        with contextlib.suppress(OSError):
+            file.rename(f"{file}.broken")
+
+
+def sweep(run_dir: str | os.PathLike) -> None:
+    """Remove what killed processes left: half-written files, and states without weights."""
+    for file in Path(run_dir).iterdir():
+        half = re.fullmatch(r"\.(\d{8,}\.|training\.|metrics\.).*\.tmp", file.name)
+        state = re.fullmatch(r"(\d{8,})\.state\.safetensors", file.name)
+        if half or (state and not file.with_name(f"{state[1]}.safetensors").exists()):
+            with contextlib.suppress(OSError):
+                file.unlink()
 
 
 def _state_path(weights: Path) -> Path:

@@ -2,29 +2,31 @@
 
 import argparse
 import codecs
+import contextlib
 import dataclasses
 import importlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tinygrad import Tensor
 from tqdm import tqdm
 
 from .checkpoint import load, load_config, load_weights
 from .config import PRESETS, Config
-from .data import DataSpec
+from .data import DataSpec, load_data
 from .device import describe_backend, parse_devices
 from .files import PicoError, atomic_write
 from .generate import GeneratedByte, generate
 from .model import Pico
 from .plot import training_chart
-from .train import CHOICES, TrainSettings, read_description, read_metrics, train
+from .runs import read_metrics
+from .train import CHOICES, TrainSettings, train
 
 CONFIG_HELP = {
     "dim": "width of the residual stream",
@@ -226,29 +228,37 @@ def command_train(args: argparse.Namespace) -> int:
         raise PicoError(f"{run_dir} exists; continue it with --resume, or choose another RUN")
     devices = parse_devices(args.devices) if args.devices else ()
     tracker = import_tracker(args.tracker)
-    Tensor.manual_seed(settings.get("seed", TrainSettings.seed))
-    model = Pico(config)
+    # what can be wrong is looked at before the model is built
+    if not args.resume:
+        TrainSettings(**settings)
+    data = None if spec is None else load_data(spec)
+    model = Pico(config, settings.get("seed", TrainSettings.seed))
     if "base_weights" in options:
         load_weights(model, args.base_weights)
-    say(f"{describe_backend()}; {config.parameters:,} parameters")
-    with StopSignals() as stopping:
-        records = train(
-            model, spec, run_dir, devices=devices, resume=args.resume, force=args.force,
-            stop=stopping,
-            progress=True, say=say, **settings,
-        )  # fmt: skip
+    stopping = StopSignals()
+    with contextlib.ExitStack() as stack:
+        tracked = None
         if tracker:
-            described = dataclasses.asdict(config) | read_description(run_dir)["settings"]
-            tracked = tracker.init(
-                project="pico_tg", name=f"{args.path.name}/{args.run}", config=described
-            )
-            records = logged(records, tracked)
-        checkpoint = show_training(records)
+            name = f"{args.path.name}/{args.run}"
+            tracked = start_tracker(tracker, name, dataclasses.asdict(config) | settings)
+            stack.callback(tracked.finish)
+        records = train(
+            model, data, run_dir, devices=devices, resume=args.resume, force=args.force,
+            stop=stopping, progress=True, say=say, **settings,
+        )  # fmt: skip
+        say(f"{describe_backend()}; {config.parameters:,} parameters")
+        # not before: until the first step, a Ctrl-C just leaves
+        with stopping:
+            checkpoint = show_training(logged(records, tracked) if tracked else records)
     if not checkpoint:
         say(f"{run_dir} has nothing left to train; a larger --max-steps would give it more")
         return 0
+    again = f"python -m pico_tg train {args.path} {args.run} --resume"
+    if stopping():
+        say(f"wrote {checkpoint}; go on with: {again}")
+        return 130
     say(f"wrote {checkpoint}; write text with: python -m pico_tg run {args.path} {args.run}")
-    return 130 if stopping() else 0
+    return 0
 
 
 def import_tracker(name: str | None) -> ModuleType | None:
@@ -260,32 +270,42 @@ def import_tracker(name: str | None) -> ModuleType | None:
         raise PicoError(f"--tracker {name} needs its package: pip install {name}") from error
 
 
-def logged(records: Iterator[dict], tracked: Any) -> Iterator[dict]:
-    """The records, each logged to a tracker's run on its way; the run ends with them."""
+def start_tracker(tracker: ModuleType, name: str, settings: dict[str, Any]) -> Any:
     try:
-        for record in records:
-            tracked.log(record, step=record["step"])
-            yield record
-    finally:
-        tracked.finish()
+        return tracker.init(project="pico_tg", name=name, config=settings)
+    except Exception as error:  # it has exceptions of its own: not logged in, no network
+        raise PicoError(f"--tracker {tracker.__name__}: {error}") from error
+
+
+def logged(records: Iterator[dict], tracked: Any) -> Iterator[dict]:
+    """The records, each logged to a tracker's run on its way."""
+    for record in records:
+        tracked.log(record, step=record["step"])
+        yield record
 
 
 class StopSignals:
-    """While it lasts, Ctrl-C and SIGTERM ask for a stop after the step; a second one is final."""
+    """While it lasts, Ctrl-C and SIGTERM ask for a stop after the step; a second one is final.
+
+    Signals within a second are one: whoever forwards a signal often sends it twice.
+    """
+
+    asked_at: float | None = None
 
     def __enter__(self) -> "StopSignals":
-        self.asked = False
         self.before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def _handle(self, signum: int, frame: object) -> None:
-        if self.asked:
+        now = time.monotonic()
+        if self.asked_at is None:
+            self.asked_at = now
+            say("\nstopping after this step (again: at once, without saving)")
+        elif now - self.asked_at > 1:
             os._exit(130)
-        self.asked = True
-        say("\nstopping after this step (again: at once, without saving)")
 
     def __call__(self) -> bool:
-        return self.asked
+        return self.asked_at is not None
 
     def __exit__(self, *exception: object) -> None:
         for signum, handler in self.before.items():
@@ -396,3 +416,6 @@ def main(arguments: list[str] | None = None) -> int:
         # whoever read us has had enough; keep Python's own flush at exit from complaining
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (OSError, MemoryError) as error:  # a name too long, say
+        say(f"pico_tg: error: {' '.join(str(error).split()) or 'not enough memory'}")
+        return 2

@@ -23,6 +23,9 @@ PRESETS: dict[str, dict[str, int | float]] = {
 }
 
 
+MOST_PARAMETERS = 10**11
+
+
 @dataclass(frozen=True)
 class Config:
     """The shape of a Pico. Raises PicoError on an impossible size, with the way out.
@@ -71,6 +74,13 @@ class Config:
                 f"({self.att_kv_heads}): every key/value head must serve equally many query heads"
             )
 
+        if self.parameters > MOST_PARAMETERS:
+            raise PicoError(
+                f"these sizes make {self.parameters:,} parameters, more than the "
+                f"{MOST_PARAMETERS:,} that are taken for a mistake; take a smaller dim or fewer "
+                "blocks"
+            )
+
     @property
     def head_dim(self) -> int:
         """Width of one head; q_heads * head_dim may be less than dim."""
@@ -105,7 +115,7 @@ class Config:
             values = json.loads(Path(path).read_text("utf-8"))
         except OSError as error:
             raise PicoError(f"cannot read {path}: {error.strerror or error}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PicoError(f"{path} is not valid JSON ({error})") from error
         if not isinstance(values, dict):
             raise PicoError(f"{path} must hold a JSON object of the model's sizes")

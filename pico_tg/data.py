@@ -39,6 +39,7 @@ _NEWLINES = b"\r\n"
 _CHUNK = 1 << 20  # bytes read at a time
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _HELD_OUT = 0.05  # of the bytes, where nobody says otherwise
+MOST_BYTES = 1 << 30  # of one step
 _CACHE_FORMAT = 1  # part of every cache's key: raise it when the files below change
 
 
@@ -63,7 +64,7 @@ class DataSpec:
     column_name: str | None = None
     train_file: str | None = None
     validation_file: str | None = None
-    train_split: str | None = "train"
+    train_split: str | None = None
     validation_split: str | None = None
     validation_size: float | int | None = None
 
@@ -120,11 +121,12 @@ class Corpus:
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """What `load_data` found; `note` says in one line where the validation data comes from."""
+    """What `load_data` found for `spec`; `note` says in one line where validation comes from."""
 
     train: Corpus
     validation: Corpus
     note: str
+    spec: DataSpec
 
 
 def load_data(spec: DataSpec, progress: bool = True) -> Data:
@@ -154,8 +156,13 @@ def load_data(spec: DataSpec, progress: bool = True) -> Data:
         origin = held_out.label
         if spec.validation_size is not None:
             origin += " (so validation_size is not used)"
+    if train.fingerprint == validation.fingerprint:
+        raise PicoError(
+            f"{source.label} is to be both the training and the validation data; leave the "
+            "validation file or split out, and the end of the data is held out"
+        )
     note = f"training on {_sizes(train)}; validating on {origin}: {_sizes(validation)}"
-    return Data(train, validation, note)
+    return Data(train, validation, note, spec)
 
 
 def _sizes(corpus: Corpus) -> str:
@@ -696,6 +703,12 @@ class Windows:
         ):
             if value < least:
                 raise PicoError(f"{name} must be at least {least}, not {value}")
+        size = batch_size * (context_len + next_tokens)
+        if size > MOST_BYTES:
+            raise PicoError(
+                f"a step of {batch_size} windows of context_len {context_len} is {size:,} bytes; "
+                f"more than {MOST_BYTES:,} are taken for a mistake"
+            )
         total = len(corpus.bytes)
         if total < context_len + next_tokens:
             fits = total - next_tokens
@@ -716,20 +729,15 @@ class Windows:
         """How many windows there are."""
         return self._count
 
-    @property
-    def steps_per_epoch(self) -> float:
-        """How many batches show every window once; batches run across the ends of epochs."""
-        return len(self) / self.batch_size
-
-    def epoch(self, step: int) -> int:
-        """The epoch, from 0 on, in which the batch of `step` begins."""
-        return step * self.batch_size // len(self)
-
     def batch(self, step: int) -> np.ndarray:
         """The batch of a step, counted from 0: uint8 [batch_size, C + next_tokens], a new array."""
+        return self.batch_at(step * self.batch_size)
+
+    def batch_at(self, position: int) -> np.ndarray:
+        """The batch after `position` windows; batches run across the ends of epochs."""
         batch = np.empty((self.batch_size, self.context_len + self.next_tokens), np.uint8)
         for row in range(self.batch_size):
-            epoch, place = divmod(step * self.batch_size + row, len(self))
+            epoch, place = divmod(position + row, len(self))
             batch[row] = self._window(int(self._order(epoch)[place]))
         return batch
 

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from tinygrad import Device
-from tinygrad.helpers import DEV, USE_TC, getenv
+from tinygrad.helpers import CPU_COUNT, DEV, USE_TC, getenv
 from tinygrad.runtime.support.c import DLL
 
 from .files import PicoError
@@ -96,9 +96,5 @@ def describe_backend() -> str:
     name = Device.DEFAULT
     if name.split(":")[0] != "CPU":
         return f"backend {name}"
-    line = f"backend CPU ({DEV.renderer or 'default'}, {_cores()} threads)"
+    line = f"backend CPU ({DEV.renderer or 'default'}, {CPU_COUNT.value} threads)"
     return f"{line}; {EXTRA_HINT}" if DEV.renderer == "X86" else line
-
-
-def _cores() -> int:
-    return getenv("CPU_COUNT", len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1)

@@ -58,13 +58,12 @@ class Decoder:
     """A model with caches: feed bytes, get the logits after each and the router's weights.
 
     Memory and time a pass do not depend on how much was fed. `position` counts the bytes fed,
-    `selected` those that went through the latent blocks, `passes` the passes. Without `latent` the
-    latent blocks are left out.
+    `selected` those that went through the latent blocks. Without `latent` those are left out.
     """
 
     def __init__(self, model: Pico, latent: bool = True) -> None:
         self.model, self.use_latent = model, latent
-        self.position = self.selected = self.passes = 0
+        self.position = self.selected = 0
         config = model.config
         self.before, self.latent, self.after = (
             [CachedBlock(b, config.att_q_heads, config.att_kv_heads) for b in part.blocks]
@@ -132,7 +131,6 @@ class Decoder:
         logits = read(self._run(self._heads, rows))[:n].copy()
         self.position += n
         self.selected += len(chosen)
-        self.passes += 1
         return logits, router_logits
 
     def _buffer(self, name: str, *shape: int) -> Tensor:
@@ -393,7 +391,6 @@ def _decode(
 ) -> Iterator[GeneratedByte]:
     """Rounds, given the logits [T, 256] of all heads at the last byte of the prompt."""
     policy = DraftPolicy(most_drafts)
-    passes = decoder.passes
     made, drafted = 0, False
     byte, logprob = sampler(heads[0], rng)
     while made < max_bytes:
@@ -401,6 +398,8 @@ def _decode(
         policy.guess(guesses)
         drafts = guesses[: min(policy.choose(), max_bytes - made - 1)]
         logits, router_logits = decoder.feed(bytes([byte, *drafts]))
+        stats.passes += 1
+        stats.drafts += len(drafts)
         accepted = 0
         while True:
             z, decision = float(router_logits[accepted]), bool(decoder.last_decisions[accepted])
@@ -418,12 +417,9 @@ def _decode(
             if not drafted:
                 break
             accepted += 1
+            stats.accepted += 1
         heads = logits[accepted]
         decoder.forget(len(drafts) - accepted)
-        stats.passes += decoder.passes - passes
-        passes = decoder.passes
-        stats.drafts += len(drafts)
-        stats.accepted += accepted
 
 
 def _until_the_end_tag(records: Iterator[GeneratedByte]) -> Iterator[GeneratedByte]:

@@ -23,7 +23,7 @@ from collections.abc import Callable
 import numpy as np
 from tinygrad import Device, Tensor, TinyJit, dtypes, function
 from tinygrad.codegen.opt import Opt, OptOps
-from tinygrad.dtype import _to_np_dtype
+from tinygrad.dtype import DType, _to_np_dtype
 from tinygrad.engine.realize import capturing
 from tinygrad.helpers import CPU_COUNT, DEV, ContextVar
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
@@ -116,21 +116,18 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     """
     _, M, L = a.shape
     N = b.shape[1]
-    a = _padded(a, _round_up(M, 2 * ROWS), _round_up(L, COLUMNS))
-    b = _padded(b, _round_up(N, COLUMNS), _round_up(L, COLUMNS))
+    rounded = dtypes.bfloat16 if BF16 else dtypes.float32
+    a = _padded(a, _round_up(M, 2 * ROWS), _round_up(L, COLUMNS), rounded)
+    b = _padded(b, _round_up(N, COLUMNS), _round_up(L, COLUMNS), rounded)
     gemm = _on_units if multiplies_bf16(a.device) else _plain
     if _scheduled(a, M, L, N):
         gemm = _gemm
     return _product_function(M, N, L, gemm)(a, b)[:, :M, :N].contiguous_backward()
 
 
-def _padded(x: Tensor, rows: int, columns: int) -> Tensor:
+def _padded(x: Tensor, rows: int, columns: int, dtype: DType = dtypes.float32) -> Tensor:
     padded = x.pad((None, (0, rows - x.shape[1]), (0, columns - x.shape[2])))
-    return _rounded(padded).contiguous().contiguous_backward()
-
-
-def _rounded(x: Tensor) -> Tensor:
-    return x.cast(dtypes.bfloat16) if BF16 else x
+    return padded.cast(dtype).contiguous().contiguous_backward()
 
 
 @functools.cache
@@ -479,6 +476,12 @@ def read(x: Tensor) -> np.ndarray:
     buffer = _buffers(x)[0]
     memory = buffer.as_memoryview(allow_zero_copy=True)[: x.nbytes()]
     return np.frombuffer(memory, _to_np_dtype(x.dtype)).reshape(x.shape)
+
+
+def in_host_memory(x: Tensor) -> bool:
+    """Whether `read(x)` is the realised tensor's own memory."""
+    buffers = _buffers(x)
+    return len(buffers) == 1 and hasattr(buffers[0].allocator, "_as_buffer")
 
 
 def _buffers(x: Tensor) -> list:

@@ -23,7 +23,10 @@ def qr(a: np.ndarray) -> np.ndarray:
         basis = _householder(lapack, a)
         if basis is not None and np.isfinite(basis).all():
             return basis
-    return np.linalg.qr(a.astype(np.float64))[0].astype(np.float32)
+    basis = np.linalg.qr(a.astype(np.float64))[0].astype(np.float32)
+    if not np.isfinite(basis).all():
+        raise np.linalg.LinAlgError("no orthonormal basis: the matrix is not finite")
+    return basis
 
 
 def eigenvectors(a: np.ndarray) -> np.ndarray:

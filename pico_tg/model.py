@@ -130,9 +130,14 @@ class Latent:
 
 
 class Pico:
-    """The model. `Pico(config)` has fresh random weights (`Tensor.manual_seed` decides them)."""
+    """The model, with fresh random weights, the same ones for the same `seed`.
 
-    def __init__(self, config: Config) -> None:
+    Without a `seed`, `Tensor.manual_seed` or the clock decides them.
+    """
+
+    def __init__(self, config: Config, seed: int | None = None) -> None:
+        if seed is not None:
+            Tensor.manual_seed(seed)
         self.config = config
         self.embedding = nn.Embedding(256, config.dim)
         self.embedding.weight = Tensor.randn(256, config.dim)

@@ -19,7 +19,7 @@ from tinygrad import Tensor, dtypes
 from tinygrad.nn.optim import Optimizer
 
 from . import linalg
-from .kernels import is_capturing, product, read, write_all, write_into
+from .kernels import in_host_memory, is_capturing, product, read, write_all, write_into
 
 
 class SOAP(Optimizer):
@@ -56,8 +56,8 @@ class SOAP(Optimizer):
 
     Cost of a step for a matrix [m, n]: 6 m n (m + n) operations on the device. `refresh()` reads
     two numbers, and every precondition_frequency steps moves GG, Q and both moments to the host and
-    the latter three back (GG needs no copy on a CPU). There NumPy does a product and a QR, 2 s^3
-    and 8/3 s^3 operations a side of s, and 4 m n (m + n) to turn the momentum.
+    the latter three back (on a CPU it works where they are). There NumPy does a product and a QR,
+    2 s^3 and 8/3 s^3 operations a side of s, and 4 m n (m + n) to turn the momentum.
     """
 
     def __init__(
@@ -85,10 +85,15 @@ class SOAP(Optimizer):
         ):
             if beta is not None and not 0 <= beta < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, not {beta}")
-        if precondition_frequency < 1:
-            raise ValueError(
-                f"precondition_frequency must be at least 1, not {precondition_frequency}"
-            )
+        for name, value, least in (
+            ("precondition_frequency", precondition_frequency, 1),
+            ("max_precond_dim", max_precond_dim, 0),
+            ("weight_decay", weight_decay, 0),
+        ):
+            if not value >= least:
+                raise ValueError(f"{name} must be at least {least}, not {value}")
+        if not eps > 0:
+            raise ValueError(f"eps must be above 0, not {eps}")
         self.eps, self.weight_decay, self.decay_vectors = eps, weight_decay, decay_vectors
         self.precondition_frequency = precondition_frequency
         self.normalize_grads, self.correct_bias = normalize_grads, correct_bias
@@ -122,7 +127,7 @@ class SOAP(Optimizer):
 
     def _step(self, params: list[Tensor], grads: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Called by `schedule_step`: what to subtract from each parameter, and the state."""
-        finite = Tensor.stack(*[g.sum() for g in grads]).sum().isfinite().reshape(1).contiguous()
+        finite = all_finite(grads).reshape(1)
         self.finite.assign(finite)
         moves = finite & (self.count > 0)  # the first gradient moves nothing
         t = self.count.maximum(1).cast(dtypes.float32)
@@ -189,6 +194,11 @@ class SOAP(Optimizer):
         write_all(self.state_dict(), state)
 
 
+def all_finite(gradients: list[Tensor]) -> Tensor:
+    """Whether all are finite, and their squares: one bool."""
+    return Tensor.stack(*[g.square().sum() for g in gradients]).sum().isfinite().contiguous()
+
+
 class Stack:
     """The state of all parameters of one shape: moments [Z, *shape]; GG and Q [Z, s, s] a side."""
 
@@ -235,7 +245,9 @@ class Stack:
         """Tasks, one a parameter, that renew its bases from GG and turn its moments into them."""
         if not self.sides:
             return []
-        self.host = [read(x).copy() for x in (self.exp_avg, self.exp_avg_sq, *self.Q)]
+        turned = (self.exp_avg, self.exp_avg_sq, *self.Q)
+        # where the host sees the device's memory, the tasks work right there
+        self.host = [read(x) if in_host_memory(x) else read(x).copy() for x in turned]
         GGs = [read(GG) for GG in self.GG]
         return [
             partial(_refresh, self.sides, [GG[z] for GG in GGs], [x[z] for x in self.host], first)
@@ -248,7 +260,8 @@ class Stack:
             for tensor, values in zip(
                 (self.exp_avg, self.exp_avg_sq, *self.Q), self.host, strict=True
             ):
-                write_into(tensor, values)
+                if not in_host_memory(tensor):
+                    write_into(tensor, values)
             del self.host
 
 

@@ -4,9 +4,7 @@ for record in train(model, "python-docs", max_steps=200, context_len=512, batch_
     print(record["step"], record["bits_per_byte"])
 """
 
-import contextlib
 import dataclasses
-import json
 import math
 import os
 import time
@@ -19,22 +17,13 @@ import numpy as np
 from tinygrad import Device, Tensor, dtypes, nn
 from tinygrad.helpers import JIT, Context
 
-from .checkpoint import (
-    checkpoint_path,
-    delete_older,
-    list_checkpoints,
-    load_newest,
-    save_checkpoint,
-    weights_of,
-)
+from .checkpoint import load_newest, weights_of
 from .data import Corpus, Data, DataSpec, Windows, load_data
-from .files import PicoError, atomic_write
+from .files import PicoError
 from .kernels import compiled, multiplies_bf16, write_all
 from .model import Pico, cross_entropy, loss_fn
-from .soap import SOAP
-
-Record = dict[str, Any]
-
+from .runs import Record, Run, read_description
+from .soap import SOAP, all_finite
 
 CHOICES = {"optimizer": ("soap", "adamw"), "precision": ("auto", "fp32", "bf16")}
 ADAMW_STATE = ("b1_t", "b2_t", "m", "v")
@@ -83,9 +72,11 @@ class TrainSettings:
                     allowed = " or ".join(CHOICES[field.name])
                     raise PicoError(f"{field.name} must be {allowed}, not {value!r}")
                 continue
+            if isinstance(value, np.generic):  # training.json takes Python's own numbers
+                object.__setattr__(self, field.name, value := value.item())
             whole = field.type is int
             least = 0 if field.name in MAY_BE_ZERO else 1
-            kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
+            kinds = int if whole else (int, float)
             if isinstance(value, bool) or not isinstance(value, kinds) or not value >= least:
                 kind = "a whole number" if whole else "a number"
                 raise PicoError(f"{field.name} must be {kind} of at least {least}, not {value!r}")
@@ -192,14 +183,19 @@ class TrainStep:
         loss, aux_loss, next_byte_loss = loss_fn(logits, z, decisions, targets)
         rate = (z > 0).cast(dtypes.float32).mean()
         gradients = loss.gradient(*self.parameters)
-        return Tensor.stack(loss, aux_loss, next_byte_loss, rate).detach(), gradients
+        losses = Tensor.stack(loss, aux_loss, next_byte_loss, rate).detach().contiguous()
+        # if a loss is not finite, then neither is a gradient, and nothing is updated
+        smallest = min(range(len(gradients)), key=lambda i: gradients[i].numel())
+        finite = losses.sum().isfinite()
+        gradients[smallest] = finite.where(gradients[smallest], math.nan)
+        return losses, gradients
 
     def _apply(self, gradients: list[Tensor], lr: Tensor) -> Tensor:
         """Update the parameters; float32 [1]: 1 if the gradients were finite, else 0."""
         if isinstance(self.optimizer, SOAP):  # leaves everything as it is if they are not
             finite = self.optimizer.finite
         else:
-            finite = Tensor.stack(*[g.sum() for g in gradients]).sum().isfinite().contiguous()
+            finite = all_finite(gradients)
             lr, gradients = finite.where(lr, 0.0), [finite.where(g, 0.0) for g in gradients]
         for rate in self.rates:
             rate.assign(lr)
@@ -260,6 +256,9 @@ class TrainStep:
             ) from error
 
 
+REAL, SCORED, WHOLE = 1, 2, 4  # flags of a byte: no padding, of a document's text, of a full window
+
+
 class Validation:
     """Bits per byte on the same held-out windows every time, wrapper bytes left out.
 
@@ -276,7 +275,8 @@ class Validation:
     ) -> None:
         self.model, self.settings, self.devices = model, settings, devices
         T = model.config.next_tokens
-        held_out = corpus.bytes[: settings.validation_bytes]
+        self.limit = settings.validation_bytes
+        held_out = corpus.bytes[: self.limit]
         # a byte is scored when it has a byte before it and stands in a document's own text
         scored = ~corpus.wrapper_mask(0, len(held_out))
         length = min(settings.context_len, max(1, len(held_out) - 1))
@@ -287,12 +287,16 @@ class Validation:
         rounded = math.ceil(count / self.batch_size) * self.batch_size
         padded = np.zeros(rounded * length + T, np.uint8)
         padded[: len(held_out)] = held_out
-        mask = np.zeros(rounded * length + 1, bool)
-        mask[: len(held_out)] = scored
+        flags = np.zeros(rounded * length + 1, np.uint8)
+        flags[: len(held_out)] = REAL + SCORED * scored
         starts = np.arange(rounded)[:, None] * length
         self.windows = padded[starts + np.arange(length + T)]  # (rounded, length + T)
-        self.mask = mask[starts + 1 + np.arange(length)]  # (rounded, length): of the byte predicted
-        if not self.mask.any():
+        self.flags = flags[starts + 1 + np.arange(length)]  # (rounded, length): of bytes predicted
+        # top-k routing looks at the whole window: where a part is padding, it means nothing
+        whole = (self.flags & REAL > 0).all(axis=1, keepdims=True) & (self.flags & SCORED > 0)
+        self.flags += (WHOLE * (whole if whole.any() else self.flags & SCORED > 0)).astype(np.uint8)
+        self.scored = [int((self.flags & flag > 0).sum()) for flag in (SCORED, WHOLE)]
+        if not self.scored[0]:
             raise PicoError(
                 f"the validation data has {len(held_out)} bytes, too few to measure anything; "
                 "hold out more with --dataset-validation-size"
@@ -302,23 +306,23 @@ class Validation:
         self.measure = compiled(self._measure)
         self.measure_all = compiled(self._measure_all)
 
-    def _measure(self, windows: Tensor, mask: Tensor) -> Tensor:
-        return self._sums(windows, mask, self.slots)
+    def _measure(self, windows: Tensor, flags: Tensor) -> Tensor:
+        return self._sums(windows, flags, self.slots)
 
-    def _measure_all(self, windows: Tensor, mask: Tensor) -> Tensor:
-        return self._sums(windows, mask, self.length)
+    def _measure_all(self, windows: Tensor, flags: Tensor) -> Tensor:
+        return self._sums(windows, flags, self.length)
 
-    def _sums(self, windows: Tensor, mask: Tensor, count: int) -> Tensor:
+    def _sums(self, windows: Tensor, flags: Tensor, count: int) -> Tensor:
         x, targets = inputs_and_targets(windows, self.model.config.next_tokens)
-        mask = mask.cast(dtypes.float32)
+        real, scored, whole = ((flags & flag).cast(dtypes.bool) for flag in (REAL, SCORED, WHOLE))
         causal, z, decisions = self.model(x, causal=True, count=count)
         training, _, _ = self.model(x)
         nats = [
-            (cross_entropy(logits[:, :, 0], targets[:, :, 0]) * mask).sum()
-            for logits in (causal, training)
+            mask.where(cross_entropy(logits[:, :, 0], targets[:, :, 0]), 0).sum()
+            for logits, mask in ((causal, scored), (training, whole))
         ]
-        most = decisions.sum(axis=1, dtype=dtypes.int32).max().cast(dtypes.float32)
-        chosen = ((z > 0) * mask).sum()
+        most = (decisions & real).sum(axis=1, dtype=dtypes.int32).max().cast(dtypes.float32)
+        chosen = ((z > 0) & scored).cast(dtypes.float32).sum()
         return Tensor.stack(*nats, chosen, most).realize()
 
     def __call__(self) -> Record:
@@ -327,14 +331,15 @@ class Validation:
         total = np.zeros(3, np.float64)
         for first in range(0, len(self.windows), self.batch_size):
             rows = slice(first, first + self.batch_size)
-            arrays = (self.windows[rows].copy(), self.mask[rows].copy())
+            arrays = (self.windows[rows].copy(), self.flags[rows].copy())
             inputs = [on_devices(array, self.devices, 0) for array in arrays]
             with graph_context(self.settings, self.devices):
                 sums = self.measure(*inputs).numpy()
                 if sums[3] > self.slots:  # more bytes than there were slots: one for each
                     sums = self.measure_all(*inputs).numpy()
             total += sums[:3]
-        bits = total / self.mask.sum() / np.array([math.log(2), math.log(2), 1])
+        scored, whole = self.scored
+        bits = total / np.array([scored * math.log(2), max(1, whole) * math.log(2), scored])
         return {
             "validation_bits_per_byte": float(bits[0]),
             "validation_bits_per_byte_top_k": float(bits[1]),
@@ -362,14 +367,16 @@ def train(
     `python-docs`. `settings` are the fields of `pico_tg.TrainSettings`. With `run_dir` (which must
     not exist yet), it receives training.json, metrics.jsonl (the records) and checkpoints: weights
     as NNNNNNNN.safetensors, and beside them what resuming needs.
-    `stop()` is asked after every step: True ends training as if it were the last step.
+    `stop()` is asked after every step: True saves and ends training.
     Several `devices` (`("CUDA:0", "CUDA:1")`) share each batch; the model is on all of them until
     training ends, and then on the first.
 
     `resume` continues the run in `run_dir` from its newest valid checkpoint as if nothing had
     happened. Data and settings not given are the run's; those given must be the run's, except
     max_steps, validation_interval, checkpoint_interval and keep_checkpoints, and with `force`
-    batch_size. `say` is told in one line where it continues, and which checkpoints were broken.
+    batch_size; the model's config must be the run's too. The same data may have moved. Another
+    max_steps bends the learning rate's curve from here on. `say` is told in one line where it
+    continues, and whatever else is worth knowing.
 
     A record has: step (from 1), steps (in all), epoch (from 0), loss, next_byte_loss, aux_loss
     (nats), bits_per_byte (of the next byte, training routing), router_rate (share of bytes with
@@ -388,7 +395,8 @@ def train(
         if run_dir is None:
             raise PicoError("nothing to resume: no run was named")
         stored = read_description(Path(run_dir))
-        spec = _resumed_spec(spec, stored, run_dir)
+        _check_model(dataclasses.asdict(model.config), stored["model"], run_dir)
+        spec = _stored_spec(stored, run_dir) if spec is None else spec
         if "precision" in settings:
             chosen = choose_precision(settings["precision"], devices)
             settings = settings | {"precision": chosen}
@@ -406,8 +414,9 @@ def train(
             f"{model.config.latent_capacity_factor} no byte is selected; take at least "
             f"{math.ceil(1 / model.config.latent_capacity_factor)}"
         )
-    spec = DataSpec("python-docs") if spec is None else spec
+    spec = DataSpec() if spec is None else spec
     data = spec if isinstance(spec, Data) else load_data(spec, progress=progress)
+    spec = data.spec
     windows = Windows(
         data.train,
         chosen.context_len,
@@ -415,41 +424,75 @@ def train(
         chosen.batch_size * chosen.grad_accumulation_steps,
         chosen.seed,
     )
+    described = dataclasses.asdict(spec)
+    if os.path.exists(spec.dataset):  # wherever it is resumed from
+        described["dataset"] = os.path.abspath(spec.dataset)
     fingerprints = [data.train.fingerprint, data.validation.fingerprint]
-    if stored.get("fingerprints", fingerprints) != fingerprints:
-        raise PicoError(f"the data of {run_dir} have changed since; train a new RUN on them")
+    if resume and stored["fingerprints"] != fingerprints:
+        raise PicoError(_changed_data(described, stored, run_dir))
     validation = Validation(model, data.validation, chosen, devices)
     train_step = TrainStep(model, chosen, devices)
     description = {
         "settings": dataclasses.asdict(chosen),
-        "dataset": dataclasses.asdict(spec) if isinstance(spec, DataSpec) else None,
+        "dataset": described,
         "data": data.note,
         "fingerprints": fingerprints,
+        "model": dataclasses.asdict(model.config),
+        "devices": list(devices),
     }
-    run, reached = None, {"step": 0, "bytes": 0}
+    run, records = None, []
+    reached = {"step": 0, "bytes": 0, "windows": 0}
     if resume:
+        run = Run(Path(run_dir), resumed=True)
         path, state, reached, refused = load_newest(model, run_dir)
         train_step.load_state(state, path)
+        run.last_checkpoint = path
         for problem in refused:
             say(f"skipped a checkpoint: {problem}")
         say(f"resuming after step {reached['step']}, from {path}")
-        run = Run(Path(run_dir), description)
-        run.forget_after(reached["step"])
+        if stored["devices"] != list(devices):
+            say(f"devices were {stored['devices'] or 'one'}, now {list(devices) or 'one'}")
+        records = run.go_back_to(reached["step"])
     elif run_dir is not None:
-        try:
-            Path(run_dir).mkdir(parents=True)
-        except OSError as error:
-            raise PicoError(f"cannot create {run_dir}: {error.strerror}") from error
-        run = Run(Path(run_dir), description)
-    return _until_the_end(_train(train_step, windows, validation, run, reached, stop), train_step)
+        run = Run(Path(run_dir), resumed=False)
+    total = _steps(chosen, windows, reached)
+    if total != reached.get("steps", total):
+        say(
+            f"{total} steps in all, not {reached['steps']}: from step {reached['step'] + 1} on the "
+            "learning rate follows the curve of the new number"
+        )
+    reached |= {"steps": total}
+    if not resume:
+        say(data.note)
+    if len(data.validation.bytes) > chosen.validation_bytes:
+        say(f"each validation measures the first {chosen.validation_bytes:,} of those bytes")
+    if total <= chosen.warmup_steps:
+        say(
+            f"the {total} steps that there are end within warmup_steps ({chosen.warmup_steps}), so "
+            "the learning rate never gets to its peak; more epochs or smaller batches give more"
+        )
+    if run:
+        run.describe(description)
+    steps = _train(train_step, windows, validation, run, records, reached, stop)
+    return _until_the_end(steps, train_step, run)
 
 
-def _until_the_end(records: Iterator[Record], train_step: TrainStep) -> Iterator[Record]:
-    """The records; however training ends, the model is then on the first device."""
+def _steps(settings: TrainSettings, windows: Windows, reached: dict[str, int]) -> int:
+    """At which step training ends: at max_steps, or when all epochs' windows were seen."""
+    left = settings.epochs * len(windows) - reached["windows"]
+    return min(settings.max_steps, reached["step"] + math.ceil(max(0, left) / windows.batch_size))
+
+
+def _until_the_end(
+    records: Iterator[Record], train_step: TrainStep, run: Run | None
+) -> Iterator[Record]:
+    """The records; however training ends, the model is then on the first device, the run free."""
     try:
         yield from records
     finally:
         move(train_step.parameters, train_step.devices[:1])
+        if run:
+            run.close()
 
 
 MAY_CHANGE = ("max_steps", "validation_interval", "checkpoint_interval", "keep_checkpoints")
@@ -463,55 +506,85 @@ def _resumed_settings(given: dict, stored: dict, force: bool, run_dir: str | os.
         if name not in free and stored.get(name, value) != value
     ]
     if differences:
-        forced = "; --force allows another batch_size" if "batch_size" in given else ""
+        forced = any(text.startswith("batch_size was") for text in differences)
+        hint = "; --force allows another batch_size" if forced else ""
         raise PicoError(
             f"{run_dir} was trained otherwise: {', '.join(differences)}; leave these out to resume "
-            f"with what it had, or train a new RUN{forced}"
+            f"with what it had, or train a new RUN{hint}"
         )
+    if unknown := ", ".join(sorted(stored.keys() - TrainSettings.__dataclass_fields__.keys())):
+        raise PicoError(f"{run_dir}/training.json has settings that are unknown here: {unknown}")
     return stored | given
 
 
-def _resumed_spec(
-    given: DataSpec | Data | None, stored: dict, run_dir: str | os.PathLike
-) -> DataSpec | Data:
-    known = None if stored["dataset"] is None else DataSpec(**stored["dataset"])
-    if given is None and known is None:
-        raise PicoError(f"{run_dir} was trained on data from a script; give them again to resume")
-    if isinstance(given, DataSpec) and known is not None and given != known:
-        changed = [
-            f"{name} was {old!r}, now {getattr(given, name)!r}"
-            for name, old in dataclasses.asdict(known).items()
-            if old != getattr(given, name)
-        ]
-        raise PicoError(f"{run_dir} was trained on other data: {', '.join(changed)}")
-    return known if given is None else given
+def _check_model(now: dict[str, Any], before: dict[str, Any], run_dir: str | os.PathLike) -> None:
+    names = sorted(now.keys() | before.keys())
+    changed = [
+        f"{name} was {before.get(name)}, now {now.get(name)}"
+        for name in names
+        if now.get(name) != before.get(name)
+    ]
+    if changed:
+        raise PicoError(
+            f"{run_dir} was trained with another model.json: {', '.join(changed)}; restore it, or "
+            "train a new RUN"
+        )
+
+
+def _stored_spec(stored: dict[str, Any], run_dir: str | os.PathLike) -> DataSpec:
+    try:
+        return DataSpec(**stored["dataset"])
+    except TypeError as error:
+        raise PicoError(f"{run_dir}/training.json is broken: dataset: {error}") from error
+
+
+def _changed_data(now: dict[str, Any], stored: dict[str, Any], run_dir: str | os.PathLike) -> str:
+    before = stored["dataset"]
+    changed = [
+        f"{name} was {before[name]!r}, now {value!r}"
+        for name, value in now.items()
+        if name in before and value != before[name]
+    ]
+    if changed:
+        return f"{run_dir} was trained on other data: {', '.join(changed)}"
+    return f"the data of {run_dir} have changed since; train a new RUN on them"
 
 
 def _train(
     train_step: TrainStep,
     windows: Windows,
     validation: Validation,
-    run: "Run | None",
+    run: Run | None,
+    records: list[Record],
     reached: dict[str, int],
     stop: Callable[[], bool],
 ) -> Iterator[Record]:
     settings = train_step.settings
     accumulation, batch_size = settings.grad_accumulation_steps, settings.batch_size
-    total = min(settings.max_steps, math.ceil(settings.epochs * windows.steps_per_epoch))
-    step, seen, stopped = reached["step"], reached["bytes"], False
+    step, total, seen, position = (reached[k] for k in ("step", "steps", "bytes", "windows"))
+
+    def due() -> bool:
+        return step == total or step % settings.validation_interval == 0
+
+    if records and step % settings.validation_interval == 0 and "validated" not in reached:
+        # it was stopped before it could: catch up, so that the history is that of a straight run
+        records[-1] |= validation()
+        run.rewrite(records)
+    stopped = False
     while step < total and not stopped:
         start = time.perf_counter()
         rate = learning_rate(step, settings, total)
-        batch = windows.batch(step).reshape(accumulation, batch_size, -1)
+        batch = windows.batch_at(position).reshape(accumulation, batch_size, -1)
         losses = train_step(batch, rate)
         if losses[4] != 1 or not np.isfinite(losses).all():
-            saved = run.last_checkpoint() if run else "none"
+            saved = run.last_checkpoint if run else None
             raise PicoError(
                 f"a loss or gradient is not finite at step {step + 1} (lr {rate:.2e}); the weights "
-                f"were not updated; last checkpoint: {saved}; try a smaller --learning-rate"
+                f"were not updated; last checkpoint: {saved or 'none'}; try a smaller "
+                "--learning-rate"
             )
-        epoch = windows.epoch(step)
-        step += 1
+        epoch = position // len(windows)
+        step, position = step + 1, position + accumulation * batch_size
         trained = accumulation * batch_size * settings.context_len
         seen += trained
         record: Record = {
@@ -527,93 +600,32 @@ def _train(
             "bytes": seen,
             "bytes_per_second": trained / (time.perf_counter() - start),
         }
+        progress = {"step": step, "bytes": seen, "windows": position, "steps": total}
         stopped = stop()
-        last = stopped or step == total
-        if last or step % settings.validation_interval == 0:
+        # whoever asks for a stop may not wait: save, and leave measuring to the resumed run
+        if due() and not stopped:
             record |= validation()
+            progress["validated"] = True
+            stopped = stop()
         if run:
-            saving = last or step % settings.checkpoint_interval == 0
-            if saving:
-                record["checkpoint"] = str(checkpoint_path(run.folder, step))
-            run.log(record, durable=saving)  # before the checkpoint: a resumed run has all records
-            if saving:
-                run.save(train_step, {"step": step, "bytes": seen})
+            saving = stopped or step == total or step % settings.checkpoint_interval == 0
+            _record(train_step, run, record, progress, saving)
         yield record
 
 
-class Run:
-    """The folder of one training run: training.json, metrics.jsonl and checkpoints."""
-
-    def __init__(self, folder: Path, description: dict[str, Any]) -> None:
-        self.folder, self.description = folder, description
-        self._describe()
-
-    def _describe(self) -> None:
-        checkpoints = [path.name for _, path in list_checkpoints(self.folder)]
-        with atomic_write(self.folder / "training.json") as file:
-            described = self.description | {"checkpoints": checkpoints}
-            file.write((json.dumps(described, indent=2) + "\n").encode())
-
-    def save(self, train_step: TrainStep, reached: dict[str, int]) -> None:
-        """Write a checkpoint, list it in training.json, delete those not to be kept."""
-        state, step = train_step.state(), reached["step"]
-        save_checkpoint(weights_of(train_step.model), state, reached, self.folder, step)
-        if train_step.settings.keep_checkpoints:
-            delete_older(self.folder, step, train_step.settings.keep_checkpoints)
-        self._describe()
-
-    def last_checkpoint(self) -> str:
-        checkpoints = list_checkpoints(self.folder)
-        return str(checkpoints[-1][1]) if checkpoints else "none"
-
-    def log(self, record: Record, durable: bool = False) -> None:
-        """Append one line to metrics.jsonl, readable at once by others."""
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-
-    def forget_after(self, step: int) -> None:
-        """Drop the records of steps that will be taken again."""
-        path = self.folder / "metrics.jsonl"
-        records = read_metrics(self.folder) if path.exists() else []
-        with atomic_write(path) as file:
-            for record in records:
-                if record["step"] <= step:
-                    file.write((json.dumps(record) + "\n").encode())
-
-
-def read_description(folder: Path) -> dict[str, Any]:
-    """A run's training.json. Raises PicoError if it is missing or broken."""
-    path = folder / "training.json"
+def _record(
+    train_step: TrainStep, run: Run, record: Record, progress: dict[str, int], saving: bool
+) -> None:
+    """Log a record, then save if it is time; if logging fails, save all the same and raise."""
+    problem = None
+    if saving:
+        record["checkpoint"] = run.checkpoint_path(record["step"])
     try:
-        description = json.loads(path.read_text("utf-8"))
-        if not {"settings", "dataset"} <= description.keys():
-            raise ValueError("keys are missing")
-    except OSError as error:
-        raise PicoError(
-            f"{folder} is no training run to resume: cannot read {path} ({error.strerror})"
-        ) from error
-    except (ValueError, AttributeError) as error:
-        raise PicoError(f"{path} is broken ({error})") from error
-    return description
-
-
-def read_metrics(folder: Path) -> list[Record]:
-    """The records in a run's metrics.jsonl; a line still being written is left out.
-
-    Raises PicoError if there is none.
-    """
-    path = folder / "metrics.jsonl"
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except OSError as error:
-        raise PicoError(
-            f"cannot read {path}: {error.strerror or error}; is {folder} a training run?"
-        ) from error
-    records = []
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
-    return records
+        run.log(record, durable=saving)  # before the checkpoint: a resumed run has all records
+    except PicoError as error:
+        problem = error
+    if saving or problem:
+        keep = train_step.settings.keep_checkpoints
+        run.save(weights_of(train_step.model), train_step.state(), progress, keep)
+    if problem:
+        raise problem

@@ -10,7 +10,7 @@ from test_kernels import FORMS, SHAPES, inputs, value_and_gradients
 from tinygrad import Device, Tensor, TinyJit
 from tinygrad.helpers import Context
 
-from pico_tg import kernels
+from pico_tg import SOAP, kernels
 from pico_tg.config import Config
 from pico_tg.files import PicoError
 from pico_tg.model import Pico
@@ -148,6 +148,24 @@ def test_losses_are_within_a_hundredth_over_100_steps():
     assert fp32[-1] < 0.75 * fp32[0]  # it learns
     assert not np.array_equal(fp32, bf16)
     assert np.abs(bf16 / fp32 - 1).max() < 0.01
+
+
+def test_the_optimizer_stays_in_float32(monkeypatch):
+    """Its products too, whatever the precision of the model's."""
+    monkeypatch.setattr(kernels, "SMALL", 0)
+    rng = np.random.default_rng(0)
+    found = []
+    for bf16 in (0, 1):
+        rng = np.random.default_rng(0)
+        p = Tensor(rng.standard_normal((24, 40)).astype(np.float32)).clone().realize()
+        optimizer = SOAP([p], lr=1e-2)
+        with Tensor.train(), Context(PICO_BF16=bf16):
+            for _ in range(12):
+                p.grad = Tensor(rng.standard_normal((24, 40)).astype(np.float32))
+                optimizer.step()
+        found.append([p.numpy(), *(t.numpy() for t in optimizer.state_dict().values())])
+    for fp32, bf16 in zip(*found, strict=True):
+        np.testing.assert_array_equal(fp32, bf16)
 
 
 def test_the_precision_is_recorded_and_kept(tmp_path):

@@ -192,7 +192,7 @@ def test_foreign_state_is_refused():
         optimizer.load_state_dict(state | {"6x4.Q0": state["6x4.Q0"][:1]})
 
 
-@pytest.mark.parametrize("poison", [np.nan, np.inf])
+@pytest.mark.parametrize("poison", [np.nan, np.inf, 1e20])
 @pytest.mark.parametrize("when", [0, 1, 10])
 def test_a_gradient_that_is_not_finite_changes_nothing(poison, when):
     params = parameters()
@@ -294,10 +294,20 @@ def test_operations_of_a_step():
 
 
 @pytest.mark.parametrize(
-    "options", [{"betas": (1.0, 0.9)}, {"precondition_frequency": 0}, {"lr": -1}]
+    "options",
+    [
+        {"betas": (1.0, 0.9)},
+        {"precondition_frequency": 0},
+        {"lr": -1},
+        {"eps": 0},
+        {"weight_decay": -1},
+        {"max_precond_dim": -1},
+    ],
 )
 def test_bad_options(options):
-    with pytest.raises(ValueError, match=r"betas|frequency|learning rate"):
+    with pytest.raises(
+        ValueError, match=r"betas|frequency|learning rate|eps|weight_decay|max_precond"
+    ):
         SOAP(parameters(), **options)
 
 

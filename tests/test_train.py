@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -143,6 +144,29 @@ def test_jitted_equals_unjitted(optimizer):
     (a, weights_a), (b, weights_b) = results
     assert np.abs(np.array(a) - np.array(b)).max() < 1e-5
     assert all(np.abs(weights_a[k] - weights_b[k]).max() < 1e-4 for k in weights_a)
+
+
+@pytest.mark.parametrize("optimizer", ["soap", "adamw"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_loss_that_is_not_finite_changes_nothing(optimizer, accumulation, monkeypatch):
+    """Also where the gradients are."""
+    module = sys.modules["pico_tg.train"]
+
+    def infinite(*args):
+        loss, aux_loss, next_byte_loss = loss_fn(*args)
+        return loss, aux_loss, next_byte_loss + math.inf
+
+    monkeypatch.setattr(module, "loss_fn", infinite)
+    model = make()
+    step = TrainStep(
+        model, TrainSettings(optimizer=optimizer, grad_accumulation_steps=accumulation)
+    )
+    before = weights(model)
+    windows = batch(np.random.default_rng(2), accumulation, 2, 40 + CONFIG.next_tokens)
+    for _ in range(3):
+        assert step(windows, 1e-2)[4] == 0
+    after = weights(model)
+    assert all(np.array_equal(before[k], after[k]) for k in before)
 
 
 @pytest.mark.parametrize("optimizer", ["soap", "adamw"])
