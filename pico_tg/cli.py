@@ -294,23 +294,25 @@ class StopSignals:
 
 def show_training(records: Iterator[dict]) -> str:
     """A progress bar, and a line a validation; returns the last checkpoint's path."""
-    checkpoint, smoothed, first = "", None, None
+    checkpoint, smoothed = "", None
     with tqdm(unit="step", desc="compiling", dynamic_ncols=True) as bar:
-        for record in records:
-            if first is None:
-                first = bar.n = bar.initial = record["step"] - 1
-                bar.total = record["steps"]
+        for shown, record in enumerate(records, 1):
             bits = record["bits_per_byte"]
             smoothed = bits if smoothed is None else 0.9 * smoothed + 0.1 * bits
-            if record["step"] == first + 2:  # the first two steps compile; then it is fast
-                bar.set_description("training")
-                bar.unpause()  # the time left is not theirs to say
+            if shown <= 2:
+                # The first two steps compile, and the steps of a run that is resumed took no time
+                # here: the clock starts after them, or the time left would be theirs to say.
+                bar.reset(record["steps"])
+                bar.n = bar.last_print_n = bar.initial = record["step"]
+            else:
+                bar.update(1)
+            if shown == 2:
+                bar.set_description("training", refresh=False)
             bar.set_postfix_str(
                 f"loss {record['loss']:.3f}, {smoothed:.3f} bits/byte, "
                 f"{record['router_rate']:.0%} routed, lr {record['lr']:.1e}, "
                 f"{record['bytes_per_second']:,.0f} bytes/s"
             )
-            bar.update(1)
             checkpoint = record.get("checkpoint", checkpoint)
             if "validation_bits_per_byte" in record:
                 tqdm.write(

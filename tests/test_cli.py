@@ -366,6 +366,45 @@ def test_resume_of_a_complete_run(trained, capsys):
     assert not (trained / "nothing").exists()
 
 
+@pytest.mark.parametrize("first", [0, 1500])
+def test_time_left(first, monkeypatch, capsys):
+    """The bar's rate is that of the steps after compilation, also where a run is resumed."""
+    now = 1000.0
+    monkeypatch.setattr("tqdm.std.time", lambda: now)
+    bars = []
+
+    class Bar(cli.tqdm):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            bars.append(self)
+
+    monkeypatch.setattr(cli, "tqdm", Bar)
+    last, seen = first + 100, []
+
+    def records():
+        nonlocal now
+        for step in range(first + 1, first + 51):
+            now += 30 if step <= first + 2 else 0.125
+            yield {
+                "step": step, "steps": last, "bits_per_byte": 2.0, "loss": 1.4, "lr": 1e-3,
+                "router_rate": 0.5, "bytes_per_second": 1e5, "checkpoint": f"{step}",
+            }  # fmt: skip
+            seen.append((step, bars[0].format_dict, str(bars[0])))
+
+    assert cli.show_training(records()) == f"{first + 50}"
+    assert [state["n"] for _, state, _ in seen] == [step for step, _, _ in seen]
+    assert [text.split(":")[0] for _, _, text in seen[:3]] == ["compiling", "training", "training"]
+    for _, state, text in seen[:2]:
+        assert state["elapsed"] == 0
+        assert "[00:00<?" in text  # nothing is known yet
+    for step, state, _ in seen[2:]:
+        assert state["elapsed"] == pytest.approx((step - first - 2) / 8)
+        rate = state["rate"] or (state["n"] - state["initial"]) / state["elapsed"]
+        assert rate == pytest.approx(8)
+    assert f"{first + 50}/{last} [00:06<00:06,  8.00" in seen[-1][2]
+    assert f"{first + 50}/{last} [00:06<00:06,  8.00" in capsys.readouterr().err
+
+
 def test_plot(trained, tmp_path, capsys):
     assert cli.main(["plot", str(trained), "run"]) == 0
     written = Path(capsys.readouterr().out.strip())
