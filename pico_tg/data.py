@@ -738,8 +738,11 @@ class Windows:
         return self._bytes[start : start + self.context_len + self.next_tokens]
 
     def _order(self, epoch: int) -> np.ndarray:
-        """The windows of an epoch in the order of training: int64 [windows]."""
+        """The windows of an epoch in the order of training: uint32, or int64, [windows]."""
         if self._shuffled is None or self._shuffled[0] != epoch:
-            order = np.random.default_rng((self.seed, epoch)).permutation(len(self))
+            self._shuffled = None  # makes room for the next one
+            # the order is that of `permutation(len(self))`, in half the memory
+            order = np.arange(len(self), dtype=np.uint32 if len(self) <= 1 << 32 else np.int64)
+            np.random.default_rng((self.seed, epoch)).shuffle(order)
             self._shuffled = (epoch, order)
         return self._shuffled[1]
