@@ -5,6 +5,7 @@ import codecs
 import dataclasses
 import importlib
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -151,7 +152,7 @@ def build_parser() -> Parser:
     plotting.add_argument("path", metavar="PATH", type=Path, help="folder that init made")
     plotting.add_argument("runs", metavar="RUN", nargs="+", help="names of training runs")
     plotting.add_argument(
-        "--output", type=Path, metavar="FILE", help="SVG to write (default: PATH/RUN.svg)"
+        "--output", type=Path, metavar="FILE", help="SVG to write (default: PATH/RUN-RUN.svg)"
     )
     plotting.set_defaults(function=command_plot)
 
@@ -334,7 +335,9 @@ def command_plot(args: argparse.Namespace) -> int:
         runs[name] = [r for r in read_metrics(args.path / name) if "bytes" in r]
         if not runs[name]:
             raise PicoError(f"{args.path / name}/metrics.jsonl holds no step yet")
-    output = args.output or args.path / f"{'-'.join(args.runs)}.svg"
+    # a run may lie in a folder of its own: sub/a
+    names = [re.sub(r"[/\\]+", "-", name).strip("-.") for name in args.runs]
+    output = args.output or args.path / f"{'-'.join(names)}.svg"
     with atomic_write(output) as file:
         file.write(training_chart(runs).encode())
     print(output)

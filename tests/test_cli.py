@@ -410,13 +410,21 @@ def test_plot(trained, tmp_path, capsys):
     written = Path(capsys.readouterr().out.strip())
     assert written == trained / "run.svg"
     text = written.read_text()
-    assert "run, held out" in text
+    assert ">run</text>" in text
     assert "Learning rate" in text
     assert "http" not in text.replace("http://www.w3.org/2000/svg", "")  # self-contained
     output = tmp_path / "two.svg"
     assert cli.main(["plot", str(trained), "run", "run", "--output", str(output)]) == 0
     assert output.exists()
     capsys.readouterr()
+    # runs in folders of their own; a slash at the end comes with completion by the shell
+    for name in ("a", "b"):
+        (trained / "sub" / name).mkdir(parents=True)
+        metrics = (trained / "run" / "metrics.jsonl").read_bytes()
+        (trained / "sub" / name / "metrics.jsonl").write_bytes(metrics)
+    assert cli.main(["plot", str(trained), "sub/a", "sub/b/"]) == 0
+    assert Path(capsys.readouterr().out.strip()) == trained / "sub-a-sub-b.svg"
+    assert ">sub/a</text>" in (trained / "sub-a-sub-b.svg").read_text()
     assert status(["plot", str(trained), "missing"]) == 2
     assert "metrics.jsonl" in one_line(capsys)
     assert status(["plot", str(tmp_path / "none"), "run"]) == 2
