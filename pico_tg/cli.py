@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib
 import os
+import re
 import signal
 import sys
 import time
@@ -153,7 +154,7 @@ def build_parser() -> Parser:
     plotting.add_argument("path", metavar="PATH", type=Path, help="folder that init made")
     plotting.add_argument("runs", metavar="RUN", nargs="+", help="names of training runs")
     plotting.add_argument(
-        "--output", type=Path, metavar="FILE", help="SVG to write (default: PATH/RUN.svg)"
+        "--output", type=Path, metavar="FILE", help="SVG to write (default: PATH/RUN-RUN.svg)"
     )
     plotting.set_defaults(function=command_plot)
 
@@ -314,23 +315,25 @@ class StopSignals:
 
 def show_training(records: Iterator[dict]) -> str:
     """A progress bar, and a line a validation; returns the last checkpoint's path."""
-    checkpoint, smoothed, first = "", None, None
+    checkpoint, smoothed = "", None
     with tqdm(unit="step", desc="compiling", dynamic_ncols=True) as bar:
-        for record in records:
-            if first is None:
-                first = bar.n = bar.initial = record["step"] - 1
-                bar.total = record["steps"]
+        for shown, record in enumerate(records, 1):
             bits = record["bits_per_byte"]
             smoothed = bits if smoothed is None else 0.9 * smoothed + 0.1 * bits
-            if record["step"] == first + 2:  # the first two steps compile; then it is fast
-                bar.set_description("training")
-                bar.unpause()  # the time left is not theirs to say
+            if shown <= 2:
+                # The first two steps compile, and the steps of a run that is resumed took no time
+                # here: the clock starts after them, or the time left would be theirs to say.
+                bar.reset(record["steps"])
+                bar.n = bar.last_print_n = bar.initial = record["step"]
+            else:
+                bar.update(1)
+            if shown == 2:
+                bar.set_description("training", refresh=False)
             bar.set_postfix_str(
                 f"loss {record['loss']:.3f}, {smoothed:.3f} bits/byte, "
                 f"{record['router_rate']:.0%} routed, lr {record['lr']:.1e}, "
                 f"{record['bytes_per_second']:,.0f} bytes/s"
             )
-            bar.update(1)
             checkpoint = record.get("checkpoint", checkpoint)
             if "validation_bits_per_byte" in record:
                 tqdm.write(
@@ -352,7 +355,9 @@ def command_plot(args: argparse.Namespace) -> int:
         runs[name] = [r for r in read_metrics(args.path / name) if "bytes" in r]
         if not runs[name]:
             raise PicoError(f"{args.path / name}/metrics.jsonl holds no step yet")
-    output = args.output or args.path / f"{'-'.join(args.runs)}.svg"
+    # a run may lie in a folder of its own: sub/a
+    names = [re.sub(r"[/\\]+", "-", name).strip("-.") for name in args.runs]
+    output = args.output or args.path / f"{'-'.join(names)}.svg"
     with atomic_write(output) as file:
         file.write(training_chart(runs).encode())
     print(output)

@@ -6,8 +6,10 @@ is a view of that file, and training and validation are two views when one is he
 """
 
 import contextlib
+import dataclasses
 import glob
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -16,7 +18,7 @@ import shutil
 import struct
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,6 +39,7 @@ SEQ_END: bytes = b"</pico:seq>"
 _MARKER = b"<|endoftext|>"  # between the documents of a .txt
 _NEWLINES = b"\r\n"
 _CHUNK = 1 << 20  # bytes read at a time
+_ROWS = 4  # of a Parquet file, decoded at a time: few, since they may be long
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _HELD_OUT = 0.05  # of the bytes, where nobody says otherwise
 MOST_BYTES = 1 << 30  # of one step
@@ -242,6 +245,10 @@ def _local_file(path: Path, column: str | None) -> _Source:
     if path.stat().st_size == 0:
         raise PicoError(f"{path} is empty")
 
+    identity = ["rows", column, _stamps([path])]
+    if read := _reader(path):
+        return _Source(str(path), identity, partial(_read_files, [path], [read], column))
+
     def load():
         # escaped, since `datasets` takes a file's name for a pattern
         files = glob.escape(os.path.abspath(path))
@@ -251,7 +258,6 @@ def _local_file(path: Path, column: str | None) -> _Source:
         )
         return loaded["train"]
 
-    identity = ["rows", column, _stamps([path])]
     return _Source(str(path), identity, partial(_read_rows, str(path), load, column))
 
 
@@ -273,15 +279,25 @@ def _local_folder(path: Path, column: str | None) -> dict[str, _Source]:
         texts = [file for file in files if file.suffix.lower() == ".txt"]
         return {"train": _txt_files(str(path), texts)}
 
+    identity = ["folder", column, _stamps(files)]
     options = _reader_options(_BUILDERS.keys() & kinds.keys(), column)
     try:
         if saved:
             loaded = _datasets().load_from_disk(str(path))
-        else:
-            loaded = _datasets().load_dataset(os.path.abspath(path), streaming=True, **options)
+            return _dataset_splits(str(path), identity, loaded, column)
+        # `datasets` tells which file belongs to which split
+        builder = _datasets().load_dataset_builder(os.path.abspath(path), **options)
+        loaded = builder.as_streaming_dataset()
     except Exception as error:  # pyarrow, pandas, fsspec and datasets each raise their own
         raise PicoError(f"cannot read the dataset in {path}: {_reason(error)}") from error
-    return _dataset_splits(str(path), ["folder", column, _stamps(files)], loaded, column)
+    splits = _dataset_splits(str(path), identity, loaded, column)
+    for name, source in splits.items():
+        paths = [Path(file) for file in builder.config.data_files[name]]
+        readers = [_reader(file) for file in paths]
+        if all(readers):
+            read = partial(_read_files, paths, readers, column)
+            splits[name] = dataclasses.replace(source, read=read)
+    return splits
 
 
 def _hub(dataset: str, file: str | None, column: str | None) -> dict[str, _Source]:
@@ -339,33 +355,121 @@ def _reader_options(kinds: set[str], column: str | None) -> dict:
         # pandas would make a text of digits a number and drop the text "NA"
         names = ["text", "bytes"] if column is None else [column]
         return {"na_filter": False, "converters": dict.fromkeys(names, str)}
-    if kinds == {".parquet"}:
-        return {"batch_size": 1000}  # rows: it would read several row groups ahead otherwise
     return {}
 
 
 def _read_rows(label: str, load: Callable, column: str | None) -> _Pieces:
     """One document a row, of the `datasets` dataset that `load` opens. Empty rows are left out."""
     try:
-        # Arrow batches: 25 times as fast as rows, and each text is copied only when its turn comes
-        for batch in load().with_format("arrow").iter(batch_size=100):
+        # Arrow batches are far faster than rows, and each text is copied only when its turn comes;
+        # few rows a batch, since `datasets` collects them in memory, and they may be long
+        for batch in load().with_format("arrow").iter(batch_size=16):
             name = _column(label, batch.column_names, column)
             for scalar in batch.column(name):
-                value = scalar.as_py()
-                if isinstance(value, str):
-                    value = value.encode()
-                if value is not None and not isinstance(value, bytes):
-                    kind = type(value).__name__
-                    raise PicoError(
-                        f"{label}: column {name!r} must hold text or bytes, but holds {kind}; "
-                        f"the columns are {', '.join(batch.column_names)}"
-                    )
-                if value:
-                    yield value, True
+                if document := _document(label, name, scalar.as_py(), batch.column_names):
+                    yield document, True
     except PicoError:
         raise
     except Exception as error:  # pyarrow, pandas, fsspec and datasets each raise their own
         raise PicoError(f"cannot read {label}: {_reason(error)}") from error
+
+
+# Takes a file and the wanted column; yields documents, holding a few of them at a time.
+_Reader = Callable[[Path, str | None], Iterator[bytes]]
+
+
+def _reader(path: Path) -> _Reader | None:
+    """How to read a local file in little memory; None where only `datasets` can read it.
+
+    `datasets` holds several row groups of a Parquet file at once, and 10 MB of JSON in many forms.
+    """
+    suffix = path.suffix.lower()
+    if not path.is_file():  # a URL, or a member of an archive
+        return None
+    if suffix == ".parquet":
+        return _parquet_documents
+    return _json_documents if suffix in (".jsonl", ".json") and _is_json_lines(path) else None
+
+
+def _read_files(paths: list[Path], readers: list[_Reader], column: str | None) -> _Pieces:
+    for path, read in zip(paths, readers, strict=True):
+        try:
+            for document in read(path, column):
+                yield document, True
+        except PicoError:
+            raise
+        except Exception as error:  # OSError, ValueError, and pyarrow's own
+            raise PicoError(f"cannot read {path}: {_reason(error)}") from error
+
+
+def _parquet_documents(path: Path, column: str | None) -> Iterator[bytes]:
+    """The rows of a Parquet file that are not empty.
+
+    The unit of reading is the page, whatever the size of the row group, and a page has to fit into
+    memory twice: at worst as it is in the file, and decompressed. Writers make pages of about 1 MB,
+    but some look at the size only once in 1024 rows: 40 rows of 5 MB in one page took 650 MB.
+    """
+    import pyarrow.parquet
+
+    # a buffer: without one, pyarrow would read a row group's column whole
+    with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=_CHUNK) as file:
+        columns = file.schema_arrow.names
+        name = _column(str(path), columns, column)
+        for batch in file.iter_batches(_ROWS, columns=[name], use_threads=False):
+            for scalar in batch.column(name):
+                if document := _document(str(path), name, scalar.as_py(), columns):
+                    yield document
+
+
+def _json_documents(path: Path, column: str | None) -> Iterator[bytes]:
+    """The rows of a file of JSON Lines that are not empty. A row has to fit into memory.
+
+    As in `datasets`, the columns are those of the rows at the start, and null where a row has none.
+    """
+    with open(path, "rb") as file:
+        head = file.readlines(_CHUNK)
+        columns = list(dict.fromkeys(key for row in _json_rows(head) for key in row))
+        name = _column(str(path), columns, column)
+        for row in _json_rows(itertools.chain(head, file)):
+            if document := _document(str(path), name, row.get(name), columns):
+                yield document
+
+
+def _json_rows(lines: Iterable[bytes]) -> Iterator[dict]:
+    for number, line in enumerate(lines, 1):
+        if line.isspace():
+            continue
+        try:
+            row = json.loads(line.decode())
+        except ValueError as error:
+            raise ValueError(f"JSON parse error in line {number}: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"JSON parse error in line {number}: it is no object")
+        yield row
+
+
+def _is_json_lines(path: Path) -> bool:
+    """Whether the first line is an object of its own, and not the head of a longer one."""
+    with open(path, "rb") as file:
+        if file.read(1) != b"{":  # a list has one line too, perhaps, and a long one
+            return False
+        file.seek(0)
+        try:
+            return isinstance(json.loads(file.readline()), dict)
+        except ValueError:
+            return False
+
+
+def _document(label: str, name: str, value: object, columns: list[str]) -> bytes | None:
+    """The text of a row; None or nothing if it is empty."""
+    if isinstance(value, str):
+        return value.encode()
+    if value is None or isinstance(value, bytes):
+        return value
+    raise PicoError(
+        f"{label}: column {name!r} must hold text or bytes, but holds {type(value).__name__}; "
+        f"the columns are {', '.join(columns)}"
+    )
 
 
 def _column(label: str, columns: list[str], wanted: str | None) -> str:
@@ -746,8 +850,11 @@ class Windows:
         return self._bytes[start : start + self.context_len + self.next_tokens]
 
     def _order(self, epoch: int) -> np.ndarray:
-        """The windows of an epoch in the order of training: int64 [windows]."""
+        """The windows of an epoch in the order of training: uint32, or int64, [windows]."""
         if self._shuffled is None or self._shuffled[0] != epoch:
-            order = np.random.default_rng((self.seed, epoch)).permutation(len(self))
+            self._shuffled = None  # makes room for the next one
+            # the order is that of `permutation(len(self))`, in half the memory
+            order = np.arange(len(self), dtype=np.uint32 if len(self) <= 1 << 32 else np.int64)
+            np.random.default_rng((self.seed, epoch)).shuffle(order)
             self._shuffled = (epoch, order)
         return self._shuffled[1]

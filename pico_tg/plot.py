@@ -1,14 +1,18 @@
 """Line charts as self-contained SVG, so that no plotting package is needed."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
-from itertools import pairwise
+from unicodedata import east_asian_width
 
 # distinguishable also with the common colour deficiencies, and on white (Okabe and Ito, 2008)
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+DASHES = ("", "6 4", "2 3", "9 3 2 3")  # stroke-dasharray, for more lines than colours
 WIDTH = 760
-LEFT, RIGHT, TOP, BOTTOM = 64, 190, 44, 48  # margins of a panel
+LEFT, TOP, BOTTOM = 80, 44, 48  # margins of a panel; the one on the right fits the names
+ROW = 17  # height of a name
+SAMPLE = 22  # length of the piece of a line before its name
+POINTS = 1500  # of a line at most: two for each pixel, about
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,7 @@ class Line:
     xs: list[float]
     ys: list[float]
     colour: str
-    dashed: bool = False
+    dash: int = 0  # which of DASHES
     thin: bool = False
 
 
@@ -36,7 +40,10 @@ class Panel:
 
 
 def svg(panels: list[Panel]) -> str:
-    """The panels below each other, as one SVG."""
+    """The panels below each other, as one SVG. A panel is higher where its names need it."""
+    panels = [replace(panel, height=max(panel.height, _names_height(panel))) for panel in panels]
+    names = [_shortened(line.name) for panel in panels for line in panel.lines]
+    right = WIDTH - 24 - SAMPLE - max([*map(_text_width, names), 0])
     height = sum(panel.height for panel in panels)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '
@@ -45,20 +52,24 @@ def svg(panels: list[Panel]) -> str:
     ]
     top = 0
     for number, panel in enumerate(panels):
-        parts += [f'<g transform="translate(0 {top})">', *_draw(panel, f"inside{number}"), "</g>"]
+        parts += [f'<g transform="translate(0 {top})">', *_draw(panel, right, f"inside{number}")]
+        parts.append("</g>")
         top += panel.height
     return "\n".join([*parts, "</svg>\n"])
 
 
-def _draw(panel: Panel, clip: str) -> list[str]:
+def _draw(panel: Panel, right: int, clip: str) -> list[str]:
     points = [(x, y) for line in panel.lines for x, y in _finite(line)] or [(0.0, 0.0)]
-    x_ticks = ticks(min(x for x, _ in points), max(x for x, _ in points))
+    start, end = min(x for x, _ in points), max(x for x, _ in points)
+    x_ticks = ticks(start, end)
+    # the lines reach the names; the last tick may lie beyond them
+    x_end = end if end > start else x_ticks[-1]
     low, high = panel.y_range or (min(y for _, y in points), max(y for _, y in points))
     y_ticks = ticks(low, high, about=panel.height // 70)
-    right, bottom = WIDTH - RIGHT, panel.height - BOTTOM
+    bottom = panel.height - BOTTOM
 
     def at_x(x: float) -> float:
-        return LEFT + (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (right - LEFT)
+        return LEFT + (x - x_ticks[0]) / (x_end - x_ticks[0]) * (right - LEFT)
 
     def at_y(y: float) -> float:
         return bottom - (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (bottom - TOP)
@@ -71,7 +82,7 @@ def _draw(panel: Panel, clip: str) -> list[str]:
             f'<path d="M{LEFT} {at_y(y):.1f}H{right}" stroke="#ddd"/><text x="{LEFT - 8}" '
             f'y="{at_y(y) + 4:.1f}" text-anchor="end" fill="#555">{_short(y)}</text>'
         )
-    for x in x_ticks:
+    for x in (x for x in x_ticks if x <= x_end):
         parts.append(
             f'<text x="{at_x(x):.1f}" y="{bottom + 18}" text-anchor="middle" '
             f'fill="#555">{_short(x)}</text>'
@@ -87,29 +98,75 @@ def _draw(panel: Panel, clip: str) -> list[str]:
     ]
     ends = []
     for line in panel.lines:
-        place = [f"{at_x(x):.1f} {at_y(y):.1f}" for x, y in _finite(line)]
+        place = [(f"{at_x(x):.1f}", f"{at_y(y):.1f}") for x, y in _thinned(_finite(line))]
         if not place:
             continue
-        dash = ' stroke-dasharray="5 4"' if line.dashed else ""
-        look = 'stroke-width="1" stroke-opacity="0.5"' if line.thin else 'stroke-width="2"'
-        parts.append(
-            f'<path d="M{"L".join(place)}" fill="none" stroke="{line.colour}" {look} '
-            f'stroke-linejoin="round" clip-path="url(#{clip})"{dash}/>'
-        )
+        style = _style(line)
+        if len(place) == 1:
+            parts.append(
+                f'<circle cx="{place[0][0]}" cy="{place[0][1]}" r="{2 if line.thin else 4}" '
+                f'fill="{line.colour}" clip-path="url(#{clip})"/>'
+            )
+        else:
+            parts.append(
+                f'<path d="M{"L".join(map(" ".join, place))}" fill="none" {style} '
+                f'stroke-linejoin="round" clip-path="url(#{clip})"/>'
+            )
         if line.name:
-            last = float(place[-1].split()[1])
-            ends.append([min(max(last, TOP), bottom), line])
+            ends.append((min(max(float(place[-1][1]), TOP), bottom), line))
     # names beside the ends of their lines, moved apart where they would overlap
     ends.sort(key=lambda end: end[0])
-    for above, below in pairwise(ends):
-        below[0] = max(below[0], above[0] + 17)
-    excess = max(0.0, ends[-1][0] - bottom) if ends else 0.0
-    for y, line in ends:
+    for y, (_, line) in zip(_apart([y for y, _ in ends], bottom), ends, strict=True):
+        name = _shortened(line.name)
+        whole = "" if name == line.name else f"<title>{escape(line.name)}</title>"
         parts.append(
-            f'<text x="{right + 10}" y="{y - excess + 4:.1f}" fill="{line.colour}">'
-            f"{escape(line.name)}</text>"
+            f'<path d="M{right + 10} {y:.1f}h{SAMPLE}" {_style(line)}/>'
+            f'<text x="{right + 16 + SAMPLE}" y="{y + 4:.1f}" fill="{line.colour}">'
+            f"{escape(name)}{whole}</text>"
         )
     return parts
+
+
+def _style(line: Line) -> str:
+    dash = f' stroke-dasharray="{DASHES[line.dash]}"' if line.dash else ""
+    look = 'stroke-width="1" stroke-opacity="0.5"' if line.thin else 'stroke-width="2"'
+    return f'stroke="{line.colour}" {look}{dash}'
+
+
+def _names_height(panel: Panel) -> int:
+    return TOP + BOTTOM + ROW * sum(bool(line.name and _finite(line)) for line in panel.lines)
+
+
+def _apart(heights: list[float], bottom: float) -> list[float]:
+    """Ascending heights, moved as little as needed to be a row apart and not below `bottom`."""
+    moved = list(heights)
+    for i in range(1, len(moved)):
+        moved[i] = max(moved[i], moved[i - 1] + ROW)
+    for i in reversed(range(len(moved))):
+        moved[i] = min(moved[i], bottom - ROW * (len(moved) - 1 - i))
+    return moved
+
+
+def _text_width(text: str) -> int:
+    """About how many pixels a text takes, and rather more."""
+    return sum(14 if east_asian_width(letter) in "WF" else 9 for letter in text)
+
+
+def _shortened(name: str, most: int = 270) -> str:
+    """The name, without its middle if it takes more pixels: what differs is often at the end."""
+    if _text_width(name) <= most:
+        return name
+    start, end = name[: len(name) // 2], name[len(name) // 2 :]
+    while _text_width(f"{start}…{end}") > most:
+        start, end = (start[:-1], end) if len(start) > len(end) else (start, end[1:])
+    return f"{start}…{end}"
+
+
+def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most POINTS of the points, evenly spaced, with the first and the last."""
+    if len(points) <= POINTS:
+        return points
+    return [points[i * (len(points) - 1) // (POINTS - 1)] for i in range(POINTS)]
 
 
 def _finite(line: Line) -> list[tuple[float, float]]:
@@ -120,7 +177,8 @@ def _finite(line: Line) -> list[tuple[float, float]]:
 def ticks(low: float, high: float, about: int = 6) -> list[float]:
     """Round numbers, evenly spaced, that enclose [low, high]."""
     if high <= low:
-        low, high = low - 0.5, low + 0.5
+        around = abs(low) / 10 or 0.5
+        low, high = low - around, low + around
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
@@ -152,6 +210,7 @@ def training_chart(runs: dict[str, list[dict]]) -> str:
     bits, rates, speeds = [], [], []
     for number, (name, records) in enumerate(runs.items()):
         colour = COLOURS[number % len(COLOURS)]
+        dash = number // len(COLOURS) % len(DASHES)
         seen = [record["bytes"] for record in records]
         measured = [r for r in records if "validation_bits_per_byte" in r]
         weight = min(1.0, 20 / len(records))
@@ -159,19 +218,25 @@ def training_chart(runs: dict[str, list[dict]]) -> str:
         routed = smoothed([r["router_rate"] for r in records], weight)
         validation = [r["validation_bits_per_byte"] for r in measured]
         bits += [
-            Line(f"{name}, training", seen, train, colour, thin=True),
-            Line(f"{name}, held out", [r["bytes"] for r in measured], validation, colour),
+            Line("" if measured else name, seen, train, colour, dash, thin=True),
+            Line(name, [r["bytes"] for r in measured], validation, colour, dash),
         ]
-        rates.append(Line(name, seen, routed, colour))
-        speeds.append(Line(name, seen, [r["lr"] for r in records], colour))
+        rates.append(Line(name, seen, routed, colour, dash))
+        speeds.append(Line(name, seen, [r["lr"] for r in records], colour, dash))
     # the first steps, at 8 bits, would leave no room for the rest
     values = [y for line in bits for y in line.ys if math.isfinite(y)] or [0.0, 8.0]
     ends = [line.ys[-1] for line in bits if line.ys] or [8.0]
     y_range = (min(values), min(max(values), max(ends) + 1.5))
     return svg(
         [
-            Panel(bits, "Bits per byte", "bytes seen", "bits per byte", y_range),
-            Panel(rates, "Share of bytes routed", "bytes seen", "r > 0.5", height=250),
+            Panel(
+                bits,
+                "Bits per byte, held out (thick) and in training (thin)",
+                "bytes seen",
+                "bits per byte",
+                y_range,
+            ),
+            Panel(rates, "Share of bytes routed", "bytes seen", "share", height=250),
             Panel(speeds, "Learning rate", "bytes seen", "learning rate", height=250),
         ]
     )

@@ -366,18 +366,65 @@ def test_resume_of_a_complete_run(trained, capsys):
     assert not (trained / "nothing").exists()
 
 
+@pytest.mark.parametrize("first", [0, 1500])
+def test_time_left(first, monkeypatch, capsys):
+    """The bar's rate is that of the steps after compilation, also where a run is resumed."""
+    now = 1000.0
+    monkeypatch.setattr("tqdm.std.time", lambda: now)
+    bars = []
+
+    class Bar(cli.tqdm):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            bars.append(self)
+
+    monkeypatch.setattr(cli, "tqdm", Bar)
+    last, seen = first + 100, []
+
+    def records():
+        nonlocal now
+        for step in range(first + 1, first + 51):
+            now += 30 if step <= first + 2 else 0.125
+            yield {
+                "step": step, "steps": last, "bits_per_byte": 2.0, "loss": 1.4, "lr": 1e-3,
+                "router_rate": 0.5, "bytes_per_second": 1e5, "checkpoint": f"{step}",
+            }  # fmt: skip
+            seen.append((step, bars[0].format_dict, str(bars[0])))
+
+    assert cli.show_training(records()) == f"{first + 50}"
+    assert [state["n"] for _, state, _ in seen] == [step for step, _, _ in seen]
+    assert [text.split(":")[0] for _, _, text in seen[:3]] == ["compiling", "training", "training"]
+    for _, state, text in seen[:2]:
+        assert state["elapsed"] == 0
+        assert "[00:00<?" in text  # nothing is known yet
+    for step, state, _ in seen[2:]:
+        assert state["elapsed"] == pytest.approx((step - first - 2) / 8)
+        rate = state["rate"] or (state["n"] - state["initial"]) / state["elapsed"]
+        assert rate == pytest.approx(8)
+    assert f"{first + 50}/{last} [00:06<00:06,  8.00" in seen[-1][2]
+    assert f"{first + 50}/{last} [00:06<00:06,  8.00" in capsys.readouterr().err
+
+
 def test_plot(trained, tmp_path, capsys):
     assert cli.main(["plot", str(trained), "run"]) == 0
     written = Path(capsys.readouterr().out.strip())
     assert written == trained / "run.svg"
     text = written.read_text()
-    assert "run, held out" in text
+    assert ">run</text>" in text
     assert "Learning rate" in text
     assert "http" not in text.replace("http://www.w3.org/2000/svg", "")  # self-contained
     output = tmp_path / "two.svg"
     assert cli.main(["plot", str(trained), "run", "run", "--output", str(output)]) == 0
     assert output.exists()
     capsys.readouterr()
+    # runs in folders of their own; a slash at the end comes with completion by the shell
+    for name in ("a", "b"):
+        (trained / "sub" / name).mkdir(parents=True)
+        metrics = (trained / "run" / "metrics.jsonl").read_bytes()
+        (trained / "sub" / name / "metrics.jsonl").write_bytes(metrics)
+    assert cli.main(["plot", str(trained), "sub/a", "sub/b/"]) == 0
+    assert Path(capsys.readouterr().out.strip()) == trained / "sub-a-sub-b.svg"
+    assert ">sub/a</text>" in (trained / "sub-a-sub-b.svg").read_text()
     assert status(["plot", str(trained), "missing"]) == 2
     assert "metrics.jsonl" in one_line(capsys)
     assert status(["plot", str(tmp_path / "none"), "run"]) == 2

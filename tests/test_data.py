@@ -270,6 +270,71 @@ def test_only_split(folder):
         load(folder)
 
 
+def write_parquet(path, rows, **options):
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, **options)
+    return path
+
+
+@pytest.fixture
+def many_files(tmp_path):
+    """Folders by format, each with two splits of two files, and rows of all kinds."""
+    texts = [None, "", "ä\n", "x" * 100_000, *map(str, range(100)), "last"]
+    for kind, write in (("jsonl", write_jsonl), ("parquet", write_parquet)):
+        folder = tmp_path / kind / "data"
+        folder.mkdir(parents=True)
+        for split in ("train", "test"):
+            for part in range(2):
+                rows = [
+                    {"n": n, "text": text and f"{split} {part} {text}"}
+                    for n, text in enumerate(texts)
+                ]
+                write(folder / f"{split}-0000{part}-of-00002.{kind}", rows)
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_own_readers_equal_those_of_datasets(kind, many_files, monkeypatch):
+    options = {"validation_split": "test"}
+    paths = sorted((many_files / kind).rglob("*.*"))
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "_read_rows", mock.Mock(side_effect=AssertionError))
+        mine = [load(many_files / kind, **options), *map(load, paths)]
+    monkeypatch.setattr(data, "_reader", lambda path: None)
+    monkeypatch.setenv("PICO_CACHE", str(many_files / "other cache"))
+    for found, path in zip(mine, [many_files / kind, *paths], strict=True):
+        expected = load(path, **(options if path.suffix == "" else {}))
+        assert found.train.fingerprint == expected.train.fingerprint
+        assert found.validation.fingerprint == expected.validation.fingerprint
+        assert found.note == expected.note
+    assert mine[0].train.documents == 2 * 103
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b'[{"text": "a"}, {"text": "b"}]', [b"a", b"b"]),
+        (b'{"text":\n"a"}\n{"text":\n"b"}\n', [b"a", b"b"]),
+        (b'\xef\xbb\xbf{"text": "a"}\n{"text": "b"}\n', [b"a", b"b"]),
+        (b'{"n": 1}\r\n\r\n{"text": "a"}\r\n{"more": 2, "text": "b"}', [b"a", b"b"]),
+        (b'{"text": "2020-01-01"}\n{"text": "\\ud83d\\ude42"}\n', [b"2020-01-01", "🙂".encode()]),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_forms_of_json(content, expected, suffix, tmp_path):
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(content)
+    assert all_documents(load(path)) == expected
+
+
+@pytest.mark.parametrize("group", [1, 7, 1000])
+def test_row_groups(group, tmp_path):
+    texts = [f"document {i}" for i in range(30)]
+    rows = [{"a.b": "no", "text": text, "text.more": 1} for text in texts]
+    path = write_parquet(tmp_path / "a.parquet", rows, row_group_size=group)
+    assert all_documents(load(path)) == [text.encode() for text in texts]
+    assert all_documents(load(path, column_name="a.b")) == [b"no"] * 30
+
+
 # Holding out --------------------------------------------------------------------------------------
 
 
@@ -404,6 +469,14 @@ def test_unreadable_files(tmp_path, cache):
     for name, content, match in [
         ("bad.jsonl", b'{"text": "a"}\n{"text": oops\n', "cannot read .*bad.jsonl: JSON parse"),
         ("bad.json", b"[1, 2", "cannot read .*bad.json"),
+        (
+            "utf8.jsonl",
+            b'{"text": "a"}\n{"text": "\xff"}\n',
+            "utf8.jsonl: JSON parse .* line 2: .*",
+        ),
+        ("list.jsonl", b'{"text": "a"}\n\n["b"]\n', "JSON parse error in line 3: it is no object"),
+        ("mixed.jsonl", b'{"text": "a"}\n{"text": 4}\n', "must hold text or bytes, but holds int"),
+        ("half.jsonl", b'{"text": "\\ud83d"}\n', "cannot read .*half.jsonl: .*surrogates"),
         ("bad.parquet", b"PAR1 nonsense", "cannot read .*bad.parquet: Parquet magic"),
         ("bad.csv", b"text\n\xff\xfe\n", "cannot read .*bad.csv"),
         ("bad.pdf", b"%PDF", "the formats are .txt, .jsonl"),
@@ -416,6 +489,15 @@ def test_unreadable_files(tmp_path, cache):
         check_error(cache, match, tmp_path / name)
     (tmp_path / "nothing").mkdir()
     check_error(cache, "holds no files", tmp_path / "nothing")
+
+
+def test_parquet_without_the_column(tmp_path, cache):
+    path = write_parquet(tmp_path / "a.parquet", [{"story": "a", "n": 1, "text": [{"b": "c"}]}])
+    check_error(cache, "holds list; the columns are story, n, text", path)
+    check_error(cache, "no column 'gone'; the columns are story, n, text", path, column_name="gone")
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + bytes(len(content) // 3) + content[4 + len(content) // 3 :])
+    check_error(cache, "cannot read .*a.parquet: ", path, column_name="story")
 
 
 def test_error_late_in_a_file(tmp_path, cache):
@@ -613,6 +695,45 @@ def test_live_builder_is_left_alone(text, cache, tmp_path):
     assert len(list(cache.iterdir())) == 2
 
 
+# The high-water mark starts anew with each program; ru_maxrss would start from this one's.
+MEASURED = """
+import sys
+from pico_tg.data import DataSpec, load_data
+def peak():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM:")) / 1024
+before = peak()
+total = len(load_data(DataSpec(sys.argv[1]), progress=False).train.bytes)
+print(total / 2**20, peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "jsonl_long", "parquet"])
+def test_memory_does_not_grow_with_the_data(kind, tmp_path):
+    """A text of 150 MB takes a fraction of that; of Parquet, in a single row group."""
+    block = np.random.default_rng(0).integers(97, 123, 5 << 20, np.uint8).tobytes().decode()
+    path = tmp_path / f"a.{kind.removesuffix('_long')}"
+    size = len(block) if kind == "jsonl_long" else 5000
+    texts = [block[at : at + size] for at in range(0, len(block), size)]
+    if kind == "parquet":
+        schema = pyarrow.schema([("text", pyarrow.string())])
+        table = pyarrow.table({"text": texts}, schema)
+        plain = {"compression": "none", "use_dictionary": False}
+        whole = pyarrow.concat_tables([table] * 30)
+        pyarrow.parquet.write_table(whole, path, row_group_size=len(whole), **plain)
+    else:
+        rows = texts if kind == "txt" else [json.dumps({"text": text}) + "\n" for text in texts]
+        with path.open("w") as file:
+            for _ in range(30):
+                file.writelines(rows)
+    output = subprocess.check_output([sys.executable, "-c", MEASURED, path], text=True, timeout=60)
+    total, grown = map(float, output.split())
+    assert total > 140
+    assert grown < 100
+
+
 # wrapper_mask -------------------------------------------------------------------------------------
 
 
@@ -687,6 +808,16 @@ def test_order_does_not_change_between_versions():
     windows = Windows(corpus_of(bytes(range(256))), 4, 8, 16, seed=42)
     digest = hashlib.sha256(b"".join(windows.batch(step).tobytes() for step in range(9)))
     assert digest.hexdigest()[:16] == "052cafb90ac06e05"
+
+
+def test_order_is_a_permutation_in_half_the_memory():
+    for count in (1, 2, 255, 70_000):
+        windows = Windows(corpus_of(bytes(count + 1)), 1, 1, 1, seed=7)
+        for epoch in (0, 1):
+            order = windows._order(epoch)
+            assert order.dtype == np.uint32
+            expected = np.random.default_rng((7, epoch)).permutation(count)
+            assert np.array_equal(order, expected)
 
 
 def test_windows_errors():

@@ -1,13 +1,24 @@
-"""Charts: valid XML, every line in it, round ticks."""
+"""Charts: valid XML, every line in it, round ticks, names that fit."""
 
 import math
+import re
+from itertools import pairwise
 from xml.etree import ElementTree
 
 import pytest
 
-from pico_tg.plot import WIDTH, Line, Panel, smoothed, svg, ticks
+from pico_tg.plot import COLOURS, POINTS, WIDTH, Line, Panel, smoothed, svg, ticks, training_chart
 
 SVG = "{http://www.w3.org/2000/svg}"
+
+
+def curves(root):
+    """The paths that are lines of the chart, not of its frame or beside a name."""
+    return [path for path in root.iter(f"{SVG}path") if path.get("clip-path")]
+
+
+def drawn(*lines, **options):
+    return ElementTree.fromstring(svg([Panel(list(lines), "title", "x", "y", **options)]))
 
 
 @pytest.mark.parametrize(
@@ -29,13 +40,13 @@ def test_ticks_of_odd_ranges(low, high):
 def test_chart():
     lines = [
         Line("a <run>", [0, 1, 2], [3.0, 2.0, math.nan], "#123456"),
-        Line("b", [0, 2], [3.0, 2.0], "#654321", dashed=True),
+        Line("b", [0, 2], [3.0, 2.0], "#654321", dash=1),
         Line("nothing yet", [], [], "#000000"),
     ]
     root = ElementTree.fromstring(svg([Panel(lines, "T & t", "steps", "bits")]))
     texts = {element.text: element for element in root.iter(f"{SVG}text")}
     assert {"T & t", "steps", "bits", "a <run>", "b"} <= texts.keys()
-    paths = [p for p in root.iter(f"{SVG}path") if p.get("stroke") in ("#123456", "#654321")]
+    paths = [p for p in curves(root) if p.get("stroke") in ("#123456", "#654321")]
     assert [p.get("d").count("L") for p in paths] == [1, 1]  # the NaN is left out
     assert [p.get("stroke-dasharray") is not None for p in paths] == [False, True]
     # both lines end at the same height: their names do not overlap
@@ -48,6 +59,83 @@ def test_chart():
 
 def test_a_chart_without_points_is_still_one():
     ElementTree.fromstring(svg([Panel([], "empty", "x", "y")]))
+
+
+@pytest.mark.parametrize("x", [0, 1, 65536, -3])
+def test_one_point_is_a_circle(x):
+    root = drawn(Line("one", [x], [2.5], "#123456"))
+    (circle,) = root.iter(f"{SVG}circle")
+    assert circle.get("fill") == "#123456"
+    assert 0 < float(circle.get("cx")) < WIDTH
+    assert 44 < float(circle.get("cy")) < 352
+    assert not curves(root)
+    labels = [text.text for text in root.iter(f"{SVG}text") if text.get("text-anchor") == "middle"]
+    assert len(set(labels)) == len(labels)  # its x axis has different ticks
+
+
+def test_long_lines_are_thinned():
+    """To a bounded size, with both ends where they were."""
+    count = 200_000
+    ys = [2.0 + 1 / (1 + x) for x in range(count)]
+    text = svg([Panel([Line("a", list(range(count)), ys, "#123456")], "t", "x", "y")])
+    assert len(text) < 50_000
+    (path,) = curves(ElementTree.fromstring(text))
+    points = [tuple(map(float, p.split())) for p in path.get("d")[1:].split("L")]
+    assert len(points) == POINTS
+    assert points[0] == (80, 44)
+    assert points[-1][1] == pytest.approx(352, abs=0.1)
+    assert points[-1][0] == max(x for x, _ in points)
+    steps = [b[0] - a[0] for a, b in pairwise(points)]
+    assert max(steps) < 1
+    short = drawn(Line("a", list(range(POINTS)), ys[:POINTS], "#123456"))
+    assert curves(short)[0].get("d").count("L") == POINTS - 1
+
+
+def test_names_fit_beside_the_lines():
+    names = ["b", "soap-with-a-rate-of-0.006", "漢字" * 30, "x" * 100 + " <7>"]
+    for count in range(1, len(names) + 1):
+        lines = [Line(name, [0, 1], [0, i], "#123456") for i, name in enumerate(names[:count])]
+        root = drawn(*lines)
+        texts = [text for text in root.iter(f"{SVG}text") if text.get("fill") == "#123456"]
+        assert len(texts) == count
+        for text in texts:
+            wide = sum(1.0 if ord(letter) > 0x3000 else 0.66 for letter in text.text)
+            assert float(text.get("x")) + 13 * wide < WIDTH
+        # what is left of the lines is most of the width, and wider for a short name
+        right = float(re.findall(r"L([\d.]+) ", curves(root)[0].get("d"))[-1])
+        assert right > (600 if count == 1 else 380)
+    shown = {text.text: text for text in texts}
+    assert names[1] in shown
+    (cut,) = (text for text in shown if text.startswith("xxx"))
+    assert "…" in cut
+    assert cut.endswith("x <7>")
+    assert shown[cut].find(f"{SVG}title").text == names[3]  # a tooltip
+
+
+def test_many_names_do_not_overlap():
+    lines = [Line(f"line {i}", [0, 1], [0, i % 5], "#123456") for i in range(40)]
+    root = drawn(*lines, height=250)
+    texts = [text for text in root.iter(f"{SVG}text") if text.get("fill") == "#123456"]
+    heights = sorted(float(text.get("y")) for text in texts)
+    assert len(heights) == 40
+    assert all(b - a >= 16.9 for a, b in pairwise(heights))
+    assert heights[0] >= 40
+    assert heights[-1] < float(root.get("height"))
+
+
+def test_runs_differ_in_colour_or_dash():
+    records = [
+        {"bytes": b, "bits_per_byte": 3.0, "router_rate": 0.5, "lr": 1e-3} for b in range(1, 4)
+    ]
+    records[-1]["validation_bits_per_byte"] = 3.1
+    count = 2 * len(COLOURS) + 1
+    root = ElementTree.fromstring(training_chart({f"run {i}": records for i in range(count)}))
+    looks = [(path.get("stroke"), path.get("stroke-dasharray")) for path in curves(root)]
+    assert len(set(looks)) == count
+    assert len(looks) == 3 * count  # training, routing and learning rate
+    assert len(list(root.iter(f"{SVG}circle"))) == count  # held out, measured once
+    names = [text.text for text in root.iter(f"{SVG}text")]
+    assert all(names.count(f"run {i}") == 3 for i in range(count))
 
 
 def test_smoothing_starts_at_the_first_value():
