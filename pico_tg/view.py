@@ -155,21 +155,18 @@ def coloured_text(
 
 
 def visible(text: str) -> str:
-    """The text with control characters replaced by pictures of them, but for line breaks and tabs.
+    """The text with escapes such as \\x1b for control characters, but for line breaks and tabs.
 
     A terminal would obey them.
     """
     return "".join(
-        _picture(c) if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text
+        _escape(c) if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text
     )
 
 
-def _picture(character: str) -> str:
-    """U+2400 and on for the ASCII control characters, an escape such as \\u200e for others."""
-    code = ord(character)
-    if code < 32:
-        return chr(0x2400 + code)
-    return "\u2421" if code == 127 else character.encode("unicode_escape").decode()
+def _escape(character: str) -> str:
+    """How Python would write a character that is not ASCII or shows nothing: \\x1b, \\u200e."""
+    return character.encode("unicode_escape").decode()
 
 
 STYLE = """
@@ -211,7 +208,7 @@ dd { margin: 0; overflow-wrap: anywhere }
 }
 .text {
   padding: 1.1rem 1.25rem; background: var(--card); border: 1px solid var(--line);
-  border-radius: 8px; white-space: pre-wrap; overflow-wrap: anywhere; tab-size: 8;
+  border-radius: 8px; white-space: break-spaces; overflow-wrap: anywhere; tab-size: 8;
   font: .95rem/2 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace;
 }
 .prompt { color: var(--muted) }
@@ -224,8 +221,8 @@ b.d { border-bottom-color: var(--draft) }
 b.r {
   background-image: radial-gradient(circle at 50% .22em, var(--dot) 1.5px, transparent 2.2px);
 }
-b.n::before { content: "\\21b5"; color: var(--muted) }
-i { font-style: normal; font-size: .75em; color: var(--muted) }
+b.n::before { content: "\\21b5"; opacity: .6 }
+i { font-style: normal; font-size: .75em }
 [data-tip]:hover { outline: 2px solid var(--ink); outline-offset: -1px; border-radius: 2px }
 [data-tip]:hover::after {
   content: attr(data-tip); position: fixed; z-index: 1; left: 50%; bottom: 1.1rem;
@@ -285,6 +282,11 @@ def _shares(records: Sequence["GeneratedByte"]) -> str:
 
 
 def _mark_up_character(character: Character) -> str:
+    shown = _markup(character.text)
+    if not character.valid:
+        shown = "<i>" + "".join(f"\\x{byte:02x}" for byte in character.data) + "</i>"
+    if not character.records:
+        return f'<span class="prompt">{shown}</span>'
     classes = [
         name
         for name, given in (
@@ -296,16 +298,13 @@ def _mark_up_character(character: Character) -> str:
     ]
     named = f' class="{" ".join(classes)}"' if classes else ""
     tip = escape("\n".join(_tips(character))).replace("\n", "&#10;")
-    shown = _markup(character.text)
-    if not character.valid:
-        shown = "<i>" + "".join(f"\\x{byte:02x}" for byte in character.data) + "</i>"
     return f'<b{named} style="--w:{character.weight:.2f}" data-tip="{tip}">{shown}</b>'
 
 
 def _markup(text: str) -> str:
     """Escaped for HTML; characters that show nothing, or turn the text around, as escapes."""
     return "".join(
-        f"<i>{escape(''.join(map(_picture, group)))}</i>" if hidden else escape("".join(group))
+        f"<i>{escape(''.join(map(_escape, group)))}</i>" if hidden else escape("".join(group))
         for hidden, group in itertools.groupby(text, _is_hidden)
     )
 
@@ -321,7 +320,7 @@ def _tips(character: Character) -> Iterator[str]:
     names = {" ": "space", "\n": "line feed", "\t": "tab"}
     name = names.get(character.text)
     if name is None:
-        shown = _picture(character.text) if _is_hidden(character.text) else character.text
+        shown = _escape(character.text) if _is_hidden(character.text) else character.text
         name = f"“{shown}” U+{ord(character.text):04X}" if character.valid else "not UTF-8"
     size, first = len(character.data), len(character.data) - len(character.records)
     for number, record in enumerate(character.records, first + 1):
