@@ -419,8 +419,10 @@ def command_run(args: argparse.Namespace) -> int:
         if raw and option:
             raise PicoError(f"--output raw cannot go with {reason}")
     prompt = read_prompt(args)
-    if args.html:
-        check_writable(args.html)
+    # through links: /dev/stdout is one, and must not be replaced by a file
+    page = args.html and Path(os.path.realpath(args.html))
+    if page:
+        check_writable(page)
     model = load(args.path, args.run, args.checkpoint)
     stats = Stats()
     records = generate(
@@ -441,7 +443,7 @@ def command_run(args: argparse.Namespace) -> int:
     )
     say(describe_backend())
     kept: list[GeneratedByte] = []
-    if args.html:
+    if page:
         records = keep(records, kept)
     try:
         if raw:
@@ -450,10 +452,9 @@ def command_run(args: argparse.Namespace) -> int:
         else:
             show_samples(records, prompt, args)
     finally:  # also when interrupted, or when nobody reads on: what there is
-        if args.html:
-            page = sample_page(prompt, kept, args)
-            with atomic_write(args.html) as file:
-                file.write(page.encode())
+        if page:
+            with atomic_write(page) as file:
+                file.write(sample_page(prompt, kept, args).encode())
         if args.stats:
             say(describe_stats(stats))
     return 0
@@ -525,8 +526,7 @@ def sample_page(prompt: bytes, kept: list[GeneratedByte], args: argparse.Namespa
             facts[name.replace("_", "-")] = getattr(args, name)
     if args.disable_latent:
         facts["latent blocks"] = "left out"
-    made = 1 + max((record.sample for record in kept), default=0)
-    samples = [list(sample) for sample in split_samples(kept, made)]
+    samples = [list(sample) for sample in split_samples(kept, args.num_samples)]
     return html_page(prompt, samples, f"{args.path.name}, run {args.run}", facts)
 
 
