@@ -443,6 +443,7 @@ def command_run(args: argparse.Namespace) -> int:
     )
     say(describe_backend())
     kept: list[GeneratedByte] = []
+    complete = False
     if page:
         records = keep(records, kept)
     try:
@@ -451,8 +452,9 @@ def command_run(args: argparse.Namespace) -> int:
                 put(bytes([record.byte]))
         else:
             show_samples(records, prompt, args)
-    finally:  # also when interrupted, or when nobody reads on: what there is
-        if page:
+        complete = True
+    finally:  # also when interrupted, or when nobody reads on: what there is, if anything
+        if page and (kept or complete):
             with atomic_write(page) as file:
                 file.write(sample_page(prompt, kept, args).encode())
         if args.stats:

@@ -505,6 +505,12 @@ def test_what_there_is_is_kept(error, expected, written, tmp_path, monkeypatch, 
     assert out == "ab\x1b[0m\n"
     assert "bytes: 2\n" in err
     assert (tmp_path / "page.html").read_text().count("data-tip=") == 2
+    written[:] = [error]  # before the first byte: the page of last time stays
+    assert run_it("--html", str(tmp_path / "page.html")) == expected
+    assert (tmp_path / "page.html").read_text().count("data-tip=") == 2
+    written.clear()  # but an empty sample is one
+    assert run_it("--html", str(tmp_path / "page.html")) == 0
+    assert "0 bytes" in (tmp_path / "page.html").read_text()
 
 
 def test_stats():
