@@ -1,7 +1,6 @@
 """The command line: parses, calls the library and prints. Nothing else knows about terminals."""
 
 import argparse
-import codecs
 import contextlib
 import dataclasses
 import importlib
@@ -10,7 +9,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -22,12 +21,21 @@ from .checkpoint import load, load_config, load_weights
 from .config import PRESETS, Config
 from .data import DataSpec, load_data
 from .device import describe_backend, parse_devices
-from .files import PicoError, atomic_write
-from .generate import GeneratedByte, generate
+from .files import PicoError, atomic_write, check_writable
+from .generate import GeneratedByte, Stats, generate
 from .model import Pico
 from .plot import training_chart
 from .runs import read_metrics
 from .train import CHOICES, TrainSettings, train
+from .view import (
+    RESET,
+    coloured_text,
+    decode_text,
+    html_page,
+    split_prompt,
+    split_samples,
+    visible,
+)
 
 CONFIG_HELP = {
     "dim": "width of the residual stream",
@@ -91,7 +99,6 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"pico_tg {version('pico_tg')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    wide = argparse.ArgumentDefaultsHelpFormatter
 
     init = commands.add_parser(
         "init", help="describe a new model in PATH/model.json", description=command_init.__doc__
@@ -159,31 +166,93 @@ def build_parser() -> Parser:
     plotting.set_defaults(function=command_plot)
 
     running = commands.add_parser(
-        "run", help="write text with a trained model", description=command_run.__doc__,
-        formatter_class=wide,
-    )  # fmt: skip
+        "run", help="write text with a trained model", description=command_run.__doc__
+    )
     running.add_argument("path", metavar="PATH", type=Path, help="folder that init made")
     running.add_argument("run", metavar="RUN", help="name of the training run")
     running.add_argument(
         "--checkpoint", type=int, default=-1, metavar="N",
-        help="step of the checkpoint; negative counts from the newest, -1",
+        help="step of the checkpoint; negative counts from the newest, -1 (default)",
     )  # fmt: skip
-    running.add_argument("--prompt", default="", metavar="TEXT", help="text to continue")
-    running.add_argument(
-        "--temperature", type=float, default=1.0, metavar="T",
-        help="below 1 more predictable, above 1 wilder, 0 always the likeliest byte",
-    )  # fmt: skip
-    running.add_argument(
-        "--max-bytes", type=int, default=1024, metavar="N", help="stop after so many bytes"
+
+    prompting = running.add_argument_group("what is continued (default: a new document)")
+    source = prompting.add_mutually_exclusive_group()
+    source.add_argument(
+        "--prompt", default="", metavar="TEXT", help="this text; - reads bytes from standard input"
     )
-    running.add_argument(
-        "--seed", type=int, default=argparse.SUPPRESS, metavar="N",
-        help="the same seed writes the same text",
+    source.add_argument("--prompt-file", type=Path, metavar="FILE", help="the bytes of this file")
+    prompting.add_argument(
+        "--raw-prompt", action="store_true",
+        help="the model sees nothing but the prompt; else it is the beginning of a document",
     )  # fmt: skip
-    running.add_argument(
+
+    sampling = running.add_argument_group("how bytes are chosen")
+    sampling.add_argument(
+        "--temperature", type=float, default=1.0, metavar="T",
+        help="below 1 more predictable, above 1 wilder, 0 always the likeliest byte (default: 1)",
+    )  # fmt: skip
+    sampling.add_argument(
+        "--top-k", type=int, default=0, metavar="K",
+        help="only among the K likeliest bytes (default: 0, all)",
+    )  # fmt: skip
+    sampling.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P",
+        help="only among the likeliest bytes that together reach the probability P (default: 1)",
+    )  # fmt: skip
+    sampling.add_argument(
+        "--min-p", type=float, default=0.0, metavar="P",
+        help="only among bytes at least P times as likely as the likeliest one (default: 0)",
+    )  # fmt: skip
+    sampling.add_argument(
+        "--seed", type=int, metavar="N", help="the same seed writes the same text"
+    )
+    sampling.add_argument(
+        "--max-bytes", type=int, default=1024, metavar="N",
+        help="stop after so many bytes (default: 1024)",
+    )  # fmt: skip
+    sampling.add_argument(
+        "--ignore-end", action="store_true",
+        help="write on where the model would end the document; the end tag is part of the text",
+    )  # fmt: skip
+    sampling.add_argument(
+        "--num-samples", type=int, default=1, metavar="N",
+        help="continue the prompt so many times, each after a line --- sample 1 of N --- "
+        "(default: 1, without that line)",
+    )  # fmt: skip
+    sampling.add_argument(
+        "--no-speculative", action="store_true",
+        help="one pass a byte, instead of verifying the model's own guesses of the next ones; "
+        "slower, with the same distribution of texts",
+    )  # fmt: skip
+    sampling.add_argument(
+        "--disable-latent", action="store_true",
+        help="leave the latent blocks out, to see what they are for",
+    )  # fmt: skip
+
+    showing = running.add_argument_group("how the text is shown")
+    showing.add_argument(
+        "--output", choices=["text", "raw"], default="text",
+        help="text (default): the prompt and its continuation, with U+FFFD for bytes that are not "
+        "UTF-8, and a final line break; raw: the bytes that the model writes, as they are, "
+        "without the prompt",
+    )  # fmt: skip
+    showing.add_argument(
         "--show-router-decisions", action="store_true",
         help="put _ before each byte that the router sent through the latent blocks",
     )  # fmt: skip
+    showing.add_argument(
+        "--color", action="store_true",
+        help="shade each character by its router weight (grey, and orange above 0.5, the highest "
+        "of its bytes) and underline accepted drafts; off if standard output is no terminal, "
+        "or NO_COLOR is set",
+    )  # fmt: skip
+    showing.add_argument(
+        "--html", type=Path, metavar="FILE",
+        help="also write a page with the same marks, and what is known of each byte",
+    )  # fmt: skip
+    showing.add_argument(
+        "--stats", action="store_true", help="say at the end how fast it went, on standard error"
+    )
     running.set_defaults(function=command_run)
     return parser
 
@@ -366,44 +435,160 @@ def command_plot(args: argparse.Namespace) -> int:
 
 def command_run(args: argparse.Namespace) -> int:
     """Write text with the model PATH as trained in RUN, as it is made."""
+    raw = args.output == "raw"
+    for option, reason in (
+        (args.color, "--color, which adds escape sequences"),
+        (args.show_router_decisions, "--show-router-decisions, which adds marks"),
+        (args.num_samples > 1, "--num-samples, whose samples could not be told apart"),
+    ):
+        if raw and option:
+            raise PicoError(f"--output raw cannot go with {reason}")
+    prompt = read_prompt(args)
+    # through links: /dev/stdout is one, and must not be replaced by a file
+    page = args.html and Path(os.path.realpath(args.html))
+    if page:
+        check_writable(page)
     model = load(args.path, args.run, args.checkpoint)
-    say(describe_backend())
+    stats = Stats()
     records = generate(
         model,
-        os.fsencode(args.prompt),
+        prompt,
         max_bytes=args.max_bytes,
         temperature=args.temperature,
-        seed=getattr(args, "seed", None),
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        seed=args.seed,
+        num_samples=args.num_samples,
+        speculative=not args.no_speculative,
+        ignore_end=args.ignore_end,
+        raw_prompt=args.raw_prompt,
+        latent=not args.disable_latent,
+        stats=stats,
     )
-    sys.stdout.write(args.prompt)
-    sys.stdout.flush()
-    for text in decode_text(records, "_" if args.show_router_decisions else ""):
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
-    sys.stdout.flush()
+    say(describe_backend())
+    kept: list[GeneratedByte] = []
+    complete = False
+    if page:
+        records = keep(records, kept)
+    try:
+        if raw:
+            for record in records:
+                put(bytes([record.byte]))
+        else:
+            show_samples(records, prompt, args)
+        complete = True
+    finally:  # also when interrupted, or when nobody reads on: what there is, if anything
+        if page and (kept or complete):
+            with atomic_write(page) as file:
+                file.write(sample_page(prompt, kept, args).encode())
+        if args.stats:
+            say(describe_stats(stats))
     return 0
 
 
-def decode_text(records: Iterable[GeneratedByte], mark: str = "") -> Iterator[str]:
-    """The text as far as it is decided after each byte; `mark` before each routed byte.
+def read_prompt(args: argparse.Namespace) -> bytes:
+    """The bytes to continue, from wherever the options say; no bytes for a new document."""
+    try:
+        if args.prompt_file:
+            prompt, name, option = args.prompt_file.read_bytes(), args.prompt_file, "--prompt-file"
+        elif args.prompt == "-":
+            name, option = "standard input", "--prompt"
+            prompt = sys.stdin.buffer.read() if sys.stdin else b""
+        else:
+            return os.fsencode(args.prompt)
+    except OSError as error:
+        raise PicoError(f"cannot read {args.prompt_file or name}: {error.strerror}") from error
+    if not prompt:
+        raise PicoError(f"{name} is empty; leave {option} out to start a new document")
+    return prompt
 
-    A byte that is not valid UTF-8 becomes U+FFFD. The mark of a byte inside a character stands
-    before that character.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    marks = ""
+
+def keep(records: Iterator[GeneratedByte], kept: list[GeneratedByte]) -> Iterator[GeneratedByte]:
+    """The records, each added to `kept` on its way."""
     for record in records:
-        marks += mark if record.router_decision else ""
-        if text := decoder.decode(bytes([record.byte])):
-            yield marks + text
-            marks = ""
-    if text := decoder.decode(b"", final=True):
-        yield marks + text
+        kept.append(record)
+        yield record
+
+
+def show_samples(records: Iterator[GeneratedByte], prompt: bytes, args: argparse.Namespace) -> None:
+    """Print the prompt and each sample after it, as they come."""
+    terminal = sys.stdout.isatty()
+    dumb = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    colour = args.color and terminal and not dumb
+    mark = "_" if args.show_router_decisions else ""
+    text, begun = split_prompt(prompt)
+    for number, sample in enumerate(split_samples(records, args.num_samples), 1):
+        if args.num_samples > 1:
+            put(f"--- sample {number} of {args.num_samples} ---\n")
+        put(visible(text) if terminal else text)
+        try:
+            for piece in (coloured_text if colour else decode_text)(sample, mark, begun):
+                put(visible(piece) if terminal and not colour else piece)
+        finally:  # an interrupt may have cut a piece in two
+            put(f"{RESET if colour else ''}\n")
+
+
+def put(piece: str | bytes) -> None:
+    """Write to standard output, where it arrives at once."""
+    try:
+        if isinstance(piece, bytes):
+            sys.stdout.buffer.write(piece)
+        else:
+            sys.stdout.write(piece)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        drop_output()
+        raise PicoError(f"cannot write to standard output: {error.strerror}") from error
+
+
+def sample_page(prompt: bytes, kept: list[GeneratedByte], args: argparse.Namespace) -> str:
+    """The page of --html, with the options that matter for the text."""
+    facts = {"checkpoint": args.checkpoint} if args.checkpoint != -1 else {}
+    facts["temperature"] = f"{args.temperature:g}"
+    for name, default in (("top_k", 0), ("top_p", 1), ("min_p", 0), ("seed", None)):
+        if getattr(args, name) != default:
+            facts[name.replace("_", "-")] = getattr(args, name)
+    if args.disable_latent:
+        facts["latent blocks"] = "left out"
+    samples = [list(sample) for sample in split_samples(kept, args.num_samples)]
+    return html_page(prompt, samples, f"{args.path.name}, run {args.run}", facts)
+
+
+def describe_stats(stats: Stats) -> str:
+    """The lines of --stats."""
+    passes, bytes_ = max(stats.passes, 1), max(stats.bytes, 1)
+    later = stats.seconds - stats.first_byte_seconds
+    afterwards = (stats.bytes - 1) / later if later > 0 else 0.0
+    lines = {
+        "bytes": f"{stats.bytes:,}",
+        "bytes/s": f"{stats.bytes / stats.seconds if stats.seconds else 0:.1f}"
+        f" ({afterwards:.1f} after the first byte)",
+        "time to the first byte": f"{stats.first_byte_seconds:.2f} s",
+        "passes": f"{stats.passes:,} ({stats.bytes / passes:.2f} bytes a pass)",
+        "accepted bytes a pass": f"{stats.accepted / passes:.2f}"
+        f" (of {stats.drafts / passes:.2f} drafts)",
+        "router rate": f"{stats.routed / bytes_:.1%}",
+    }
+    return "\n".join(f"{name}: {value}" for name, value in lines.items())
+
+
+def drop_output() -> None:
+    """Keep Python's own flush at exit from complaining about output that nobody takes."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 2 for an error, 130 when interrupted."""
+    # a stream that was closed (`>&-`) is None; its descriptor must not go to another file
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     # bytes of a prompt or of a sample that are not UTF-8 must not stop the stream
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
@@ -417,9 +602,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # whoever read us has had enough; keep Python's own flush at exit from complaining
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever read us has had enough
+        drop_output()
         return 0
     except (OSError, MemoryError) as error:  # a name too long, say
         say(f"pico_tg: error: {' '.join(str(error).split()) or 'not enough memory'}")

@@ -44,6 +44,22 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
                 os.unlink(temporary)
 
 
+def check_writable(path: str | os.PathLike) -> None:
+    """Raise PicoError unless `atomic_write` could write `path` now: before work that it is to keep.
+
+    What exists under that name must be a file, which would be replaced.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise PicoError(f"cannot write {path}: there is something else of that name, not a file")
+    if not path.parent.is_dir():
+        raise PicoError(f"cannot write {path}: there is no folder {path.parent}")
+    try:
+        tempfile.TemporaryFile(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent).close()
+    except OSError as error:
+        raise PicoError(f"cannot write {path}: {error.strerror or error}") from error
+
+
 def fsync_folder(folder: str | os.PathLike) -> None:
     """Make the names in `folder` durable (a rename is only in memory until then)."""
     if os.name != "posix":  # Windows cannot open a folder

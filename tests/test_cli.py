@@ -1,7 +1,9 @@
 """The command line end to end, and every mistake: one line, status 2, nothing written."""
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,9 +14,10 @@ import numpy as np
 import pytest
 
 from pico_tg import cli
-from pico_tg.checkpoint import read_safetensors, write_safetensors
+from pico_tg.checkpoint import load, read_safetensors, write_safetensors
 from pico_tg.config import Config
-from pico_tg.generate import GeneratedByte
+from pico_tg.files import PicoError
+from pico_tg.generate import GeneratedByte, Stats, generate
 from pico_tg.model import Pico
 
 TINY = {
@@ -106,20 +109,6 @@ def test_base_weights(trained, text):
     before, _ = read_safetensors(weights)
     after, _ = read_safetensors(trained / "more" / "00000003.safetensors")
     assert all(np.array_equal(before[name], after[name]) for name in before)
-
-
-def record(byte: int, decision: bool = False) -> GeneratedByte:
-    return GeneratedByte(byte, 0.9 if decision else 0.1, decision, -1.0)
-
-
-def test_decode_text_goes_on_after_bad_bytes():
-    data = "é€".encode() + b"\xff" + b"a" + "é".encode()[:1]
-    assert "".join(cli.decode_text(map(record, data))) == "é€�a�"
-
-
-def test_decode_text_marks_characters_not_bytes():
-    data = [(b, decision) for b, decision in zip("aéb".encode(), [1, 0, 1, 0], strict=True)]
-    assert "".join(cli.decode_text((record(b, bool(d)) for b, d in data), "_")) == "_a_éb"
 
 
 def one_line(capsys) -> str:
@@ -261,10 +250,40 @@ def test_run_with_a_wrong_checkpoint(trained, capsys):
     assert "3" in one_line(capsys)
 
 
-@pytest.mark.parametrize("flags", [["--temperature", "-1"], ["--max-bytes", "-1"]])
-def test_bad_sampling(flags, trained, capsys):
+BAD_RUN = {
+    "temperature": (["--temperature", "-1"], "temperature"),
+    "temperature nan": (["--temperature", "nan"], "temperature"),
+    "max bytes": (["--max-bytes", "-1"], "max_bytes"),
+    "top k": (["--top-k", "-1"], "top_k"),
+    "top p 0": (["--top-p", "0"], "top_p"),
+    "top p > 1": (["--top-p", "1.5"], "top_p"),
+    "min p": (["--min-p", "2"], "min_p"),
+    "seed": (["--seed", "-1"], "seed"),
+    "no samples": (["--num-samples", "0"], "num_samples"),
+    "no number": (["--top-k", "few"], "--top-k"),
+    "nothing to continue": (["--raw-prompt"], "raw prompt"),
+    "two prompts": (["--prompt", "a", "--prompt-file", "b"], "--prompt-file"),
+    "empty prompt file": (["--prompt-file", os.devnull], os.devnull + " is empty; leave"),
+    "no prompt file": (["--prompt-file", "nowhere.txt"], "nowhere.txt"),
+    "prompt file a folder": (["--prompt-file", "."], "cannot read"),
+    "unknown output": (["--output", "pdf"], "pdf"),
+    "raw in colour": (["--output", "raw", "--color"], "--color"),
+    "raw with marks": (["--output", "raw", "--show-router-decisions"], "--show-router"),
+    "raw of several": (["--output", "raw", "--num-samples", "2"], "--num-samples"),
+    "page in no folder": (["--html", "no/where.html"], "no folder"),
+    "page over a folder": (["--html", "."], "not a file"),
+    "page over a device": (["--html", os.devnull], "not a file"),
+}
+
+
+@pytest.mark.parametrize(("flags", "named"), BAD_RUN.values(), ids=BAD_RUN)
+def test_bad_run(flags, named, trained, capsys):
     assert status(["run", str(trained), "run", *flags]) == 2
-    assert flags[0].strip("-").replace("-", "_") in one_line(capsys)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert named in line
+    assert "error" in line
 
 
 @pytest.mark.parametrize("damage", ["truncated", "foreign"])
@@ -287,6 +306,248 @@ def test_help_and_version(capsys):
         assert "usage" in capsys.readouterr().out
     assert status(["--version"]) == 0
     assert "pico_tg 0" in capsys.readouterr().out
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """`run` writes what is put in here as (byte, weight, drafted, sample); the options it had."""
+
+    class Written(list):
+        options: dict
+
+        def generate(self, model, prompt, stats, **options):
+            self.options = {"model": model, "prompt": prompt} | options
+            for item in self:
+                if isinstance(item, BaseException):
+                    raise item
+                byte, weight, drafted, sample = item
+                stats.bytes += 1
+                yield GeneratedByte(byte, weight, weight > 0.5, -1.0, drafted, sample)
+
+        def add(self, data: bytes, weight: float = 0.1, drafted: bool = False, sample: int = 0):
+            self.extend((byte, weight, drafted, sample) for byte in data)
+
+    written = Written()
+    monkeypatch.setattr(cli, "load", lambda *which: which)
+    monkeypatch.setattr(cli, "generate", written.generate)
+    return written
+
+
+def run_it(*flags: str) -> int:
+    return cli.main(["run", "models/small", "first", *flags])
+
+
+def test_options_of_run(written, capsys):
+    assert run_it() == 0
+    default = written.options
+    assert default == {
+        "model": (Path("models/small"), "first", -1), "prompt": b"", "max_bytes": 1024,
+        "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": None,
+        "num_samples": 1, "speculative": True, "ignore_end": False, "raw_prompt": False,
+        "latent": True,
+    }  # fmt: skip
+    for flags, changed in {
+        "--checkpoint 5": {"model": (Path("models/small"), "first", 5)},
+        "--prompt a": {"prompt": b"a"},
+        "--max-bytes 7": {"max_bytes": 7},
+        "--temperature 0.5": {"temperature": 0.5},
+        "--top-k 3": {"top_k": 3},
+        "--top-p 0.25": {"top_p": 0.25},
+        "--min-p 0.125": {"min_p": 0.125},
+        "--seed 4": {"seed": 4},
+        "--num-samples 2": {"num_samples": 2},
+        "--no-speculative": {"speculative": False},
+        "--ignore-end": {"ignore_end": True},
+        "--raw-prompt": {"raw_prompt": True},
+        "--disable-latent": {"latent": False},
+    }.items():
+        assert run_it(*flags.split()) == 0
+        assert written.options == default | changed
+    capsys.readouterr()
+
+
+def stdin_of(data: bytes) -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BytesIO(data))
+
+
+def test_prompts_are_bytes(written, tmp_path, monkeypatch, capsys):
+    data = b"\xff\xfe caf\xc3\xa9\r\n"
+    (tmp_path / "prompt").write_bytes(data)
+    written.add(b"x")
+    monkeypatch.setattr(sys, "stdin", stdin_of(data))
+    for flags in (
+        ["--prompt", os.fsdecode(data)],
+        ["--prompt", "-"],
+        ["--prompt-file", str(tmp_path / "prompt")],
+    ):
+        assert run_it(*flags) == 0
+        assert written.options["prompt"] == data
+        assert capsys.readouterr().out == "\ufffd\ufffd café\r\nx\n"
+
+
+@pytest.mark.parametrize("stdin", [stdin_of(b""), None], ids=["empty", "closed"])
+def test_no_prompt_on_stdin(stdin, written, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert run_it("--prompt", "-") == 2
+    assert "standard input is empty; leave --prompt out" in one_line(capsys)
+
+
+def test_a_prompt_may_end_within_a_character(written, tmp_path, capsys):
+    (tmp_path / "prompt").write_bytes(b"caf\xc3")
+    written.add(b"\xa9!")
+    assert run_it("--prompt-file", str(tmp_path / "prompt")) == 0
+    assert capsys.readouterr().out == "café!\n"
+
+
+def test_raw_output(written, capsysbinary):
+    """The bytes of the model and nothing else."""
+    data = bytes(range(256))
+    written.add(data)
+    assert run_it("--output", "raw", "--prompt", "before") == 0
+    assert capsysbinary.readouterr().out == data
+
+
+def test_output_streams(written, monkeypatch):
+    """Each byte is through before the next one is asked for, and the prompt before the first."""
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(out)))
+    seen = []
+
+    def spying(model, prompt, **options):
+        for byte in "aé".encode():
+            seen.append(out.getvalue())
+            yield GeneratedByte(byte, 0.1, False, -1.0)
+        seen.append(out.getvalue())
+
+    monkeypatch.setattr(cli, "generate", spying)
+    assert run_it("--prompt", "The ") == 0
+    assert seen == [b"The ", b"The a", b"The a", "The aé".encode()]
+    seen.clear()
+    out.truncate(0)
+    out.seek(0)
+    assert run_it("--output", "raw") == 0
+    assert seen == [b"", b"a", b"a\xc3", b"a\xc3\xa9"]
+
+
+def test_show_router_decisions(written, capsys):
+    written.add(b"a", 0.9)
+    written.add(b"b")
+    assert run_it("--show-router-decisions") == 0
+    assert capsys.readouterr().out == "_ab\n"
+
+
+def test_samples_are_told_apart(written, capsys):
+    written.add(b"a\xc3")
+    written.add(b"b", sample=2)
+    assert run_it("--num-samples", "3", "--prompt", "> ") == 0
+    assert capsys.readouterr().out == (
+        "--- sample 1 of 3 ---\n> a\ufffd\n--- sample 2 of 3 ---\n> \n--- sample 3 of 3 ---\n> b\n"
+    )
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("variables", [{}, {"NO_COLOR": "1"}, {"NO_COLOR": ""}, {"TERM": "dumb"}])
+@pytest.mark.parametrize("flags", [["--color"], []])
+def test_colours(flags, variables, terminal, written, monkeypatch, capsys):
+    for name, value in ({"TERM": "xterm"} | variables).items():
+        monkeypatch.setenv(name, value)
+    if "NO_COLOR" not in variables:
+        monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    written.add(b"a", 0.9, drafted=True)
+    assert run_it(*flags) == 0
+    out = capsys.readouterr().out
+    if flags and terminal and not any(variables.values()):
+        assert out == "\x1b[4;48;5;208;38;5;16ma\x1b[0m\x1b[0m\n"
+    else:
+        assert out == "a\n"
+
+
+def test_a_terminal_is_not_at_the_model_s_command(written, monkeypatch, capsys):
+    """Escape sequences in the text are shown on a terminal, but left alone in a file."""
+    written.add(b"\x1b[31m")
+    assert run_it("--prompt", "\a") == 0
+    assert capsys.readouterr().out == "\a\x1b[31m\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert run_it("--prompt", "\a") == 0
+    assert capsys.readouterr().out == "\\x07\\x1b[31m\n"
+
+
+def test_html(written, tmp_path, capsys):
+    written.add(b"a<b", 0.9, drafted=True)
+    (tmp_path / "link.html").symlink_to("page.html")
+    flags = ["--prompt", "The ", "--seed", "3", "--top-p", "0.9", "--num-samples", "2"]
+    assert run_it(*flags, "--html", str(tmp_path / "link.html")) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert (tmp_path / "link.html").is_symlink()
+    assert "<h1>small, run first</h1>" in page
+    assert "<dt>seed</dt><dd>3</dd>" in page
+    assert "<dt>top-p</dt><dd>0.9</dd>" in page
+    assert "top-k" not in page
+    assert '<span class="prompt">The </span>' in page
+    assert page.count("data-tip=") == 3
+    assert "Sample 2 of 2 <small>0 bytes" in page
+    assert "a<b" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"), [(KeyboardInterrupt(), 130), (PicoError("broken"), 2)]
+)
+def test_what_there_is_is_kept(error, expected, written, tmp_path, monkeypatch, capsys):
+    """An interrupt ends the line, leaves no colour behind, and page and figures are written."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    written.add(b"ab")
+    written.append(error)
+    assert run_it("--html", str(tmp_path / "page.html"), "--stats", "--color") == expected
+    out, err = capsys.readouterr()
+    assert out == "ab\x1b[0m\n"
+    assert "bytes: 2\n" in err
+    assert (tmp_path / "page.html").read_text().count("data-tip=") == 2
+    written[:] = [error]  # before the first byte: the page of last time stays
+    assert run_it("--html", str(tmp_path / "page.html")) == expected
+    assert (tmp_path / "page.html").read_text().count("data-tip=") == 2
+    written.clear()  # but an empty sample is one
+    assert run_it("--html", str(tmp_path / "page.html")) == 0
+    assert "0 bytes" in (tmp_path / "page.html").read_text()
+
+
+def test_stats():
+    stats = Stats(
+        bytes=101,
+        passes=50,
+        routed=20,
+        drafts=150,
+        accepted=51,
+        first_byte_seconds=2.0,
+        seconds=4.0,
+    )
+    assert cli.describe_stats(stats).splitlines() == [
+        "bytes: 101",
+        "bytes/s: 25.2 (50.0 after the first byte)",
+        "time to the first byte: 2.00 s",
+        "passes: 50 (2.02 bytes a pass)",
+        "accepted bytes a pass: 1.02 (of 3.00 drafts)",
+        "router rate: 19.8%",
+    ]
+    assert "bytes/s: 0.0" in cli.describe_stats(Stats())  # nothing made
+
+
+def test_run_for_real(trained, tmp_path, capsysbinary):
+    """The command line's bytes are the library's; page and figures agree with them."""
+    options = {"max_bytes": 12, "seed": 5, "top_k": 50, "ignore_end": True}
+    expected = list(generate(load(trained, "run"), b"The \xff", **options))
+    page = tmp_path / "page.html"
+    arguments = ["--max-bytes", "12", "--seed", "5", "--top-k", "50", "--ignore-end", "--stats"]
+    arguments += ["--prompt", os.fsdecode(b"The \xff"), "--html", str(page), "--output", "raw"]
+    assert cli.main(["run", str(trained), "run", *arguments]) == 0
+    out, err = capsysbinary.readouterr()
+    assert out == bytes(record.byte for record in expected)
+    tips = page.read_text()
+    assert [int(b, 16) for b in re.findall(r" 0x(\w\w) · router", tips)] == list(out)
+    assert tips.count(", routed · ") == sum(record.router_decision for record in expected)
+    assert b"bytes: 12\n" in err
 
 
 def start(*arguments: str, **options) -> subprocess.Popen:
@@ -330,16 +591,52 @@ def test_signals_ask_first(signum, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_broken_pipe_is_quiet(trained):
+@pytest.mark.parametrize("output", ["text", "raw"])
+def test_broken_pipe_is_quiet(output, trained):
     """`run … | head -c 5` ends without a complaint."""
-    arguments = ["run", str(trained), "run", "--max-bytes", "500", "--prompt", "The"]
-    process = start(*arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    arguments = ["run", str(trained), "run", "--max-bytes", "500", "--output", output]
+    process = start(*arguments, "--ignore-end", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     os.read(process.stdout.fileno(), 3)
     process.stdout.close()
     err = process.stderr.read().decode()
     assert process.wait(timeout=120) == 0, err
     assert "Traceback" not in err
     assert "Broken" not in err
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_quiet(trained, tmp_path):
+    arguments = ["run", str(trained), "run", "--max-bytes", "100000", "--ignore-end"]
+    process = start(
+        *arguments, "--html", str(tmp_path / "page.html"), stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    out = os.read(process.stdout.fileno(), 3)
+    process.send_signal(signal.SIGINT)
+    rest, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert (out + rest).endswith(b"\n")
+    assert len(err.splitlines()) == 1, err  # the backend
+    assert "data-tip=" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("redirection", "expected"), [(">&-", 0), (">&- 2>&-", 0), ("> /dev/full", 2)]
+)
+def test_output_that_goes_nowhere(redirection, expected, trained):
+    """Closed streams are like /dev/null; a full disk is an error of one line."""
+    if "/dev/full" in redirection and not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    command = f'"$0" -m pico_tg run "$1" run --max-bytes 3 {redirection}'
+    done = subprocess.run(
+        ["sh", "-c", command, sys.executable, str(trained)], capture_output=True, text=True
+    )
+    assert done.returncode == expected, done.stderr
+    assert done.stdout == ""
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("backend")]
+    assert len(errors) == (expected == 2), done.stderr
 
 
 RESUME = {

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from pico_tg import Config, Pico, save_weights
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 
@@ -89,6 +91,33 @@ def test_soap_elsewhere(tmp_path):
     errors = [float(error) for error in re.findall(r"error ([\d.]+)", out)]
     assert len(errors) == 4
     assert errors[-1] < errors[0] / 50
+
+
+@pytest.mark.slow
+def test_examples_that_write(tmp_path):
+    """With a model of random weights, which write bytes of any kind."""
+    sizes = {"dim": 24, "att_q_heads": 2, "att_kv_heads": 1, "fb_num_blocks": 1, "next_tokens": 2}
+    config = Config.preset("xs", **sizes, latent_num_blocks=1)
+    (tmp_path / "model" / "a").mkdir(parents=True)
+    config.to_json(tmp_path / "model" / "model.json")
+    save_weights(Pico(config), tmp_path / "model" / "a" / "00000001.safetensors")
+    out = run(f"python {ROOT / 'examples' / 'sample.py'} model a", tmp_path)
+    assert out.startswith("The ")
+    assert len(out) > 50
+    chat = f"printf 'One\\n\\377two' | python {ROOT / 'examples' / 'chat.py'} model a"
+    out = run(chat, tmp_path)
+    assert out.startswith("> ")
+    assert out.endswith("\n> \n")
+    assert len(out) > 200
+    for example in ("sample.py", "chat.py"):
+        command = [sys.executable, ROOT / "examples" / example]
+        for arguments, named in (([], "PATH RUN"), (["model", "b"], "b")):
+            done = subprocess.run(
+                [*command, *arguments], cwd=tmp_path, capture_output=True, text=True
+            )
+            assert done.returncode == 1
+            (line,) = done.stderr.splitlines()
+            assert named in line
 
 
 def test_files_named_exist():

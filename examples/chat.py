@@ -1,0 +1,25 @@
+"""Continues each line that is typed, as it is made, until the input ends (Ctrl-D) or Ctrl-C.
+
+python examples/chat.py PATH RUN
+"""
+
+import contextlib
+import sys
+
+import pico_tg
+from pico_tg.view import decode_text
+
+if len(sys.argv) != 3:
+    sys.exit("usage: python examples/chat.py PATH RUN")
+try:
+    model = pico_tg.load(*sys.argv[1:])
+except pico_tg.PicoError as error:
+    sys.exit(f"chat.py: {error}")
+with contextlib.suppress(KeyboardInterrupt):
+    print("> ", end="", flush=True)
+    for line in sys.stdin.buffer:
+        records = pico_tg.generate(model, line.rstrip(b"\n"), max_bytes=300, temperature=0.7)
+        for text in decode_text(records):
+            print(text, end="", flush=True)
+        print("\n> ", end="", flush=True)
+print()
