@@ -15,10 +15,13 @@ try:
     model = pico_tg.load(*sys.argv[1:])
 except pico_tg.PicoError as error:
     sys.exit(f"chat.py: {error}")
+decoder = pico_tg.Decoder(model)  # made once: what it compiles serves every line
 with contextlib.suppress(KeyboardInterrupt):
     print("> ", end="", flush=True)
     for line in sys.stdin.buffer:
-        records = pico_tg.generate(model, line.rstrip(b"\n"), max_bytes=300, temperature=0.7)
+        records = pico_tg.generate(
+            model, line.rstrip(b"\n"), max_bytes=300, temperature=0.7, decoder=decoder
+        )
         for text in decode_text(records):
             print(text, end="", flush=True)
         print("\n> ", end="", flush=True)

@@ -8,7 +8,7 @@ from .checkpoint import load, load_weights, save_weights  # noqa: E402
 from .config import Config  # noqa: E402
 from .data import DataSpec, load_data  # noqa: E402
 from .files import PicoError  # noqa: E402
-from .generate import GeneratedByte, Stats, generate  # noqa: E402
+from .generate import Decoder, GeneratedByte, Stats, generate  # noqa: E402
 from .model import Pico, loss_fn  # noqa: E402
 from .soap import SOAP  # noqa: E402
 from .train import TrainSettings, train  # noqa: E402
@@ -17,6 +17,7 @@ __all__ = [
     "SOAP",
     "Config",
     "DataSpec",
+    "Decoder",
     "GeneratedByte",
     "Pico",
     "PicoError",

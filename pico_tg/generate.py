@@ -58,11 +58,12 @@ class Decoder:
     """A model with caches: feed bytes, get the logits after each and the router's weights.
 
     Memory and time a pass do not depend on how much was fed. `position` counts the bytes fed,
-    `selected` those that went through the latent blocks. Without `latent` those are left out.
+    `selected` those that went through the latent blocks; set back to 0, both forget everything.
+    Without `use_latent` those blocks are left out. The weights are copied: they are those of now.
     """
 
-    def __init__(self, model: Pico, latent: bool = True) -> None:
-        self.model, self.use_latent = model, latent
+    def __init__(self, model: Pico, use_latent: bool = True) -> None:
+        self.model, self.use_latent = model, use_latent
         self.position = self.selected = 0
         config = model.config
         self.before, self.latent, self.after = (
@@ -336,6 +337,7 @@ def generate(
     raw_prompt: bool = False,
     latent: bool = True,
     stats: Stats | None = None,
+    decoder: Decoder | None = None,
 ) -> Iterator[GeneratedByte]:
     """Continue `prompt`, yielding one record a byte until `</pico:seq>` or `max_bytes`.
 
@@ -348,6 +350,7 @@ def generate(
       start of a document
     - latent: False leaves the latent blocks out
     - stats: filled in while bytes are made
+    - decoder: `Decoder(model)`, to be used again and again: making one takes seconds
 
     Raises PicoError on a bad option.
     """
@@ -364,15 +367,17 @@ def generate(
 
     def samples() -> Iterator[GeneratedByte]:
         began = time.perf_counter()
-        decoder = Decoder(model, latent)
-        heads = decoder.feed(start)[0][-1]
-        after_prompt = decoder.save() if num_samples > 1 else None
+        own = decoder or Decoder(model)
+        own.use_latent = latent
+        own.position = own.selected = 0
+        heads = own.feed(start)[0][-1]
+        after_prompt = own.save() if num_samples > 1 else None
         for number in range(num_samples):
             if number > 0:
-                decoder.restore(after_prompt)
+                own.restore(after_prompt)
             rng = np.random.default_rng(None if seed is None else (seed, number))
             most = model.config.next_tokens - 1 if speculative else 0
-            bytes_ = _decode(decoder, heads, sampler, rng, most, max_bytes, number, stats, began)
+            bytes_ = _decode(own, heads, sampler, rng, most, max_bytes, number, stats, began)
             yield from bytes_ if ignore_end else _until_the_end_tag(bytes_)
 
     return samples()

@@ -332,18 +332,13 @@ class Ring:
         R, H, K, C = qkv.shape[0], self.heads, self.kv_heads, self.head_dim
         if self.by_hand:
             keys, values = self._store(qkv, start)
-            scores = self._scores(qkv, keys, start)
-        else:
-            keys, values = self._store_plainly(qkv, start)
-            scores = self._scores_plainly(qkv, keys, start)
-        top = scores.max(axis=-1, keepdim=True).contiguous()
-        weights = (scores - top).exp().contiguous()  # (H*R, S)
-        if self.by_hand:
-            sums = self._weigh(weights, values)
-        else:
-            sums = weights.reshape(K, -1, self.slots) @ values
-            sums = sums.reshape(H, R, -1).transpose(0, 1).reshape(R * H, -1)
-        return (sums[:, :C] / sums[:, C : C + 1]).reshape(R, H * C).contiguous()
+            return self._divide(self._weigh(self._exps(self._scores(qkv, keys, start)), values))
+        keys, values = self._store_plainly(qkv, start)
+        scores = self._scores_plainly(qkv, keys, start)  # (H*R, S)
+        weights = (scores - scores.max(axis=-1, keepdim=True)).exp()
+        sums = weights.reshape(K, -1, self.slots) @ values
+        sums = sums.reshape(H, R, -1).transpose(0, 1)
+        return (sums[:, :, :C] / sums[:, :, C : C + 1]).reshape(R, H * C).contiguous()
 
     def _distances(self, start: Tensor, rows: int) -> Tensor:
         """How far each slot is before each row, int [R, S]; negative: it lies ahead."""
@@ -419,6 +414,35 @@ class Ring:
         # rows are numbered, not shaped: 0.13 copies what is reshaped on its way to or from a kernel
         out = Tensor.empty(H * R, S, device=qkv.device)
         return out.custom_kernel(qkv, keys, self.slopes, start, fxn=kernel)[0]
+
+    def _exps(self, scores: Tensor) -> Tensor:
+        """exp(scores - the row's largest): [H*R, S]."""
+        rows, S = scores.shape
+
+        def kernel(out: UOp, scores: UOp) -> UOp:
+            (row, s), axis = _loops(rows, S)
+            other = UOp.range(S, 2, AxisType.REDUCE)
+            top = scores[row, other].reduce(other, arg=Ops.MAX)
+            exps = ((scores[row, s] - top) * (1 / math.log(2))).exp2()
+            opts = (Opt(OptOps.UPCAST, axis[1], 16), Opt(OptOps.UNROLL, 0, 16))
+            info = KernelInfo(name=f"exps_{rows}_{S}", opts_to_apply=opts)
+            return _end(out[row, s].store(exps), row, s).sink(arg=info)
+
+        out = Tensor.empty(rows, S, device=scores.device)
+        return out.custom_kernel(scores, fxn=kernel)[0]
+
+    def _divide(self, sums: Tensor) -> Tensor:
+        """sums [R*H, P], whose column C is the weights' -> [R, H*C]."""
+        H, C = self.heads, self.head_dim
+        R = sums.shape[0] // H
+
+        def kernel(out: UOp, sums: UOp) -> UOp:
+            (r, h, c), _ = _loops(R, H, C)
+            quotient = sums[r * H + h, c] * sums[r * H + h, C].reciprocal()
+            info = KernelInfo(name=f"divide_{R}_{H}_{C}", opts_to_apply=())
+            return _end(out[r, h * C + c].store(quotient), r, h, c).sink(arg=info)
+
+        return Tensor.empty(R, H * C, device=sums.device).custom_kernel(sums, fxn=kernel)[0]
 
     def _weigh(self, weights: Tensor, values: Tensor) -> Tensor:
         """weights [K*G*R, S] @ values [K, S, P] -> [R*K*G, P]."""

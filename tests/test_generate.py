@@ -379,12 +379,27 @@ def test_samples_share_a_prompt(model):
     assert bytes(r.byte for r in alone) == samples[0]
 
 
+def test_a_decoder_serves_again(model):
+    """Whatever it was used for before, without compiling or allocating anew."""
+    decoder = Decoder(model)
+
+    def sample(**options):
+        return list(generate(model, b"once", max_bytes=80, seed=6, ignore_end=True, **options))
+
+    first = sample(decoder=decoder)
+    assert first == sample()
+    sample(decoder=decoder, latent=False)
+    before = GlobalCounters.mem_used
+    assert sample(decoder=decoder) == first
+    assert GlobalCounters.mem_used == before
+
+
 def test_without_the_latent_blocks(model, weights):
     """As if their contribution were nothing."""
     cut = {k: v * 0 if "latent.blocks" in k and "proj" in k else v for k, v in weights.items()}
     cut = {k: v * 0 if "latent.blocks" in k and "fc2" in k else v for k, v in cut.items()}
     data = SEQ_START + b"some text"
-    found = Decoder(model, latent=False).feed(data)[0]
+    found = Decoder(model, use_latent=False).feed(data)[0]
     x = np.frombuffer(data, np.uint8)[None]
     np.testing.assert_allclose(
         found, oracle.forward(cut, CONFIG, x, causal=True)[0][0], rtol=0, atol=2e-4
