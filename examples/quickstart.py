@@ -13,7 +13,7 @@ START = time.perf_counter()
 config = pico_tg.Config.preset(
     "xs", dim=96, att_q_heads=6, att_kv_heads=2, latent_num_blocks=2, next_tokens=4
 )
-model = pico_tg.Pico(config)
+model = pico_tg.Pico(config, seed=0)
 settings = {"context_len": 512, "batch_size": 4, "learning_rate": 6e-3, "warmup_steps": 50}
 records = pico_tg.train(model, "python-docs", max_steps=900, epochs=10, **settings)
 for record in (bar := tqdm(records, total=900, unit="step")):

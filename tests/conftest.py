@@ -28,3 +28,8 @@ def planned_memory(monkeypatch):
         return plan(linear, held_bufs)
 
     monkeypatch.setattr(tinygrad.engine.jit, "memory_plan_rewrite", watched)
+
+
+def pytest_collection_modifyitems(items):
+    """The slow ones first, so that at the end no worker waits long for another."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)

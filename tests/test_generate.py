@@ -283,6 +283,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_speculation_changes_no_byte(options, repetitive, monkeypatch):
     """The same uniforms are spent on the same bytes, however many a pass took in."""

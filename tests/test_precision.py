@@ -51,7 +51,7 @@ def expected(form, a, b):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES[1:6:2], ids=str)
 @pytest.mark.parametrize("scheduled", [True, False])
 def test_factors_are_rounded_and_nothing_else(form, shape, scheduled, monkeypatch):
     monkeypatch.setattr(kernels, "SMALL", 0 if scheduled else 1 << 60)
