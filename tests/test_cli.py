@@ -599,7 +599,8 @@ def test_broken_pipe_is_quiet(output, trained):
     process = start(*arguments, "--ignore-end", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     os.read(process.stdout.fileno(), 3)
     process.stdout.close()
-    err = process.stderr.read().decode()
+    with process.stderr as stream:
+        err = stream.read().decode()
     assert process.wait(timeout=120) == 0, err
     assert "Traceback" not in err
     assert "Broken" not in err
