@@ -84,34 +84,39 @@ def test_memory_does_not_grow(model, text):
     assert GlobalCounters.mem_used == before
 
 
-def test_greedy_is_the_likeliest_byte_of_a_full_pass(model):
+@pytest.fixture(scope="module")
+def shared(model) -> Decoder:
+    """A decoder of the model that has compiled what it needs, for `generate` to use."""
+    return Decoder(model)
+
+
+def test_greedy_is_the_likeliest_byte_of_a_full_pass(model, weights, shared):
     prompt = b"once upon"
-    sample = list(generate(model, prompt, max_bytes=4, temperature=0))
-    context = SEQ_START + prompt
-    for record in sample:
-        x = Tensor(np.frombuffer(context, np.uint8)[None].copy())
-        logits = model(x, causal=True)[0].numpy()[0, -1, 0]
-        assert record.byte == np.argmax(logits)
-        context += bytes([record.byte])
-    x = Tensor(np.frombuffer(context, np.uint8)[None].copy())
-    z = model(x, causal=True)[1].numpy()[0, -len(sample) :]
+    sample = list(generate(model, prompt, max_bytes=4, temperature=0, decoder=shared))
+    context = np.frombuffer(SEQ_START + prompt + bytes(r.byte for r in sample), np.uint8)
+    logits, z, _ = oracle.forward(weights, CONFIG, context[None], causal=True)
+    expected = np.argmax(logits[0, -len(sample) - 1 : -1, 0], axis=-1)
+    assert [r.byte for r in sample] == expected.tolist()
+    z = z[0, -len(sample) :]
     np.testing.assert_allclose([r.router_weight for r in sample], 1 / (1 + np.exp(-z)), atol=1e-5)
     assert [r.router_decision for r in sample] == list(z > 0)
     assert all(r.logprob == 0 for r in sample)
 
 
-def test_the_seed_decides(model):
+def test_the_seed_decides(model, shared):
     def sample(seed):
-        return bytes(r.byte for r in generate(model, b"a", max_bytes=20, seed=seed))
+        return bytes(r.byte for r in generate(model, b"a", max_bytes=20, seed=seed, decoder=shared))
 
     assert sample(1) == sample(1)
     assert sample(1) != sample(2)
     assert sample(None) != sample(None)
 
 
-def test_logprob_is_that_of_the_distribution_sampled(model):
-    (record,) = generate(model, b"a", max_bytes=1, temperature=0.7, top_k=9, seed=3)
-    logits = Decoder(model).feed(SEQ_START + b"a")[0][-1, 0]
+def test_logprob_is_that_of_the_distribution_sampled(model, shared):
+    options = {"temperature": 0.7, "top_k": 9, "seed": 3, "decoder": shared}
+    (record,) = generate(model, b"a", max_bytes=1, **options)
+    shared.position = shared.selected = 0
+    logits = shared.feed(SEQ_START + b"a")[0][-1, 0]
     expected = Sampler(0.7, top_k=9).distribution(logits)[record.byte]
     assert np.exp(record.logprob) == pytest.approx(expected, rel=1e-6)
 
@@ -265,13 +270,19 @@ def repetitive() -> Pico:
     Tensor.manual_seed(3)
     model = Pico(Config(**(vars(CONFIG) | {"next_tokens": 4})))
     settings = {"context_len": 48, "batch_size": 4, "learning_rate": 1e-2, "warmup_steps": 5}
+    settings |= {"optimizer": "adamw"}  # which compiles sooner
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("PICO_CACHE", folder)
         path = Path(folder) / "text.txt"
         rng = np.random.default_rng(0)
         path.write_text("".join(rng.choice(WORDS) for _ in range(500)))
-        list(train(model, str(path), max_steps=150, epochs=999, **settings))
+        list(train(model, str(path), max_steps=250, epochs=999, **settings))
     return model
+
+
+@pytest.fixture(scope="module")
+def repetitive_decoder(repetitive) -> Decoder:
+    return Decoder(repetitive)
 
 
 OPTIONS = [
@@ -285,14 +296,13 @@ OPTIONS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_speculation_changes_no_byte(options, repetitive, monkeypatch):
+def test_speculation_changes_no_byte(options, repetitive, repetitive_decoder, monkeypatch):
     """The same uniforms are spent on the same bytes, however many a pass took in."""
     monkeypatch.setattr(sys.modules["pico_tg.generate"], "DraftPolicy", Eager)
     found = {}
     for speculative in (True, False):
-        records = generate(
-            repetitive, b"abc", max_bytes=120, seed=5, speculative=speculative, **options
-        )
+        options = options | {"speculative": speculative, "decoder": repetitive_decoder}
+        records = generate(repetitive, b"abc", max_bytes=120, seed=5, **options)
         found[speculative] = list(records)
     assert [r.byte for r in found[True]] == [r.byte for r in found[False]]
     assert [r.router_decision for r in found[True]] == [r.router_decision for r in found[False]]
@@ -306,10 +316,13 @@ def test_speculation_changes_no_byte(options, repetitive, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS[1:], ids=str)
-def test_three_bytes_are_distributed_as_enumerated(options, repetitive, monkeypatch):
+def test_three_bytes_are_distributed_as_enumerated(
+    options, repetitive, repetitive_decoder, monkeypatch
+):
     """Pearson's chi-squared, against the product of byte-by-byte distributions."""
     monkeypatch.setattr(sys.modules["pico_tg.generate"], "DraftPolicy", Eager)
-    sampler, decoder = Sampler(**options), Decoder(repetitive)
+    sampler, decoder = Sampler(**options), repetitive_decoder
+    decoder.position = decoder.selected = 0
     start = decoder.feed(SEQ_START + b"bad ")[0][-1, 0]
 
     def enumerate_(logits, depth, text, chance, found):
@@ -319,30 +332,18 @@ def test_three_bytes_are_distributed_as_enumerated(options, repetitive, monkeypa
             if depth == 1:
                 found[text + bytes([byte])] = chance * p
                 continue
+            before = decoder.position, decoder.selected
             after = decoder.feed(bytes([byte]))[0][0, 0]
             enumerate_(after, depth - 1, text + bytes([byte]), chance * p, found)
-            decoder.rewind()
+            decoder.position, decoder.selected = before
         return found
 
-    # the decoder forgets one byte at a time: it keeps what each pass decided
-    decisions = []
-    feed = decoder.feed
-
-    def remembering(data):
-        out = feed(data)
-        decisions.append(decoder.last_decisions)
-        return out
-
-    def rewind():
-        decoder.last_decisions = decisions.pop()
-        decoder.forget(1)
-
-    decoder.feed, decoder.rewind = remembering, rewind
     expected = enumerate_(start, 3, b"", 1.0, {})
     samples = 1200
     records = generate(
-        repetitive, b"bad ", max_bytes=3, num_samples=samples, seed=11, ignore_end=True, **options
-    )
+        repetitive, b"bad ", max_bytes=3, num_samples=samples, seed=11, ignore_end=True,
+        decoder=decoder, **options,
+    )  # fmt: skip
     counts = Counter()
     for _, group in itertools.groupby(records, key=lambda r: r.sample):
         counts[bytes(r.byte for r in group)] += 1
@@ -359,24 +360,26 @@ def test_three_bytes_are_distributed_as_enumerated(options, repetitive, monkeypa
     assert statistic < freedom + 5 * math.sqrt(2 * freedom), statistic
 
 
-def test_prompts_of_every_length_about_the_windows(model, weights, text):
+def test_prompts_of_every_length_about_the_windows(model, weights, text, shared):
     """The first byte after the prompt has the distribution of a full pass."""
     for length in (1, 2, 3, 4, 5, 6, 7, 62, 63, 64, 65, 66, 127, 128, 129):
         prompt = text[:length]
-        (record,) = generate(model, prompt, max_bytes=1, temperature=0, raw_prompt=True)
+        options = {"temperature": 0, "raw_prompt": True, "decoder": shared}
+        (record,) = generate(model, prompt, max_bytes=1, **options)
         logits = oracle.forward(
             weights, CONFIG, np.frombuffer(prompt, np.uint8)[None], causal=True
         )[0][0, -1, 0]
         assert record.byte == np.argmax(logits)
 
 
-def test_samples_share_a_prompt(model):
+def test_samples_share_a_prompt(model, shared):
     """Each is what it would be alone with its own uniforms; the first is that of the seed."""
-    records = list(generate(model, b"once", max_bytes=20, num_samples=3, seed=4, ignore_end=True))
+    options = {"max_bytes": 20, "seed": 4, "ignore_end": True, "decoder": shared}
+    records = list(generate(model, b"once", num_samples=3, **options))
     samples = [bytes(r.byte for r in records if r.sample == n) for n in range(3)]
     assert [len(sample) for sample in samples] == [20] * 3
     assert len(set(samples)) == 3
-    alone = generate(model, b"once", max_bytes=20, seed=4, ignore_end=True)
+    alone = generate(model, b"once", **options)
     assert bytes(r.byte for r in alone) == samples[0]
 
 
@@ -461,8 +464,8 @@ def test_kernels_by_hand_are_the_plain_ones(rows, monkeypatch):
         np.testing.assert_allclose(found.numpy()[:, :50], expected, rtol=0, atol=1e-4)
 
 
-def test_no_bytes_wanted(model):
-    assert list(generate(model, b"a", max_bytes=0)) == []
+def test_no_bytes_wanted(model, shared):
+    assert list(generate(model, b"a", max_bytes=0, decoder=shared)) == []
 
 
 @pytest.mark.parametrize(

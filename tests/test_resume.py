@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,10 +51,13 @@ CONFIG = Config(
 QUICK = {"context_len": 40, "batch_size": 4, "warmup_steps": 2, "learning_rate": 1e-2, "epochs": 99}
 
 
+TEXT = "the cat sat on the mat; " * 25
+
+
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "text.txt"
-    path.write_text("the cat sat on the mat; " * 25)
+    path.write_text(TEXT)
     return str(path)
 
 
@@ -102,13 +106,11 @@ def test_resumed_twice_is_the_same_bit_for_bit(optimizer, accumulation, text, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "extra", [[], ["--optimizer=adamw", "--grad-accumulation-steps=2", "--batch-size=2"]]
-)
-def test_resumed_in_a_new_process(extra, text, tmp_path):
+def test_resumed_in_a_new_process(text, tmp_path):
     """The command line, killed without warning between two checkpoints."""
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in QUICK.items()]
-    flags += ["--checkpoint-interval=4", "--max-steps=40", *extra]
+    flags += ["--checkpoint-interval=4", "--max-steps=40"]
+    flags += ["--grad-accumulation-steps=2", "--batch-size=2"]
     CONFIG_FLAGS = [f"--{k.replace('_', '-')}={v}" for k, v in vars(CONFIG).items()]
     pico = [sys.executable, "-m", "pico_tg"]
     model = tmp_path / "model"
@@ -128,12 +130,27 @@ def test_resumed_in_a_new_process(extra, text, tmp_path):
     compare(model / "a", model / "b")
 
 
-@pytest.fixture
-def run(text, tmp_path):
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
     """A run of four steps with checkpoints after 2 and 4."""
-    folder = tmp_path / "run"
-    list(train(make(), text, folder, max_steps=4, checkpoint_interval=2, **QUICK))
-    return folder
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "text.txt").write_text(TEXT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PICO_CACHE", str(folder / "cache"))
+        settings = QUICK | {"max_steps": 4, "checkpoint_interval": 2}
+        list(train(make(), str(folder / "text.txt"), folder / "run", **settings))
+    return folder / "run"
+
+
+@pytest.fixture
+def run(trained, text, tmp_path):
+    """A copy of `trained`, on the test's own text."""
+    shutil.copytree(trained, tmp_path / "run")
+    path = tmp_path / "run" / "training.json"
+    description = json.loads(path.read_text())
+    description["dataset"]["dataset"] = text
+    path.write_text(json.dumps(description))
+    return tmp_path / "run"
 
 
 def test_changed_settings_are_refused_by_name(run, text):
@@ -314,8 +331,16 @@ def rename(run: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [break_weights, break_state, mix, alter_state, rename])
-def test_broken_checkpoints_are_passed_over(damage, run, text):
+def test_broken_checkpoints_are_passed_over(damage, run):
     damage(run)
+    path, _, progress, refused = load_newest(make(), run)
+    assert path == checkpoint_path(run, 2)
+    assert progress["step"] == 2
+    assert "00000004" in refused[0]
+
+
+def test_training_goes_on_from_the_newest_whole_one(run, text):
+    break_weights(run)
     said = []
     records = list(train(make(), text, run, resume=True, say=said.append))
     assert [r["step"] for r in records] == [3, 4]

@@ -297,25 +297,18 @@ TWO = ("CPU", "CPU:1")
 
 
 @pytest.mark.skipif(Device.DEFAULT != "CPU", reason="compares two CPU devices")
-@pytest.mark.parametrize(("optimizer", "tolerance"), [("adamw", 2e-5), ("soap", 1e-2)])
-def test_two_devices_are_the_same_as_one(optimizer, tolerance):
-    """SOAP only roughly: its first basis is arbitrary where a gradient is of low rank, as those of
-    so few letters are, and there it turns rounding into whole steps. (Alone: test_soap.)"""
+def test_two_devices_are_the_same_as_one():
+    """With AdamW. SOAP is tested alone: it turns rounding into whole steps where a gradient is
+    of low rank, as those of so few letters are."""
     rng = np.random.default_rng(4)
     batches = batch(rng, 4, 1, 4, 40 + CONFIG.next_tokens)
-    settings = TrainSettings(batch_size=4, optimizer=optimizer)
+    settings = TrainSettings(batch_size=4, optimizer="adamw")
     one, two = TrainStep(make(), settings), TrainStep(make(), settings, TWO)
     assert {p.device for p in two.parameters} == {TWO}
-    first = None
     for windows in batches:
-        losses = one(windows, 1e-2), two(windows, 1e-2)
-        np.testing.assert_allclose(*losses, rtol=0, atol=tolerance)
-        first = losses[0][0] if first is None else first
-    assert losses[0][0] < first - 10 * tolerance  # it moved by more than that
-    if optimizer == "adamw":
-        found = weights(two.model)
-        for name, value in weights(one.model).items():
-            np.testing.assert_allclose(value, found[name], rtol=0, atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(one(windows, 1e-2), two(windows, 1e-2), rtol=0, atol=2e-5)
+    for name, value in weights(one.model).items():
+        np.testing.assert_allclose(value, weights(two.model)[name], rtol=0, atol=1e-4, err_msg=name)
 
 
 @pytest.mark.skipif(Device.DEFAULT != "CPU", reason="compares two CPU devices")
