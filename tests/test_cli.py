@@ -561,13 +561,13 @@ def test_interrupt_saves(model, text):
     arguments = [str(model), "r", str(text), *SHORT, "--max-steps", "100000", "--epochs", "10000"]
     process = start("train", *arguments, stderr=subprocess.PIPE, text=True)
     metrics = model / "r" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
         assert time.monotonic() < deadline
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    err = process.communicate(timeout=120)[1]
+    err = process.communicate(timeout=600)[1]
     assert process.returncode == 130, err
     assert "Traceback" not in err
     steps = metrics.read_text().count("\n")
@@ -601,7 +601,7 @@ def test_broken_pipe_is_quiet(output, trained):
     process.stdout.close()
     with process.stderr as stream:
         err = stream.read().decode()
-    assert process.wait(timeout=120) == 0, err
+    assert process.wait(timeout=600) == 0, err
     assert "Traceback" not in err
     assert "Broken" not in err
 
@@ -616,7 +616,7 @@ def test_ctrl_c_is_quiet(trained, tmp_path):
     )  # fmt: skip
     out = os.read(process.stdout.fileno(), 3)
     process.send_signal(signal.SIGINT)
-    rest, err = process.communicate(timeout=120)
+    rest, err = process.communicate(timeout=600)
     assert process.returncode == 130, err
     assert (out + rest).endswith(b"\n")
     assert len(err.splitlines()) == 1, err  # the backend

@@ -146,7 +146,7 @@ def test_txt_does_not_import_datasets(tmp_path):
         "assert 'datasets' not in sys.modules"
     )
     arguments = ["python-docs", str(folder / "a.txt"), str(folder)]
-    subprocess.run([sys.executable, "-c", script, *arguments], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", script, *arguments], check=True, timeout=600)
 
 
 def split_plainly(text: bytes) -> list[bytes]:
@@ -640,10 +640,10 @@ def test_two_builders_at_once(text, cache, built):
     second = start_builder(text)
     # what the second one writes on stderr is unbuffered, so this returns as soon as it waits
     assert "waiting for another process" in second.stderr.readline()
-    fingerprint = first.communicate("\n", timeout=60)[0].strip()
+    fingerprint = first.communicate("\n", timeout=600)[0].strip()
     assert first.returncode == 0
     # the second one has nothing left to build: it prints no "building" and asks for no line
-    assert second.communicate(timeout=60)[0].strip() == fingerprint
+    assert second.communicate(timeout=600)[0].strip() == fingerprint
     assert second.returncode == 0
     assert load(text).train.fingerprint == fingerprint
     assert built == []
@@ -690,7 +690,7 @@ def test_live_builder_is_left_alone(text, cache, tmp_path):
     other.write_text("a<|endoftext|>b")
     load(other)
     assert len(list(cache.glob("*.tmp"))) == 1
-    builder.communicate("\n", timeout=60)
+    builder.communicate("\n", timeout=600)
     assert builder.returncode == 0
     assert len(list(cache.iterdir())) == 2
 
@@ -728,7 +728,7 @@ def test_memory_does_not_grow_with_the_data(kind, tmp_path):
         with path.open("w") as file:
             for _ in range(30):
                 file.writelines(rows)
-    output = subprocess.check_output([sys.executable, "-c", MEASURED, path], text=True, timeout=60)
+    output = subprocess.check_output([sys.executable, "-c", MEASURED, path], text=True, timeout=600)
     total, grown = map(float, output.split())
     assert total > 140
     assert grown < 100

@@ -117,7 +117,7 @@ def test_resumed_in_a_new_process(text, tmp_path):
     subprocess.run([*pico, "init", model, *CONFIG_FLAGS], check=True, capture_output=True)
     subprocess.run([*pico, "train", model, "a", text, *flags], check=True, capture_output=True)
     child = subprocess.Popen([*pico, "train", model, "b", text, *flags], stderr=subprocess.DEVNULL)
-    deadline = time.time() + 120
+    deadline = time.time() + 600
     while not checkpoint_path(model / "b", 8).exists() and time.time() < deadline:
         time.sleep(0.005)
     child.kill()
