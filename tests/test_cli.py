@@ -585,6 +585,9 @@ def test_signals_ask_first(signum, monkeypatch, capsys):
         os.kill(os.getpid(), signum)
         assert stopping()
         assert left == []
+        os.kill(os.getpid(), signum)  # the same one, forwarded
+        assert left == []
+        stopping.asked_at -= 2
         os.kill(os.getpid(), signum)
         assert left == [130]
     assert signal.getsignal(signum) is before
