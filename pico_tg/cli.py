@@ -69,7 +69,7 @@ DATA_HELP = {
     "column_name": "column that holds the text (default: text, else bytes)",
     "train_file": "file of the data set to train on",
     "validation_file": "file of the data set to validate on",
-    "train_split": "split to train on (default: train)",
+    "train_split": "split to train on (default: train if there is one, else the only one)",
     "validation_split": "split to validate on (default: validation if there is one)",
     "validation_size": "else hold out the last documents: a fraction of the bytes below 1, "
     "or a number of documents (default 0.05)",

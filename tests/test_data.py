@@ -265,9 +265,9 @@ def test_folder_with_files(folder):
 def test_only_split(folder):
     (folder / "train.jsonl").unlink()
     (folder / "validation.jsonl").unlink()
-    assert all_documents(load(folder, train_split=None)) == documents("test", 0, 1, 2, 3)
+    assert all_documents(load(folder)) == documents("test", 0, 1, 2, 3)
     with pytest.raises(PicoError, match="no split 'train'; there is: test"):
-        load(folder)
+        load(folder, train_split="train")
 
 
 def write_parquet(path, rows, **options):
