@@ -102,10 +102,9 @@ def _whole(x: Tensor) -> Tensor:
 
 def _scheduled(x: Tensor, M: int, L: int, N: int) -> bool:
     """Whether the product [M, L] @ [L, N] gets a schedule of its own."""
-    one_cpu = isinstance(x.device, str) and x.device.split(":")[0] == "CPU"
-    enabled = os.environ.get("PICO_KERNELS", "1") != "0" and DEV.renderer != "X86"
     # each length is summed over in the product or a gradient; a sum of one term is no loop
-    return one_cpu and enabled and M >= ROWS and min(L, N) > 1 and M * L * N >= SMALL
+    worthwhile = M >= ROWS and min(L, N) > 1 and M * L * N >= SMALL
+    return worthwhile and by_hand(x.device)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -232,7 +231,7 @@ class Packed:
         """`scale` [I] multiplies x, once and for all."""
         self.outputs, self.inputs = weight.shape
         weight = weight.detach() if scale is None else weight.detach() * scale.detach()
-        self.panels = decodes_by_hand(weight.device)
+        self.panels = by_hand(weight.device)
         if self.panels:
             self.width = padded_width(self.outputs, weight.device)
             weight = weight.pad(((0, self.width - self.outputs), None))
@@ -286,15 +285,15 @@ def _end(store: UOp, *loops: UOp | int) -> UOp:
     return store.end(*[loop for loop in loops if isinstance(loop, UOp)])
 
 
-def decodes_by_hand(device: str | tuple[str, ...]) -> bool:
-    """Whether decoding on this device runs on kernels with schedules of their own."""
+def by_hand(device: str | tuple[str, ...]) -> bool:
+    """Whether this device gets kernels with schedules of their own."""
     enabled = os.environ.get("PICO_KERNELS", "1") != "0" and DEV.renderer != "X86"
     return enabled and isinstance(device, str) and device.split(":")[0] == "CPU"
 
 
 def padded_width(width: int, device: str) -> int:
     """How wide a row of `width` numbers is in decoding."""
-    return _round_up(width, Packed.PANEL) if decodes_by_hand(device) else width
+    return _round_up(width, Packed.PANEL) if by_hand(device) else width
 
 
 class Ring:
@@ -314,7 +313,7 @@ class Ring:
         self.heads, self.kv_heads, self.head_dim, self.window = heads, kv_heads, head_dim, window
         self.slots = _round_up(window + rows, Packed.PANEL)
         self.slopes = slopes.contiguous().realize()
-        self.by_hand = decodes_by_hand(self.slopes.device)
+        self.by_hand = by_hand(self.slopes.device)
         # one column more, of ones: the sum of the weights is a value like any other
         self.columns = _round_up(head_dim + 1, 16)
         zeros = np.zeros((kv_heads, head_dim, self.slots), np.float32)

@@ -229,9 +229,7 @@ def test_drafts_that_are_never_right(monkeypatch):
 
 def test_drafts_that_are_sometimes_right(monkeypatch):
     """Every third is wrong: two more bytes a pass, at most."""
-    decoder, stats = Scripted(SCRIPT, 7, lambda at: at % 3 != 0), Stats()
-    records = []
-    scripted(monkeypatch, SCRIPT, 0, decoder)
+    stats = Stats()
     heads = type("Model", (), {"config": Config(**(vars(CONFIG) | {"next_tokens": 8}))})
     decoder = Scripted(SCRIPT, 7, lambda at: at % 3 != 0)
     monkeypatch.setattr(sys.modules["pico_tg.generate"], "Decoder", lambda *_: decoder)
@@ -438,7 +436,7 @@ def test_twenty_thousand_bytes(model):
 @pytest.mark.parametrize("rows", [1, 2, 4, 8, CHUNK])
 def test_kernels_by_hand_are_the_plain_ones(rows, monkeypatch):
     """Ring, scores, weighted values and packed products; before, at and beyond a full ring."""
-    if not kernels.decodes_by_hand(Device.DEFAULT):
+    if not kernels.by_hand(Device.DEFAULT):
         pytest.skip(f"{Device.DEFAULT} has no kernels of ours")
     H, K, C, window = 6, 3, 7, 9
     rng = np.random.default_rng(rows)
