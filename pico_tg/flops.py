@@ -1,0 +1,47 @@
+"""Counting: how many operations the mathematics of a Pico asks for, at the least.
+
+A multiplication and an addition are two operations. Only matrix products are counted: a weight is
+used once for every byte that reaches it, a pair of a query and a key that it may see costs two
+products of head_dim. Norms, activations, softmax, the loss and looking up the embedding are left
+out, as is customary; so is the optimizer.
+"""
+
+from .config import Config
+
+
+def forward_operations(config: Config, length: int, batch_size: int = 1) -> int:
+    """Operations of one forward pass over `batch_size` sequences of `length` bytes, routed by top-k.
+
+    2 * (P_byte * N + P_latent * S) + 4 * H * C * (pairs(N, W_byte) * 2 * blocks_byte
+    + pairs(S, W_latent) * blocks_latent) for each sequence, where N is the length, S its capacity,
+    P the weights of the matrices that see a byte (or a selected byte), and H * C the width of all
+    query heads.
+    """
+    selected = config.capacity(length)
+    block = _block_weights(config)
+    byte_blocks = 2 * config.fb_num_blocks
+    outputs = config.next_tokens * 256
+    per_byte = byte_blocks * block + config.dim + config.dim * outputs  # blocks, router, heads
+    weights = per_byte * length + config.latent_num_blocks * block * selected
+    pairs = byte_blocks * visible_pairs(length, config.fb_att_window_size)
+    pairs += config.latent_num_blocks * visible_pairs(selected, config.latent_att_window_size)
+    width = config.att_q_heads * config.head_dim
+    return batch_size * (2 * weights + 4 * width * pairs)
+
+
+def training_operations(config: Config, length: int, batch_size: int = 1) -> int:
+    """Operations of a forward and a backward pass: each product has two more as its gradients."""
+    return 3 * forward_operations(config, length, batch_size)
+
+
+def visible_pairs(length: int, window: int) -> int:
+    """Pairs of a query and a key that it sees, `window` positions before it and its own."""
+    full = max(0, length - window)  # queries that see a whole window
+    return full * (window + 1) + (length - full) * (length - full + 1) // 2
+
+
+def _block_weights(config: Config) -> int:
+    """Weights in the matrices of one block."""
+    heads = config.att_q_heads + 2 * config.att_kv_heads
+    attention = config.dim * (heads + config.att_q_heads) * config.head_dim
+    return attention + 3 * config.dim**2
