@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import importlib
+import json
 import os
 import re
 import signal
@@ -17,10 +18,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from .bench import bench_decode, bench_train
 from .checkpoint import load, load_config, load_weights
 from .config import PRESETS, Config
 from .data import DataSpec, load_data
-from .device import describe_backend, parse_devices
+from .device import describe_backend, kernel_search, parse_devices
 from .files import PicoError, atomic_write, check_writable
 from .generate import GeneratedByte, Stats, generate
 from .model import Pico
@@ -105,10 +107,7 @@ def build_parser() -> Parser:
     )
     init.add_argument("path", metavar="PATH", type=Path, help="folder to create for the model")
     init.add_argument("--preset", choices=PRESETS, default="xs", help="start from these sizes")
-    for field in dataclasses.fields(Config):
-        default = PRESETS["xs"][field.name]
-        text = f"{CONFIG_HELP[field.name]} (xs: {default})"
-        init.add_argument(flag(field.name), type=field.type, metavar="N", help=text)
+    add_sizes(init)
     init.set_defaults(function=command_init)
 
     training = commands.add_parser(
@@ -153,6 +152,7 @@ def build_parser() -> Parser:
     training.add_argument(
         "--force", action="store_true", help="resume although --batch-size is another one"
     )
+    add_beam(training)
     training.set_defaults(function=command_train)
 
     plotting = commands.add_parser(
@@ -253,8 +253,66 @@ def build_parser() -> Parser:
     showing.add_argument(
         "--stats", action="store_true", help="say at the end how fast it went, on standard error"
     )
+    add_beam(running)
     running.set_defaults(function=command_run)
+
+    measuring = commands.add_parser(
+        "bench", help="measure how fast it is here", description=command_bench.__doc__
+    )
+    measuring.add_argument(
+        "mode", choices=["train", "decode"], nargs="?", default="train",
+        help="a step of training (default), or writing",
+    )  # fmt: skip
+    shape = measuring.add_mutually_exclusive_group()
+    shape.add_argument("--preset", choices=PRESETS, default="xs", help="sizes of the model")
+    shape.add_argument(
+        "--model", type=Path, metavar="PATH", help="folder with the model.json to take instead"
+    )
+    add_sizes(measuring)
+    measuring.add_argument(
+        "--context-len", type=int, default=1024, metavar="N",
+        help="bytes of a training window, or of the prompt (default: 1024)",
+    )  # fmt: skip
+    for name, default in (("batch_size", 1), ("grad_accumulation_steps", 1), ("optimizer", "soap"),
+                          ("precision", "auto")):  # fmt: skip
+        choice = {"choices": CHOICES[name]} if name in CHOICES else {"metavar": "N"}
+        measuring.add_argument(
+            flag(name), type=type(default), default=argparse.SUPPRESS,
+            help=f"train: {TRAIN_HELP[name]} (default: {default})", **choice,
+        )  # fmt: skip
+    measuring.add_argument(
+        "--devices", default="", metavar="N",
+        help="train: share each batch among so many devices, or among these: CUDA:0,CUDA:1",
+    )  # fmt: skip
+    measuring.add_argument(
+        "--repeats", type=int, default=5, metavar="N", help="medians of so many (default: 5)"
+    )
+    measuring.add_argument("--json", action="store_true", help="print records, one JSON a line")
+    add_beam(measuring)
+    measuring.set_defaults(function=command_bench)
     return parser
+
+
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """The flags of a model's sizes."""
+    for field in dataclasses.fields(Config):
+        default = PRESETS["xs"][field.name]
+        text = f"{CONFIG_HELP[field.name]} (xs: {default})"
+        parser.add_argument(flag(field.name), type=field.type, metavar="N", help=text)
+
+
+def chosen_sizes(args: argparse.Namespace) -> dict[str, int | float]:
+    """The sizes that were given as flags."""
+    names = [field.name for field in dataclasses.fields(Config)]
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def add_beam(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--beam", type=int, metavar="N",
+        help="let tinygrad search schedules for its kernels, N candidates at a time: slow once, "
+        "then cached (default: no search)",
+    )  # fmt: skip
 
 
 def say(text: str) -> None:
@@ -263,9 +321,7 @@ def say(text: str) -> None:
 
 def command_init(args: argparse.Namespace) -> int:
     """Describe a new model: writes PATH/model.json. Weights come into being with `train`."""
-    names = [field.name for field in dataclasses.fields(Config)]
-    changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    config = Config.preset(args.preset, **changes)
+    config = Config.preset(args.preset, **chosen_sizes(args))
     if args.path.exists():
         raise PicoError(f"{args.path} exists; choose another PATH, or delete it to start over")
     try:
@@ -575,6 +631,68 @@ def describe_stats(stats: Stats) -> str:
     return "\n".join(f"{name}: {value}" for name, value in lines.items())
 
 
+def command_bench(args: argparse.Namespace) -> int:
+    """Measure a step of training, or decoding, on this machine: a model of random weights.
+
+    Times are medians. `needed` are the operations that the mathematics asks for, `done` those that
+    the kernels do; `of gemm` compares what is needed, by time, with a plain matrix product here.
+    """
+    sizes, options = chosen_sizes(args), vars(args)
+    if args.model:
+        config = dataclasses.replace(load_config(args.model), **sizes)
+    else:
+        config = Config.preset(args.preset, **sizes)
+    names = ("batch_size", "grad_accumulation_steps", "optimizer", "precision")
+    given = {name: options[name] for name in names if name in options}
+    shown = {"repeats": args.repeats, "progress": True}
+    if args.mode == "decode":
+        for name in (*given, *(["devices"] if args.devices else [])):
+            raise PicoError(f"bench decode has no use for {flag(name)}: it belongs to bench train")
+        records = bench_decode(config, args.context_len, **shown)
+    else:
+        settings = TrainSettings(**{"context_len": args.context_len, "batch_size": 1} | given)
+        devices = parse_devices(args.devices) if args.devices else ()
+        records = bench_train(config, settings, devices, **shown)
+    for record in records:
+        print(json.dumps(record) if args.json else describe_measured(record), flush=True)
+    return 0
+
+
+def describe_measured(record: dict) -> str:
+    """One or two lines for a record of `pico_tg.bench`."""
+    name = record["measured"]
+    if name == "machine":
+        of = f"; {len(record['devices'])} devices" if record["devices"] else ""
+        return (
+            f"{record['backend']}{of}; {record['precision']}; a matrix product alone reaches "
+            f"{record['gemm_gflops']:,.0f} GFLOPS; {record['parameters']:,} parameters\n"
+            f"{'':20}{'seconds':>10}{'bytes/s':>10}{'kernels':>9}{'GOP done':>10}{'needed':>10}"
+            f"{'GFLOPS':>9}{'of gemm':>9}"
+        )
+    if name == "start-up":
+        ends = (f"{key[:-8].replace('_', ' ')} {value:.1f} s" for key, value in record.items()
+                if key != "measured")  # fmt: skip
+        return f"from the start of the process to the end of the: {', '.join(ends)}"
+    if name == "memory":
+        return "most memory: " + ", ".join(
+            f"{key[:-7]} {value / 1e9:.2f} GB" for key, value in record.items() if key != "measured"
+        )
+    line = (
+        f"{name:20}{record['seconds']:>10.4f}{record['bytes_per_second']:>10,.0f}"
+        f"{record['kernels']:>9}{record['operations'] / 1e9:>10.3f}{record['needed'] / 1e9:>10.3f}"
+        f"{record['gflops']:>9.1f}{record['of_gemm']:>9.1%}"
+    )
+    if "router_rate" in record:
+        line += (
+            f"\n{'':20}{record['passes_per_second']:.1f} passes/s, "
+            f"{record['accepted_per_pass']:.2f} drafts accepted a pass, "
+            f"{record['router_rate']:.0%} of the bytes routed"
+        )
+    if "first_byte_seconds" in record:
+        line += f"\n{'':20}first byte after {record['first_byte_seconds']:.3f} s"
+    return line
+
+
 def drop_output() -> None:
     """Keep Python's own flush at exit from complaining about output that nobody takes."""
     for stream in (sys.stdout, sys.stderr):
@@ -595,7 +713,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     function: Callable[[argparse.Namespace], int] = args.function
     try:
-        return function(args)
+        with kernel_search(getattr(args, "beam", None)):
+            return function(args)
     except PicoError as error:
         message = " ".join(str(error).split())
         say(f"pico_tg: error: {message}")

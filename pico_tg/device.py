@@ -6,6 +6,7 @@ there is taken: libLLVM, else clang, else tinygrad's own X86 assembler. tinygrad
 clang and fail at the first kernel without it.
 """
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -15,7 +16,7 @@ import sys
 from pathlib import Path
 
 from tinygrad import Device
-from tinygrad.helpers import CPU_COUNT, DEV, USE_TC, getenv
+from tinygrad.helpers import BEAM, CPU_COUNT, DEV, USE_TC, Context, getenv
 from tinygrad.runtime.support.c import DLL
 
 from .files import PicoError
@@ -71,6 +72,18 @@ def parse_devices(text: str) -> tuple[str, ...]:
     if len({Device.canonicalize(name) for name in devices}) < len(devices):
         raise PicoError(f"--devices {text} names a device twice")
     return tuple(Device.canonicalize(name) for name in devices)
+
+
+def kernel_search(width: int | None) -> contextlib.AbstractContextManager:
+    """While it lasts, tinygrad searches schedules for new kernels, `width` candidates at a time.
+
+    None: as the environment's BEAM says. What is found is kept in tinygrad's cache. Kernels that
+    bring a schedule of their own (kernels.py, on a CPU) are not searched. Raises PicoError on a
+    width below 0.
+    """
+    if width is not None and width < 0:
+        raise PicoError(f"beam must be at least 0 (no search), not {width}")
+    return Context(BEAM=BEAM.value if width is None else width)
 
 
 def find_llvm() -> str | None:

@@ -13,17 +13,19 @@ With `BF16` on, both factors of every product of the model, and of its gradients
 bfloat16; sums and results stay float32.
 """
 
+import contextlib
 import functools
 import math
 import os
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from tinygrad import Device, Tensor, TinyJit, dtypes, function
 from tinygrad.codegen.opt import Opt, OptOps
 from tinygrad.dtype import DType, _to_np_dtype
+from tinygrad.engine import realize
 from tinygrad.engine.realize import capturing
 from tinygrad.helpers import CPU_COUNT, DEV, ContextVar
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
@@ -527,3 +529,24 @@ def compiled(method: Callable, *constants: int) -> TinyJit:
 def is_capturing() -> bool:
     """Whether a TinyJit is recording: what runs on the host now would be lost in its replays."""
     return bool(capturing)
+
+
+@contextlib.contextmanager
+def counted_kernels() -> Iterator[list[int]]:
+    """The list's one number becomes how many kernels run while it lasts.
+
+    tinygrad's own counter takes a captured graph, which is many kernels, for one.
+    """
+    count, estimate = [0], realize.estimate_uop
+
+    def counting(call: UOp):  # called for each call that is run
+        ast = call.src[0]
+        graph = ast.op is Ops.CUSTOM_FUNCTION and ast.arg == "graph"
+        count[0] += len(ast.src[0].src) if graph else 1
+        return estimate(call)
+
+    realize.estimate_uop = counting
+    try:
+        yield count
+    finally:
+        realize.estimate_uop = estimate

@@ -1,0 +1,135 @@
+"""Measuring: records whose numbers fit together, and counts that can be checked by hand."""
+
+import json
+
+import numpy as np
+import pytest
+from test_cli import FLAGS, TINY
+from tinygrad import Tensor, TinyJit
+
+from pico_tg import cli
+from pico_tg.bench import gemm_rate
+from pico_tg.config import Config
+from pico_tg.flops import decoding_operations, forward_operations, training_operations
+from pico_tg.kernels import counted_kernels
+
+CONFIG = Config(**TINY)
+
+
+def records(capsys, *arguments):
+    assert cli.main(["bench", *arguments, *FLAGS, "--repeats", "2", "--json"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    return {record.pop("measured"): record for record in map(json.loads, lines)}
+
+
+def check(record, bytes_, needed, gemm):
+    assert record["bytes_per_second"] == pytest.approx(bytes_ / record["seconds"])
+    assert record["needed"] == pytest.approx(needed, abs=1)
+    assert record["gflops"] == pytest.approx(record["needed"] / record["seconds"] / 1e9, rel=1e-3)
+    assert record["of_gemm"] == pytest.approx(record["gflops"] / gemm)
+    # nothing can be left out of what the mathematics needs
+    assert record["operations"] >= record["needed"]
+    assert record["kernels"] > 10
+
+
+def test_training(capsys):
+    sizes = ["--context-len", "64", "--batch-size", "2", "--precision", "fp32"]
+    found = records(capsys, "train", *sizes)
+    assert list(found) == [
+        "machine", "start-up", "step", "step with refresh", "memory", "forward and backward",
+    ]  # fmt: skip
+    machine = found["machine"]
+    assert machine["parameters"] == CONFIG.parameters
+    assert machine["precision"] == "fp32"
+    needed = training_operations(CONFIG, 64, 2)
+    for name in ("step", "step with refresh", "forward and backward"):
+        check(found[name], 2 * 64, needed, machine["gemm_gflops"])
+    step, products = found["step"], found["forward and backward"]
+    assert products["operations"] < step["operations"]
+    assert products["kernels"] < step["kernels"]
+    assert found["step with refresh"]["operations"] == step["operations"]
+    start = found["start-up"]
+    assert 0 < start["first_step_seconds"] < start["third_step_seconds"]
+    # weights, SOAP's state (moments, GG, Q) and gradients are in memory, float32
+    assert found["memory"]["tensor_memory"] > 4 * 4 * CONFIG.parameters
+
+
+def test_decoding(capsys):
+    found = records(capsys, "decode", "--context-len", "70")
+    assert list(found) == [
+        "machine", "start-up", "writing", "pass of 1 byte", "pass of 8 bytes", "reading", "memory",
+    ]  # fmt: skip
+    gemm = found["machine"]["gemm_gflops"]
+    writing = found["writing"]
+    rate = writing["router_rate"]
+    assert 0 <= rate <= 1
+    check(writing, 1, decoding_operations(CONFIG, 70, rate), gemm)
+    # drafts only ever save passes
+    assert 0 < writing["passes_per_second"] <= writing["bytes_per_second"]
+    bytes_a_pass = writing["bytes_per_second"] / writing["passes_per_second"]
+    assert bytes_a_pass == pytest.approx(1 + writing["accepted_per_pass"], abs=0.05)
+    for size in (1, 8):
+        record = found[f"pass of {size} byte{'s' if size > 1 else ''}"]
+        needs = [size * decoding_operations(CONFIG, 70, share) for share in (0, 1)]
+        assert needs[0] - 1 <= record["needed"] <= needs[1] + 1
+        check(record, size, record["needed"], gemm)
+    assert found["pass of 8 bytes"]["needed"] > 4 * found["pass of 1 byte"]["needed"]
+    assert found["reading"]["first_byte_seconds"] > 0
+    assert found["start-up"]["first_byte_seconds"] > 0
+
+
+def test_what_needs_no_measuring(capsys):
+    """Mistakes end before anything is computed."""
+    for arguments, named in (
+        (["decode", "--batch-size", "2"], "--batch-size"),
+        (["decode", "--devices", "2"], "--devices"),
+        (["train", "--model", "nowhere"], "nowhere"),
+        (["train", "--context-len", "2"], "context_len 2"),
+        (["decode", "--context-len", "0"], "context_len"),
+        (["--repeats", "0"], "repeats"),
+        (["--beam", "-1"], "beam"),
+    ):
+        assert cli.main(["bench", *arguments]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert named in line
+
+
+def test_the_model_of_a_folder(tmp_path, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli, "bench_train", lambda config, *rest, **more: seen.append(config) or [])
+    assert cli.main(["init", str(tmp_path / "m"), *FLAGS]) == 0
+    assert cli.main(["bench", "--model", str(tmp_path / "m"), "--dim", "32"]) == 0
+    assert seen == [Config(**TINY | {"dim": 32})]
+
+
+def test_the_text_has_a_line_for_everything():
+    record = {"measured": "step", "seconds": 0.5, "bytes_per_second": 2048.0, "kernels": 700}
+    record |= {"operations": 3e9, "needed": 2e9, "gflops": 4.0, "of_gemm": 0.25}
+    assert cli.describe_measured(record).split() == [
+        "step", "0.5000", "2,048", "700", "3.000", "2.000", "4.0", "25.0%",
+    ]  # fmt: skip
+    start = {"measured": "start-up", "first_step_seconds": 3.04, "third_step_seconds": 5.5}
+    assert cli.describe_measured(start).endswith("first step 3.0 s, third step 5.5 s")
+
+
+def test_kernels_of_a_graph_are_counted():
+    def three(x):
+        return (((x + 1).contiguous() * 2).contiguous() - 3).contiguous().realize()
+
+    jitted, x = TinyJit(three), Tensor(np.ones(8, np.float32)).realize()
+    for _ in range(4):
+        with counted_kernels() as count:
+            jitted(x)
+        assert count == [3]
+
+
+def test_a_byte_of_decoding_is_a_byte_of_the_forward_pass():
+    """At full windows, one byte more costs what one position more adds to a whole pass."""
+    everything = Config(**TINY | {"latent_capacity_factor": 1.0})
+    more = forward_operations(everything, 101) - forward_operations(everything, 100)
+    assert decoding_operations(everything, 100, 1.0) == more
+    assert decoding_operations(everything, 3, 1.0) < decoding_operations(everything, 100, 0.9)
+
+
+def test_the_rate_of_a_product():
+    assert 0.01 < gemm_rate("fp32", "CPU") < 1e5
