@@ -173,7 +173,8 @@ def bench_decode(
         bar.update()
         for _ in range(WARM_UP):
             for size in sizes:
-                decoder.feed(prompt[:1] * size)
+                for _ in range(WARM_UP):  # as many as are routed, so many kinds of passes
+                    decoder.feed(rng.bytes(size))
                 bar.update()
             for _ in text(0, Stats()):  # also what depends on how many bytes are routed
                 pass

@@ -1,0 +1,116 @@
+"""CUDA, Metal and OpenCL without their devices: all kernels are made for them, none too big.
+
+tinygrad's NULL device schedules and renders and runs nothing. Where NVIDIA's compiler is installed
+(NVRTC_PATH; pip install nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12), it compiles them as well.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+MADE = """
+import json, os, sys, types
+import numpy as np
+from tinygrad.device import Compiler
+from tinygrad.runtime.support import compiler_cuda
+
+# compilers that are not here: the source is enough
+if "NVRTC_PATH" not in os.environ:
+    compiler_cuda.NVRTCCompiler = lambda *args, **options: Compiler()
+sys.modules["tinygrad.runtime.ops_metal"] = types.SimpleNamespace(MetalCompiler=Compiler)
+
+from tinygrad import Tensor
+from tinygrad.runtime.ops_null import NullProgram
+from tinygrad.uop.ops import Ops
+
+from pico_tg import Config, Decoder, Pico, TrainSettings, generate
+from pico_tg.soap import all_finite
+from pico_tg.train import TrainStep
+from test_cli import TINY
+
+kernels, before = [], NullProgram.__init__
+
+def watch(self, device, name, lib, *args, **options):
+    before(self, device, name, lib, *args, **options)
+    program = options["prg"]
+    on_units = any(uop.op is Ops.WMMA for uop in program.toposort())
+    kernels.append((len(program.arg.globals), on_units, lib.decode()))
+
+NullProgram.__init__ = watch
+model = Pico(Config(**TINY), seed=0)
+settings = TrainSettings(context_len=64, batch_size=2, precision=sys.argv[1])
+TrainStep(model, settings)(np.zeros((1, 2, 66), np.uint8), 1e-3)
+train, kernels = kernels, []
+# nothing is computed: all bytes would stay out of the latent blocks
+sys.modules["pico_tg.generate"].read = lambda x: np.ones(x.shape, np.float32)
+decoder = Decoder(model)
+decoder.feed(b"abc")
+decode, kernels = kernels, []
+Tensor.realize(all_finite([Tensor.empty(4, 4 + i) for i in range(90)]))  # of a deep model
+print(json.dumps({
+    "train": len(train), "decode": len(decode), "selected": decoder.selected,
+    "on_units": sum(on for _, on, _ in train),
+    "buffers": max(count for count, _, _ in (*train, *decode, *kernels)),
+    "sources": [source for _, on, source in train if on][:1],
+}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "marks"),
+    [
+        ("NULL:CUDA:sm_80", "bf16", ("__global__", "mma.sync")),
+        ("NULL:METAL:Apple9", "fp32", ("kernel void", "simdgroup_float8x8")),
+    ],
+)
+def test_a_step_and_a_pass_are_made_for(device, precision, marks):
+    env = os.environ | {"DEV": device, "PYTHONPATH": os.path.dirname(__file__)}
+    # NULL has no limit of its own; on METAL tinygrad keeps to this one by itself
+    env |= {"NULL_ALLOW_COPYOUT": "1", "MAX_KERNEL_BUFFERS": "31"}
+    command = [sys.executable, "-c", MADE, precision]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["train"] > 100
+    assert found["decode"] > 20
+    assert found["selected"] == 3  # the latent blocks' kernels are among them
+    # each of a block's four products, forward and twice backward
+    assert found["on_units"] >= 12
+    assert 20 < found["buffers"] <= 31
+    (source,) = found["sources"]
+    if "NVRTC_PATH" not in os.environ:  # else it is machine code
+        assert all(mark in source for mark in marks)
+
+
+OPENCL = """
+import numpy as np
+from pico_tg import Decoder, Config, Pico
+from pico_tg.bench import ForwardBackward
+from test_cli import TINY
+from tinygrad import Tensor
+model = Pico(Config(**TINY), seed=0)
+with Tensor.train():
+    loss = ForwardBackward(model)(Tensor(np.arange(132).reshape(2, 66).astype(np.uint8)).realize())
+print(loss, *Decoder(model).feed(b"abc")[0][:, 0, :4].ravel())
+"""
+
+
+@pytest.mark.slow
+def test_opencl_computes_what_the_default_device_does():
+    """Needs an OpenCL device; Debian's pocl-opencl-icd is one on any CPU."""
+    env = os.environ | {"PYTHONPATH": os.path.dirname(__file__)}
+    open_it = [sys.executable, "-c", "from tinygrad import Device; Device['CL']"]
+    if subprocess.run(open_it, env=env, capture_output=True).returncode:
+        pytest.skip("no OpenCL device here (apt-get install pocl-opencl-icd brings one)")
+    results = []
+    for device in ("CL", None):
+        chosen = env if device is None else env | {"DEV": device}
+        done = subprocess.run(
+            [sys.executable, "-c", OPENCL], env=chosen, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        results.append([float(x) for x in done.stdout.split()])
+    assert results[0] == pytest.approx(results[1], rel=1e-4, abs=1e-4)
