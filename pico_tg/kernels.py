@@ -78,6 +78,59 @@ def matmul_transposed(a: Tensor, b: Tensor) -> Tensor:
     return _product(a.reshape(-1, M, L), b.reshape(-1, N, L)).reshape(*lead, M, N)
 
 
+def lookup(weight: Tensor, index: Tensor) -> Tensor:
+    """Rows of weight [V, D] by index int32 [...] -> [..., D]."""
+    rows = _lookup(weight, index.reshape(-1).contiguous())
+    return rows.reshape(*index.shape, weight.shape[1])
+
+
+def _rows(weight: Tensor, index: Tensor) -> Tensor:
+    return weight.gather(0, index.unsqueeze(1).expand(index.shape[0], weight.shape[1]))
+
+
+def _lookup_gradient(upstream: UOp, call: UOp) -> tuple[UOp | None, ...]:
+    weight, index = (Tensor(uop) for uop in call.src[1:])
+    g = Tensor(upstream).contiguous()
+    V, D = weight.shape
+    if not by_hand(g.device):
+        hit = Tensor.arange(V, device=g.device).unsqueeze(1) == index  # (V, N)
+        return (hit.unsqueeze(2).where(g, 0)).sum(axis=1).uop, None
+    wide = next(n for n in (12, 16, 8, 4, 2, 1) if D % n == 0)
+
+    def kernel(out: UOp, g: UOp, index: UOp) -> UOp:
+        n, d = UOp.range(g.shape[0], 0), UOp.range(D, 1)
+        row = index[n].cast(dtypes.weakint)
+        opts = (Opt(OptOps.UPCAST, 1, wide),) if wide > 1 else ()
+        info = KernelInfo(name=f"lookup_gradient_{V}_{D}_{g.shape[0]}", opts_to_apply=opts)
+        return out[row, d].store(out[row, d] + g[n, d]).end(n, d).sink(arg=info)
+
+    zeros = Tensor.zeros(V, D, device=g.device).contiguous()
+    return zeros.custom_kernel(g, index, fxn=kernel)[0].uop, None
+
+
+# tinygrad's gradient of an indexed load is a one-hot sum, O(N * V * D)
+_lookup = function(grad_fxn=_lookup_gradient)(_rows)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """x [..., value | gate] -> silu(gate) * value."""
+    share = x[..., x.shape[-1] // 2 :].sigmoid().contiguous()
+    return _swiglu(x, share)
+
+
+def _swiglu_gradient(upstream: UOp, call: UOp) -> tuple[UOp | None, ...]:
+    x, share = (Tensor(uop) for uop in call.src[1:])
+    value, gate = x.chunk(2, dim=-1)
+    g = Tensor(upstream).contiguous() * share
+    return (g * gate).cat(g * value * (1 + gate * (1 - share)), dim=-1).uop, None
+
+
+@function(grad_fxn=_swiglu_gradient)
+def _swiglu(x: Tensor, share: Tensor) -> Tensor:
+    value, gate = x.chunk(2, dim=-1)
+    return gate * share * value
+
+
 def product(a: Tensor, b: Tensor, transposed: bool = False) -> Tensor:
     """a [Z, M, L] @ b [Z, L, N] -> [Z, M, N], with no gradient; `transposed`: a is [Z, L, M]."""
     M, L = a.shape[:0:-1] if transposed else a.shape[1:]
@@ -364,17 +417,19 @@ def _band_scores(q: Tensor, k: Tensor, slopes: Tensor, band: Band) -> Tensor:
         l = UOp.range(band.head_dim, 5, AxisType.REDUCE)
         row = ((z * b + b_) * G + g) * Q + i
         total = _times(S[0][row, l], S[1][z * band.head_dim + l, b_ * Q + n])
-        total = total.reduce(l, arg=Ops.ADD)
-        distance = i + band.reach - n
-        seen = (distance >= 0) & (distance <= band.window) & (b_ * Q + n >= band.reach)
-        bias = S[2][z * G + g] * distance.cast(dtypes.float32)
-        return seen.where(total - bias, total.const_like(-math.inf))
+        bias = S[2][z * G + g] * S[3][i, n] + S[4][b_ * Q + n]
+        return total.reduce(l, arg=Ops.ADD) - bias
 
     def target(z, b_, g, i, n):
         return ((z * b + b_) * G + g) * Q + i, n
 
+    arange = functools.partial(Tensor.arange, device=q.device)
+    distance = arange(Q).reshape(Q, 1) + band.reach - arange(s)
+    seen = (distance >= 0) & (distance <= band.window)
+    distance = seen.where(distance.cast(dtypes.float32), math.inf).contiguous()
+    before = (arange(band.positions) < band.reach).where(math.inf, 0.0).contiguous()
     out = Tensor.empty(Z * b * band.rows, s, device=q.device)
-    return _tiled(out, [q, k, slopes], "scores", (Z, b, G, Q, s), body, target, band.head_dim)
+    return _tiled(out, [q, k, slopes, distance, before], "scores", (Z, b, G, Q, s), body, target, band.head_dim)
 
 
 def _band_product(a: Tensor, x: Tensor, band: Band, name: str, factor: float = 1.0) -> Tensor:
