@@ -33,7 +33,7 @@ ROWS, COLUMNS = 8, 16  # the register tile
 # below this many multiplications a product is bound by memory or by the call, not by arithmetic
 SMALL = 1 << 15
 # from this many terms on, the columns of a transposed factor are gathered before they are read
-LONG = 1024
+LONG = 2048
 BF16 = ContextVar("PICO_BF16", 0)  # `with Context(PICO_BF16=1)` while a graph is made
 
 
@@ -199,7 +199,7 @@ def _product_function(M: int, N: int, L: int, gemm: Callable[..., Tensor]):
     @function(grad_fxn=gradient, allow_implicit=True)
     def product(a: Tensor, b: Tensor) -> Tensor:
         # rows of b become columns: the vector's lanes are then next to each other in memory
-        return gemm(a, b.transpose(1, 2).contiguous(), M, N, L)
+        return gemm(a, _transposed(b) if gemm is _gemm else b.transpose(1, 2).contiguous(), M, N, L)
 
     return product
 
@@ -231,7 +231,9 @@ def _gemm(a: Tensor, b: Tensor, M: int, N: int, L: int, transposed: bool = False
     meant. What the padding holds does not matter: it is summed over by nobody.
     """
     Z = a.shape[0]
-    if transposed and Z == 1 and L >= LONG and min(M, N) > COLUMNS:
+    # also where columns lie a multiple of a page apart: they would share a few cache lines
+    long = L >= LONG or (L >= LONG // 4 and M % 1024 == 0)
+    if transposed and Z == 1 and long and min(M, N) > COLUMNS:
         return _gemm_long(a, b, M, N, L)
     rows, columns = _round_up(M, 2 * ROWS), _round_up(N, COLUMNS)
     # threads share the matrices, or the rows if those divide better
@@ -289,6 +291,19 @@ def _gemm_long(a: Tensor, b: Tensor, M: int, N: int, L: int) -> Tensor:
 
     out = Tensor.empty(rows, columns, device=a.device)
     return out.custom_kernel(_panels(a[0]), _panels(b[0]), fxn=kernel)[0].reshape(1, rows, columns)
+
+
+def _transposed(x: Tensor) -> Tensor:
+    """[Z, M, N] -> [Z, N, M], both multiples of COLUMNS, in squares."""
+    Z, M, N = x.shape
+
+    def kernel(out: UOp, x: UOp) -> UOp:
+        (z, m, n), axis = _loops(Z, M, N)
+        opts = [Opt(OptOps.UPCAST, axis[2], 4), Opt(OptOps.UPCAST, axis[1], COLUMNS)]
+        info = KernelInfo(name=f"transposed_{Z}_{M}_{N}", opts_to_apply=tuple(opts))
+        return _end(out[z, n, m].store(x[z, m, n]), z, m, n).sink(arg=info)
+
+    return Tensor.empty(Z, N, M, device=x.device, dtype=x.dtype).custom_kernel(x, fxn=kernel)[0]
 
 
 def _panels(x: Tensor) -> Tensor:

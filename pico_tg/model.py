@@ -63,7 +63,7 @@ class Attention:
 
     def output(self, heads: Tensor) -> Tensor:
         """[B, H, N, C] -> [B, N, D]."""
-        return self.proj(heads.transpose(1, 2).flatten(2))
+        return self.proj(stored(heads.transpose(1, 2)).flatten(2))
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.output(banded_attention(*self.qkv(x), self.window))
