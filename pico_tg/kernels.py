@@ -444,7 +444,15 @@ def _band_scores(q: Tensor, k: Tensor, slopes: Tensor, band: Band) -> Tensor:
     distance = seen.where(distance.cast(dtypes.float32), math.inf).contiguous()
     before = (arange(band.positions) < band.reach).where(math.inf, 0.0).contiguous()
     out = Tensor.empty(Z * b * band.rows, s, device=q.device)
-    return _tiled(out, [q, k, slopes, distance, before], "scores", (Z, b, G, Q, s), body, target, band.head_dim)
+    return _tiled(
+        out,
+        [q, k, slopes, distance, before],
+        "scores",
+        (Z, b, G, Q, s),
+        body,
+        target,
+        band.head_dim,
+    )
 
 
 def _band_product(a: Tensor, x: Tensor, band: Band, name: str, factor: float = 1.0) -> Tensor:
@@ -481,9 +489,7 @@ def _band_score_gradient(g: Tensor, v: Tensor, weights: Tensor, band: Band) -> T
     return _tiled(out, [g, v, weights], "ds", (Z, b, M, s), body, target, terms)
 
 
-def _band_key_gradient(
-    a: Tensor, x: Tensor, band: Band, name: str, factor: float = 1.0
-) -> Tensor:
+def _band_key_gradient(a: Tensor, x: Tensor, band: Band, name: str, factor: float = 1.0) -> Tensor:
     """For each key, the sum of a (its column of the scores) times rows x, over all its queries."""
     Z, b, M, Q, P = band.matrices, band.blocks, band.rows, band.queries, band.width
     later = band.reach // Q  # blocks after a key's own that see it
