@@ -647,7 +647,7 @@ class Packed:
             opts = [Opt(OptOps.UPCAST, axis[2], 16), Opt(OptOps.UPCAST, axis[2], panel // 16)]
             if tile > 1:
                 opts.append(Opt(OptOps.UPCAST, axis[0], tile))
-            if self.inputs % 4 == 0:
+            elif self.inputs % 4 == 0:  # of one row there is too little to do in a turn
                 opts.append(Opt(OptOps.UNROLL, 0, 4))
             info = KernelInfo(
                 name=f"packed_{rows}_{self.outputs}_{self.inputs}_{len(more)}",
@@ -844,7 +844,8 @@ class Ring:
                 opts.append(Opt(OptOps.UPCAST, axis[3], P // 16))
             if tile > 1:
                 opts.append(Opt(OptOps.UPCAST, axis[2], tile))
-            opts.append(Opt(OptOps.UNROLL, 0, 4))
+            else:
+                opts.append(Opt(OptOps.UNROLL, 0, 4))
             info = KernelInfo(name=f"weigh_{K}_{G}_{R}_{S}_{P}", opts_to_apply=tuple(opts))
             return _end(out[(r * K + k) * G + g, c].store(total), k, g, r, c).sink(arg=info)
 
