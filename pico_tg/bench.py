@@ -34,7 +34,7 @@ from .config import Config
 from .device import describe_backend
 from .files import PicoError
 from .flops import decoding_operations, training_operations
-from .generate import Decoder, GeneratedByte, Stats, generate
+from .generate import SIZES, Decoder, GeneratedByte, Stats, generate
 from .kernels import compiled, counted_kernels
 from .model import Pico, loss_fn
 from .train import TrainSettings, TrainStep, graph_context, inputs_and_targets, on_devices
@@ -158,7 +158,7 @@ def bench_decode(
     yield _machine(config, "fp32", gemm, ())
     rng = np.random.default_rng(0)
     prompt = rng.bytes(context_len)
-    bytes_, sizes = 64, (1, 2, 4, 8)
+    bytes_ = 64
     memory = Memory()
     decoder = Decoder(Pico(config, seed=0))
 
@@ -166,13 +166,13 @@ def bench_decode(
         options = {"max_bytes": bytes_ + 1, "ignore_end": True, "raw_prompt": True}
         return generate(decoder.model, prompt, seed=seed, stats=stats, decoder=decoder, **options)
 
-    total = 1 + (len(sizes) + 1) * WARM_UP
+    total = 1 + (len(SIZES) + 1) * WARM_UP
     with memory, tqdm(total=total, desc="compiling", unit="pass", disable=not progress) as bar:
         next(text(0, Stats()))
         first_byte = process_seconds()
         bar.update()
         for _ in range(WARM_UP):
-            for size in sizes:
+            for size in SIZES:
                 for _ in range(WARM_UP):  # as many as are routed, so many kinds of passes
                     decoder.feed(rng.bytes(size))
                 bar.update()
