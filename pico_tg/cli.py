@@ -679,7 +679,7 @@ def describe_measured(record: dict) -> str:
         )
     line = (
         f"{name:20}{record['seconds']:>10.4f}{record['bytes_per_second']:>10,.0f}"
-        f"{record['kernels']:>9}{record['operations'] / 1e9:>10.3f}{record['needed'] / 1e9:>10.3f}"
+        f"{record['kernels']:>9}{record['operations'] / 1e9:>10.4g}{record['needed'] / 1e9:>10.4g}"
         f"{record['gflops']:>9.1f}{record['of_gemm']:>9.1%}"
     )
     if "router_rate" in record:

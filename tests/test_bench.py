@@ -106,7 +106,7 @@ def test_the_text_has_a_line_for_everything():
     record = {"measured": "step", "seconds": 0.5, "bytes_per_second": 2048.0, "kernels": 700}
     record |= {"operations": 3e9, "needed": 2e9, "gflops": 4.0, "of_gemm": 0.25}
     assert cli.describe_measured(record).split() == [
-        "step", "0.5000", "2,048", "700", "3.000", "2.000", "4.0", "25.0%",
+        "step", "0.5000", "2,048", "700", "3", "2", "4.0", "25.0%",
     ]  # fmt: skip
     start = {"measured": "start-up", "first_step_seconds": 3.04, "third_step_seconds": 5.5}
     assert cli.describe_measured(start).endswith("first step 3.0 s, third step 5.5 s")
