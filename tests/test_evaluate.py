@@ -112,7 +112,7 @@ def test_bits_per_byte(found, read):
     assert found.bits_per_byte == pytest.approx(bits(read.logits[at, 0], targets), 1e-5)
     without = bits(read.without[at], targets)
     assert found.bits_per_byte_without_latent == pytest.approx(without, 1e-5)
-    assert abs(found.bits_per_byte - without) > 1e-3
+    assert abs(found.bits_per_byte - without) > 5e-4
 
 
 def test_head_accuracy(found, read):
