@@ -1,8 +1,10 @@
 """Pico: a byte-level language model without a tokenizer, on tinygrad."""
 
+from . import programs
 from .device import choose_backend
 
 choose_backend()  # before any module can make a Tensor
+programs.install()
 
 from .checkpoint import load, load_weights, save_weights  # noqa: E402
 from .config import Config  # noqa: E402
