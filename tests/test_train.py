@@ -229,7 +229,7 @@ def test_validation_is_bits_per_byte_of_the_text(text):
     """Against the oracle, byte by byte: causal routing, wrapper bytes left out, padding too."""
     model = make()
     corpus = load_data(DataSpec(text), progress=False).validation
-    settings = TrainSettings(context_len=30, batch_size=3)
+    settings = TrainSettings(context_len=35, batch_size=3)
     found = Validation(model, corpus, settings)()
     named = weights(model)
     total, count, chosen = 0.0, 0, 0
@@ -239,11 +239,11 @@ def test_validation_is_bits_per_byte_of_the_text(text):
     assert bytes(held_out).endswith(SEQ_END)
     own_text = np.ones(len(held_out), bool)
     own_text[: len(SEQ_START)] = own_text[-len(SEQ_END) :] = False
-    for first in range(0, len(held_out) - 1, 30):
-        x = held_out[first : first + 30]
+    for first in range(0, len(held_out) - 1, 35):
+        x = held_out[first : first + 35]
         logits, z, _ = forward(named, CONFIG, x[None], causal=True)
         # which bytes are the likeliest k depends on the whole window, so it must be whole
-        whole = first + 30 < len(held_out)
+        whole = first + 35 < len(held_out)
         top_k = forward(named, CONFIG, x[None])[0]
         for n in range(len(x)):
             at = first + n + 1
