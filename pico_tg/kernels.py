@@ -9,6 +9,9 @@ Two things are done here that tinygrad does not do by itself:
   fifth of it. `PICO_KERNELS=0` switches them off; on accelerators plain `@` is used, so that
   tensor cores apply.
 
+- On a CPU, attention is six such products with their softmax in them, on bands that are never
+  copied (`band_attention`), and weights of v are summed by the product that uses them.
+
 With `BF16` on, both factors of every product of the model, and of its gradients, are rounded to
 bfloat16; sums and results stay float32.
 """
