@@ -2,7 +2,8 @@
 
 Query i sees key j iff i - window <= j <= i. The sequence is cut into blocks of queries; a block
 sees its own keys and those of the `window` positions before it, so the cost is O(N * window) and
-no N x N matrix exists unless the window spans the sequence.
+no N x N matrix exists unless the window spans the sequence. On a CPU `kernels.band_attention` does
+it, elsewhere plain products.
 
 Shape letters: B batch, N positions, H query heads, K key/value heads, G = H // K query heads that
 share one of them, C head_dim, W window, b blocks, q queries a block, s = q + reach keys a block.

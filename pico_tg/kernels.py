@@ -9,6 +9,9 @@ Two things are done here that tinygrad does not do by itself:
   fifth of it. `PICO_KERNELS=0` switches them off; on accelerators plain `@` is used, so that
   tensor cores apply.
 
+- On a CPU, attention is six such products with their softmax in them, on bands that are never
+  copied (`band_attention`), and weights of v are summed by the product that uses them.
+
 With `BF16` on, both factors of every product of the model, and of its gradients, are rounded to
 bfloat16; sums and results stay float32.
 """
@@ -368,7 +371,7 @@ def band_attention(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, band: Band) 
     Scores are kept as powers of two, weights without their sum: v has a column of ones, so that the
     product that weighs it sums them as well. With r = 1 / sum and D = g . out for a query whose
     output has the gradient g, its scores have weights * (r * g . v - r * D) (the softmax's gradient
-    with both factors moved into the rows), one product with the same column of ones.
+    with both factors moved into the rows).
     """
     C, P, rounded = band.head_dim, band.width, dtypes.bfloat16 if BF16 else dtypes.float32
     B, K, G, Q, blocks = band.batch, band.kv_heads, band.group, band.queries, band.blocks
@@ -400,10 +403,9 @@ def _band_function(band: Band):
         q, k, v, weights, sums = (Tensor(uop) for uop in call.src[1:])
         g = Tensor(upstream).contiguous()
         share = sums[:, C : C + 1].reciprocal()
-        dots = (g * sums[:, :C]).sum(axis=1, keepdim=True) * share
-        g = (g * share).pad((None, (0, P - C))) - (dots * share).pad((None, (C, P - C - 1)))
-        g = g.cast(q.dtype).contiguous()
-        d_scores = _band_score_gradient(g, _turned(v, band, C + 1), weights, band)
+        dots = ((g * sums[:, :C]).sum(axis=1, keepdim=True) * share * share).contiguous()
+        g = (g * share).pad((None, (0, P - C))).cast(q.dtype).contiguous()
+        d_scores = _band_score_gradient(g, _turned(v, band, C), weights, dots, band)
         dq = _band_product(d_scores, k, band, "dq", math.log(2))
         dk = _band_key_gradient(d_scores, q, band, "dk", math.log(2))
         dv = _band_key_gradient(weights, g, band, "dv")
@@ -474,21 +476,22 @@ def _band_product(a: Tensor, x: Tensor, band: Band, name: str, factor: float = 1
     return _tiled(out, [a, x], name, (Z, b, M, P), body, target, band.keys)
 
 
-def _band_score_gradient(g: Tensor, v: Tensor, weights: Tensor, band: Band) -> Tensor:
-    """weights * (g's rows times v turned), in the dtype of the weights."""
-    Z, b, M, s, terms = band.matrices, band.blocks, band.rows, band.keys, band.head_dim + 1
+def _band_score_gradient(g: Tensor, v: Tensor, weights: Tensor, dots: Tensor, band: Band) -> Tensor:
+    """weights * (g's rows times v turned - dots [rows, 1]), in the dtype of the weights."""
+    Z, b, M, s, terms = band.matrices, band.blocks, band.rows, band.keys, band.head_dim
 
     def body(S: tuple[UOp, ...], z, b_, m, n) -> UOp:
         l = UOp.range(terms, 5, AxisType.REDUCE)
         row = (z * b + b_) * M + m
         total = _times(S[0][row, l], S[1][z * terms + l, b_ * band.queries + n])
-        return total.reduce(l, arg=Ops.ADD) * S[2][row, n].cast(dtypes.float32)
+        total = total.reduce(l, arg=Ops.ADD) - S[3][row, 0]
+        return total * S[2][row, n].cast(dtypes.float32)
 
     def target(z, b_, m, n):
         return (z * b + b_) * M + m, n
 
     out = Tensor.empty(Z * b * M, s, device=g.device, dtype=weights.dtype)
-    return _tiled(out, [g, v, weights], "ds", (Z, b, M, s), body, target, terms)
+    return _tiled(out, [g, v, weights, dots], "ds", (Z, b, M, s), body, target, terms)
 
 
 def _band_key_gradient(a: Tensor, x: Tensor, band: Band, name: str, factor: float = 1.0) -> Tensor:
