@@ -18,6 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from .checkpoint import load, load_config, load_weights
+from .config import CHOICES as MODEL_CHOICES
 from .config import PRESETS, Config
 from .data import DataSpec, load_data
 from .device import describe_backend, parse_devices
@@ -47,6 +48,8 @@ CONFIG_HELP = {
     "latent_capacity_factor": "fraction of the bytes that training sends to the latent blocks",
     "latent_num_blocks": "latent blocks, which run on the selected bytes only",
     "latent_att_window_size": "how many selected bytes back a latent block sees",
+    "router": "how bytes are selected: learned, or by a rule to compare it with",
+    "position": "how attention knows where a byte is",
 }
 TRAIN_HELP = {
     "context_len": "bytes of one training window",
@@ -106,9 +109,11 @@ def build_parser() -> Parser:
     init.add_argument("path", metavar="PATH", type=Path, help="folder to create for the model")
     init.add_argument("--preset", choices=PRESETS, default="xs", help="start from these sizes")
     for field in dataclasses.fields(Config):
-        default = PRESETS["xs"][field.name]
+        default = PRESETS["xs"].get(field.name, field.default)
         text = f"{CONFIG_HELP[field.name]} (xs: {default})"
-        init.add_argument(flag(field.name), type=field.type, metavar="N", help=text)
+        choices = MODEL_CHOICES.get(field.name)
+        kind = {"choices": choices} if choices else {"metavar": "N"}
+        init.add_argument(flag(field.name), type=field.type, help=text, **kind)
     init.set_defaults(function=command_init)
 
     training = commands.add_parser(
@@ -266,6 +271,10 @@ def command_init(args: argparse.Namespace) -> int:
     names = [field.name for field in dataclasses.fields(Config)]
     changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     config = Config.preset(args.preset, **changes)
+    if config.router in ("all", "none") and "latent_capacity_factor" in changes:
+        raise PicoError(
+            f"--latent-capacity-factor means nothing with --router {config.router}; leave it out"
+        )
     if args.path.exists():
         raise PicoError(f"{args.path} exists; choose another PATH, or delete it to start over")
     try:
@@ -310,7 +319,7 @@ def command_train(args: argparse.Namespace) -> int:
         tracked = None
         if tracker:
             name = f"{args.path.name}/{args.run}"
-            tracked = start_tracker(tracker, name, dataclasses.asdict(config) | settings)
+            tracked = start_tracker(tracker, name, config.to_dict() | settings)
             stack.callback(tracked.finish)
         records = train(
             model, data, run_dir, devices=devices, resume=args.resume, force=args.force,
