@@ -42,9 +42,9 @@ def rule_decisions(router: str, x: Tensor, stride: int, most: int | None) -> Ten
         decisions = (position % stride == stride - 1).expand(*x.shape)
     else:
         decisions = Tensor.full(x.shape, router == "all", dtype=dtypes.bool, device=x.device)
-    if router == "space" and most is not None:
+    if router in ("space", "stride") and most is not None:
         decisions = decisions.contiguous()
-        decisions = decisions & (decisions.cumsum(axis=1, dtype=dtypes.int32) <= most)
+        decisions = decisions & (decisions.cast(dtypes.int32).cumsum(axis=1) <= most)
     return decisions.contiguous()
 
 

@@ -318,8 +318,8 @@ def decide(
 ) -> np.ndarray:
     """Which bytes of one sequence go through the latent blocks: logits [N], bytes [N] -> bool [N].
 
-    A learned router in training: the int(N * factor) largest, ties to the earlier byte. Causal: those above 0, where
-    sigmoid(logit) > 0.5. Ranked by logit, which is the order of the sigmoids before rounding.
+    A learned router in training: the int(N * factor) largest, ties to the earlier byte.
+    Causal: those above 0, where sigmoid(logit) > 0.5. The others: see `select`. Ranked by logit, which is the order of the sigmoids before rounding.
     """
     if causal or config.router != "learned":
         before = [None, *map(int, x[:-1])]
@@ -327,7 +327,9 @@ def decide(
             select(config, n, int(x[n]), before[n], router_logits[n]) for n in range(len(x))
         ]
         decisions = np.array(selected, bool)
-        if config.router == "space" and not causal:  # the first ones, as many as are served
+        if (
+            config.router in ("space", "stride") and not causal
+        ):  # the first ones, as many as are served
             most = int(len(x) * config.latent_capacity_factor)
             decisions[np.flatnonzero(decisions)[most:]] = False
         return decisions
