@@ -39,8 +39,10 @@ parser.add_argument("--steps", type=int, default=400, help="of the learned route
 parser.add_argument("--seeds", type=numbers, default=[0, 1, 2], metavar="N,…")
 parser.add_argument("--routers", default=",".join(CHOICES["router"]), metavar="NAME,…")
 parser.add_argument("--positions", action="store_true", help="the learned router with rope as well")
-parser.add_argument("--next-tokens", type=numbers, default=[], metavar="N,…",
-                    help="the learned router with so many heads as well, with the first seed")  # fmt: skip
+parser.add_argument(
+    "--next-tokens", type=numbers, default=[], metavar="N,…",
+    help="the learned router with so many heads as well, with the first seed",
+)  # fmt: skip
 parser.add_argument("--dim", type=int, default=96)
 parser.add_argument("--latent-blocks", type=int, default=4)
 parser.add_argument("--sample-bytes", type=int, default=400, help="to measure decoding with")
@@ -145,9 +147,10 @@ for name, results in table.items():
 drawn = []
 for number, (name, results) in enumerate(table.items()):
     at = [share for share, _ in results[0]["curve"]]
-    heights = [statistics.mean(h) for h in zip(*([b for _, b in r["curve"]] for r in results))]
-    drawn.append(Line(name, at, heights, COLOURS[number % len(COLOURS)], number >= len(COLOURS)))
-low = min(min(line.y) for line in drawn)
+    together = zip(*([b for _, b in r["curve"]] for r in results), strict=True)
+    heights = [statistics.mean(bits) for bits in together]
+    drawn.append(Line(name, at, heights, COLOURS[number % len(COLOURS)], number // len(COLOURS)))
+low = min(min(line.ys) for line in drawn)
 panel = Panel(
     drawn, "Routers at equal training operations", "share of the operations",
     "bits per byte (held out)", y_range=(low, low + 1.5),

@@ -143,7 +143,7 @@ def test_rules_a_byte_at_a_time(router):
         assert np.flatnonzero(capped).tolist() == np.flatnonzero(whole)[:3].tolist()
 
 
-@pytest.mark.parametrize("factor", [1.0, 0.5, 1 / 3, 0.3, 0.1, 1 / 49, 0.013])
+@pytest.mark.parametrize("factor", [1.0, 0.5, 1 / 3, 0.3, 0.1, 0.013])
 def test_a_stride_fits_the_capacity(factor):
     config = dataclasses.replace(TINY, router="stride", latent_capacity_factor=factor)
     for length in (1, 49, 512, 6144):
