@@ -321,6 +321,223 @@ def decide(
     A learned router in training: the int(N * factor) largest, ties to the earlier byte.
     Causal: those above 0, where sigmoid(logit) > 0.5. The others: see `select`. Ranked by logit,
     which is the order of the sigmoids before rounding.
+    """
+    if causal or config.router != "learned":
+        before = [None, *map(int, x[:-1])]
+        selected = [
+            select(config, n, int(x[n]), before[n], router_logits[n]) for n in range(len(x))
+        ]
+        decisions = np.array(selected, bool)
+        if (
+            config.router in ("space", "stride") and not causal
+        ):  # the first ones, as many as are served
+            most = int(len(x) * config.latent_capacity_factor)
+            decisions[np.flatnonzero(decisions)[most:]] = False
+        return decisions
+    capacity = int(len(router_logits) * config.latent_capacity_factor)
+    by_rank = sorted(range(len(router_logits)), key=lambda n: (-router_logits[n], n))
+    decisions = np.zeros(len(router_logits), bool)
+    decisions[by_rank[:capacity]] = True
+    return decisions
+
+
+class _Sequence(NamedTuple):
+    """What became of one sequence, and the way back."""
+
+    logits: np.ndarray  # (N, P, 256)
+    router_logits: np.ndarray  # (N,)
+    decisions: np.ndarray  # (N,)
+    backward: Callable[[np.ndarray, np.ndarray, Weights], None]
+
+
+def _sequence(
+    weights: Weights,
+    config: Config,
+    x: np.ndarray,
+    causal: bool,
+    decisions: np.ndarray | None,
+    positions: Alibi | None,
+) -> _Sequence:
+    """One sequence of bytes x [N]. backward takes (d_logits, d_router_logits, grads)."""
+    N = len(x)
+    positions = positions or POSITIONS[config.position]
+    h = weights["embedding.weight"][x]  # (N, D)
+    h, fb_in_backward = blocks(weights, "fb_in", config, positions, h)
+
+    z, router_backward = linear(weights, "latent.router", h)  # (N, 1)
+    r = sigmoid(z)
+    if decisions is None:
+        decisions = decide(z[:, 0], x, config, causal)
+    selected = np.flatnonzero(decisions)  # (S,), in sequence order
+    if len(selected):
+        into = h[selected]
+        deep, latent_backward = blocks(weights, "latent", config, positions, into)
+        h = h.copy()
+        h[selected] += (deep - into) * r[selected]
+
+    h, fb_out_backward = blocks(weights, "fb_out", config, positions, h)
+    h, norm_backward = rms_norm(weights, "norm", h)
+    logits, unembedding_backward = linear(weights, "unembedding", h)  # (N, P * 256)
+    logits = logits.reshape(N, config.next_tokens, 256)
+
+    def backward(d_logits: np.ndarray, d_router_logits: np.ndarray, grads: Weights) -> None:
+        d_logits = d_logits.reshape(N, config.next_tokens * 256)
+        d_h = norm_backward(unembedding_backward(d_logits, grads), grads)
+        d_h = fb_out_backward(d_h, grads)
+
+        d_z = d_router_logits.reshape(N, 1).copy()
+        if len(selected):
+            d_added = d_h[selected]  # (S, D)
+            r_selected = r[selected]  # (S, 1)
+            d_r = ((deep - into) * d_added).sum(axis=1, keepdims=True)  # (S, 1)
+            d_z[selected] += d_r * r_selected * (1 - r_selected)
+            d_deep = d_added * r_selected
+            d_h = d_h.copy()
+            d_h[selected] += latent_backward(d_deep, grads) - d_deep
+        d_h = d_h + router_backward(d_z, grads)
+
+        d_h = fb_in_backward(d_h, grads)
+        for n in range(N):
+            grads["embedding.weight"][x[n]] += d_h[n]
+
+    return _Sequence(logits, z[:, 0], decisions, backward)
+
+
+def forward(
+    weights: Weights,
+    config: Config,
+    x: np.ndarray,
+    causal: bool = False,
+    decisions: np.ndarray | None = None,
+    positions: Alibi | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Bytes x [B, N] -> (logits [B, N, P, 256], router_logits [B, N], decisions bool [B, N]).
+
+    `decisions` [B, N] forces the routing, for a comparison where two logits are nearly equal.
+    """
+    weights = _float64(weights)
+    sequences = [
+        _sequence(
+            weights, config, x[b], causal, None if decisions is None else decisions[b], positions
+        )
+        for b in range(len(x))
+    ]
+    return (
+        np.stack([s.logits for s in sequences]),
+        np.stack([s.router_logits for s in sequences]),
+        np.stack([s.decisions for s in sequences]),
+    )
+
+
+def head_shares(config: Config) -> np.ndarray:
+    """The share of each prediction head in the loss: 1.618^(P-1-k), normalised to sum 1: [P]."""
+    shares = np.array([PHI ** (config.next_tokens - 1 - k) for k in range(config.next_tokens)])
+    return shares / shares.sum()
+
+
+def loss(
+    logits: np.ndarray,
+    router_logits: np.ndarray,
+    decisions: np.ndarray,
+    targets: np.ndarray,
+    config: Config,
+) -> tuple[float, float, float]:
+    """(loss, aux_loss, next_byte_loss) in nats, for targets [B, N, P].
+
+    loss = 0.9 * LM + 0.1 * aux_loss is what training minimises. aux_loss is the bare router loss,
+    not yet times 0.1. next_byte_loss is head 0's cross-entropy alone, unweighted.
+    """
+    log_sum = np.logaddexp.reduce(logits, axis=-1)  # (B, N, P)
+    at_target = np.take_along_axis(logits, targets[..., None].astype(int), axis=-1)[..., 0]
+    per_head = (log_sum - at_target).mean(axis=(0, 1))  # (P,)
+    z, t = router_logits, decisions.astype(np.float64)
+    aux_loss = (np.maximum(z, 0) - z * t + np.log1p(np.exp(-np.abs(z)))).mean()
+    lm = (per_head * head_shares(config)).sum()
+    if config.router != "learned":
+        return float(lm), 0.0, float(per_head[0])
+    return float(0.9 * lm + 0.1 * aux_loss), float(aux_loss), float(per_head[0])
+
+
+def loss_and_grads(
+    weights: Weights,
+    config: Config,
+    x: np.ndarray,
+    targets: np.ndarray,
+    decisions: np.ndarray | None = None,
+    positions: Alibi | None = None,
+) -> tuple[tuple[float, float, float], Weights]:
+    """The training losses, as `loss` returns them, and the float64 gradient of the first.
+
+    x [B, N], targets [B, N, P]. The gradients have the names and shapes of the weights. The
+    decisions are constants; `decisions` [B, N] forces them.
+    """
+    weights = _float64(weights)
+    B, N = x.shape
+    sequences = [
+        _sequence(
+            weights, config, x[b], False, None if decisions is None else decisions[b], positions
+        )
+        for b in range(B)
+    ]
+    grads = {name: np.zeros_like(value) for name, value in weights.items()}
+    for b, sequence in enumerate(sequences):
+        # softmax minus one-hot, times the head's share of the mean over B * N positions
+        one_hot = np.eye(256)[targets[b]]  # (N, P, 256)
+        shares = head_shares(config)[None, :, None]  # (1, P, 1)
+        lm_share = 0.9 if config.router == "learned" else 1.0
+        d_logits = lm_share * shares * (softmax(sequence.logits) - one_hot) / (B * N)
+        d_z = 0.1 * (sigmoid(sequence.router_logits) - sequence.decisions) / (B * N)  # (N,)
+        d_z = d_z * (config.router == "learned")
+        sequence.backward(d_logits, d_z, grads)
+    losses = loss(
+        np.stack([s.logits for s in sequences]),
+        np.stack([s.router_logits for s in sequences]),
+        np.stack([s.decisions for s in sequences]),
+        targets,
+        config,
+    )
+    return losses, grads
+
+
+# --- decoding
+
+
+def decode(
+    weights: Weights, config: Config, data: bytes, positions: Alibi | None = None
+) -> np.ndarray:
+    """The logits after each byte of `data`, a byte at a time: [N, P, 256].
+
+    Each block keeps a list of the keys and values that it has seen. A latent block sees selected
+    bytes only, and counts its positions in those.
+    """
+    weights = _float64(weights)
+    keys: dict[str, list[np.ndarray]] = defaultdict(list)
+    values: dict[str, list[np.ndarray]] = defaultdict(list)
+    positions = positions or POSITIONS[config.position]
+    before = [None, *data[:-1]]
+    return np.array(
+        [
+            _step(weights, config, n, byte, before[n], keys, values, positions)
+            for n, byte in enumerate(data)
+        ]
+    )
+
+
+def _step(weights, config, position, byte, before, keys, values, positions) -> np.ndarray:
+    """The logits [P, 256] after one more byte."""
+    h = weights["embedding.weight"][byte]  # (D,)
+    h = _step_blocks(weights, "fb_in", config, h, keys, values, positions)
+    z = float(weights["latent.router.weight"][0] @ h)
+    if select(config, position, byte, before, z):
+        deep = _step_blocks(weights, "latent", config, h, keys, values, positions)
+        h = h + (deep - h) / (1 + math.exp(-z))
+    h = _step_blocks(weights, "fb_out", config, h, keys, values, positions)
+    h = _rms(h, weights["norm.weight"])
+    logits = weights["unembedding.weight"] @ h + weights["unembedding.bias"]  # (P * 256,)
+    return logits.reshape(config.next_tokens, 256)
+
+
+def _step_blocks(weights, stack, config, h, keys, values, positions) -> np.ndarray:
     """h [D] through all blocks of a stack, whose caches grow by one position: [D]."""
     H, K, C = config.att_q_heads, config.att_kv_heads, config.dim // config.att_q_heads
     window = _window(config, stack)
