@@ -117,8 +117,11 @@ def _gather_gradient(gradient: UOp, call: UOp) -> tuple[UOp | None, ...]:
 
 
 def _scatter_gradient(gradient: UOp, call: UOp) -> tuple[UOp | None, ...]:
-    _, index, _ = (Tensor(uop) for uop in call.src[1:])
-    return _take(Tensor(gradient).contiguous(), index).uop, None, None
+    _, index, slot = (Tensor(uop) for uop in call.src[1:])
+    taken = slot.gather(1, index) == Tensor.arange(index.shape[1], device=index.device)
+    # a slot left over is of no byte, whatever its index says
+    taken = taken.unsqueeze(2)
+    return taken.where(_take(Tensor(gradient).contiguous(), index), 0).uop, None, None
 
 
 # without these, tinygrad's gradient of an indexed load is a one-hot sum, O(N * S * dim)
