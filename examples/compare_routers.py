@@ -15,8 +15,6 @@ import json
 import statistics
 from pathlib import Path
 
-import numpy as np
-from tinygrad import Tensor
 from tqdm import tqdm
 
 import pico_tg
@@ -46,6 +44,7 @@ parser.add_argument(
 parser.add_argument("--dim", type=int, default=96)
 parser.add_argument("--latent-blocks", type=int, default=4)
 parser.add_argument("--sample-bytes", type=int, default=400, help="to measure decoding with")
+parser.add_argument("--evaluation-bytes", type=int, default=4096, help="to find boundaries in")
 parser.add_argument("--results", type=Path, default=HERE / "routers.jsonl")
 parser.add_argument("--svg", type=Path, default=HERE / "routers.svg")
 args = parser.parse_args()
@@ -66,17 +65,6 @@ for heads in args.next_tokens:
     if heads != base.next_tokens or "learned" not in variants:
         changed = dataclasses.replace(base, next_tokens=heads)
         variants[f"learned, heads {heads}"] = changed, args.seeds[:1]
-
-
-def boundary_f1(model: pico_tg.Pico, text: bytes) -> float:
-    """F1 of causal decisions against the first byte after whitespace."""
-    windows = np.frombuffer(text[: len(text) // LENGTH * LENGTH], np.uint8).reshape(-1, LENGTH)
-    space = np.isin(windows, list(b" \t\r\n"))
-    boundary = np.zeros(windows.shape, bool)
-    boundary[:, 1:] = space[:, :-1] & ~space[:, 1:]
-    decisions = np.concatenate([model(Tensor(w[None]), causal=True)[2].numpy() for w in windows])
-    both = decisions.sum() + boundary.sum()
-    return float(2 * (decisions & boundary).sum() / both) if both else 0.0
 
 
 def bytes_per_second(model: pico_tg.Pico) -> float:
@@ -103,11 +91,11 @@ def measure(config: pico_tg.Config, seed: int, steps: int, name: str) -> dict:
         if "validation_bits_per_byte" in record:
             curve.append((record["step"] / steps, record["validation_bits_per_byte"]))
             rate = record["validation_router_rate"]
-    held_out = bytes(data.validation.bytes[: 8 * LENGTH])
+    evaluated = pico_tg.evaluate(model, data, context_len=LENGTH, max_bytes=args.evaluation_bytes)
     return {
         "bits_per_byte": curve[-1][1],
         "routed": rate,
-        "boundary_f1": boundary_f1(model, held_out),
+        "boundary_f1": evaluated.boundaries.f1,
         "bytes_per_second": bytes_per_second(model),
         "curve": curve,
     }
@@ -125,6 +113,7 @@ for name, (config, seeds) in variants.items():
         # all that a result depends on
         key = {"config": config.to_dict(), "seed": seed, "steps": steps, "data": args.dataset}
         key |= {"fingerprint": str(data.train.fingerprint), "sample_bytes": args.sample_bytes}
+        key |= {"evaluation_bytes": args.evaluation_bytes}
         text = json.dumps(key, sort_keys=True)
         if text not in done:
             done[text] = {"key": key, **measure(config, seed, steps, name)}

@@ -1,14 +1,18 @@
 """Pico: a byte-level language model without a tokenizer, on tinygrad."""
 
+from . import programs
 from .device import choose_backend
 
 choose_backend()  # before any module can make a Tensor
+programs.install()
 
 from .checkpoint import load, load_weights, save_weights  # noqa: E402
 from .config import Config  # noqa: E402
 from .data import DataSpec, load_data  # noqa: E402
+from .evaluate import Evaluation, evaluate  # noqa: E402
 from .files import PicoError  # noqa: E402
 from .generate import Decoder, GeneratedByte, Stats, generate  # noqa: E402
+from .info import describe  # noqa: E402
 from .model import Pico, loss_fn  # noqa: E402
 from .soap import SOAP  # noqa: E402
 from .train import TrainSettings, train  # noqa: E402
@@ -18,11 +22,14 @@ __all__ = [
     "Config",
     "DataSpec",
     "Decoder",
+    "Evaluation",
     "GeneratedByte",
     "Pico",
     "PicoError",
     "Stats",
     "TrainSettings",
+    "describe",
+    "evaluate",
     "generate",
     "load",
     "load_data",

@@ -117,8 +117,12 @@ class Config:
 
     def capacity(self, length: int) -> int:
         """How many bytes of a sequence of `length` bytes training selects, at the most."""
-        shares = {"all": 1, "none": 0}
-        return int(length * shares.get(self.router, self.latent_capacity_factor))
+        return int(length * self.capacity_share)
+
+    @property
+    def capacity_share(self) -> float:
+        """The share of the bytes that training selects, at the most."""
+        return {"all": 1.0, "none": 0.0}.get(self.router, self.latent_capacity_factor)
 
     @property
     def stride(self) -> int:
