@@ -1,4 +1,4 @@
-"""Grouped-query attention in a band, with ALiBi.
+"""Grouped-query attention in a band, with ALiBi; rotation, its alternative.
 
 Query i sees key j iff i - window <= j <= i. The sequence is cut into blocks of queries; a block
 sees its own keys and those of the `window` positions before it, so the cost is O(N * window) and
@@ -21,6 +21,25 @@ def alibi_slopes(heads: int, device: str | tuple[str, ...] | None = None) -> Ten
     """The ALiBi slope of each head, 2^(-8(h+1)/heads): float32 [heads] (arXiv 2108.12409)."""
     head = Tensor.arange(heads, dtype=dtypes.float32, device=device)
     return (-8.0 / heads * (head + 1)).exp2()
+
+
+def rotate(x: Tensor, positions: Tensor) -> Tensor:
+    """x [..., N, C] turned by its positions, int [N]: rotary embeddings (arXiv 2104.09864).
+
+    Channels j and j + C // 2 are a pair, turned by position * 10000^(-2j / C) radians (C less one
+    if odd: the last channel is left alone). Exact at any position: turns are counted in units of
+    2^-64, and whole ones drop out of the product by themselves.
+    """
+    half = x.shape[-1] // 2
+    turns = [10000 ** (-j / half) / (2 * math.pi) for j in range(half)]
+    units = [Tensor.full((1,), int(t * 2**64), dtype=dtypes.uint64, device=x.device) for t in turns]
+    if not units:
+        return x
+    product = positions.cast(dtypes.uint64).unsqueeze(1) * Tensor.cat(*units)  # (N, C // 2)
+    angle = (product >> 40).cast(dtypes.int32).cast(dtypes.float32) * (2 * math.pi / 2**24)
+    cos, sin = angle.cos().contiguous(), angle.sin().contiguous()
+    a, b = x[..., :half], x[..., half : 2 * half]
+    return Tensor.cat(a * cos - b * sin, a * sin + b * cos, x[..., 2 * half :], dim=-1)
 
 
 def block_sizes(length: int, window: int) -> tuple[int, int, int]:
@@ -47,17 +66,20 @@ def tiles(length: int, window: int) -> tuple[int, int, int]:
     return queries, math.ceil(window / queries) * queries, math.ceil(length / queries)
 
 
-def banded_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+def banded_attention(q: Tensor, k: Tensor, v: Tensor, window: int, alibi: bool = True) -> Tensor:
     """Softmax attention of each position over itself and the `window` positions before it.
 
     q [B, H, N, C], k and v [B, K, N, C], float -> [B, H, N, C]. H must be a multiple of K; query
-    head h reads key/value head h // (H // K).
+    head h reads key/value head h // (H // K). Without `alibi` the distance has no part in a score.
     """
     B, H, N, C = q.shape
     K = k.shape[1]
     G = H // K
     if by_hand(q.device):
-        slopes = alibi_slopes(H, q.device)
+        # without: too little to change a score, but not 0, which times an infinite distance is NaN
+        slopes = (
+            alibi_slopes(H, q.device) if alibi else Tensor.full((H,), 2.0**-100, device=q.device)
+        )
         return band_attention(q, k, v, slopes, Band(B, H, K, C, N, window, *tiles(N, window)))
     queries, reach, blocks = block_sizes(N, window)
     padding = blocks * queries - N
@@ -70,7 +92,7 @@ def banded_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 
     scores = matmul_transposed(q, k)  # (B, K, b, G*q, s)
     scores = scores.reshape(B, K, blocks, G, queries, reach + queries)
-    weights = _banded_softmax(scores / math.sqrt(C), queries, reach, window)
+    weights = _banded_softmax(scores / math.sqrt(C), queries, reach, window, alibi)
     out = matmul(weights.reshape(B, K, blocks, G * queries, reach + queries), v)
     out = out.reshape(B, K, blocks, G, queries, C).permute(0, 1, 3, 2, 4, 5)
     return out.reshape(B, H, blocks * queries, C)[:, :, :N]
@@ -87,8 +109,8 @@ def _windows(x: Tensor, queries: int, reach: int, blocks: int) -> Tensor:
     return shifted[0] if len(shifted) == 1 else Tensor.cat(*shifted, dim=3)
 
 
-def _banded_softmax(scores: Tensor, queries: int, reach: int, window: int) -> Tensor:
-    """Softmax over the visible keys of scores [B, K, b, G, q, s] with ALiBi added."""
+def _banded_softmax(scores: Tensor, queries: int, reach: int, window: int, alibi: bool) -> Tensor:
+    """Softmax over the visible keys of scores [B, K, b, G, q, s], with ALiBi added if so."""
     _, K, blocks, G, _, keys = scores.shape
     arange = partial(Tensor.arange, device=scores.device)
     first = (arange(blocks) * queries).reshape(blocks, 1, 1, 1)
@@ -96,8 +118,9 @@ def _banded_softmax(scores: Tensor, queries: int, reach: int, window: int) -> Te
     j = first - reach + arange(keys)
     distance = i - j  # (b, 1, q, s)
     visible = (distance >= 0) & (distance <= window) & (j >= 0)
-    slopes = alibi_slopes(K * G, scores.device).reshape(K, 1, G, 1, 1)
+    if alibi:
+        scores = scores - alibi_slopes(K * G, scores.device).reshape(K, 1, G, 1, 1) * distance
     # every real query sees itself, so no row is empty
-    biased = visible.where(scores - slopes * distance, -math.inf)
+    biased = visible.where(scores, -math.inf)
     exps = (biased - biased.max(axis=-1, keepdim=True).detach().contiguous()).exp()
     return exps / exps.sum(axis=-1, keepdim=True).contiguous()

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from .bench import bench_decode, bench_train
 from .checkpoint import find_checkpoint, load, load_config
+from .config import CHOICES as MODEL_CHOICES
 from .config import PRESETS, Config
 from .data import DataSpec, load_data
 from .device import describe_backend, kernel_search, parse_devices
@@ -53,6 +54,8 @@ CONFIG_HELP = {
     "latent_capacity_factor": "fraction of the bytes that training sends to the latent blocks",
     "latent_num_blocks": "latent blocks, which run on the selected bytes only",
     "latent_att_window_size": "how many selected bytes back a latent block sees",
+    "router": "how bytes are selected: learned, or by a rule to compare it with",
+    "position": "how attention knows where a byte is",
 }
 TRAIN_HELP = {
     "context_len": "bytes of one training window",
@@ -344,12 +347,14 @@ def build_parser() -> Parser:
 def add_sizes(parser: argparse.ArgumentParser) -> None:
     """The flags of a model's sizes."""
     for field in dataclasses.fields(Config):
-        default = PRESETS["xs"][field.name]
+        default = PRESETS["xs"].get(field.name, field.default)
         text = f"{CONFIG_HELP[field.name]} (xs: {default})"
-        parser.add_argument(flag(field.name), type=field.type, metavar="N", help=text)
+        choices = MODEL_CHOICES.get(field.name)
+        kind = {"choices": choices} if choices else {"metavar": "N"}
+        parser.add_argument(flag(field.name), type=field.type, help=text, **kind)
 
 
-def chosen_sizes(args: argparse.Namespace) -> dict[str, int | float]:
+def chosen_sizes(args: argparse.Namespace) -> dict[str, int | float | str]:
     """The sizes that were given as flags."""
     names = [field.name for field in dataclasses.fields(Config)]
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -390,7 +395,12 @@ def say(text: str) -> None:
 
 def command_init(args: argparse.Namespace) -> int:
     """Describe a new model: writes PATH/model.json. Weights come into being with `train`."""
-    config = Config.preset(args.preset, **chosen_sizes(args))
+    changes = chosen_sizes(args)
+    config = Config.preset(args.preset, **changes)
+    if config.router in ("all", "none") and "latent_capacity_factor" in changes:
+        raise PicoError(
+            f"--latent-capacity-factor means nothing with --router {config.router}; leave it out"
+        )
     if args.path.exists():
         raise PicoError(f"{args.path} exists; choose another PATH, or delete it to start over")
     try:
@@ -433,7 +443,7 @@ def command_train(args: argparse.Namespace) -> int:
         tracked = None
         if tracker:
             name = f"{args.path.name}/{args.run}"
-            tracked = start_tracker(tracker, name, dataclasses.asdict(config) | settings)
+            tracked = start_tracker(tracker, name, config.to_dict() | settings)
             stack.callback(tracked.finish)
         records = train(
             model, data, run_dir, devices=devices, resume=args.resume, force=args.force,

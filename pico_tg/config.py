@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,11 @@ PRESETS: dict[str, dict[str, int | float]] = {
 
 MOST_PARAMETERS = 10**11
 
+CHOICES = {
+    "router": ("learned", "space", "stride", "all", "none"),
+    "position": ("alibi", "rope"),
+}
+
 
 @dataclass(frozen=True)
 class Config:
@@ -38,6 +44,12 @@ class Config:
     - latent_capacity_factor: the fraction of the bytes that training sends to the latent blocks
     - latent_num_blocks: latent blocks, on the selected bytes only
     - latent_att_window_size: they see this many *selected* bytes back, and their own
+    - router: which bytes are selected, see `pico_tg.routing`: learned, or by a rule: space, stride,
+      all or none; the last two have no use for latent_capacity_factor
+    - position: alibi (arXiv 2108.12409) or rope (arXiv 2104.09864), in every block
+
+    router and position are written to a file only where they are not the default, so that it holds
+    the published keys otherwise.
     """
 
     dim: int
@@ -49,11 +61,17 @@ class Config:
     latent_capacity_factor: float
     latent_num_blocks: int
     latent_att_window_size: int
+    router: str = "learned"
+    position: str = "alibi"
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type is float:
+            if field.name in CHOICES:
+                if value not in CHOICES[field.name]:
+                    allowed = ", ".join(CHOICES[field.name])
+                    raise PicoError(f"{field.name} must be one of {allowed}, not {value!r}")
+            elif field.type is float:
                 if isinstance(value, bool) or not isinstance(value, int | float):
                     raise PicoError(f"{field.name} must be a number, not {value!r}")
             elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -98,11 +116,21 @@ class Config:
         return embeddings + blocks * block + 2 * self.dim  # the router, the last norm
 
     def capacity(self, length: int) -> int:
-        """How many bytes of a sequence of `length` bytes training selects."""
-        return int(length * self.latent_capacity_factor)
+        """How many bytes of a sequence of `length` bytes training selects, at the most."""
+        return int(length * self.capacity_share)
+
+    @property
+    def capacity_share(self) -> float:
+        """The share of the bytes that training selects, at the most."""
+        return {"all": 1.0, "none": 0.0}.get(self.router, self.latent_capacity_factor)
+
+    @property
+    def stride(self) -> int:
+        """The router `stride` selects every so manyth byte: 1 / capacity, rounded up."""
+        return math.ceil(1 / self.latent_capacity_factor - 1e-9)
 
     @classmethod
-    def preset(cls, name: str, **changes: int | float) -> "Config":
+    def preset(cls, name: str, **changes: int | float | str) -> "Config":
         """A named configuration with some keys changed: `Config.preset("xs", dim=372)`."""
         if name not in PRESETS:
             raise PicoError(f"no preset named {name!r}; there is: {', '.join(PRESETS)}")
@@ -128,14 +156,20 @@ class Config:
             if key not in known:
                 raise PicoError(f"{where}: unknown key {key!r}; the keys are {', '.join(known)}")
         for key in known:
-            if key not in values:
+            if key not in values and key not in CHOICES:
                 raise PicoError(f"{where}: the key {key!r} is missing")
         try:
             return cls(**values)
         except PicoError as error:
             raise PicoError(f"{where}: {error}") from None
 
+    def to_dict(self) -> dict[str, int | float | str]:
+        """What a file holds: all sizes, and the choices that are not the default."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        values = dataclasses.asdict(self)
+        return {k: v for k, v in values.items() if k not in CHOICES or v != defaults[k]}
+
     def to_json(self, path: str | os.PathLike) -> None:
         """Write a model.json, atomically."""
         with atomic_write(path) as file:
-            file.write((json.dumps(dataclasses.asdict(self), indent=2) + "\n").encode())
+            file.write((json.dumps(self.to_dict(), indent=2) + "\n").encode())

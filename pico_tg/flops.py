@@ -10,19 +10,20 @@ from .config import Config
 
 
 def forward_operations(config: Config, length: int, batch_size: int = 1) -> int:
-    """Operations of one forward pass over `batch_size` sequences of `length` bytes, top-k routed.
+    """Operations of one forward pass over `batch_size` sequences of `length` bytes, as in training.
 
     2 * (P_byte * N + P_latent * S) + 4 * H * C * (pairs(N, W_byte) * 2 * blocks_byte
     + pairs(S, W_latent) * blocks_latent) for each sequence, where N is the length, S its capacity,
     P the weights of the matrices that see a byte (or a selected byte), and H * C the width of all
-    query heads.
+    query heads. A learned router reads every byte, a rule's gate only the selected ones.
     """
     selected = config.capacity(length)
     block = _block_weights(config)
     byte_blocks = 2 * config.fb_num_blocks
     outputs = config.next_tokens * 256
-    per_byte = byte_blocks * block + config.dim + config.dim * outputs  # blocks, router, heads
-    weights = per_byte * length + config.latent_num_blocks * block * selected
+    weights = (byte_blocks * block + config.dim * outputs) * length
+    weights += config.latent_num_blocks * block * selected
+    weights += config.dim * (length if config.router == "learned" else selected)
     pairs = byte_blocks * visible_pairs(length, config.fb_att_window_size)
     pairs += config.latent_num_blocks * visible_pairs(selected, config.latent_att_window_size)
     width = config.att_q_heads * config.head_dim
@@ -44,8 +45,9 @@ def decoding_operations(config: Config, position: int, router_rate: float) -> fl
     """
     block = _block_weights(config)
     byte_blocks = 2 * config.fb_num_blocks
-    per_byte = byte_blocks * block + config.dim + config.dim * config.next_tokens * 256
-    weights = per_byte + router_rate * config.latent_num_blocks * block
+    weights = byte_blocks * block + config.dim * config.next_tokens * 256
+    weights += config.dim * (1 if config.router == "learned" else router_rate)
+    weights += router_rate * config.latent_num_blocks * block
     keys = byte_blocks * (1 + min(config.fb_att_window_size, position))
     deep = 1 + min(config.latent_att_window_size, router_rate * position)
     keys += router_rate * config.latent_num_blocks * deep

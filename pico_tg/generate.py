@@ -16,11 +16,12 @@ from dataclasses import dataclass
 import numpy as np
 from tinygrad import Tensor, TinyJit, dtypes
 
-from .attention import alibi_slopes
+from .attention import alibi_slopes, rotate
 from .data import SEQ_END, SEQ_START
 from .files import PicoError
 from .kernels import Packed, Ring, compiled, padded_width, read, write_into
 from .model import RMS_EPS, Block, Pico
+from .routing import next_decisions
 
 SIZES = (1, 4, 8)  # rows of the compiled passes; a row more costs little, a graph more seconds
 CHUNK = 64  # bytes of a long prompt that one pass takes in
@@ -33,7 +34,9 @@ class CachedBlock:
     def __init__(self, block: Block, heads: int, kv_heads: int) -> None:
         attention = block.att
         self.dim = block.norm1.weight.shape[0]
-        slopes = alibi_slopes(heads, block.norm1.weight.device)
+        self.alibi = attention.position == "alibi"
+        self.turned = heads + kv_heads, attention.head_dim
+        slopes = alibi_slopes(heads, block.norm1.weight.device) * self.alibi
         self.ring = Ring(heads, kv_heads, attention.head_dim, attention.window, CHUNK, slopes)
         self.qkv = Packed(attention.fused_qkv.weight, block.norm1.weight)
         self.proj = Packed(attention.proj.weight)
@@ -42,12 +45,22 @@ class CachedBlock:
 
     def __call__(self, h: Tensor, start: Tensor) -> Tensor:
         """Rows h [R, D…] at positions from `start` (int [1]) on; zeros beyond D stay zeros."""
-        heads = self.ring.attend(self.qkv(h, rms_scale(h, self.dim)), start)
+        heads = self.ring.attend(self._rotate(self.qkv(h, rms_scale(h, self.dim)), start), start)
         h = self.proj(heads, residual=h)
         both = self.fc1(h, rms_scale(h, self.dim))
         value, gate = both[:, : self.dim], both[:, self.dim : 2 * self.dim]
         # at once: the next block's kernels are then the same ones, already scheduled
         return self.fc2((gate.silu() * value).contiguous(), residual=h).realize()
+
+    def _rotate(self, qkv: Tensor, start: Tensor) -> Tensor:
+        """Rows [R, queries | keys | …] with queries and keys turned by their positions, if so."""
+        if self.alibi:
+            return qkv
+        R, width = qkv.shape[0], math.prod(self.turned)
+        heads = qkv[:, :width].reshape(R, *self.turned).transpose(0, 1)  # (H + K, R, C)
+        at = start + Tensor.arange(R, device=start.device)
+        turned = rotate(heads, at).transpose(0, 1).reshape(R, width)
+        return turned.cat(qkv[:, width:], dim=1).contiguous()
 
 
 def rms_scale(h: Tensor, dim: int) -> Tensor:
@@ -79,6 +92,7 @@ class Decoder:
         self.unembedding = Packed(model.unembedding.weight, model.norm.weight)
         self.bias = model.unembedding.bias.detach().reshape(1, -1)
         self.last_decisions = np.zeros(0, bool)
+        self.recent = b""  # the bytes of the last pass, and before them the one that it followed
         # one row more than a pass has: where slots that are not needed write
         hidden = Tensor.zeros(CHUNK + 1, self.width, device=self.router.device)
         self.hidden = hidden.contiguous().realize()
@@ -102,14 +116,16 @@ class Decoder:
         self.position -= count
         self.selected -= int(self.last_decisions[kept:].sum())
         self.last_decisions = self.last_decisions[:kept]
+        self.recent = self.recent[: len(self.recent) - count]
 
     def save(self) -> tuple:
         """The state now, for `restore`."""
-        return self.position, self.selected, [read(ring).copy() for ring in self._rings()]
+        rings = [read(ring).copy() for ring in self._rings()]
+        return self.position, self.selected, self.recent[-1:], rings
 
     def restore(self, state: tuple) -> None:
         """Go back to what `save` returned."""
-        self.position, self.selected, rings = state
+        self.position, self.selected, self.recent, rings = state
         self.last_decisions = np.zeros(0, bool)
         for ring, saved in zip(self._rings(), rings, strict=True):
             write_into(ring, saved)
@@ -125,7 +141,7 @@ class Decoder:
         control[0], control[1 : 1 + n] = self.position, data
         write_into(self._control(rows), control)
         router_logits = read(self._run(self._encode, rows))[:n].copy()
-        self.last_decisions = (router_logits > 0) & self.use_latent
+        self.last_decisions = self._decide(data.tobytes(), router_logits) & self.use_latent
         chosen = np.flatnonzero(self.last_decisions)
         if len(chosen):
             count = _graph_size(len(chosen))
@@ -138,6 +154,14 @@ class Decoder:
         self.position += n
         self.selected += len(chosen)
         return logits, router_logits
+
+    def _decide(self, data: bytes, router_logits: np.ndarray) -> np.ndarray:
+        """Which of the bytes from `position` on the router selects; there is no cap."""
+        self.recent = (self.recent[-1:] if self.position else b"") + data
+        router, stride = self.model.config.router, self.model.config.stride
+        if router == "learned":
+            return router_logits > 0
+        return next_decisions(router, self.recent, self.position, stride)
 
     def _control(self, length: int, name: str = "rows") -> Tensor:
         """int32 [1 + length] that graphs read, one a name and length.
@@ -199,9 +223,9 @@ class GeneratedByte:
     """One byte of a sample.
 
     byte: 0..255; router_weight: the router's sigmoid for it; router_decision: whether it went
-    through the latent blocks (weight > 0.5); logprob: natural log of its probability under the
-    distribution it was drawn from; drafted: whether a pass took it in before it was known, as a
-    draft that proved right; sample: which of several, from 0.
+    through the latent blocks (weight > 0.5, or a rule); logprob: natural log of its probability
+    under the distribution it was drawn from; drafted: whether a pass took it in before it was
+    known, as a draft that proved right; sample: which of several, from 0.
     """
 
     byte: int

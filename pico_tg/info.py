@@ -1,6 +1,5 @@
 """What is known of a model and its runs without running it: sizes, costs, checkpoints, losses."""
 
-import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ def describe(path: str | os.PathLike, run: str | None = None) -> dict[str, Any]:
     - model: the sizes; parameters: of each part, and total
     - operations_a_byte: multiplications and additions of matrix products (`pico_tg.flops`), for a
       byte of a window of context_len, on average: forward, training (forward and backward); and
-      decoding, for the byte after so many at a router rate of latent_capacity_factor
+      decoding, for the byte after so many at a router rate of the capacity
     - cache_bytes: memory of decoding's caches, float32; it does not grow with the text
     - run: its name, settings, dataset, base_weights, devices, and checkpoints: step, file, bytes,
       the record of that step's figures where there is one
@@ -35,13 +34,13 @@ def describe(path: str | os.PathLike, run: str | None = None) -> dict[str, Any]:
     settings = described["settings"] if described else {}
     length = settings.get("context_len", TrainSettings.context_len)
     facts: dict[str, Any] = {
-        "model": dataclasses.asdict(config),
+        "model": config.to_dict(),
         "parameters": parameters_by_part(config) | {"total": config.parameters},
         "operations_a_byte": {
             "context_len": length,
             "forward": forward_operations(config, length) / length,
             "training": training_operations(config, length) / length,
-            "decoding": decoding_operations(config, length, config.latent_capacity_factor),
+            "decoding": decoding_operations(config, length, config.capacity_share),
         },
         "cache_bytes": cache_bytes(config),
     }

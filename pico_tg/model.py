@@ -2,10 +2,11 @@
 
     bytes -> embedding -> full-bandwidth blocks -> latent blocks -> full-bandwidth blocks -> heads
 
-- every block: pre-norm grouped-query attention in a band, with ALiBi, then SwiGLU
+- every block: pre-norm grouped-query attention in a band, with ALiBi or rotation, then
+  SwiGLU
 - full-bandwidth blocks (narrow window) run on every byte
 - latent blocks (wide window) run on the bytes that a Mixture-of-Depths router selects: the top
-  `capacity` of a sequence in training, those with weight > 0.5 when `causal`
+  `capacity` of a sequence in training, those with weight > 0.5 when `causal`; or by a rule
 - head k at position i predicts byte i + 1 + k
 
 Shape letters: B batch, N bytes, S selected bytes, D dim, H query heads, K key/value heads,
@@ -16,10 +17,10 @@ import math
 
 from tinygrad import Tensor, dtypes, nn
 
-from .attention import banded_attention
+from .attention import banded_attention, rotate
 from .config import Config
 from .kernels import as_index, linear, lookup, stored, swiglu
-from .routing import gather, scatter, slots, top_k_decisions
+from .routing import gather, rule_decisions, scatter, slots, top_k_decisions
 
 RMS_EPS = 2.0**-23  # float32's machine epsilon
 
@@ -51,6 +52,7 @@ class Attention:
     def __init__(self, config: Config, window: int) -> None:
         self.heads, self.kv_heads = config.att_q_heads, config.att_kv_heads
         self.head_dim, self.window = config.head_dim, window
+        self.position = config.position
         self.fused_qkv = Linear(config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim)
         self.proj = Linear(self.heads * self.head_dim, config.dim)
 
@@ -66,7 +68,11 @@ class Attention:
         return self.proj(stored(heads.transpose(1, 2)).flatten(2))
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.output(banded_attention(*self.qkv(x), self.window))
+        q, k, v = self.qkv(x)
+        if self.position == "rope":
+            at = Tensor.arange(x.shape[1], device=x.device)
+            q, k = stored(rotate(q, at)), stored(rotate(k, at))
+        return self.output(banded_attention(q, k, v, self.window, self.position == "alibi"))
 
 
 class SwiGLU:
@@ -164,6 +170,16 @@ class Pico:
         logits = stored(logits + self.unembedding.bias)
         return logits.reshape(*h.shape[:2], self.config.next_tokens, 256)
 
+    def decide(self, x: Tensor, router_logits: Tensor, causal: bool) -> Tensor:
+        """Which bytes of x [B, N] the router selects, given its logits [B, N]: bool [B, N]."""
+        router, capacity = self.config.router, self.config.capacity(x.shape[1])
+        if router != "learned":
+            most = None if causal else capacity
+            return rule_decisions(router, as_index(x), self.config.stride, most)
+        if causal:
+            return (router_logits > 0).contiguous()
+        return top_k_decisions(router_logits, capacity)
+
     def __call__(
         self, x: Tensor, causal: bool = False, count: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -171,23 +187,27 @@ class Pico:
 
         logits float32 [B, N, T, 256]; router_logits float32 [B, N], whose sigmoid is the router's
         weight; router_decisions bool [B, N]. Training routing takes the top `capacity` bytes of
-        each sequence, `causal` those with weight > 0.5. `count` bounds how many bytes a sequence
-        may send to the latent blocks when causal (default: all of them, at their full cost).
+        each sequence, `causal` those with weight > 0.5; other routers than the learned one see
+        `pico_tg.routing`. `count` bounds how many bytes a sequence may send to the latent blocks
+        when causal (default: all of them, at their full cost).
         """
         h, z = self.encode(x)
-        if causal:
-            decisions = (z > 0).contiguous()
-            count = x.shape[1] if count is None else count
-        else:
+        decisions = self.decide(x, z, causal)
+        if not causal:
             count = self.config.capacity(x.shape[1])
-            decisions = top_k_decisions(z, count)
-        if count > 0:
+        elif count is None:
+            count = x.shape[1]
+        if count > 0 and self.config.router != "none":
             h = stored(h + self.latent(h, z, decisions, count))
         return self.heads(h), z, decisions
 
 
 def loss_fn(
-    logits: Tensor, router_logits: Tensor, router_decisions: Tensor, targets: Tensor
+    logits: Tensor,
+    router_logits: Tensor,
+    router_decisions: Tensor,
+    targets: Tensor,
+    learned: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, aux_loss, next_byte_loss), float32 scalars in nats a byte.
 
@@ -195,15 +215,18 @@ def loss_fn(
     bytes. loss = 0.9 * LM + 0.1 * AUX; LM weighs head k's cross-entropy by 1.618^(T-1-k) / sum;
     AUX is the binary cross-entropy of the router against its own top-k decisions, so that a
     threshold can stand in for the top-k at inference; next_byte_loss is head 0's cross-entropy.
+    Where the router is not `learned`, its decisions need no teaching: loss = LM and AUX is 0.
     """
     T = logits.shape[2]
     total = sum(1.618 ** (T - 1 - k) for k in range(T))
     head = Tensor.arange(T, dtype=dtypes.float32, device=logits.device)
     share = 1.618 ** (T - 1 - head) / total
     per_head = cross_entropy(logits, targets).mean(axis=(0, 1))  # (T,)
+    lm_loss = (per_head * share).sum()
+    if not learned:
+        return lm_loss, lm_loss.zeros_like(), per_head[0]
     aux_loss = router_loss(router_logits, router_decisions)
-    loss = 0.9 * (per_head * share).sum() + 0.1 * aux_loss
-    return loss, aux_loss, per_head[0]
+    return 0.9 * lm_loss + 0.1 * aux_loss, aux_loss, per_head[0]
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

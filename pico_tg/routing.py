@@ -1,14 +1,65 @@
 """Mixture-of-Depths routing (arXiv 2404.02258): which bytes go deeper, and the way there and back.
 
+A router decides which bytes are selected. `learned`: the `capacity` bytes of largest weight in
+training, those of weight above 0.5 when causal. The others are rules, to compare it with, and
+causal in training as well, where the first `capacity` bytes that they select are served (when
+causal, all of them): `space` (arXiv 2404.14408), a byte that is no letter, digit or UTF-8
+continuation byte, where the byte before is one; `stride`, every n-th; `all`; `none`. Under a rule
+the weight is a gate as ever, but has no say in the decision.
+
 A routing is a pair of maps that are each other's inverse: `index` [B, S], the byte in each slot,
 and `slot` [B, N], the slot of each byte (-1: none). Since the map is one-to-one, the gradient of
 `gather` is a `scatter` by the same pair and the reverse; both cost O(N * dim).
 """
 
 from functools import partial
+from typing import TypeVar
 
+import numpy as np
 from tinygrad import Tensor, dtypes, function
 from tinygrad.uop.ops import UOp
+
+Array = TypeVar("Array", Tensor, np.ndarray)
+
+
+def in_word(x: Array) -> Array:
+    """Where bytes [...], as wider integers, are letters, digits or UTF-8 continuation bytes."""
+    letter = ((x >= 65) & (x <= 90)) | ((x >= 97) & (x <= 122))
+    return letter | ((x >= 48) & (x <= 57)) | ((x >= 128) & (x < 192))
+
+
+def rule_decisions(router: str, x: Tensor, stride: int, most: int | None) -> Tensor:
+    """What a router that is no learned one selects of bytes x int [B, N]: bool [B, N].
+
+    The first byte of a sequence has none before it, and so `space` does not select it. `most`: only
+    the first so many of each sequence.
+    """
+    if router == "space":
+        word = in_word(x)
+        decisions = word[:, :-1].pad((None, (1, 0))) & word.logical_not()
+    elif router == "stride":
+        position = Tensor.arange(x.shape[1], device=x.device)
+        decisions = (position % stride == stride - 1).expand(*x.shape)
+    else:
+        decisions = Tensor.full(x.shape, router == "all", dtype=dtypes.bool, device=x.device)
+    if router in ("space", "stride") and most is not None:
+        decisions = decisions.contiguous()
+        decisions = decisions & (decisions.cast(dtypes.int32).cumsum(axis=1) <= most)
+    return decisions.contiguous()
+
+
+def next_decisions(router: str, data: bytes, position: int, stride: int) -> np.ndarray:
+    """`rule_decisions` for the bytes from `position` on: bool [n].
+
+    data: those n bytes, and before them the one at position - 1, if there is one.
+    """
+    first = min(1, position)
+    if router == "space":
+        word = in_word(np.frombuffer(data, np.uint8).astype(np.int32))
+        before = np.concatenate([np.zeros(1 - first, bool), word[:-1]])
+        return before & ~word[first:]
+    at = position + np.arange(len(data) - first)
+    return at % stride == stride - 1 if router == "stride" else np.full(at.shape, router == "all")
 
 
 def top_k_decisions(router_logits: Tensor, capacity: int) -> Tensor:
@@ -66,8 +117,11 @@ def _gather_gradient(gradient: UOp, call: UOp) -> tuple[UOp | None, ...]:
 
 
 def _scatter_gradient(gradient: UOp, call: UOp) -> tuple[UOp | None, ...]:
-    _, index, _ = (Tensor(uop) for uop in call.src[1:])
-    return _take(Tensor(gradient).contiguous(), index).uop, None, None
+    _, index, slot = (Tensor(uop) for uop in call.src[1:])
+    taken = slot.gather(1, index) == Tensor.arange(index.shape[1], device=index.device)
+    # a slot left over is of no byte, whatever its index says
+    taken = taken.unsqueeze(2)
+    return taken.where(_take(Tensor(gradient).contiguous(), index), 0).uop, None, None
 
 
 # without these, tinygrad's gradient of an indexed load is a one-hot sum, O(N * S * dim)

@@ -151,8 +151,8 @@ def move(tensors: list[Tensor], devices: tuple[str, ...]) -> None:
 class TrainStep:
     """One optimizer step on [A, B, N + T] bytes, compiled: A micro-batches, averaged.
 
-    Returns float32 [5]: loss, aux loss, next-byte loss (nats), share of bytes with weight > 0.5,
-    and 1 if every gradient was finite; where it is 0 no weight was changed.
+    Returns float32 [5]: loss, aux loss, next-byte loss (nats), share of bytes that causal routing
+    selects, and 1 if every gradient was finite; where it is 0 no weight was changed.
     """
 
     def __init__(self, model: Pico, settings: TrainSettings, devices: tuple[str, ...] = ()) -> None:
@@ -180,8 +180,10 @@ class TrainStep:
     def _gradients(self, windows: Tensor) -> tuple[Tensor, list[Tensor]]:
         x, targets = inputs_and_targets(windows, self.model.config.next_tokens)
         logits, z, decisions = self.model(x)
-        loss, aux_loss, next_byte_loss = loss_fn(logits, z, decisions, targets)
-        rate = (z > 0).cast(dtypes.float32).mean()
+        loss, aux_loss, next_byte_loss = loss_fn(
+            logits, z, decisions, targets, self.model.config.router == "learned"
+        )
+        rate = self.model.decide(x, z, causal=True).cast(dtypes.float32).mean()
         gradients = loss.gradient(*self.parameters)
         losses = Tensor.stack(loss, aux_loss, next_byte_loss, rate).detach().contiguous()
         # if a loss is not finite, then neither is a gradient, and nothing is updated
@@ -262,8 +264,8 @@ REAL, SCORED, WHOLE = 1, 2, 4  # flags of a byte: no padding, of a document's te
 class Validation:
     """Bits per byte on the same held-out windows every time, wrapper bytes left out.
 
-    Measured the way the model is used (causal routing: weight > 0.5) and, beside it, with the
-    top-k routing of training, which may look ahead.
+    Measured the way the model is used (causal routing) and, beside it, with the routing of
+    training, whose top-k may look ahead.
     """
 
     def __init__(
@@ -301,7 +303,8 @@ class Validation:
                 f"the validation data has {len(held_out)} bytes, too few to measure anything; "
                 "hold out more with --dataset-validation-size"
             )
-        self.slots = min(length, 2 * max(1, model.config.capacity(length)))
+        least = int(model.config.router != "none")
+        self.slots = min(length, 2 * max(least, model.config.capacity(length)))
         self.length = length
         self.measure = compiled(self._measure)
         self.measure_all = compiled(self._measure_all)
@@ -315,14 +318,14 @@ class Validation:
     def _sums(self, windows: Tensor, flags: Tensor, count: int) -> Tensor:
         x, targets = inputs_and_targets(windows, self.model.config.next_tokens)
         real, scored, whole = ((flags & flag).cast(dtypes.bool) for flag in (REAL, SCORED, WHOLE))
-        causal, z, decisions = self.model(x, causal=True, count=count)
+        causal, _, decisions = self.model(x, causal=True, count=count)
         training, _, _ = self.model(x)
         nats = [
             mask.where(cross_entropy(logits[:, :, 0], targets[:, :, 0]), 0).sum()
             for logits, mask in ((causal, scored), (training, whole))
         ]
         most = (decisions & real).sum(axis=1, dtype=dtypes.int32).max().cast(dtypes.float32)
-        chosen = ((z > 0) & scored).cast(dtypes.float32).sum()
+        chosen = (decisions & scored).cast(dtypes.float32).sum()
         return Tensor.stack(*nats, chosen, most).realize()
 
     def __call__(self) -> Record:
@@ -381,9 +384,9 @@ def train(
     continues, and whatever else is worth knowing.
 
     A record has: step (from 1), steps (in all), epoch (from 0), loss, next_byte_loss, aux_loss
-    (nats), bits_per_byte (of the next byte, training routing), router_rate (share of bytes with
-    weight > 0.5), lr, bytes (seen so far), bytes_per_second; after a validation also its keys (see
-    `Validation`), after a checkpoint `checkpoint`, its path.
+    (nats), bits_per_byte (of the next byte, training routing), router_rate (share of bytes that
+    causal routing selects), lr, bytes (seen so far), bytes_per_second; after a validation also its
+    keys (see `Validation`), after a checkpoint `checkpoint`, its path.
 
     Raises PicoError on bad settings or data before anything is written, and when a loss or gradient
     is not finite; the weights are then those before that step.
@@ -399,7 +402,7 @@ def train(
         if run_dir is None:
             raise PicoError("nothing to resume: no run was named")
         stored = read_description(Path(run_dir))
-        _check_model(dataclasses.asdict(model.config), stored["model"], run_dir)
+        _check_model(model.config.to_dict(), stored["model"], run_dir)
         spec = stored_spec(stored, run_dir) if spec is None else spec
         if "precision" in settings:
             chosen = choose_precision(settings["precision"], devices)
@@ -412,7 +415,7 @@ def train(
     chosen = TrainSettings(**settings)
     # what is recorded, and resumed, is what `auto` means here
     chosen = dataclasses.replace(chosen, precision=choose_precision(chosen.precision, devices))
-    if model.config.capacity(chosen.context_len) < 1:
+    if model.config.router != "none" and model.config.capacity(chosen.context_len) < 1:
         raise PicoError(
             f"context_len {chosen.context_len} is too short: at a capacity factor of "
             f"{model.config.latent_capacity_factor} no byte is selected; take at least "
@@ -443,7 +446,7 @@ def train(
         "dataset": described,
         "data": data.note,
         "fingerprints": fingerprints,
-        "model": dataclasses.asdict(model.config),
+        "model": model.config.to_dict(),
         "base_weights": stored.get("base_weights"),
         "devices": list(devices),
     }

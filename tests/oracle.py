@@ -11,9 +11,11 @@ Shape letters: B sequences, N bytes of a sequence, S selected bytes, T positions
 H query heads, K key/value heads, G = H // K, C head_dim, P next_tokens (heads of prediction).
 """
 
+import itertools
 import json
 import math
 import os
+import string
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -115,7 +117,31 @@ class Alibi:
         return -slopes[:, None, None] * (i[:, None] - j[None, :])
 
 
-ALIBI = Alibi()
+class Rope(Alibi):
+    """Channels j and j + C // 2 turned by position * 10000^(-2j / C) (arXiv 2104.09864).
+
+    If C is odd, the last channel stays, and C is one less.
+    """
+
+    def place(self, vectors: np.ndarray, positions: np.ndarray, sign: int = 1) -> np.ndarray:
+        placed = vectors.astype(np.float64)
+        pairs = vectors.shape[-1] // 2
+        for j in range(pairs):
+            angle = sign * positions * 10000.0 ** (-2 * j / (2 * pairs))  # (T,)
+            cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
+            a, b = vectors[..., j], vectors[..., j + pairs]
+            placed[..., j] = a * cos - b * sin
+            placed[..., j + pairs] = a * sin + b * cos
+        return placed
+
+    def place_backward(self, d_placed: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        return self.place(d_placed, positions, sign=-1)
+
+    def bias(self, heads: int, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+        return np.zeros((heads, len(i), len(j)))
+
+
+POSITIONS = {"alibi": Alibi(), "rope": Rope()}
 
 
 # --- operations: each returns (output, backward)
@@ -272,14 +298,42 @@ def _count(config: Config, stack: str) -> int:
 # --- the model
 
 
-def decide(router_logits: np.ndarray, config: Config, causal: bool) -> np.ndarray:
-    """Which bytes of one sequence go through the latent blocks: logits [N] -> bool [N].
+def in_word(byte: int) -> bool:
+    """A letter, a digit, or a byte that continues a character of UTF-8."""
+    return chr(byte) in string.ascii_letters + string.digits or byte >> 6 == 0b10
 
-    Training: the int(N * factor) largest, ties to the earlier byte. Causal: those above 0, where
-    sigmoid(logit) > 0.5. Ranked by logit, which is the order of the sigmoids before rounding.
+
+def select(config: Config, position: int, byte: int, before: int | None, z: float) -> bool:
+    """Whether the causal router selects the byte at `position`; `before`: the one before it."""
+    if config.router == "space":
+        return before is not None and in_word(before) and not in_word(byte)
+    if config.router == "stride":
+        n = next(n for n in itertools.count(1) if n * config.latent_capacity_factor >= 1 - 1e-9)
+        return (position + 1) % n == 0
+    return z > 0 if config.router == "learned" else config.router == "all"
+
+
+def decide(
+    router_logits: np.ndarray, x: np.ndarray | bytes, config: Config, causal: bool
+) -> np.ndarray:
+    """Which bytes of one sequence go through the latent blocks: logits [N], bytes [N] -> bool [N].
+
+    A learned router in training: the int(N * factor) largest, ties to the earlier byte.
+    Causal: those above 0, where sigmoid(logit) > 0.5. The others: see `select`. Ranked by logit,
+    which is the order of the sigmoids before rounding.
     """
-    if causal:
-        return router_logits > 0
+    if causal or config.router != "learned":
+        before = [None, *map(int, x[:-1])]
+        selected = [
+            select(config, n, int(x[n]), before[n], router_logits[n]) for n in range(len(x))
+        ]
+        decisions = np.array(selected, bool)
+        if (
+            config.router in ("space", "stride") and not causal
+        ):  # the first ones, as many as are served
+            most = int(len(x) * config.latent_capacity_factor)
+            decisions[np.flatnonzero(decisions)[most:]] = False
+        return decisions
     capacity = int(len(router_logits) * config.latent_capacity_factor)
     by_rank = sorted(range(len(router_logits)), key=lambda n: (-router_logits[n], n))
     decisions = np.zeros(len(router_logits), bool)
@@ -302,17 +356,18 @@ def _sequence(
     x: np.ndarray,
     causal: bool,
     decisions: np.ndarray | None,
-    positions: Alibi,
+    positions: Alibi | None,
 ) -> _Sequence:
     """One sequence of bytes x [N]. backward takes (d_logits, d_router_logits, grads)."""
     N = len(x)
+    positions = positions or POSITIONS[config.position]
     h = weights["embedding.weight"][x]  # (N, D)
     h, fb_in_backward = blocks(weights, "fb_in", config, positions, h)
 
     z, router_backward = linear(weights, "latent.router", h)  # (N, 1)
     r = sigmoid(z)
     if decisions is None:
-        decisions = decide(z[:, 0], config, causal)
+        decisions = decide(z[:, 0], x, config, causal)
     selected = np.flatnonzero(decisions)  # (S,), in sequence order
     if len(selected):
         into = h[selected]
@@ -354,7 +409,7 @@ def forward(
     x: np.ndarray,
     causal: bool = False,
     decisions: np.ndarray | None = None,
-    positions: Alibi = ALIBI,
+    positions: Alibi | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Bytes x [B, N] -> (logits [B, N, P, 256], router_logits [B, N], decisions bool [B, N]).
 
@@ -398,6 +453,8 @@ def loss(
     z, t = router_logits, decisions.astype(np.float64)
     aux_loss = (np.maximum(z, 0) - z * t + np.log1p(np.exp(-np.abs(z)))).mean()
     lm = (per_head * head_shares(config)).sum()
+    if config.router != "learned":
+        return float(lm), 0.0, float(per_head[0])
     return float(0.9 * lm + 0.1 * aux_loss), float(aux_loss), float(per_head[0])
 
 
@@ -407,7 +464,7 @@ def loss_and_grads(
     x: np.ndarray,
     targets: np.ndarray,
     decisions: np.ndarray | None = None,
-    positions: Alibi = ALIBI,
+    positions: Alibi | None = None,
 ) -> tuple[tuple[float, float, float], Weights]:
     """The training losses, as `loss` returns them, and the float64 gradient of the first.
 
@@ -427,8 +484,10 @@ def loss_and_grads(
         # softmax minus one-hot, times the head's share of the mean over B * N positions
         one_hot = np.eye(256)[targets[b]]  # (N, P, 256)
         shares = head_shares(config)[None, :, None]  # (1, P, 1)
-        d_logits = 0.9 * shares * (softmax(sequence.logits) - one_hot) / (B * N)
+        lm_share = 0.9 if config.router == "learned" else 1.0
+        d_logits = lm_share * shares * (softmax(sequence.logits) - one_hot) / (B * N)
         d_z = 0.1 * (sigmoid(sequence.router_logits) - sequence.decisions) / (B * N)  # (N,)
+        d_z = d_z * (config.router == "learned")
         sequence.backward(d_logits, d_z, grads)
     losses = loss(
         np.stack([s.logits for s in sequences]),
@@ -443,7 +502,9 @@ def loss_and_grads(
 # --- decoding
 
 
-def decode(weights: Weights, config: Config, data: bytes, positions: Alibi = ALIBI) -> np.ndarray:
+def decode(
+    weights: Weights, config: Config, data: bytes, positions: Alibi | None = None
+) -> np.ndarray:
     """The logits after each byte of `data`, a byte at a time: [N, P, 256].
 
     Each block keeps a list of the keys and values that it has seen. A latent block sees selected
@@ -452,15 +513,22 @@ def decode(weights: Weights, config: Config, data: bytes, positions: Alibi = ALI
     weights = _float64(weights)
     keys: dict[str, list[np.ndarray]] = defaultdict(list)
     values: dict[str, list[np.ndarray]] = defaultdict(list)
-    return np.array([_step(weights, config, byte, keys, values, positions) for byte in data])
+    positions = positions or POSITIONS[config.position]
+    before = [None, *data[:-1]]
+    return np.array(
+        [
+            _step(weights, config, n, byte, before[n], keys, values, positions)
+            for n, byte in enumerate(data)
+        ]
+    )
 
 
-def _step(weights, config, byte, keys, values, positions) -> np.ndarray:
+def _step(weights, config, position, byte, before, keys, values, positions) -> np.ndarray:
     """The logits [P, 256] after one more byte."""
     h = weights["embedding.weight"][byte]  # (D,)
     h = _step_blocks(weights, "fb_in", config, h, keys, values, positions)
     z = float(weights["latent.router.weight"][0] @ h)
-    if z > 0:
+    if select(config, position, byte, before, z):
         deep = _step_blocks(weights, "latent", config, h, keys, values, positions)
         h = h + (deep - h) / (1 + math.exp(-z))
     h = _step_blocks(weights, "fb_out", config, h, keys, values, positions)

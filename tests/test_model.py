@@ -82,7 +82,8 @@ def compare_training(config: Config, B: int, N: int) -> None:
     chosen = decisions.numpy()
     # the decisions are those of our own router logits; the oracle's may differ in the last bit
     np.testing.assert_array_equal(
-        chosen, np.stack([oracle.decide(row, config, causal=False) for row in z.numpy()])
+        chosen,
+        np.stack([oracle.decide(r, b, config, False) for r, b in zip(z.numpy(), x, strict=True)]),
     )
     expected = oracle.forward(weights, config, x, decisions=chosen)
     close(logits.numpy(), expected[0], 1e-4)

@@ -110,7 +110,7 @@ def test_ties_go_to_the_earlier_byte():
     decisions = forward(weights, TINY, x)[2]
     np.testing.assert_array_equal(decisions, [[True] * 4 + [False] * 5] * 2)
     assert not forward(weights, TINY, x, causal=True)[2].any(), "0.5 is not above 0.5"
-    some = oracle.decide(np.array([1.0, 3, 1, 2, 1, 1, 3, 0]), TINY, causal=False)
+    some = oracle.decide(np.array([1.0, 3, 1, 2, 1, 1, 3, 0]), bytes(8), TINY, causal=False)
     np.testing.assert_array_equal(np.flatnonzero(some), [0, 1, 3, 6])
 
 

@@ -1,0 +1,148 @@
+"""Routers, positions and numbers of heads compared at equal training operations, on the same data
+and seeds. Writes a table in Markdown and a picture.
+
+python examples/compare_routers.py [DATASET] [--steps 400] [--seeds 0,1,2] [--positions]
+    [--next-tokens 1,2,4,8]
+
+--steps are those of the learned router with ALiBi and 4 heads; their operations are the budget, and
+each variant gets as many steps as that pays for. Results are kept in a file of JSON lines, and what
+is there already is not done again.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+from pathlib import Path
+
+from tqdm import tqdm
+
+import pico_tg
+from pico_tg.config import CHOICES
+from pico_tg.flops import training_operations
+from pico_tg.generate import Decoder
+from pico_tg.plot import COLOURS, Line, Panel, svg
+
+LENGTH, BATCH = 512, 4
+HERE = Path(__file__).parent
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]
+
+
+parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+parser.add_argument("dataset", nargs="?", default="python-docs")
+parser.add_argument("--steps", type=int, default=400, help="of the learned router: the budget")
+parser.add_argument("--seeds", type=numbers, default=[0, 1, 2], metavar="N,…")
+parser.add_argument("--routers", default=",".join(CHOICES["router"]), metavar="NAME,…")
+parser.add_argument("--positions", action="store_true", help="the learned router with rope as well")
+parser.add_argument(
+    "--next-tokens", type=numbers, default=[], metavar="N,…",
+    help="the learned router with so many heads as well, with the first seed",
+)  # fmt: skip
+parser.add_argument("--dim", type=int, default=96)
+parser.add_argument("--latent-blocks", type=int, default=4)
+parser.add_argument("--sample-bytes", type=int, default=400, help="to measure decoding with")
+parser.add_argument("--evaluation-bytes", type=int, default=4096, help="to find boundaries in")
+parser.add_argument("--results", type=Path, default=HERE / "routers.jsonl")
+parser.add_argument("--svg", type=Path, default=HERE / "routers.svg")
+args = parser.parse_args()
+
+base = pico_tg.Config.preset(
+    "xs", dim=args.dim, att_q_heads=6, att_kv_heads=2, next_tokens=4,
+    latent_num_blocks=args.latent_blocks,
+)  # fmt: skip
+budget = args.steps * training_operations(base, LENGTH, BATCH)
+print(f"budget: {budget:.3g} operations of training, {args.steps} steps of the learned router")
+
+variants: dict[str, tuple[pico_tg.Config, list[int]]] = {
+    name: (dataclasses.replace(base, router=name), args.seeds) for name in args.routers.split(",")
+}
+if args.positions:
+    variants["learned, rope"] = dataclasses.replace(base, position="rope"), args.seeds
+for heads in args.next_tokens:
+    if heads != base.next_tokens or "learned" not in variants:
+        changed = dataclasses.replace(base, next_tokens=heads)
+        variants[f"learned, heads {heads}"] = changed, args.seeds[:1]
+
+
+def bytes_per_second(model: pico_tg.Pico) -> float:
+    """Of decoding, compiled before; the prompt is left out."""
+    decoder = Decoder(model)
+    for _ in range(2):
+        stats = pico_tg.Stats()
+        options = {"temperature": 0.7, "seed": 0, "ignore_end": True, "decoder": decoder}
+        options |= {"max_bytes": args.sample_bytes, "stats": stats}
+        for _ in pico_tg.generate(model, b"The import statement", **options):
+            pass
+    return stats.bytes / max(1e-9, stats.seconds - stats.first_byte_seconds)
+
+
+def measure(config: pico_tg.Config, seed: int, steps: int, name: str) -> dict:
+    model = pico_tg.Pico(config, seed=seed)
+    every = max(1, steps // 10)
+    records = pico_tg.train(
+        model, data, context_len=LENGTH, batch_size=BATCH, max_steps=steps, epochs=10**6,
+        warmup_steps=min(50, steps // 2), learning_rate=0.012, validation_interval=every, seed=seed,
+    )  # fmt: skip
+    curve = []
+    for record in tqdm(records, total=steps, desc=f"{name}, seed {seed}", unit="step"):
+        if "validation_bits_per_byte" in record:
+            curve.append((record["step"] / steps, record["validation_bits_per_byte"]))
+            rate = record["validation_router_rate"]
+    evaluated = pico_tg.evaluate(model, data, context_len=LENGTH, max_bytes=args.evaluation_bytes)
+    return {
+        "bits_per_byte": curve[-1][1],
+        "routed": rate,
+        "boundary_f1": evaluated.boundaries.f1,
+        "bytes_per_second": bytes_per_second(model),
+        "curve": curve,
+    }
+
+
+data = pico_tg.load_data(pico_tg.DataSpec(args.dataset))
+done: dict[str, dict] = {}
+if args.results.exists():
+    lines = args.results.read_text().splitlines()
+    done = {json.dumps(r["key"], sort_keys=True): r for r in map(json.loads, lines)}
+table: dict[str, list[dict]] = {}
+for name, (config, seeds) in variants.items():
+    steps = max(1, budget // training_operations(config, LENGTH, BATCH))
+    for seed in seeds:
+        # all that a result depends on
+        key = {"config": config.to_dict(), "seed": seed, "steps": steps, "data": args.dataset}
+        key |= {"fingerprint": str(data.train.fingerprint), "sample_bytes": args.sample_bytes}
+        key |= {"evaluation_bytes": args.evaluation_bytes}
+        text = json.dumps(key, sort_keys=True)
+        if text not in done:
+            done[text] = {"key": key, **measure(config, seed, steps, name)}
+            with args.results.open("a") as file:
+                file.write(json.dumps(done[text]) + "\n")
+        table.setdefault(name, []).append(done[text])
+
+print("\n| variant | seeds | steps | bits per byte | routed | boundary F1 | bytes/s |")
+print("|---|---|---|---|---|---|---|")
+for name, results in table.items():
+    bits = [r["bits_per_byte"] for r in results]
+    spread = f" ± {statistics.stdev(bits):.3f}" if len(bits) > 1 else ""
+    means = [statistics.mean(r[k] for r in results) for k in ("routed", "boundary_f1")]
+    speed = statistics.mean(r["bytes_per_second"] for r in results)
+    print(
+        f"| {name} | {len(results)} | {results[0]['key']['steps']} "
+        f"| {statistics.mean(bits):.3f}{spread} | {means[0]:.2f} | {means[1]:.2f} | {speed:.0f} |"
+    )
+
+drawn = []
+for number, (name, results) in enumerate(table.items()):
+    at = [share for share, _ in results[0]["curve"]]
+    together = zip(*([b for _, b in r["curve"]] for r in results), strict=True)
+    heights = [statistics.mean(bits) for bits in together]
+    drawn.append(Line(name, at, heights, COLOURS[number % len(COLOURS)], number // len(COLOURS)))
+low = min(min(line.ys) for line in drawn)
+panel = Panel(
+    drawn, "Routers at equal training operations", "share of the operations",
+    "bits per byte (held out)", y_range=(low, low + 1.5),
+)  # fmt: skip
+args.svg.write_text(svg([panel]))
+print(f"\nwrote {args.svg} and {args.results}")

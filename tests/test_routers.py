@@ -1,0 +1,226 @@
+"""Routers and positions to compare: pass, loss, gradients and decoding against the oracle."""
+
+import dataclasses
+import itertools
+import json
+import math
+
+import numpy as np
+import oracle
+import pytest
+from test_model import build, close
+from tinygrad import Tensor, nn
+
+from pico_tg import Config, PicoError, generate, train
+from pico_tg.attention import rotate
+from pico_tg.config import CHOICES
+from pico_tg.data import SEQ_START
+from pico_tg.flops import forward_operations
+from pico_tg.generate import Decoder
+from pico_tg.model import loss_fn
+from pico_tg.routing import next_decisions, rule_decisions
+
+TINY = Config(
+    dim=23,  # heads of 5: a channel without a pair
+    next_tokens=3,
+    att_q_heads=4,
+    att_kv_heads=2,
+    fb_num_blocks=1,
+    fb_att_window_size=3,
+    latent_capacity_factor=0.3,
+    latent_num_blocks=1,
+    latent_att_window_size=4,
+)
+VARIANTS = [
+    dataclasses.replace(TINY, router=router, position=position)
+    for router, position in (
+        ("space", "alibi"),
+        ("stride", "rope"),
+        ("all", "alibi"),
+        ("none", "alibi"),
+        ("learned", "rope"),
+    )
+]
+TEXT = "Ça va?  'Tis 3.5 °C — née in 東京, (e.g.) <b>x_1</b>; and, a \t b\n\nend. ".encode()
+
+
+@pytest.fixture(scope="module", params=VARIANTS, ids=lambda c: f"{c.router}-{c.position}")
+def variant(request):
+    """(config, model, weights)."""
+    return request.param, *build(request.param)
+
+
+def text(seed: int, count: int) -> np.ndarray:
+    start = np.random.default_rng(seed).integers(len(TEXT))
+    return np.frombuffer(TEXT * 3, np.uint8)[start : start + count]
+
+
+def test_training(variant):
+    config, model, weights = variant
+    x = np.stack([text(0, 30), text(1, 30)])
+    targets = np.random.default_rng(1).integers(0, 256, (*x.shape, config.next_tokens), np.uint8)
+    logits, z, decisions = model(Tensor(x))
+    losses = loss_fn(logits, z, decisions, Tensor(targets), config.router == "learned")
+    state = nn.state.get_state_dict(model)
+    gradients = losses[0].gradient(*state.values())
+    Tensor.realize(logits, z, decisions, *losses, *gradients)
+    chosen = decisions.numpy()
+    expected = [oracle.decide(*r, config, False) for r in zip(z.numpy(), x, strict=True)]
+    np.testing.assert_array_equal(chosen, expected)
+    assert (chosen.sum(axis=1) <= config.capacity(30)).all()
+    found = oracle.forward(weights, config, x, decisions=chosen)
+    close(logits.numpy(), found[0], 1e-4)
+    close(z.numpy(), found[1], 1e-4)
+    expected, grads = oracle.loss_and_grads(weights, config, x, targets, chosen)
+    np.testing.assert_allclose([t.item() for t in losses], expected, rtol=1e-5)
+    for name, gradient in zip(state, gradients, strict=True):
+        close(gradient.numpy(), grads[name], 1e-4, name)
+
+
+def test_decoding_is_the_causal_pass(variant):
+    """The oracle byte by byte, ours in pieces with drafts taken back, and one causal pass."""
+    config, model, weights = variant
+    data = text(2, 30).tobytes()
+    logits, z, decisions = (t.numpy() for t in model(Tensor([list(data)]), causal=True))
+    np.testing.assert_array_equal(decisions[0], oracle.decide(z[0], data, config, True))
+    expected = oracle.decode(weights, config, data)
+    close(logits[0], expected, 1e-4)
+    decoder = Decoder(model)
+    for attempt in range(2):  # the second one after forgetting all
+        decoder.position = decoder.selected = 0
+        found, chosen = [], []
+        for start, end in itertools.pairwise([0, 1, 3, 7, 8, 9, 17, 24, 30]):
+            if attempt and start:
+                state = decoder.save()
+                decoder.feed(b"a ")
+                decoder.restore(state)
+                decoder.feed(b". x")
+                decoder.forget(3)
+            # drafts that prove wrong, of the kind that a rule looks at
+            kept = end - start
+            wrong = b" a"[: min(2, 8 - kept)] if attempt else b""
+            found += list(decoder.feed(data[start:end] + wrong)[0][:kept])
+            chosen += list(decoder.last_decisions[:kept])
+            decoder.forget(len(wrong))
+        close(np.array(found), expected, 1e-4)
+        assert chosen == decisions[0].tolist()
+        assert (decoder.position, decoder.selected) == (len(data), decisions.sum())
+
+
+def test_generating_with_drafts_or_without(variant):
+    config, model, _ = variant
+    decoder = Decoder(model)
+    options = {"max_bytes": 12, "seed": 3, "ignore_end": True, "decoder": decoder}
+    records = list(generate(model, b"It is ", **options))
+    plain = list(generate(model, b"It is ", speculative=False, **options))
+    assert [(r.byte, r.router_decision) for r in records] == [
+        (r.byte, r.router_decision) for r in plain
+    ]
+    fed = SEQ_START + b"It is " + bytes(r.byte for r in records)
+    if config.router != "learned":
+        rule = oracle.decide(np.zeros(len(fed)), fed, config, True)
+        assert [r.router_decision for r in records] == rule[-12:].tolist()
+
+
+def test_the_rule_of_spaces():
+    marks = {i for i, c in enumerate("ab, c.d\n x") if c in ",.\n" or (i == 4 and c == " ")}
+    data = b"ab, c.d\n x"
+    found = next_decisions("space", data, 0, 4)
+    assert set(np.flatnonzero(found)) == marks == {2, 5, 7}
+    # a lead byte of UTF-8 begins like a space; its continuation is of the word
+    assert np.flatnonzero(next_decisions("space", "aé b".encode(), 0, 4)).tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("router", ["space", "stride", "all", "none"])
+def test_rules_a_byte_at_a_time(router):
+    whole = rule_decisions(router, Tensor([list(TEXT)]), 4, None).numpy()[0]
+    np.testing.assert_array_equal(next_decisions(router, TEXT, 0, 4), whole)
+    for i in range(len(TEXT)):
+        piece = TEXT[max(0, i - 1) : i + 1]
+        assert next_decisions(router, piece, i, 4).tolist() == [whole[i]]
+    capped = rule_decisions(router, Tensor([list(TEXT)]), 4, 3).numpy()[0]
+    if router == "space":
+        assert np.flatnonzero(capped).tolist() == np.flatnonzero(whole)[:3].tolist()
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5, 1 / 3, 0.3, 0.1, 0.013])
+def test_a_stride_fits_the_capacity(factor):
+    config = dataclasses.replace(TINY, router="stride", latent_capacity_factor=factor)
+    for length in (1, 49, 512, 6144):
+        assert length // config.stride <= config.capacity(length)
+    assert config.stride - 1 < 1 / factor + 1e-6
+
+
+@pytest.mark.parametrize("channels", [1, 8, 41])
+def test_angles_far_out(channels):
+    """As exact at a million, and at the last int, as at the start."""
+    positions = np.array([0, 1, 1000, 10**6, 10**6 + 1, 2**31 - 1])
+    x = np.random.default_rng(0).standard_normal((2, len(positions), channels)).astype(np.float32)
+    found = rotate(Tensor(x), Tensor(positions.astype(np.int32))).numpy()
+    half = channels // 2
+    turned = x[..., :half] + 1j * x[..., half : 2 * half]
+    rates = 10000.0 ** -(np.arange(half) / max(1, half))
+    turned = turned * np.exp(1j * positions[:, None] * rates)
+    expected = np.concatenate([turned.real, turned.imag, x[..., 2 * half :]], axis=-1)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=5e-6)
+
+
+def test_rings_at_a_million():
+    """With rotation only distances matter, so a text that begins far out reads the same."""
+    model, _ = build(dataclasses.replace(TINY, router="all", position="rope"))
+    data = text(4, 32).tobytes()
+    near, far = Decoder(model), Decoder(model)
+    slots = far.before[0].ring.slots
+    far.position = far.selected = slots * (10**6 // slots)
+    # at first the far windows hold zeros that nobody wrote: compare what sees past none of them
+    ends = [[one.feed(data[i : i + 8])[0] for i in range(0, 32, 8)][-1] for one in (near, far)]
+    close(ends[1], ends[0], 1e-4)
+
+
+@pytest.mark.parametrize("router", CHOICES["router"])
+def test_operations(router):
+    config = dataclasses.replace(TINY, router=router)
+    dense = dataclasses.replace(config, router="all")
+    none = dataclasses.replace(config, router="none")
+    found = [forward_operations(c, 100) for c in (none, config, dense)]
+    if router == "all":
+        assert found[1] == found[2]
+    elif router == "none":
+        assert found[1] == found[0]
+    else:
+        assert found[0] < found[1] < found[2]
+        # 30 of 100 bytes, through 1 block: its matrices, the router, the pairs in a window of 4
+        block = 23 * (8 + 4) * 5 + 3 * 23**2
+        reads = 100 if router == "learned" else 30
+        pairs = 30 * 5 - (4 + 3 + 2 + 1)
+        assert found[1] - found[0] == 2 * (block * 30 + 23 * reads) + 4 * 4 * 5 * pairs
+
+
+def test_only_what_differs_is_written(tmp_path):
+    TINY.to_json(tmp_path / "a.json")
+    assert json.loads((tmp_path / "a.json").read_text()).keys() == {
+        f.name for f in dataclasses.fields(Config)
+    } - {"router", "position"}
+    for config in VARIANTS:
+        config.to_json(tmp_path / "b.json")
+        assert Config.from_json(tmp_path / "b.json") == config
+    for name in CHOICES:
+        with pytest.raises(PicoError, match=name):
+            dataclasses.replace(TINY, **{name: "best"})
+
+
+@pytest.mark.parametrize("config", VARIANTS[:4], ids=lambda c: c.router)
+def test_training_steps(config, tmp_path):
+    """With SOAP, over a refresh, and validated; what no byte reaches does not go wrong."""
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"<|endoftext|>".join([TEXT * 8] * 4))
+    model = build(config)[0]
+    options = {"context_len": 30, "batch_size": 2, "max_steps": 12, "validation_interval": 12}
+    records = list(train(model, str(path), epochs=9, warmup_steps=2, seed=1, **options))
+    assert records[-1]["loss"] < records[0]["loss"]
+    rates = {"stride": [0.25, 1 / 4], "all": [1, 1], "none": [0, 0], "space": [0.1, 0.4]}
+    low, high = rates[config.router]
+    for key in ("router_rate", "validation_router_rate"):
+        assert low - 0.02 <= records[-1][key] <= high + 0.02
+    assert all(math.isfinite(t.numpy().sum()) for t in nn.state.get_parameters(model))
+    assert records[-1]["aux_loss"] == 0
