@@ -13,7 +13,7 @@ from functools import partial
 
 from tinygrad import Tensor, dtypes
 
-from .kernels import matmul, matmul_transposed
+from .kernels import COLUMNS, Band, band_attention, by_hand, matmul, matmul_transposed
 
 
 def alibi_slopes(heads: int, device: str | tuple[str, ...] | None = None) -> Tensor:
@@ -35,6 +35,17 @@ def block_sizes(length: int, window: int) -> tuple[int, int, int]:
     return queries, math.ceil(window / queries) * queries, math.ceil(length / queries)
 
 
+def tiles(length: int, window: int) -> tuple[int, int, int]:
+    """`block_sizes` for kernels by hand: multiples of their vectors, and smaller blocks.
+
+    Nothing is copied for a block, so that many are cheap.
+    """
+    if window >= length - 1:
+        return math.ceil(length / COLUMNS) * COLUMNS, 0, 1
+    queries = COLUMNS if window < 8 * COLUMNS else 2 * COLUMNS
+    return queries, math.ceil(window / queries) * queries, math.ceil(length / queries)
+
+
 def banded_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """Softmax attention of each position over itself and the `window` positions before it.
 
@@ -44,6 +55,9 @@ def banded_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     B, H, N, C = q.shape
     K = k.shape[1]
     G = H // K
+    if by_hand(q.device):
+        slopes = alibi_slopes(H, q.device)
+        return band_attention(q, k, v, slopes, Band(B, H, K, C, N, window, *tiles(N, window)))
     queries, reach, blocks = block_sizes(N, window)
     padding = blocks * queries - N
 

@@ -10,7 +10,7 @@ from .config import Config
 
 
 def forward_operations(config: Config, length: int, batch_size: int = 1) -> int:
-    """Operations of one forward pass over `batch_size` sequences of `length` bytes, routed by top-k.
+    """Operations of one forward pass over `batch_size` sequences of `length` bytes, top-k routed.
 
     2 * (P_byte * N + P_latent * S) + 4 * H * C * (pairs(N, W_byte) * 2 * blocks_byte
     + pairs(S, W_latent) * blocks_latent) for each sequence, where N is the length, S its capacity,

@@ -22,7 +22,9 @@ from .files import PicoError
 from .kernels import Packed, Ring, compiled, padded_width, read, write_into
 from .model import RMS_EPS, Block, Pico
 
-CHUNK = 64  # bytes of a prompt that one pass takes in
+SIZES = (1, 4, 8)  # rows of the compiled passes; a row more costs little, a graph more seconds
+CHUNK = 64  # bytes of a long prompt that one pass takes in
+LONG = 4096  # bytes of a prompt that are worth compiling that pass for
 
 
 class CachedBlock:
@@ -77,14 +79,18 @@ class Decoder:
         self.unembedding = Packed(model.unembedding.weight, model.norm.weight)
         self.bias = model.unembedding.bias.detach().reshape(1, -1)
         self.last_decisions = np.zeros(0, bool)
+        # one row more than a pass has: where slots that are not needed write
+        hidden = Tensor.zeros(CHUNK + 1, self.width, device=self.router.device)
+        self.hidden = hidden.contiguous().realize()
         self.jits: dict[tuple, TinyJit] = {}
-        self.buffers: dict[tuple, Tensor] = {}
+        self.controls: dict[tuple, Tensor] = {}
 
     def feed(self, data: bytes) -> tuple[np.ndarray, np.ndarray]:
         """Feed at least one byte -> (logits float32 [n, T, 256], router logits float32 [n])."""
+        piece = CHUNK if len(data) >= LONG else SIZES[-1]
         parts = [
-            self._pass(np.frombuffer(data[start : start + CHUNK], np.uint8))
-            for start in range(0, len(data), CHUNK)
+            self._pass(np.frombuffer(data[start : start + piece], np.uint8))
+            for start in range(0, len(data), piece)
         ]
         logits, router_logits = zip(*parts, strict=True)
         return np.concatenate(logits), np.concatenate(router_logits)
@@ -117,66 +123,64 @@ class Decoder:
         rows = _graph_size(n)
         control = np.zeros(1 + rows, np.int32)  # start, bytes
         control[0], control[1 : 1 + n] = self.position, data
-        write_into(self._buffer("control", 1 + rows), control)
+        write_into(self._control(rows), control)
         router_logits = read(self._run(self._encode, rows))[:n].copy()
         self.last_decisions = (router_logits > 0) & self.use_latent
         chosen = np.flatnonzero(self.last_decisions)
         if len(chosen):
             count = _graph_size(len(chosen))
-            deeper = np.zeros(1 + count + rows, np.int32)  # start, byte in each slot, slot of each
-            deeper[0], deeper[1 : 1 + len(chosen)] = self.selected, chosen
-            deeper[1 + count :] = -1
-            deeper[1 + count + chosen] = np.arange(len(chosen))
-            write_into(self._buffer("deeper", 1 + count + rows), deeper)
-            self._run(self._deepen, rows, count)
+            # the row that each slot reads, the row that it adds to (the spare one, if none), start
+            deeper = np.repeat(np.array([0, CHUNK, self.selected], np.int32), [count, count, 1])
+            deeper[: len(chosen)] = deeper[count : count + len(chosen)] = chosen
+            write_into(self._control(2 * count, "deeper"), deeper)
+            self._run(self._deepen, count)
         logits = read(self._run(self._heads, rows))[:n].copy()
         self.position += n
         self.selected += len(chosen)
         return logits, router_logits
 
-    def _buffer(self, name: str, *shape: int) -> Tensor:
-        """A tensor that the graphs of this decoder share, one a name and shape.
+    def _control(self, length: int, name: str = "rows") -> Tensor:
+        """int32 [1 + length] that graphs read, one a name and length.
 
         What a graph holds costs nothing a call; what it is passed costs a tenth of a millisecond.
         """
-        if (name, *shape) not in self.buffers:
-            dtype = dtypes.float32 if name == "hidden" else dtypes.int32
-            new = Tensor.zeros(*shape, dtype=dtype, device=self.router.device)
-            self.buffers[name, *shape] = new.contiguous().realize()
-        return self.buffers[name, *shape]
+        if (name, length) not in self.controls:
+            new = Tensor.zeros(1 + length, dtype=dtypes.int32, device=self.router.device)
+            self.controls[name, length] = new.contiguous().realize()
+        return self.controls[name, length]
 
-    def _run(self, function: Callable, *size: int) -> Tensor:
+    def _run(self, function: Callable, size: int) -> Tensor:
         """A method of that size, compiled."""
-        key = (function.__name__, *size)
+        key = (function.__name__, size)
         if key not in self.jits:
-            self.jits[key] = compiled(function, *size)
+            self.jits[key] = compiled(function, size)
         return self.jits[key]()
 
     def _encode(self, rows: int) -> Tensor:
-        control = self._buffer("control", 1 + rows)
+        control = self._control(rows)
         start, data = control[:1].contiguous(), control[1:]
         h = self.embedding[data].contiguous()
         for block in self.before:
             h = block(h, start)
         z = (h * self.router).sum(axis=-1).contiguous()
-        self._buffer("hidden", rows, self.width).assign(h).realize()
-        return z.realize()
+        self.hidden[:rows].assign(h)
+        return z.realize(self.hidden)
 
-    def _deepen(self, rows: int, count: int) -> Tensor:
-        control = self._buffer("deeper", 1 + count + rows)
-        start, index, slot = control[:1].contiguous(), control[1 : 1 + count], control[1 + count :]
-        hidden = self._buffer("hidden", rows, self.width)
-        weight = (hidden * self.router).sum(axis=-1, keepdim=True).sigmoid().contiguous()
-        selected = deep = hidden[index].contiguous()
+    def _deepen(self, count: int) -> Tensor:
+        control = self._control(2 * count, "deeper")
+        source, target, start = (part.contiguous() for part in control.split([count, count, 1]))
+        selected = deep = self.hidden[source].contiguous()
+        weight = (selected * self.router).sum(axis=-1, keepdim=True).sigmoid().contiguous()
         for block in self.latent:
             deep = block(deep, start)
-        here = (slot >= 0).unsqueeze(1)
-        added = here.where((deep - selected).contiguous()[slot.maximum(0)], 0)
-        return hidden.assign((hidden + added * weight).contiguous()).realize()
+        added = ((deep - selected) * weight).contiguous()
+        row = Tensor.arange(len(self.hidden), device=added.device).reshape(-1, 1, 1)
+        here = target.reshape(1, -1, 1) == row  # (rows, slots, 1)
+        return self.hidden.assign(self.hidden + here.where(added, 0).sum(axis=1)).realize()
 
     def _heads(self, rows: int) -> Tensor:
-        start = self._buffer("control", 1 + rows)[:1].contiguous()
-        h = self._buffer("hidden", rows, self.width)
+        start = self._control(rows)[:1].contiguous()
+        h = self.hidden[:rows].contiguous()
         for block in self.after:
             h = block(h, start)
         bias = self.bias.expand(rows, -1)
@@ -185,8 +189,8 @@ class Decoder:
 
 
 def _graph_size(rows: int) -> int:
-    """Rows of the compiled pass that takes `rows` in: 1, 2, 4, 8, or a whole chunk."""
-    return next((size for size in (1, 2, 4, 8) if rows <= size), CHUNK)
+    """Rows of the compiled pass that takes `rows` in: one of SIZES, or a whole chunk."""
+    return next((size for size in SIZES if rows <= size), CHUNK)
 
 
 @dataclass(frozen=True)
@@ -285,10 +289,11 @@ class DraftPolicy:
 
     `right[j]`: how often draft j was, given that those before it were; a running average, which
     also counts the guesses that no pass took in. The choice is that of the most bytes for the
-    time, if a row more costs ROW_COST of a pass of one row; it depends on the text alone.
+    time, if a row more costs ROW_COST of a pass of one row: little by itself, but the latent blocks
+    run as soon as one row needs them. It depends on the text alone.
     """
 
-    ROW_COST = 0.08
+    ROW_COST = 0.25
     WEIGHT = 0.05
 
     def __init__(self, most: int) -> None:

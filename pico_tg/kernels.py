@@ -13,6 +13,7 @@ With `BF16` on, both factors of every product of the model, and of its gradients
 bfloat16; sums and results stay float32.
 """
 
+import dataclasses
 import functools
 import math
 import os
@@ -32,6 +33,8 @@ from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 ROWS, COLUMNS = 8, 16  # the register tile
 # below this many multiplications a product is bound by memory or by the call, not by arithmetic
 SMALL = 1 << 15
+# from this many terms on, the columns of a transposed factor are gathered before they are read
+LONG = 2048
 BF16 = ContextVar("PICO_BF16", 0)  # `with Context(PICO_BF16=1)` while a graph is made
 
 
@@ -74,6 +77,59 @@ def matmul_transposed(a: Tensor, b: Tensor) -> Tensor:
     if not BF16 and not _scheduled(a, M, L, N):
         return stored(stored(a) @ stored(b).transpose(-1, -2))
     return _product(a.reshape(-1, M, L), b.reshape(-1, N, L)).reshape(*lead, M, N)
+
+
+def lookup(weight: Tensor, index: Tensor) -> Tensor:
+    """Rows of weight [V, D] by index int32 [...] -> [..., D]."""
+    rows = _lookup(weight, index.reshape(-1).contiguous())
+    return rows.reshape(*index.shape, weight.shape[1])
+
+
+def _rows(weight: Tensor, index: Tensor) -> Tensor:
+    return weight.gather(0, index.unsqueeze(1).expand(index.shape[0], weight.shape[1]))
+
+
+def _lookup_gradient(upstream: UOp, call: UOp) -> tuple[UOp | None, ...]:
+    weight, index = (Tensor(uop) for uop in call.src[1:])
+    g = Tensor(upstream).contiguous()
+    V, D = weight.shape
+    if not by_hand(g.device):
+        hit = Tensor.arange(V, device=g.device).unsqueeze(1) == index  # (V, N)
+        return (hit.unsqueeze(2).where(g, 0)).sum(axis=1).uop, None
+    wide = next(n for n in (12, 16, 8, 4, 2, 1) if D % n == 0)
+
+    def kernel(out: UOp, g: UOp, index: UOp) -> UOp:
+        n, d = UOp.range(g.shape[0], 0), UOp.range(D, 1)
+        row = index[n].cast(dtypes.weakint)
+        opts = (Opt(OptOps.UPCAST, 1, wide),) if wide > 1 else ()
+        info = KernelInfo(name=f"lookup_gradient_{V}_{D}_{g.shape[0]}", opts_to_apply=opts)
+        return out[row, d].store(out[row, d] + g[n, d]).end(n, d).sink(arg=info)
+
+    zeros = Tensor.zeros(V, D, device=g.device).contiguous()
+    return zeros.custom_kernel(g, index, fxn=kernel)[0].uop, None
+
+
+# tinygrad's gradient of an indexed load is a one-hot sum, O(N * V * D)
+_lookup = function(grad_fxn=_lookup_gradient)(_rows)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """x [..., value | gate] -> silu(gate) * value."""
+    share = x[..., x.shape[-1] // 2 :].sigmoid().contiguous()
+    return _swiglu(x, share)
+
+
+def _swiglu_gradient(upstream: UOp, call: UOp) -> tuple[UOp | None, ...]:
+    x, share = (Tensor(uop) for uop in call.src[1:])
+    value, gate = x.chunk(2, dim=-1)
+    g = Tensor(upstream).contiguous() * share
+    return (g * gate).cat(g * value * (1 + gate * (1 - share)), dim=-1).uop, None
+
+
+@function(grad_fxn=_swiglu_gradient)
+def _swiglu(x: Tensor, share: Tensor) -> Tensor:
+    value, gate = x.chunk(2, dim=-1)
+    return gate * share * value
 
 
 def product(a: Tensor, b: Tensor, transposed: bool = False) -> Tensor:
@@ -144,7 +200,7 @@ def _product_function(M: int, N: int, L: int, gemm: Callable[..., Tensor]):
     @function(grad_fxn=gradient, allow_implicit=True)
     def product(a: Tensor, b: Tensor) -> Tensor:
         # rows of b become columns: the vector's lanes are then next to each other in memory
-        return gemm(a, b.transpose(1, 2).contiguous(), M, N, L)
+        return gemm(a, _transposed(b) if gemm is _gemm else b.transpose(1, 2).contiguous(), M, N, L)
 
     return product
 
@@ -176,6 +232,10 @@ def _gemm(a: Tensor, b: Tensor, M: int, N: int, L: int, transposed: bool = False
     meant. What the padding holds does not matter: it is summed over by nobody.
     """
     Z = a.shape[0]
+    # also where columns lie a multiple of a page apart: they would share a few cache lines
+    long = L >= LONG or (L >= LONG // 4 and M % 1024 == 0)
+    if transposed and Z == 1 and long and min(M, N) > COLUMNS:
+        return _gemm_long(a, b, M, N, L)
     rows, columns = _round_up(M, 2 * ROWS), _round_up(N, COLUMNS)
     # threads share the matrices, or the rows if those divide better
     by_rows = _threads(rows // ROWS) > _threads(Z)
@@ -289,6 +349,331 @@ def _tiled_program(
     work = Estimates(2 * sizes[0] * L, mem=4 * sum(sizes))
     target = UOp(Ops.DEVICE, arg=device.split(":")[0])
     return UOp(Ops.PROGRAM, src=(body.sink(arg=KernelInfo(name=name, estimates=work)), target))
+
+
+def _gemm_long(a: Tensor, b: Tensor, M: int, N: int, L: int) -> Tensor:
+    """`_gemm` with `transposed`, for one pair of matrices and many terms.
+
+    Both are copied into panels of 16 columns first. A tile reads two panels front to back; in the
+    matrices themselves each of its steps would touch a new page (43 GFLOPS a core against 100).
+    """
+    rows, columns = _round_up(M, 2 * ROWS), _round_up(N, COLUMNS)
+    by_rows = _threads(rows // COLUMNS) >= _threads(columns // COLUMNS)
+    threads = _threads((rows if by_rows else columns) // COLUMNS)
+
+    def kernel(C: UOp, A: UOp, B: UOp) -> UOp:
+        (p, c, i, j), axis = _loops(rows // COLUMNS, columns // COLUMNS, COLUMNS, COLUMNS)
+        l = UOp.range(L, 4, AxisType.REDUCE)
+        left, right = A[p, l, i], B[c, l, j]
+        total = (left.cast(dtypes.float32) * right.cast(dtypes.float32)).reduce(l, arg=Ops.ADD)
+        opts = [Opt(OptOps.UPCAST, axis[3], COLUMNS), Opt(OptOps.UPCAST, axis[2], ROWS)]
+        if L % 4 == 0:
+            opts.append(Opt(OptOps.UNROLL, 0, 4))
+        if threads > 1:
+            opts.append(Opt(OptOps.THREAD, axis[0] if by_rows else axis[1], threads))
+        info = KernelInfo(name=f"gemm_long_{M}_{N}_{L}", opts_to_apply=tuple(opts))
+        store = C[p * COLUMNS + i, c * COLUMNS + j].store(total)
+        return _end(store, p, c, i, j).sink(arg=info)
+
+    out = Tensor.empty(rows, columns, device=a.device)
+    return out.custom_kernel(_panels(a[0]), _panels(b[0]), fxn=kernel)[0].reshape(1, rows, columns)
+
+
+def _transposed(x: Tensor) -> Tensor:
+    """[Z, M, N] -> [Z, N, M], both multiples of COLUMNS, in squares."""
+    Z, M, N = x.shape
+
+    def kernel(out: UOp, x: UOp) -> UOp:
+        (z, m, n), axis = _loops(Z, M, N)
+        opts = [Opt(OptOps.UPCAST, axis[2], 4), Opt(OptOps.UPCAST, axis[1], COLUMNS)]
+        info = KernelInfo(name=f"transposed_{Z}_{M}_{N}", opts_to_apply=tuple(opts))
+        return _end(out[z, n, m].store(x[z, m, n]), z, m, n).sink(arg=info)
+
+    return Tensor.empty(Z, N, M, device=x.device, dtype=x.dtype).custom_kernel(x, fxn=kernel)[0]
+
+
+def _panels(x: Tensor) -> Tensor:
+    """[L, n * COLUMNS] -> [n, L, COLUMNS]."""
+    return x.reshape(x.shape[0], -1, COLUMNS).transpose(0, 1).contiguous()
+
+
+# Attention in a band: products whose ends are fused with what comes next -------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Band:
+    """How a band is cut into blocks of queries; sizes as in attention.py.
+
+    A block's G * queries rows share its `keys`: its own and the `reach` before them. `reach` and
+    `keys` are multiples of `queries`, and that of COLUMNS.
+    """
+
+    batch: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    length: int
+    window: int
+    queries: int
+    reach: int
+    blocks: int
+
+    @property
+    def matrices(self) -> int:
+        return self.batch * self.kv_heads
+
+    @property
+    def group(self) -> int:
+        return self.heads // self.kv_heads
+
+    @property
+    def rows(self) -> int:
+        """Rows of a block: all its queries, of all the heads that share its keys."""
+        return self.group * self.queries
+
+    @property
+    def keys(self) -> int:
+        return self.reach + self.queries
+
+    @property
+    def positions(self) -> int:
+        """Keys of a sequence, with the `reach` of nothing before it."""
+        return self.reach + self.blocks * self.queries
+
+    @property
+    def width(self) -> int:
+        """A row of q, k or v in memory: head_dim, one more, and what fills the last vector."""
+        return _round_up(self.head_dim + 1, COLUMNS)
+
+
+def band_attention(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, band: Band) -> Tensor:
+    """`attention.banded_attention` on a CPU; `slopes` [H] of ALiBi.
+
+    Scores are kept as powers of two, weights without their sum: v has a column of ones, so that the
+    product that weighs it sums them as well. With r = 1 / sum and D = g . out for a query whose
+    output has the gradient g, its scores have weights * (r * g . v - r * D) (the softmax's gradient
+    with both factors moved into the rows), one product with the same column of ones.
+    """
+    C, P, rounded = band.head_dim, band.width, dtypes.bfloat16 if BF16 else dtypes.float32
+    B, K, G, Q, blocks = band.batch, band.kv_heads, band.group, band.queries, band.blocks
+    behind = blocks * Q - band.length
+
+    def keys(x: Tensor, filled: bool) -> Tensor:
+        x = x.pad((None, None, (band.reach, behind), (0, P - C)))
+        if filled:
+            x = x + (Tensor.arange(P, device=x.device) == C)
+        return x.reshape(-1, P).cast(rounded).contiguous()
+
+    q = (q / (math.sqrt(C) * math.log(2))).pad((None, None, (0, behind), (0, P - C)))
+    q = q.reshape(B, K, G, blocks, Q, P).permute(0, 1, 3, 2, 4, 5).reshape(-1, P)
+    q, k, v = q.cast(rounded).contiguous(), keys(k, False), keys(v, True)
+    slopes = (slopes.reshape(1, -1).expand(B, -1) / math.log(2)).reshape(-1).contiguous()
+    weights = _exps(_band_scores(q, _turned(k, band, C), slopes, band), rounded)
+    sums = _band_product(weights, v, band, "weigh")
+    out = _band_function(band)(q, k, v, weights, sums)
+    out = out.reshape(B, K, blocks, G, Q, C).permute(0, 1, 3, 2, 4, 5)
+    return out.reshape(B, band.heads, blocks * Q, C)[:, :, : band.length]
+
+
+@functools.cache
+def _band_function(band: Band):
+    """q, k, v, weights, sums (as matrices) -> the output's rows, with the gradient by hand."""
+    C, P = band.head_dim, band.width
+
+    def gradient(upstream: UOp, call: UOp) -> tuple[UOp | None, ...]:
+        q, k, v, weights, sums = (Tensor(uop) for uop in call.src[1:])
+        g = Tensor(upstream).contiguous()
+        share = sums[:, C : C + 1].reciprocal()
+        dots = (g * sums[:, :C]).sum(axis=1, keepdim=True) * share
+        g = (g * share).pad((None, (0, P - C))) - (dots * share).pad((None, (C, P - C - 1)))
+        g = g.cast(q.dtype).contiguous()
+        d_scores = _band_score_gradient(g, _turned(v, band, C + 1), weights, band)
+        dq = _band_product(d_scores, k, band, "dq", math.log(2))
+        dk = _band_key_gradient(d_scores, q, band, "dk", math.log(2))
+        dv = _band_key_gradient(weights, g, band, "dv")
+        dk, dv = (
+            x.reshape(band.matrices, -1, P).pad((None, (band.reach, 0), None)).reshape(-1, P)
+            for x in (dk, dv)
+        )
+        return dq.uop, dk.uop, dv.uop, None, None
+
+    @function(grad_fxn=gradient)
+    def attended(q: Tensor, k: Tensor, v: Tensor, weights: Tensor, sums: Tensor) -> Tensor:
+        return sums[:, :C] / sums[:, C : C + 1]
+
+    return attended
+
+
+def _turned(x: Tensor, band: Band, columns: int) -> Tensor:
+    """Rows [matrices * positions, width] -> [matrices * columns, positions]."""
+    x = x.reshape(band.matrices, band.positions, band.width)[:, :, :columns]
+    return x.transpose(1, 2).reshape(-1, band.positions).contiguous()
+
+
+def _band_scores(q: Tensor, k: Tensor, slopes: Tensor, band: Band) -> Tensor:
+    """q's rows, k turned -> scores in the unit of powers of two, ALiBi in it, unseen -inf."""
+    Z, b, G, Q, s = band.matrices, band.blocks, band.group, band.queries, band.keys
+
+    def body(S: tuple[UOp, ...], z, b_, g, i, n) -> UOp:
+        l = UOp.range(band.head_dim, 5, AxisType.REDUCE)
+        row = ((z * b + b_) * G + g) * Q + i
+        total = _times(S[0][row, l], S[1][z * band.head_dim + l, b_ * Q + n])
+        bias = S[2][z * G + g] * S[3][i, n] + S[4][b_ * Q + n]
+        return total.reduce(l, arg=Ops.ADD) - bias
+
+    def target(z, b_, g, i, n):
+        return ((z * b + b_) * G + g) * Q + i, n
+
+    arange = functools.partial(Tensor.arange, device=q.device)
+    distance = arange(Q).reshape(Q, 1) + band.reach - arange(s)
+    seen = (distance >= 0) & (distance <= band.window)
+    distance = seen.where(distance.cast(dtypes.float32), math.inf).contiguous()
+    before = (arange(band.positions) < band.reach).where(math.inf, 0.0).contiguous()
+    out = Tensor.empty(Z * b * band.rows, s, device=q.device)
+    return _tiled(
+        out,
+        [q, k, slopes, distance, before],
+        "scores",
+        (Z, b, G, Q, s),
+        body,
+        target,
+        band.head_dim,
+    )
+
+
+def _band_product(a: Tensor, x: Tensor, band: Band, name: str, factor: float = 1.0) -> Tensor:
+    """a (rows of scores) times the keys' rows x -> rows."""
+    Z, b, M, P = band.matrices, band.blocks, band.rows, band.width
+
+    def body(S: tuple[UOp, ...], z, b_, m, c) -> UOp:
+        l = UOp.range(band.keys, 5, AxisType.REDUCE)
+        right = S[1][z * band.positions + b_ * band.queries + l, c]
+        total = _times(S[0][(z * b + b_) * M + m, l], right).reduce(l, arg=Ops.ADD)
+        return total if factor == 1 else total * factor
+
+    def target(z, b_, m, c):
+        return (z * b + b_) * M + m, c
+
+    out = Tensor.empty(Z * b * M, P, device=a.device)
+    return _tiled(out, [a, x], name, (Z, b, M, P), body, target, band.keys)
+
+
+def _band_score_gradient(g: Tensor, v: Tensor, weights: Tensor, band: Band) -> Tensor:
+    """weights * (g's rows times v turned), in the dtype of the weights."""
+    Z, b, M, s, terms = band.matrices, band.blocks, band.rows, band.keys, band.head_dim + 1
+
+    def body(S: tuple[UOp, ...], z, b_, m, n) -> UOp:
+        l = UOp.range(terms, 5, AxisType.REDUCE)
+        row = (z * b + b_) * M + m
+        total = _times(S[0][row, l], S[1][z * terms + l, b_ * band.queries + n])
+        return total.reduce(l, arg=Ops.ADD) * S[2][row, n].cast(dtypes.float32)
+
+    def target(z, b_, m, n):
+        return (z * b + b_) * M + m, n
+
+    out = Tensor.empty(Z * b * M, s, device=g.device, dtype=weights.dtype)
+    return _tiled(out, [g, v, weights], "ds", (Z, b, M, s), body, target, terms)
+
+
+def _band_key_gradient(a: Tensor, x: Tensor, band: Band, name: str, factor: float = 1.0) -> Tensor:
+    """For each key, the sum of a (its column of the scores) times rows x, over all its queries."""
+    Z, b, M, Q, P = band.matrices, band.blocks, band.rows, band.queries, band.width
+    later = band.reach // Q  # blocks after a key's own that see it
+
+    def body(S: tuple[UOp, ...], z, b_, n, c) -> UOp:
+        t = UOp.range(later + 1, 4, AxisType.REDUCE) if later else UOp.const(dtypes.weakint, 0)
+        m = UOp.range(M, 5, AxisType.REDUCE)
+        inside = b_ + t < b
+        row = (z * b + inside.where(b_ + t, b - 1)) * M + m if later else (z * b + b_) * M + m
+        total = _times(S[0][row, (later - t) * Q + n], S[1][row, c]).reduce(m, arg=Ops.ADD)
+        if later:
+            total = inside.where(total, total.const_like(0)).reduce(t, arg=Ops.ADD)
+        return total if factor == 1 else total * factor
+
+    def target(z, b_, n, c):
+        return (z * b + b_) * Q + n, c
+
+    out = Tensor.empty(Z * b * Q, P, device=a.device)
+    unroll = 1 if later else 0
+    return _tiled(out, [a, x], name, (Z, b, Q, P), body, target, M, unroll)
+
+
+def _times(left: UOp, right: UOp) -> UOp:
+    return left.cast(dtypes.float32) * right.cast(dtypes.float32)
+
+
+def _tiled(
+    out: Tensor,
+    inputs: list[Tensor],
+    name: str,
+    sizes: tuple[int, ...],
+    body: Callable[..., UOp],
+    target: Callable[..., tuple],
+    terms: int,
+    unroll: int = 0,
+) -> Tensor:
+    """out[target(loops)] = body(inputs, loops), in register tiles over the last two loops.
+
+    The innermost sum in `body` has `terms`; `unroll` is its number among the sums.
+    """
+
+    def kernel(C: UOp, *S: UOp) -> UOp:
+        loops, axis = _loops(*sizes)
+        value = body(S, *loops).cast(out.dtype)
+        opts = [Opt(OptOps.UPCAST, axis[-1], COLUMNS), Opt(OptOps.UPCAST, axis[-2], ROWS)]
+        if terms % 4 == 0:
+            opts.append(Opt(OptOps.UNROLL, unroll, 4))
+        shares = [_threads(n) for n in (*sizes[:-2], sizes[-2] // ROWS)]
+        most = shares.index(max(shares))
+        if shares[most] > 1:
+            opts.append(Opt(OptOps.THREAD, axis[most], shares[most]))
+        title = "_".join(map(str, (name, *sizes, terms)))
+        info = KernelInfo(name=title, opts_to_apply=tuple(opts))
+        return _end(C[target(*loops)].store(value), *loops).sink(arg=info)
+
+    return out.custom_kernel(*inputs, fxn=kernel)[0]
+
+
+def _exps(scores: Tensor, dtype: DType) -> Tensor:
+    """2^(scores - the largest of the row), each row [s] of which s is a multiple of COLUMNS."""
+    rows, s = scores.shape
+
+    def kernel(out: UOp, scores: UOp) -> UOp:
+        row, n = UOp.range(rows, 0), UOp.range(s, 1)
+        if s > COLUMNS:
+            step, lane = UOp.range(s // COLUMNS, 2, AxisType.REDUCE), None
+            lane = UOp.range(COLUMNS, 3, AxisType.REDUCE)
+            top = scores[row, step * COLUMNS + lane].reduce(step, arg=Ops.MAX)
+        else:
+            lane = UOp.range(COLUMNS, 3, AxisType.REDUCE)
+            top = scores[row, lane]
+        top = top.reduce(lane, arg=Ops.MAX)
+        value = _exp2(scores[row, n] - top).cast(dtype)
+        opts = [Opt(OptOps.UPCAST, 1, COLUMNS), Opt(OptOps.UNROLL, s > COLUMNS, COLUMNS)]
+        threads = _threads(rows)
+        if threads > 1:
+            opts.append(Opt(OptOps.THREAD, 0, threads))
+        info = KernelInfo(name=f"exps_{rows}_{s}", opts_to_apply=tuple(opts))
+        return out[row, n].store(value).end(row, n).sink(arg=info)
+
+    out = Tensor.empty(rows, s, device=scores.device, dtype=dtype)
+    return out.custom_kernel(scores, fxn=kernel)[0]
+
+
+# 2^x over -0.5 ... 0.5, interpolated at Chebyshev's points: 1e-7 of the value at most
+POWERS = (0.0013400432653725147, 0.009676037356257439, 0.05550327152013779)
+POWERS = (*POWERS, 0.2402210682630539, 0.6931471824645996, 1.0000001192092896)
+
+
+def _exp2(x: UOp) -> UOp:
+    """2^x for x <= 0, exactly 0 below 2^-126: a third of what tinygrad's own takes."""
+    x = x.maximum(x.const_like(-127.0))
+    whole = (x - 0.5).cast(dtypes.int32)  # cut towards 0: the nearest
+    rest = x - whole.cast(dtypes.float32)
+    power = rest.const_like(POWERS[0])
+    for coefficient in POWERS[1:]:
+        power = power * rest + coefficient
+    return power * ((whole + 127) * (1 << 23)).bitcast(dtypes.float32)
 
 
 def _threads(outer: int) -> int:
@@ -602,13 +987,17 @@ def _buffers(x: Tensor) -> list:
 def compiled(method: Callable, *constants: int) -> TinyJit:
     """TinyJit of a bound method, kept in an attribute of its own object without a cycle.
 
-    `constants` are its first arguments, for good.
+    `constants` are its first arguments, for good. The first call is captured already, where TinyJit
+    would run it once without: that would build and schedule everything twice. So whatever the
+    method leaves behind must be in buffers that existed before.
 
     A cycle would leave the graph to Python's garbage collector. That may run on the CPU device's
     own thread, and there freeing a graph waits for that thread itself, for ever (0.13, seen).
     """
     reference = weakref.WeakMethod(method)
-    return TinyJit(lambda *inputs: reference()(*constants, *inputs))
+    jit = TinyJit(lambda *inputs: reference()(*constants, *inputs))
+    jit.cnt = 1
+    return jit
 
 
 def is_capturing() -> bool:

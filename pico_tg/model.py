@@ -18,7 +18,7 @@ from tinygrad import Tensor, dtypes, nn
 
 from .attention import banded_attention
 from .config import Config
-from .kernels import as_index, linear, stored
+from .kernels import as_index, linear, lookup, stored, swiglu
 from .routing import gather, scatter, slots, top_k_decisions
 
 RMS_EPS = 2.0**-23  # float32's machine epsilon
@@ -63,7 +63,7 @@ class Attention:
 
     def output(self, heads: Tensor) -> Tensor:
         """[B, H, N, C] -> [B, N, D]."""
-        return self.proj(heads.transpose(1, 2).flatten(2))
+        return self.proj(stored(heads.transpose(1, 2)).flatten(2))
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.output(banded_attention(*self.qkv(x), self.window))
@@ -77,8 +77,7 @@ class SwiGLU:
         self.fc2 = Linear(dim, dim)
 
     def __call__(self, x: Tensor) -> Tensor:
-        value, gate = self.fc1(x).chunk(2, dim=-1)
-        return self.fc2(gate.silu() * value)
+        return self.fc2(swiglu(self.fc1(x)))
 
 
 class Block:
@@ -151,7 +150,7 @@ class Pico:
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Bytes [B, N] -> hidden state [B, N, D] before the latent blocks, router logits [B, N]."""
-        h = self.fb_in(stored(self.embedding(as_index(x))))
+        h = self.fb_in(stored(lookup(self.embedding.weight, as_index(x))))
         # the router's logit is one number a byte: a plain sum is cheaper than a matrix product
         return h, stored((h * self.latent.router.weight[0]).sum(axis=-1))
 

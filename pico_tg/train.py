@@ -170,6 +170,8 @@ class TrainStep:
         else:
             self.optimizer = adamw(self.parameters, settings.weight_decay)
             self.rates = [part.lr for part in self.optimizer.optimizers]
+        for rate in self.rates:
+            rate.replace(rate.contiguous().realize())
         self.sums: list[Tensor] = []
         if settings.grad_accumulation_steps > 1:
             self.sums = [p.zeros_like().contiguous().realize() for p in self.parameters]

@@ -7,7 +7,8 @@ import pytest
 from oracle import softmax
 from tinygrad import GlobalCounters, Tensor, TinyJit
 
-from pico_tg.attention import alibi_slopes, banded_attention, block_sizes
+from pico_tg import kernels
+from pico_tg.attention import alibi_slopes, banded_attention, block_sizes, tiles
 
 # (B, query heads, key/value heads, N, head_dim, window)
 SHAPES = [
@@ -41,8 +42,13 @@ def dense(q, k, v, window, upstream):
     return p @ v, ds @ k, dk, dv
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_against_dense(shape):
+@pytest.mark.parametrize(
+    ("shape", "by_hand"),
+    [*((shape, True) for shape in SHAPES), *((shape, False) for shape in SHAPES[1::3])],
+    ids=str,
+)
+def test_against_dense(shape, by_hand, monkeypatch):
+    monkeypatch.setenv("PICO_KERNELS", str(int(by_hand)))
     B, H, K, N, C, window = shape
     rng = np.random.default_rng(0)
     arrays = [rng.standard_normal((B, heads, N, C)).astype(np.float32) for heads in (H, K, K, H)]
@@ -57,14 +63,42 @@ def test_against_dense(shape):
         np.testing.assert_allclose(ours.numpy(), theirs, rtol=0, atol=2e-5, err_msg=name)
 
 
-def test_jit_gives_the_same():
+def test_jit_gives_the_same(monkeypatch):
+    """Values and gradients, also with another number of threads."""
+
+    def step(q, k, v):
+        out = banded_attention(q, k, v, 8)
+        found = [out, *out.square().sum().gradient(q, k, v)]
+        Tensor.realize(*found)
+        return found
+
     rng = np.random.default_rng(1)
-    jitted = TinyJit(lambda q, k, v: banded_attention(q, k, v, 8).realize())
+    jitted = TinyJit(step)
     for _ in range(4):
         arrays = [rng.standard_normal((1, h, 50, 6)).astype(np.float32) for h in (4, 2, 2)]
-        plain = banded_attention(*map(Tensor, arrays), 8).numpy()
-        ours = jitted(*(Tensor(a).clone().realize() for a in arrays)).numpy()
-        np.testing.assert_array_equal(ours, plain)
+        tensors = [Tensor(a).clone().realize() for a in arrays]
+        ours = [t.numpy() for t in jitted(*tensors)]
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "CPU_COUNT", type("Count", (), {"value": 1}))
+            plain = [t.numpy() for t in step(*tensors)]
+        for found, expected in zip(ours, plain, strict=True):
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_what_lies_ahead_is_never_read():
+    """Not even as a weight of nearly nothing: a later value without bounds changes no output."""
+    rng = np.random.default_rng(2)
+    arrays = [rng.standard_normal((1, h, 40, 6)).astype(np.float32) for h in (4, 2, 2)]
+    before = banded_attention(*(Tensor(a) for a in arrays), 8).numpy()
+    arrays[2][:, :, 30:] = 1e38
+    after = banded_attention(*(Tensor(a) for a in arrays), 8).numpy()
+    np.testing.assert_array_equal(before[:, :, :30], after[:, :, :30])
+
+
+def test_large_scores_stay_finite():
+    q, k, v = (Tensor.ones(1, h, 40, 6) for h in (4, 2, 2))
+    out = banded_attention(q * 1e4, k * 1e4, v, 8)
+    np.testing.assert_allclose(out.numpy(), 1, rtol=1e-6)
 
 
 def test_slopes():
@@ -74,12 +108,15 @@ def test_slopes():
 
 @pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 100, 512])
 @pytest.mark.parametrize("length", [1, 2, 16, 17, 100, 513, 514, 5000])
-def test_blocks_cover_the_band(window, length):
-    queries, reach, blocks = block_sizes(length, window)
+@pytest.mark.parametrize("cut", [block_sizes, tiles])
+def test_blocks_cover_the_band(window, length, cut):
+    queries, reach, blocks = cut(length, window)
     assert (blocks - 1) * queries < length <= blocks * queries
     if blocks > 1:
         assert reach >= window
         assert reach % queries == 0
+    if cut is tiles:
+        assert queries % kernels.COLUMNS == 0
 
 
 def test_cost_grows_with_the_length_not_its_square():

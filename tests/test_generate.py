@@ -48,8 +48,9 @@ def text() -> bytes:
     return np.random.default_rng(0).integers(0, 256, 330, np.uint8).tobytes()
 
 
-def test_rings_wrap_around(model, weights, text):
-    """Three times round the ring of 96 slots, by pieces of every kind."""
+def test_rings_wrap_around(model, weights, text, monkeypatch):
+    """Three times round the ring of 96 slots, by pieces of every kind, whole chunks among them."""
+    monkeypatch.setattr(sys.modules["pico_tg.generate"], "LONG", CHUNK)
     decoder = Decoder(model)
     pieces = [
         text[a:b] for a, b in itertools.pairwise([0, 1, 2, 66, 67, 130, 131, 200, 203, 209, 330])
@@ -62,7 +63,8 @@ def test_rings_wrap_around(model, weights, text):
 
 
 @pytest.mark.parametrize("rejected", [1, 5, CHUNK])
-def test_setting_the_position_back_forgets(rejected, model, text):
+def test_setting_the_position_back_forgets(rejected, model, text, monkeypatch):
+    monkeypatch.setattr(sys.modules["pico_tg.generate"], "LONG", CHUNK)
     plain, undone = Decoder(model), Decoder(model)
     for decoder in (plain, undone):
         decoder.feed(text[:150])

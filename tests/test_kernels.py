@@ -68,6 +68,35 @@ def test_against_numpy(form, shape, all_scheduled):
         np.testing.assert_allclose(ours.numpy(), theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
 
 
+@pytest.mark.parametrize("shape", [((), 37, 41, 29), ((), 50, 1024, 20)], ids=str)
+def test_long_sums_against_numpy(shape, all_scheduled, monkeypatch):
+    """The gradient of a weight as a sum over many rows, from panels."""
+    monkeypatch.setattr(kernels, "LONG", 0)
+    test_against_numpy("linear", shape, all_scheduled)
+
+
+def test_lookup_and_swiglu(all_scheduled, monkeypatch):
+    """Values and gradients against the plain expressions, by hand and not."""
+    rng = np.random.default_rng(0)
+    index = Tensor(rng.integers(0, 7, (2, 30)).astype(np.int32)).realize()
+    g = Tensor(rng.standard_normal((2, 30, 12)).astype(np.float32)).realize()
+    weight = Tensor(rng.standard_normal((7, 24)).astype(np.float32)).clone().realize()
+
+    def found(x, out):
+        (gradient,) = (out * g).sum().gradient(weight)
+        Tensor.realize(x, out, gradient)
+        return [t.numpy() for t in (x, out, gradient)]
+
+    plain = weight[index]
+    value, gate = plain.chunk(2, dim=-1)
+    expected = found(plain, gate.silu() * value)
+    for switch in "10":
+        monkeypatch.setenv("PICO_KERNELS", switch)
+        ours = kernels.lookup(weight, index)
+        for a, b in zip(found(ours, kernels.swiglu(ours)), expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_jit_and_the_switch(form, all_scheduled, monkeypatch):
     jitted = TinyJit(lambda a, b: value_and_gradients(form, a, b))

@@ -1,0 +1,35 @@
+"""Compiled programs kept between processes."""
+
+import os
+import subprocess
+import sys
+
+SCRIPT = """
+import numpy as np, tinygrad.codegen
+made = []
+make = tinygrad.codegen.do_to_program
+tinygrad.codegen.do_to_program = lambda *a: made.append(a[0]) or make(*a)
+import pico_tg
+from tinygrad import GlobalCounters, Tensor
+x = Tensor(np.arange(12, dtype=np.float32).reshape(3, 4)).realize()
+GlobalCounters.reset()
+y = ((x @ x.T).contiguous() + 1).numpy()
+print(len(made), GlobalCounters.global_ops, y.tolist())
+"""
+
+
+def run(cache, **environment) -> tuple[int, str]:
+    """How many kernels were made, and what came out."""
+    environment = {**os.environ, "CACHEDB": str(cache), **environment}
+    command = [sys.executable, "-c", SCRIPT]
+    out = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    made, rest = out.stdout.split(" ", 1)
+    return int(made), rest
+
+
+def test_a_second_process_makes_no_kernel(tmp_path):
+    first, expected = run(tmp_path / "a.db")
+    assert first > 0
+    assert run(tmp_path / "a.db") == (0, expected)
+    assert run(tmp_path / "a.db", CACHELEVEL="0") == (first, expected)
+    assert run(tmp_path / "a.db", NOOPT="1")[0] > 0  # other kernels
