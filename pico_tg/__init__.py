@@ -9,8 +9,10 @@ programs.install()
 from .checkpoint import load, load_weights, save_weights  # noqa: E402
 from .config import Config  # noqa: E402
 from .data import DataSpec, load_data  # noqa: E402
+from .evaluate import Evaluation, evaluate  # noqa: E402
 from .files import PicoError  # noqa: E402
 from .generate import Decoder, GeneratedByte, Stats, generate  # noqa: E402
+from .info import describe  # noqa: E402
 from .model import Pico, loss_fn  # noqa: E402
 from .soap import SOAP  # noqa: E402
 from .train import TrainSettings, train  # noqa: E402
@@ -20,11 +22,14 @@ __all__ = [
     "Config",
     "DataSpec",
     "Decoder",
+    "Evaluation",
     "GeneratedByte",
     "Pico",
     "PicoError",
     "Stats",
     "TrainSettings",
+    "describe",
+    "evaluate",
     "generate",
     "load",
     "load_data",

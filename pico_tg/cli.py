@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import importlib
+import json
 import os
 import re
 import signal
@@ -17,20 +18,24 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .checkpoint import load, load_config, load_weights
+from .checkpoint import find_checkpoint, load, load_config
 from .config import PRESETS, Config
 from .data import DataSpec, load_data
 from .device import describe_backend, parse_devices
+from .evaluate import SPLITS, check_options, evaluate
 from .files import PicoError, atomic_write, check_writable
 from .generate import GeneratedByte, Stats, generate
+from .info import describe
 from .model import Pico
 from .plot import training_chart
-from .runs import read_metrics
-from .train import CHOICES, TrainSettings, train
+from .runs import read_description, read_metrics
+from .train import CHOICES, TrainSettings, stored_spec, train
 from .view import (
     RESET,
     coloured_text,
     decode_text,
+    describe_evaluation,
+    describe_model,
     html_page,
     split_prompt,
     split_samples,
@@ -123,11 +128,7 @@ def build_parser() -> Parser:
         help="a Hugging Face name, a local folder of one, a .txt, .jsonl, .parquet or .csv file, "
         "or python-docs (default), English text that comes with Python",
     )
-    for name, text in DATA_HELP.items():
-        kind = number if name == "validation_size" else str
-        training.add_argument(
-            flag("dataset_" + name), type=kind, metavar="X", help=text, default=argparse.SUPPRESS
-        )
+    add_data_flags(training)
     training.add_argument(
         "--base-weights", type=Path, metavar="FILE", default=argparse.SUPPRESS,
         help="start from these weights (.safetensors) instead of fresh ones",
@@ -165,15 +166,63 @@ def build_parser() -> Parser:
     )
     plotting.set_defaults(function=command_plot)
 
+    evaluating = commands.add_parser(
+        "eval", help="measure a trained model on text", description=command_eval.__doc__
+    )
+    evaluating.add_argument("path", metavar="PATH", type=Path, help="folder that init made")
+    evaluating.add_argument("run", metavar="RUN", help="name of the training run")
+    evaluating.add_argument(
+        "dataset", metavar="DATASET", nargs="?",
+        help="as for train (default: the data that the run was trained on)",
+    )  # fmt: skip
+    add_data_flags(evaluating)
+    add_checkpoint_flag(evaluating)
+    evaluating.add_argument(
+        "--split", choices=SPLITS, default="validation",
+        help="which of the two parts that train makes of DATASET (default: validation)",
+    )  # fmt: skip
+    evaluating.add_argument(
+        "--max-bytes", type=int, metavar="N", help="only the first so many bytes (default: all)"
+    )
+    evaluating.add_argument(
+        "--context-len", type=int, metavar="N",
+        help="bytes that each byte has before it at least (default: the run's context_len)",
+    )  # fmt: skip
+    evaluating.add_argument(
+        "--stride", type=int, metavar="N",
+        help="new bytes of each window; windows have context-len more (default: context-len)",
+    )  # fmt: skip
+    evaluating.add_argument(
+        "--batch-size", type=int, metavar="N",
+        help="windows of one pass (default: as many as make 16,384 bytes)",
+    )  # fmt: skip
+    evaluating.add_argument(
+        "--precision", choices=CHOICES["precision"], default="auto", help=TRAIN_HELP["precision"]
+    )
+    evaluating.add_argument(
+        "--json", action="store_true", help="print the figures as JSON instead of tables"
+    )
+    evaluating.add_argument(
+        "--html", type=Path, metavar="FILE",
+        help="also write a page with the first 4,000 bytes, shaded by router weight",
+    )  # fmt: skip
+    evaluating.set_defaults(function=command_eval)
+
+    informing = commands.add_parser(
+        "info", help="sizes and costs of a model, checkpoints of a run",
+        description=command_info.__doc__,
+    )  # fmt: skip
+    informing.add_argument("path", metavar="PATH", type=Path, help="folder that init made")
+    informing.add_argument("run", metavar="RUN", nargs="?", help="name of a training run")
+    informing.add_argument("--json", action="store_true", help="print it as JSON")
+    informing.set_defaults(function=command_info)
+
     running = commands.add_parser(
         "run", help="write text with a trained model", description=command_run.__doc__
     )
     running.add_argument("path", metavar="PATH", type=Path, help="folder that init made")
     running.add_argument("run", metavar="RUN", help="name of the training run")
-    running.add_argument(
-        "--checkpoint", type=int, default=-1, metavar="N",
-        help="step of the checkpoint; negative counts from the newest, -1 (default)",
-    )  # fmt: skip
+    add_checkpoint_flag(running)
 
     prompting = running.add_argument_group("what is continued (default: a new document)")
     source = prompting.add_mutually_exclusive_group()
@@ -257,6 +306,27 @@ def build_parser() -> Parser:
     return parser
 
 
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    for name, text in DATA_HELP.items():
+        kind = number if name == "validation_size" else str
+        parser.add_argument(
+            flag("dataset_" + name), type=kind, metavar="X", help=text, default=argparse.SUPPRESS
+        )
+
+
+def named_data(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of DataSpec that were given as flags."""
+    options = vars(args)
+    return {name: options["dataset_" + name] for name in DATA_HELP if "dataset_" + name in options}
+
+
+def add_checkpoint_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint", type=int, default=-1, metavar="N",
+        help="step of the checkpoint; negative counts from the newest, -1 (default)",
+    )  # fmt: skip
+
+
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -283,7 +353,7 @@ def command_train(args: argparse.Namespace) -> int:
     options = vars(args)
     fields = [field.name for field in dataclasses.fields(TrainSettings)]
     settings = {name: options[name] for name in fields if name in options}
-    named = {name: options["dataset_" + name] for name in DATA_HELP if "dataset_" + name in options}
+    named = named_data(args)
     run_dir = args.path / args.run
     if args.resume and "base_weights" in options:
         raise PicoError("--base-weights starts a run; it cannot go with --resume")
@@ -303,8 +373,6 @@ def command_train(args: argparse.Namespace) -> int:
         TrainSettings(**settings)
     data = None if spec is None else load_data(spec)
     model = Pico(config, settings.get("seed", TrainSettings.seed))
-    if "base_weights" in options:
-        load_weights(model, args.base_weights)
     stopping = StopSignals()
     with contextlib.ExitStack() as stack:
         tracked = None
@@ -314,7 +382,8 @@ def command_train(args: argparse.Namespace) -> int:
             stack.callback(tracked.finish)
         records = train(
             model, data, run_dir, devices=devices, resume=args.resume, force=args.force,
-            stop=stopping, progress=True, say=say, **settings,
+            base_weights=options.get("base_weights"), stop=stopping, progress=True, say=say,
+            **settings,
         )  # fmt: skip
         say(f"{describe_backend()}; {config.parameters:,} parameters")
         # not before: until the first step, a Ctrl-C just leaves
@@ -430,6 +499,70 @@ def command_plot(args: argparse.Namespace) -> int:
     with atomic_write(output) as file:
         file.write(training_chart(runs).encode())
     print(output)
+    return 0
+
+
+PASSAGE = 4000  # bytes of the page of eval
+
+
+def command_eval(args: argparse.Namespace) -> int:
+    """Measure the model PATH as trained in RUN on a split: bits per byte, heads, drafts, router."""
+    load_config(args.path)
+    run_dir = args.path / args.run
+    checkpoint = find_checkpoint(run_dir, args.checkpoint)
+    stored = read_description(run_dir) if (run_dir / "training.json").exists() else None
+    named = named_data(args)
+    if args.dataset:
+        spec = DataSpec(args.dataset, **named)
+    elif named:
+        raise PicoError("give the DATASET too, or leave its options out: the run's are known")
+    elif stored:
+        spec = stored_spec(stored, run_dir)
+    else:
+        raise PicoError(f"{run_dir} has no training.json that names its data; give a DATASET")
+    context_len = args.context_len
+    if context_len is None:
+        settings = stored["settings"] if stored else {}
+        context_len = settings.get("context_len", TrainSettings.context_len)
+    options = {
+        "split": args.split,
+        "context_len": context_len,
+        "stride": args.stride,
+        "batch_size": args.batch_size,
+        "max_bytes": args.max_bytes,
+        "precision": args.precision,
+    }
+    check_options(**options)
+    page = args.html and Path(os.path.realpath(args.html))
+    if page:
+        check_writable(page)
+    data = load_data(spec)
+    model = load(args.path, args.run, args.checkpoint)
+    say(describe_backend())
+    measured = evaluate(model, data, passage=PASSAGE if page else 0, progress=True, **options)
+    title = f"{args.path.name}, run {args.run}"
+    facts = {"step": int(checkpoint.stem), "data": spec.dataset, "split": args.split}
+    if page:
+        shown = {
+            "bits per byte": f"{measured.bits_per_byte:.3f}",
+            "without latent blocks": f"{measured.bits_per_byte_without_latent:.3f}",
+            "router rate": f"{measured.router_rate:.1%}",
+        }
+        with atomic_write(page) as file:
+            text = html_page(b"", measured.passage, title, facts | shown, name="Passage")
+            file.write(text.encode())
+    if args.json:
+        put(json.dumps(facts | measured.as_dict(), indent=2) + "\n")
+    else:
+        put(f"{title}, step {facts['step']}: {args.split} data of {spec.dataset}\n\n")
+        put(describe_evaluation(measured) + "\n")
+    return 0
+
+
+def command_info(args: argparse.Namespace) -> int:
+    """Say what is known of the model PATH, and of its RUN: parameters, costs, checkpoints."""
+    facts = describe(args.path, args.run)
+    put((json.dumps(facts, indent=2) if args.json else describe_model(facts)) + "\n")
     return 0
 
 

@@ -34,6 +34,24 @@ def training_operations(config: Config, length: int, batch_size: int = 1) -> int
     return 3 * forward_operations(config, length, batch_size)
 
 
+def decoding_operations(config: Config, position: int, router_rate: float) -> float:
+    """Operations of one byte more after `position` of them, of which router_rate were routed.
+
+    2 * (P_byte + rate * P_latent) + 4 * H * C * (keys_byte * 2 * blocks_byte
+    + rate * keys_latent * blocks_latent), where a byte sees itself and as many before it as there
+    are, or as fit the window: keys_byte = 1 + min(W_byte, position), keys_latent = 1 +
+    min(W_latent, rate * position). Drafts that are not accepted are work that nobody asked for.
+    """
+    block = _block_weights(config)
+    byte_blocks = 2 * config.fb_num_blocks
+    per_byte = byte_blocks * block + config.dim + config.dim * config.next_tokens * 256
+    weights = per_byte + router_rate * config.latent_num_blocks * block
+    keys = byte_blocks * (1 + min(config.fb_att_window_size, position))
+    deep = 1 + min(config.latent_att_window_size, router_rate * position)
+    keys += router_rate * config.latent_num_blocks * deep
+    return 2 * weights + 4 * config.att_q_heads * config.head_dim * keys
+
+
 def visible_pairs(length: int, window: int) -> int:
     """Pairs of a query and a key that it sees, `window` positions before it and its own."""
     full = max(0, length - window)  # queries that see a whole window

@@ -767,6 +767,11 @@ def padded_width(width: int, device: str) -> int:
     return _round_up(width, Packed.PANEL) if by_hand(device) else width
 
 
+def ring_shape(head_dim: int, window: int, rows: int) -> tuple[int, int]:
+    """(slots, columns) of a `Ring`: keys are [K, C, slots], values [K, slots, columns]."""
+    return _round_up(window + rows, Packed.PANEL), _round_up(head_dim + 1, 16)
+
+
 class Ring:
     """Keys and values of one attention for the last positions: position p is in slot p % slots.
 
@@ -782,11 +787,10 @@ class Ring:
     ) -> None:
         """`slopes` [H]: what ALiBi takes off a score a position of distance."""
         self.heads, self.kv_heads, self.head_dim, self.window = heads, kv_heads, head_dim, window
-        self.slots = _round_up(window + rows, Packed.PANEL)
+        # one column more, of ones: the sum of the weights is a value like any other
+        self.slots, self.columns = ring_shape(head_dim, window, rows)
         self.slopes = slopes.contiguous().realize()
         self.by_hand = by_hand(self.slopes.device)
-        # one column more, of ones: the sum of the weights is a value like any other
-        self.columns = _round_up(head_dim + 1, 16)
         zeros = np.zeros((kv_heads, head_dim, self.slots), np.float32)
         ones = np.zeros((kv_heads, self.slots, self.columns), np.float32)
         ones[:, :, head_dim] = 1

@@ -17,7 +17,7 @@ import numpy as np
 from tinygrad import Device, Tensor, dtypes, nn
 from tinygrad.helpers import JIT, Context
 
-from .checkpoint import load_newest, weights_of
+from .checkpoint import load_newest, load_weights, weights_of
 from .data import Corpus, Data, DataSpec, Windows, load_data
 from .files import PicoError
 from .kernels import compiled, multiplies_bf16, write_all
@@ -360,6 +360,7 @@ def train(
     devices: tuple[str, ...] = (),
     resume: bool = False,
     force: bool = False,
+    base_weights: str | os.PathLike | None = None,
     stop: Callable[[], bool] = lambda: False,
     progress: bool = False,
     say: Callable[[str], None] = lambda text: None,
@@ -371,6 +372,7 @@ def train(
     `python-docs`. `settings` are the fields of `pico_tg.TrainSettings`. With `run_dir` (which must
     not exist yet), it receives training.json, metrics.jsonl (the records) and checkpoints: weights
     as NNNNNNNN.safetensors, and beside them what resuming needs.
+    `base_weights`, a .safetensors file, replaces the model's weights first; its path is recorded.
     `stop()` is asked after every step: True saves and ends training.
     Several `devices` (`("CUDA:0", "CUDA:1")`) share each batch; the model is on all of them until
     training ends, and then on the first.
@@ -390,6 +392,8 @@ def train(
     Raises PicoError on bad settings or data before anything is written, and when a loss or gradient
     is not finite; the weights are then those before that step.
     """
+    if resume and base_weights is not None:
+        raise PicoError("base_weights start a run; a run that is resumed has its own")
     known = {field.name for field in dataclasses.fields(TrainSettings)}
     if wrong := ", ".join(sorted(set(settings) - known)):
         raise PicoError(f"unknown setting {wrong}; there are: {', '.join(sorted(known))}")
@@ -400,7 +404,7 @@ def train(
             raise PicoError("nothing to resume: no run was named")
         stored = read_description(Path(run_dir))
         _check_model(dataclasses.asdict(model.config), stored["model"], run_dir)
-        spec = _stored_spec(stored, run_dir) if spec is None else spec
+        spec = stored_spec(stored, run_dir) if spec is None else spec
         if "precision" in settings:
             chosen = choose_precision(settings["precision"], devices)
             settings = settings | {"precision": chosen}
@@ -434,6 +438,8 @@ def train(
     fingerprints = [data.train.fingerprint, data.validation.fingerprint]
     if resume and stored["fingerprints"] != fingerprints:
         raise PicoError(_changed_data(described, stored, run_dir))
+    if base_weights is not None:
+        load_weights(model, base_weights)
     validation = Validation(model, data.validation, chosen, devices)
     train_step = TrainStep(model, chosen, devices)
     description = {
@@ -442,8 +448,11 @@ def train(
         "data": data.note,
         "fingerprints": fingerprints,
         "model": dataclasses.asdict(model.config),
+        "base_weights": stored.get("base_weights"),
         "devices": list(devices),
     }
+    if base_weights is not None:
+        description["base_weights"] = os.path.abspath(base_weights)
     run, records = None, []
     reached = {"step": 0, "bytes": 0, "windows": 0}
     if resume:
@@ -535,7 +544,8 @@ def _check_model(now: dict[str, Any], before: dict[str, Any], run_dir: str | os.
         )
 
 
-def _stored_spec(stored: dict[str, Any], run_dir: str | os.PathLike) -> DataSpec:
+def stored_spec(stored: dict[str, Any], run_dir: str | os.PathLike) -> DataSpec:
+    """The data of a run, from its training.json. Raises PicoError if that is broken."""
     try:
         return DataSpec(**stored["dataset"])
     except TypeError as error:

@@ -12,9 +12,10 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .evaluate import Evaluation
     from .generate import GeneratedByte
 
 BAD = "\ufffd"  # stands for bytes that are not UTF-8
@@ -239,15 +240,17 @@ def html_page(
     samples: Sequence[Sequence["GeneratedByte"]],
     title: str,
     facts: Mapping[str, object],
+    name: str = "Sample",
 ) -> str:
     """A page of its own (no script, no other file) with samples and what is known of their bytes.
 
     Shaded by router weight, a dot over routed bytes, a line under accepted drafts; what is known of
-    a byte is shown while the pointer is on it. `facts` are listed under the title.
+    a byte is shown while the pointer is on it. `facts` are listed under the title; `name` is what a
+    sample is called.
     """
     listed = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>"
-        for name, value in facts.items()
+        f"<div><dt>{escape(fact)}</dt><dd>{escape(str(value))}</dd></div>"
+        for fact, value in facts.items()
     )
     text, begun = split_prompt(prompt)
     before = f'<span class="prompt">{_markup(text)}</span>' if text else ""
@@ -265,7 +268,7 @@ def html_page(
         "<li>point at a byte for more\n</ul>",
     ]
     for number, records in enumerate(samples, 1):
-        heading = f"Sample {number} of {len(samples)}" if len(samples) > 1 else "Sample"
+        heading = f"{name} {number} of {len(samples)}" if len(samples) > 1 else name
         marked = "".join(map(_mark_up_character, characters(records, begun)))
         parts.append(f"<h2>{heading} <small>{_shares(records)}</small></h2>")
         parts.append(f'<div class="text">{before}{marked}</div>')
@@ -331,3 +334,83 @@ def _tips(character: Character) -> Iterator[str]:
             f"{name} · byte{place} 0x{record.byte:02x} · router weight {record.router_weight:.2f}, "
             f"{routed} · probability {100 * math.exp(record.logprob):.3g} % · {drafted}"
         )
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Lines of columns: the first one to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    return "\n".join(lines)
+
+
+def describe_evaluation(measured: "Evaluation") -> str:
+    """The figures of an evaluation as tables."""
+    heads = len(measured.head_accuracy)
+    head = [
+        ("bytes of text", f"{measured.bytes:,}"),
+        ("bytes before each, at least", f"{measured.context_len:,}"),
+        ("bits per byte", f"{measured.bits_per_byte:.4f}"),
+        ("without the latent blocks", f"{measured.bits_per_byte_without_latent:.4f}"),
+        ("router rate", f"{measured.router_rate:.1%}"),
+        ("accepted drafts a pass, by the text", f"{measured.accepted_text:.2f} of {heads - 1}"),
+        ("accepted drafts a pass, greedily", f"{measured.accepted_greedy:.2f} of {heads - 1}"),
+    ]
+    guesses = [("byte", "right", "all drafts so far, by the text", "greedily")]
+    by_text, greedy = measured.drafts_right_text, measured.drafts_right_greedy
+    for k, right in enumerate(measured.head_accuracy):
+        drafts = (f"{by_text[k - 1]:.1%}", f"{greedy[k - 1]:.1%}") if k else ("", "")
+        guesses.append((f"{k + 1} ahead", f"{right:.1%}", *drafts))
+    places = [("where the router fires", "of bytes", "of decisions", "rate")]
+    for name, place in measured.places.items():
+        values = (place.share_of_bytes, place.share_of_decisions, place.rate)
+        places.append((_words(name), *(f"{value:.1%}" for value in values)))
+    matches = [("decisions as word boundaries", "precision", "recall", "F1")]
+    for name, match in (
+        ("router", measured.boundaries),
+        ("random, same rate", measured.boundaries_random),
+    ):
+        values = (match.precision, match.recall, match.f1)
+        matches.append((name, *(f"{value:.3f}" for value in values)))
+    return "\n\n".join(map(table, (head, guesses, places, matches)))
+
+
+def describe_model(facts: Mapping[str, Any]) -> str:
+    """What `pico_tg.describe` returned, as tables."""
+    parts, operations = facts["parameters"], facts["operations_a_byte"]
+    length = operations["context_len"]
+    sizes = [(name, str(value)) for name, value in facts["model"].items()]
+    parameters = [("parameters", ""), *((_words(name), f"{n:,}") for name, n in parts.items())]
+    costs = [
+        (f"operations a byte, context {length:,}", ""),
+        ("forward", f"{operations['forward']:,.0f}"),
+        ("training", f"{operations['training']:,.0f}"),
+        (f"decoding, after {length:,} bytes", f"{operations['decoding']:,.0f}"),
+        ("memory of decoding's caches", f"{facts['cache_bytes']:,} bytes"),
+    ]
+    parts = [sizes, parameters, costs]
+    if run := facts.get("run"):
+        data = [("data " + name, str(v)) for name, v in run["dataset"].items() if v is not None]
+        own = [(name, str(value)) for name, value in run["settings"].items()]
+        own += [("base_weights", run["base_weights"])] if run["base_weights"] else []
+        parts.append([("run", run["name"]), ("steps", f"{run['steps']:,}"), *data, *own])
+        rows = [("checkpoint", "MB", "bits/byte", "validation", "router rate")]
+        for checkpoint in run["checkpoints"]:
+            figures = [
+                format(checkpoint[name], style) if name in checkpoint else "-"
+                for name, style in (
+                    ("bits_per_byte", ".4f"),
+                    ("validation_bits_per_byte", ".4f"),
+                    ("router_rate", ".1%"),
+                )
+            ]
+            size = f"{checkpoint['bytes'] / 1e6:.2f}"
+            rows.append((f"step {checkpoint['step']}", size, *figures))
+        parts.append(rows)
+    return "\n\n".join(map(table, parts))
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")

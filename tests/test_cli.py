@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from pico_tg import cli
 from pico_tg.checkpoint import load, read_safetensors, write_safetensors
 from pico_tg.config import Config
+from pico_tg.evaluate import evaluate
 from pico_tg.files import PicoError
 from pico_tg.generate import GeneratedByte, Stats, generate
 from pico_tg.model import Pico
@@ -109,6 +111,157 @@ def test_base_weights(trained, text):
     before, _ = read_safetensors(weights)
     after, _ = read_safetensors(trained / "more" / "00000003.safetensors")
     assert all(np.array_equal(before[name], after[name]) for name in before)
+    description = json.loads((trained / "more" / "training.json").read_text())
+    assert description["base_weights"] == str(weights)
+    more = ["train", str(trained), "more", "--resume", "--max-steps", "3"]
+    assert cli.main(more) == 0
+    assert json.loads((trained / "more" / "training.json").read_text()) == description
+    shutil.rmtree(trained / "more")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign"])
+def test_broken_base_weights(damage, model, trained, text, tmp_path, capsys):
+    path = tmp_path / "base.safetensors"
+    if damage == "truncated":
+        path.write_bytes((trained / "run" / "00000003.safetensors").read_bytes()[:-4])
+    else:
+        write_safetensors(path, {"other.weight": np.zeros((2, 2), np.float32)})
+    arguments = ["train", str(model), "r", str(text), *SHORT, "--base-weights", str(path)]
+    assert status(arguments) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    (line,) = [line for line in err.splitlines() if "error" in line]
+    assert "base.safetensors" in line
+    assert ("sound" if damage == "truncated" else "does not fit the model") in line
+    assert not (model / "r").exists()
+
+
+def test_a_column_that_is_not_there(model, tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"story": "once", "title": "a"}\n')
+    flags = ["--dataset-column-name", "plot"]
+    assert status(["train", str(model), "r", str(path), *SHORT, *flags]) == 2
+    line = one_line(capsys)
+    assert all(name in line for name in ("plot", "story", "title"))
+    assert not (model / "r").exists()
+
+
+def test_eval(trained, tmp_path, monkeypatch, capsys):
+    """Tables, JSON and a page, which say the same of one evaluation."""
+    calls, measured = [], []
+
+    def once(model, data, **options):
+        calls.append((data.spec.dataset, options))
+        measured.append(measured[0] if measured else evaluate(model, data, **options))
+        return measured[0]
+
+    monkeypatch.setattr(cli, "evaluate", once)
+    page = tmp_path / "page.html"
+    arguments = ["eval", str(trained), "run"]
+    assert cli.main([*arguments, "--html", str(page)]) == 0
+    out = capsys.readouterr().out
+    assert "model, run run, step 3: validation data of" in out
+    own = str(trained.parent / "text.txt")
+    default = {
+        "split": "validation", "context_len": 64, "stride": None, "batch_size": None,
+        "max_bytes": None, "precision": "auto", "passage": 4000, "progress": True,
+    }  # fmt: skip
+    assert calls == [(own, default)]
+    other = tmp_path / "other.txt"
+    other.write_text("Another text. " * 20)
+    flags = [str(other), "--json", "--checkpoint", "3", "--split", "train", "--stride", "9"]
+    flags += ["--max-bytes", "70", "--context-len", "8", "--batch-size", "4"]
+    assert cli.main([*arguments, *flags, "--precision", "fp32"]) == 0
+    changed = {
+        "split": "train", "context_len": 8, "stride": 9, "batch_size": 4, "max_bytes": 70,
+        "precision": "fp32", "passage": 0,
+    }  # fmt: skip
+    assert calls[1] == (str(other), default | changed)
+    found = json.loads(capsys.readouterr().out)
+    assert (found["step"], found["split"], found["data"]) == (3, "train", str(other))
+    assert found["bytes"] == 112  # 5 % of 2,250
+    assert found["context_len"] == found["stride"] == 64
+    for name, value in (
+        ("bits per byte", f"{found['bits_per_byte']:.4f}"),
+        ("without the latent blocks", f"{found['bits_per_byte_without_latent']:.4f}"),
+        ("router rate", f"{found['router_rate']:.1%}"),
+        ("1 ahead", f"{found['head_accuracy'][0]:.1%}"),
+        ("after whitespace", f"{found['places']['after_whitespace']['share_of_bytes']:.1%}"),
+        ("router", f"{found['boundaries']['precision']:.3f}"),
+    ):
+        assert re.search(rf"^{name} +{re.escape(value)}", out, re.MULTILINE), name
+    written = page.read_text()
+    assert "<h2>Passage <small>112 bytes" in written
+    assert f"<dd>{found['bits_per_byte']:.3f}</dd>" in written
+
+
+BAD_EVAL = {
+    "no run": (["nothing"], "train"),
+    "no checkpoint": (["run", "--checkpoint", "77"], "3"),
+    "no dataset": (["run", "nowhere.txt"], "nowhere.txt"),
+    "flags without data": (["run", "--dataset-column-name", "a"], "DATASET"),
+    "column": (["run", "rows.jsonl", "--dataset-column-name", "plot"], "story"),
+    "split": (["run", "--split", "test"], "test"),
+    "max bytes": (["run", "--max-bytes", "0"], "max_bytes"),
+    "stride": (["run", "--stride", "0"], "stride"),
+    "nothing to predict": (["run", "--max-bytes", "9"], "9 bytes"),
+    "page in no folder": (["run", "--html", "no/where.html"], "no folder"),
+}
+
+
+@pytest.mark.parametrize(("flags", "named"), BAD_EVAL.values(), ids=BAD_EVAL)
+def test_bad_eval(flags, named, trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"story": "once"}\n' * 3)
+    monkeypatch.setattr(cli, "describe_backend", lambda: "backend")
+    assert status(["eval", str(trained), *flags]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = [line for line in captured.err.splitlines() if "error" in line]
+    assert len(lines) == 1
+    assert named in lines[0]
+    assert "Traceback" not in captured.err
+
+
+def test_eval_of_weights_alone(model, trained, text, capsys):
+    """A run that only has weights, from elsewhere say, needs a DATASET."""
+    (model / "r").mkdir()
+    weights = (trained / "run" / "00000003.safetensors").read_bytes()
+    (model / "r" / "00000001.safetensors").write_bytes(weights)
+    assert status(["eval", str(model), "r"]) == 2
+    assert "give a DATASET" in one_line(capsys)
+
+
+def test_info(trained, capsys):
+    """Of a model, and of a run; JSON and tables say the same."""
+    assert cli.main(["info", str(trained), "--json"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert alone["model"] == TINY
+    assert "run" not in alone
+    assert cli.main(["info", str(trained), "run", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    (checkpoint,) = found["run"]["checkpoints"]
+    path = trained / "run" / "00000003.safetensors"
+    last = json.loads((trained / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert checkpoint == {
+        "step": 3, "file": path.name, "bytes": path.stat().st_size,
+        **{k: last[k] for k in ("bits_per_byte", "validation_bits_per_byte", "router_rate")},
+    }  # fmt: skip
+    assert found["run"]["settings"]["context_len"] == found["operations_a_byte"]["context_len"]
+    assert found["run"]["base_weights"] is None
+    assert cli.main(["info", str(trained), "run"]) == 0
+    out = capsys.readouterr().out
+    for text in (
+        f"total +{found['parameters']['total']:,}",
+        f"step 3 +[\\d.]+ +{last['bits_per_byte']:.4f} +{last['validation_bits_per_byte']:.4f}",
+        "context_len +64",
+    ):
+        assert re.search(text, out), text
+    for flags, named in ((["none"], "train"), (["../model"], "training.json")):
+        assert status(["info", str(trained), *flags]) == 2
+        assert named in one_line(capsys)
+    assert status(["info", str(trained / "none")]) == 2
+    assert "init" in one_line(capsys)
 
 
 def one_line(capsys) -> str:
@@ -302,7 +455,10 @@ def test_run_with_broken_weights(damage, model, trained, capsys):
 
 
 def test_help_and_version(capsys):
-    for arguments in (["--help"], ["init", "--help"], ["train", "--help"], ["run", "--help"]):
+    for arguments in (
+        ["--help"],
+        *([c, "--help"] for c in ("init", "train", "run", "eval", "info")),
+    ):
         assert status(arguments) == 0
         assert "usage" in capsys.readouterr().out
     assert status(["--version"]) == 0

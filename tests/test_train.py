@@ -230,18 +230,22 @@ def test_validation_is_bits_per_byte_of_the_text(text):
     """Against the oracle, byte by byte: causal routing, wrapper bytes left out, padding too."""
     model = make()
     corpus = load_data(DataSpec(text), progress=False).validation
-    settings = TrainSettings(context_len=30, batch_size=3)
+    settings = TrainSettings(context_len=35, batch_size=3)
     found = Validation(model, corpus, settings)()
     named = weights(model)
     total, count, chosen = 0.0, 0, 0
+    total_top_k, count_top_k = 0.0, 0
     held_out = np.array(corpus.bytes)
     assert bytes(held_out).startswith(SEQ_START)
     assert bytes(held_out).endswith(SEQ_END)
     own_text = np.ones(len(held_out), bool)
     own_text[: len(SEQ_START)] = own_text[-len(SEQ_END) :] = False
-    for first in range(0, len(held_out) - 1, 30):
-        x = held_out[first : first + 30]
+    for first in range(0, len(held_out) - 1, 35):
+        x = held_out[first : first + 35]
         logits, z, _ = forward(named, CONFIG, x[None], causal=True)
+        # which bytes are the likeliest k depends on the whole window, so it must be whole
+        whole = first + 35 < len(held_out)
+        top_k = forward(named, CONFIG, x[None])[0]
         for n in range(len(x)):
             at = first + n + 1
             if at < len(held_out) and own_text[at]:
@@ -249,8 +253,15 @@ def test_validation_is_bits_per_byte_of_the_text(text):
                 total += np.log(np.exp(row - row.max()).sum()) + row.max() - row[held_out[at]]
                 count += 1
                 chosen += z[0, n] > 0
+                row = top_k[0, n, 0]
+                if whole:
+                    total_top_k += np.logaddexp.reduce(row) - row[held_out[at]]
+                    count_top_k += 1
     assert found["validation_bits_per_byte"] == pytest.approx(total / count / math.log(2), 1e-5)
     assert found["validation_router_rate"] == pytest.approx(chosen / count)
+    assert 0 < count_top_k < count
+    expected = total_top_k / count_top_k / math.log(2)
+    assert found["validation_bits_per_byte_top_k"] == pytest.approx(expected, 1e-5)
     again = Validation(model, corpus, settings)()
     assert again["validation_bits_per_byte"] == found["validation_bits_per_byte"]
 

@@ -1,0 +1,97 @@
+"""What is known of a model and its runs without running it: sizes, costs, checkpoints, losses."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import list_checkpoints, load_config
+from .config import Config
+from .files import PicoError
+from .flops import decoding_operations, forward_operations, training_operations
+from .generate import CHUNK
+from .kernels import ring_shape
+from .runs import read_description, read_metrics
+from .train import TrainSettings
+
+
+def describe(path: str | os.PathLike, run: str | None = None) -> dict[str, Any]:
+    """All that `info` shows of the model PATH, and of RUN if given; valid JSON.
+
+    - model: the sizes; parameters: of each part, and total
+    - operations_a_byte: multiplications and additions of matrix products (`pico_tg.flops`), for a
+      byte of a window of context_len, on average: forward, training (forward and backward); and
+      decoding, for the byte after so many at a router rate of latent_capacity_factor
+    - cache_bytes: memory of decoding's caches, float32; it does not grow with the text
+    - run: its name, settings, dataset, base_weights, devices, and checkpoints: step, file, bytes,
+      the record of that step's figures where there is one
+
+    context_len is the run's, else the default. Raises PicoError on what is missing or broken.
+    """
+    config = load_config(path)
+    described: dict[str, Any] | None = None
+    if run is not None:
+        described = _describe_run(Path(path) / run)
+    settings = described["settings"] if described else {}
+    length = settings.get("context_len", TrainSettings.context_len)
+    facts: dict[str, Any] = {
+        "model": dataclasses.asdict(config),
+        "parameters": parameters_by_part(config) | {"total": config.parameters},
+        "operations_a_byte": {
+            "context_len": length,
+            "forward": forward_operations(config, length) / length,
+            "training": training_operations(config, length) / length,
+            "decoding": decoding_operations(config, length, config.latent_capacity_factor),
+        },
+        "cache_bytes": cache_bytes(config),
+    }
+    return facts | ({"run": {"name": run} | described} if described else {})
+
+
+def parameters_by_part(config: Config) -> dict[str, int]:
+    """Weights of the embedding, the byte blocks, the router, the latent blocks, and the heads.
+
+    The heads are the last norm, and the unembedding with its bias.
+    """
+    outputs = config.next_tokens * 256
+    ends = 256 * config.dim + outputs * config.dim + outputs + 2 * config.dim
+    blocks = 2 * config.fb_num_blocks + config.latent_num_blocks
+    block = (config.parameters - ends) // blocks
+    return {
+        "embedding": 256 * config.dim,
+        "byte_blocks": 2 * config.fb_num_blocks * block,
+        "router": config.dim,
+        "latent_blocks": config.latent_num_blocks * block,
+        "heads": config.dim + outputs * config.dim + outputs,
+    }
+
+
+def cache_bytes(config: Config) -> int:
+    """Memory of the keys and values that a `Decoder` of this model keeps, in bytes."""
+
+    def ring(window: int) -> int:
+        slots, columns = ring_shape(config.head_dim, window, CHUNK)
+        return 4 * config.att_kv_heads * slots * (config.head_dim + columns)
+
+    byte_blocks = 2 * config.fb_num_blocks * ring(config.fb_att_window_size)
+    return byte_blocks + config.latent_num_blocks * ring(config.latent_att_window_size)
+
+
+def _describe_run(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        model, run = folder.parent, folder.name
+        raise PicoError(
+            f"there is no run {folder}; train it: python -m pico_tg train {model} {run}"
+        )
+    stored = read_description(folder)
+    logged = (folder / "metrics.jsonl").exists()
+    records = {record["step"]: record for record in (read_metrics(folder) if logged else [])}
+    measured = ("bits_per_byte", "validation_bits_per_byte", "router_rate")
+    checkpoints = []
+    for step, file in list_checkpoints(folder):
+        record = records.get(step, {})
+        figures = {key: record[key] for key in measured if key in record}
+        size = file.stat().st_size
+        checkpoints.append({"step": step, "file": file.name, "bytes": size} | figures)
+    kept = {key: stored.get(key) for key in ("settings", "dataset", "base_weights", "devices")}
+    return kept | {"steps": max(records, default=0), "checkpoints": checkpoints}

@@ -1,0 +1,300 @@
+"""Evaluation against the oracle and plain loops: every byte once, heads, drafts, the router."""
+
+import dataclasses
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+from oracle import forward
+from tinygrad import Tensor, nn
+
+from pico_tg.config import Config
+from pico_tg.data import DataSpec, load_data
+from pico_tg.evaluate import Evaluation, _Measure, _windows, check_options, evaluate
+from pico_tg.files import PicoError
+from pico_tg.model import Pico
+
+CONFIG = Config(
+    dim=24,
+    next_tokens=3,
+    att_q_heads=4,
+    att_kv_heads=2,
+    fb_num_blocks=1,
+    fb_att_window_size=6,
+    latent_capacity_factor=0.25,
+    latent_num_blocks=1,
+    latent_att_window_size=9,
+)
+CONTEXT, STRIDE = 24, 16  # the held-out text below is 4 windows and a part of one
+OPTIONS = {"context_len": CONTEXT, "stride": STRIDE, "batch_size": 2}
+DOCUMENTS = ["the cat; sat", "on a mât, 1_2 €!\n\n And then a\tdog,", "ran\n"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in ["to train on", *DOCUMENTS])
+    (folder / "rows.jsonl").write_text(rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PICO_CACHE", str(folder / "cache"))
+        return load_data(DataSpec(str(folder / "rows.jsonl"), validation_size=3), progress=False)
+
+
+@pytest.fixture(scope="module")
+def model() -> Pico:
+    """Which likes a few of the bytes, so that some of its guesses are right."""
+    model = Pico(CONFIG, seed=10)
+    bias = np.zeros((3, 256), np.float32)
+    bias[:, [*b" at", 0xE2]] = 1.2
+    model.unembedding.bias.assign(Tensor(bias.reshape(-1))).realize()
+    return model
+
+
+@dataclasses.dataclass
+class Read:
+    """The text, and what the oracle says at each position, read in the windows it documents."""
+
+    data: np.ndarray  # [N]
+    own: np.ndarray  # [N]: no wrapper tag
+    logits: np.ndarray  # [N, T, 256]
+    without: np.ndarray  # [N, 256]: head 0 without latent blocks
+    router: np.ndarray  # [N]: logits
+
+
+@pytest.fixture(scope="module")
+def read(data, model) -> Read:
+    named = {name: t.numpy() for name, t in nn.state.get_state_dict(model).items()}
+    text = np.array(data.validation.bytes)
+    tags = b"".join(b"<pico:seq>" + t.encode() + b"</pico:seq>" for t in DOCUMENTS)
+    assert text.tobytes() == tags
+    own = np.concatenate(
+        [np.repeat([False, True, False], [10, len(t.encode()), 11]) for t in DOCUMENTS]
+    )
+    seen = {}
+    logits, without, router = [], [], []
+    for p in range(len(text)):
+        start = max(0, (p - CONTEXT) // STRIDE * STRIDE)
+        if start not in seen:
+            x = text[None, start : start + CONTEXT + STRIDE]
+            none = np.zeros(x.shape, bool)
+            seen[start] = (
+                forward(named, CONFIG, x, causal=True),
+                forward(named, CONFIG, x, decisions=none)[0],
+            )
+        (a, z, _), b = seen[start]
+        logits.append(a[0, p - start])
+        without.append(b[0, p - start, 0])
+        router.append(z[0, p - start])
+    return Read(text, own, np.array(logits), np.array(without), np.array(router))
+
+
+@pytest.fixture(scope="module")
+def found(data, model) -> Evaluation:
+    return evaluate(model, data, passage=60, **OPTIONS)
+
+
+def bits(logits: np.ndarray, targets: np.ndarray) -> float:
+    nats = np.logaddexp.reduce(logits, axis=1) - logits[np.arange(len(targets)), targets]
+    return nats.mean() / math.log(2)
+
+
+def test_the_windows_are_those_of_the_test(read):
+    assert len(read.data) > CONTEXT + 4 * STRIDE
+    assert (len(read.data) - CONTEXT) % STRIDE != 0
+
+
+def test_bits_per_byte(found, read):
+    at = np.flatnonzero(read.own) - 1
+    targets = read.data[at + 1].astype(int)
+    assert found.bytes == len(at)
+    assert found.bits_per_byte == pytest.approx(bits(read.logits[at, 0], targets), 1e-5)
+    without = bits(read.without[at], targets)
+    assert found.bits_per_byte_without_latent == pytest.approx(without, 1e-5)
+    assert abs(found.bits_per_byte - without) > 5e-4
+
+
+def test_head_accuracy(found, read):
+    for k in range(3):
+        hits = [
+            read.logits[p, k].argmax() == read.data[p + 1 + k]
+            for p in range(len(read.data) - 1 - k)
+            if read.own[p + 1 + k]
+        ]
+        assert found.head_accuracy[k] == pytest.approx(np.mean(hits))
+        assert 0 < sum(hits) < len(hits)
+
+
+@pytest.mark.parametrize("which", ["text", "greedy"])
+def test_drafts(which, found, read):
+    """A decoder, played through: a pass makes one byte, and those that were guessed right."""
+    likeliest = read.logits.argmax(axis=2)  # (N, T)
+
+    def accepted(p: int) -> int:
+        count = 0
+        for j in (1, 2):
+            at = p + 1 + j
+            if at >= len(read.data) or not read.own[at]:
+                break
+            real = read.data[at] if which == "text" else likeliest[at - 1, 0]
+            if likeliest[p, j] != real:
+                break
+            count += 1
+        return count
+
+    starts = np.flatnonzero(read.own) - 1
+    runs = np.array([accepted(p) for p in starts])
+    shares = [(runs >= 1).mean(), (runs >= 2).mean()]
+    assert getattr(found, f"drafts_right_{which}") == pytest.approx(shares)
+    assert shares[0] > 0
+    passes, byte, drafted = [], 0, []
+    while byte < len(read.data):
+        if read.own[byte]:
+            passes.append(accepted(byte - 1))
+            drafted += range(byte + 1, byte + 1 + passes[-1])
+            byte += passes[-1]
+        byte += 1
+    assert getattr(found, f"accepted_{which}") == pytest.approx(np.mean(passes))
+    if which == "text":
+        own = np.flatnonzero(read.own)
+        marked = [r.drafted for document in found.passage for r in document]
+        assert marked == [p in drafted for p in own if p < 60]
+        assert any(marked)
+
+
+def test_router(found, read):
+    routed = (read.router > 0) & read.own
+    count = read.own.sum()
+    assert found.router_rate == pytest.approx(routed.sum() / count)
+    kinds = {name: [] for name in found.places}
+    for p in np.flatnonzero(read.own):
+        byte, before = bytes([read.data[p]]), bytes([read.data[p - 1]] if read.own[p - 1] else b"")
+        if 0x80 <= byte[0] < 0xC0:
+            kinds["continuation"].append(p)
+        elif byte.isspace():
+            kinds["whitespace"].append(p)
+        elif byte.isalnum() or byte == b"_" or byte[0] >= 0xC0:
+            word = before.isalnum() or before == b"_" or before > b"\x7f"
+            kinds["word_inside" if word else "word_start"].append(p)
+        else:
+            kinds["punctuation"].append(p)
+        if before.isspace() and not byte.isspace():
+            kinds["after_whitespace"].append(p)
+    for name, at in kinds.items():
+        place = found.places[name]
+        assert at, name
+        assert place.share_of_bytes == pytest.approx(len(at) / count), name
+        assert place.share_of_decisions == pytest.approx(routed[at].sum() / routed.sum()), name
+        assert place.rate == pytest.approx(routed[at].mean()), name
+    boundary = np.zeros(len(routed), bool)
+    boundary[kinds["after_whitespace"]] = True
+    hits = (routed & boundary).sum()
+    precision, recall = hits / routed.sum(), hits / boundary.sum()
+    assert found.boundaries.precision == pytest.approx(precision)
+    assert found.boundaries.recall == pytest.approx(recall)
+    assert found.boundaries.f1 == pytest.approx(2 / (1 / precision + 1 / recall))
+    assert 0 < hits < routed.sum()
+
+
+def test_random_routing(found, read):
+    """The expectation, against routing at random many times."""
+    rng = np.random.default_rng(0)
+    space = np.isin(read.data, list(b" \t\n")) & read.own
+    boundary = (read.own & ~space)[1:] & space[:-1]
+    own, rate = read.own[1:], found.router_rate
+    routed = (rng.random((4000, len(own))) < rate) & own
+    hits = (routed & boundary).sum()
+    expected = found.boundaries_random
+    assert expected.precision == pytest.approx(hits / routed.sum(), rel=0.05)
+    assert expected.recall == pytest.approx(hits / boundary.sum() / 4000, rel=0.05)
+    harmonic = 2 / (1 / expected.precision + 1 / expected.recall)
+    assert expected.f1 == pytest.approx(harmonic)
+
+
+def test_passage(found, read):
+    """Every byte of text among the first 60, by document, with what the oracle says of it."""
+    at = [p for p in np.flatnonzero(read.own) if p < 60]
+    first = DOCUMENTS[0].encode()
+    assert [bytes(r.byte for r in d) for d in found.passage] == [
+        first,
+        DOCUMENTS[1].encode()[: len(at) - len(first)],
+    ]
+    for p, record in zip(at, [r for d in found.passage for r in d], strict=True):
+        row = read.logits[p - 1, 0]
+        logprob = row[read.data[p]] - np.logaddexp.reduce(row)
+        assert record.logprob == pytest.approx(logprob, abs=1e-4)
+        assert record.router_weight == pytest.approx(1 / (1 + math.exp(-read.router[p])), abs=1e-5)
+        assert record.router_decision == (read.router[p] > 0)
+
+
+def test_it_is_deterministic_and_json(found, data, model):
+    assert evaluate(model, data, passage=60, **OPTIONS) == found
+    values = json.loads(json.dumps(found.as_dict()))
+    assert values["places"]["whitespace"]["rate"] == found.places["whitespace"].rate
+    assert "passage" not in values
+
+
+@pytest.mark.parametrize("total", [1, 40, 41, 55, 56, 57, 200])
+@pytest.mark.parametrize("stride", [1, 7, 16, 40])
+def test_windows_score_every_position_once(total, stride):
+    """And each of them has a whole context before it, or everything."""
+    length = min(24 + stride, total)
+    windows = list(_windows(total, length, min(stride, length)))
+    assert [p for _, begin, end in windows for p in range(begin, end)] == list(range(total))
+    for start, begin, end in windows:
+        assert end <= start + length
+        assert start == 0 or begin - start >= 24
+
+
+def test_slots(read, data, model):
+    """The first batch has slots for all routed bytes of a window, the second has not."""
+    slots = _Measure(model, CONTEXT + STRIDE).slots
+    starts = [start for start, _, _ in _windows(len(read.data), CONTEXT + STRIDE, STRIDE)]
+    named = {name: t.numpy() for name, t in nn.state.get_state_dict(model).items()}
+    most = []
+    for start in starts:
+        x = read.data[None, start : start + CONTEXT + STRIDE]
+        most.append(int(forward(named, CONFIG, x, causal=True)[2].sum()))
+    assert max(most[:2]) <= slots < max(most[2:4])
+
+
+def test_routed_padding_takes_no_slots(model):
+    """What a window has behind the end of the text may be routed too, and need not be served."""
+    decisions = np.zeros((2, 40), bool)
+    decisions[0, :20] = decisions[1, 5:35] = True
+    results = tuple(Tensor(a) for a in (np.zeros((2, 40)), np.zeros((2, 40, 3)), np.zeros((2, 40))))
+    measure = _Measure(model, 40)
+    assert measure.slots == 20
+    measure.some = measure.all = lambda x: (*results, Tensor(decisions))
+    measure.without = lambda x: results[0]
+    windows = np.zeros((2, 41), np.uint8)
+    measure(windows, np.array([40, 25]))
+    assert measure.slots == 20
+    measure(windows, np.array([40, 26]))
+    assert measure.slots == 40
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"split": "test"}, "validation or train"),
+        ({"context_len": 0}, "context_len"),
+        ({"stride": 0}, "stride"),
+        ({"batch_size": -1}, "batch_size"),
+        ({"max_bytes": 1}, "max_bytes"),
+        ({"max_bytes": 5.0}, "max_bytes"),
+        ({"precision": "fp8"}, "precision"),
+    ],
+)
+def test_bad_options(options, named):
+    with pytest.raises(PicoError, match=named):
+        check_options(**options)
+
+
+def test_bad_data(model, data, monkeypatch):
+    with pytest.raises(PicoError, match="first 10 bytes of the validation data hold no byte"):
+        evaluate(model, data, max_bytes=10)
+    monkeypatch.setattr(sys.modules["pico_tg.evaluate"], "MOST_BYTES", 2 * CONTEXT)
+    with pytest.raises(PicoError, match=r"2 windows of 40 bytes .* smaller context_len"):
+        evaluate(model, data, **OPTIONS)

@@ -1,0 +1,64 @@
+"""Sizes and costs: against the model itself, and against counting by hand."""
+
+import pytest
+from tinygrad import nn
+
+from pico_tg.config import Config
+from pico_tg.flops import decoding_operations
+from pico_tg.generate import Decoder
+from pico_tg.info import cache_bytes, parameters_by_part
+from pico_tg.model import Pico
+
+CONFIG = Config(
+    dim=26,
+    next_tokens=3,
+    att_q_heads=4,
+    att_kv_heads=2,
+    fb_num_blocks=1,
+    fb_att_window_size=6,
+    latent_capacity_factor=0.25,
+    latent_num_blocks=2,
+    latent_att_window_size=40,
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> Pico:
+    return Pico(CONFIG, seed=0)
+
+
+def test_parameters_by_part(model):
+    counted = dict.fromkeys(parameters_by_part(CONFIG), 0)
+    part = {
+        "embedding": "embedding", "fb_in": "byte_blocks", "fb_out": "byte_blocks",
+        "latent.router": "router", "latent.blocks": "latent_blocks",
+        "norm": "heads", "unembedding": "heads",
+    }  # fmt: skip
+    for name, tensor in nn.state.get_state_dict(model).items():
+        (key,) = {part[start] for start in part if name.startswith(start + ".")}
+        counted[key] += tensor.numel()
+    assert parameters_by_part(CONFIG) == counted
+    assert sum(counted.values()) == CONFIG.parameters
+
+
+def test_memory_of_the_caches(model):
+    assert cache_bytes(CONFIG) == sum(ring.nbytes() for ring in Decoder(model)._rings())
+
+
+def test_operations_of_decoding():
+    """A block of this model by hand: weights that a byte meets, and keys that it sees."""
+    head_dim, kv, width = 6, 12, 24
+    block = 26 * (width + 2 * kv) + width * 26 + 26 * 52 + 26 * 26
+    assert head_dim == CONFIG.head_dim
+    outside = 26 + 26 * 3 * 256  # router, heads
+
+    def operations(byte_keys: float, latent_keys: float, rate: float) -> float:
+        # two byte blocks, two latent ones; a key costs a score and a share of the sum
+        byte = 2 * (block + 2 * width * byte_keys)
+        latent = 2 * (block + 2 * width * latent_keys)
+        return 2 * outside + 2 * byte + rate * 2 * latent
+
+    assert decoding_operations(CONFIG, 0, 0.5) == operations(1, 1, 0.5)
+    assert decoding_operations(CONFIG, 20, 0.5) == operations(7, 11, 0.5)
+    assert decoding_operations(CONFIG, 1000, 0.25) == operations(7, 41, 0.25)
+    assert decoding_operations(CONFIG, 1000, 0.0) == operations(7, 41, 0.0)
