@@ -178,7 +178,6 @@ class Decoder:
         key = (function.__name__, size)
         if key not in self.jits:
             self.jits[key] = compiled(function, size)
-            self.jits[key].cnt = 1  # at once: nothing in it is made in the first call only
         return self.jits[key]()
 
     def _encode(self, rows: int) -> Tensor:

@@ -28,10 +28,11 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from tinygrad import Device, Tensor, TinyJit, dtypes, function
 from tinygrad.codegen.opt import Opt, OptOps
-from tinygrad.dtype import DType, _to_np_dtype
+from tinygrad.dtype import AddrSpace, DType, _to_np_dtype
 from tinygrad.engine import realize
 from tinygrad.engine.realize import capturing
 from tinygrad.helpers import CPU_COUNT, DEV, ContextVar
+from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
 ROWS, COLUMNS = 8, 16  # the register tile
@@ -245,6 +246,14 @@ def _gemm(a: Tensor, b: Tensor, M: int, N: int, L: int, transposed: bool = False
     by_rows = _threads(rows // ROWS) > _threads(Z)
     threads = _threads(rows // ROWS if by_rows else Z)
 
+    name = f"gemm{'_t' if transposed else ''}_{Z}_{M}_{N}_{L}"
+    out = Tensor.empty(Z, rows, columns, device=a.device)
+    shapes = (out.shape, a.shape, b.shape)
+    addressable = max(map(math.prod, shapes)) < 1 << 31  # by int32
+    if a.dtype == b.dtype == dtypes.float32 and addressable:
+        program = _tiled_program(name, shapes, L, transposed, threads, by_rows, a.device)
+        return out.custom_kernel(a, b, fxn=lambda *_: program)[0]
+
     def kernel(C: UOp, A: UOp, B: UOp) -> UOp:
         m, n = UOp.range(rows, 1), UOp.range(columns, 2)
         l = UOp.range(L, 3, AxisType.REDUCE)
@@ -260,14 +269,91 @@ def _gemm(a: Tensor, b: Tensor, M: int, N: int, L: int, transposed: bool = False
             opts.append(Opt(OptOps.UNROLL, 0, 4))
         if threads > 1:
             opts.append(Opt(OptOps.THREAD, outer if by_rows else 0, threads))
-        info = KernelInfo(
-            name=f"gemm{'_t' if transposed else ''}_{Z}_{M}_{N}_{L}", opts_to_apply=tuple(opts)
-        )
+        info = KernelInfo(name=name, opts_to_apply=tuple(opts))
         ranges = (z, m, n) if Z > 1 else (m, n)
         return C[z, m, n].store(total).end(*ranges).sink(arg=info)
 
-    out = Tensor.empty(Z, rows, columns, device=a.device)
     return out.custom_kernel(a, b, fxn=kernel)[0]
+
+
+@functools.cache
+def _tiled_program(
+    name: str,
+    shapes: tuple[tuple[int, ...], ...],
+    L: int,
+    transposed: bool,
+    threads: int,
+    by_rows: bool,
+    device: str,
+) -> UOp:
+    """The float32 kernel of `_gemm` as the loops and vectors that are to run; `shapes` of C, A, B.
+
+    What tinygrad would make of the kernel in there, after 0.3 s of rewriting it for each size.
+    """
+    (Z, rows, columns), (_, A_rows, A_columns), (_, B_rows, B_columns) = shapes
+    step = (1, A_columns) if transposed else (A_columns, 1)  # to A's next m, and to its next l
+    unroll = 4 if L % 4 == 0 else 1
+    vector = dtypes.float32.vec(COLUMNS)
+    sizes = [math.prod(shape) for shape in shapes]
+    C, A, B = (UOp(Ops.PARAM, dtypes.float32.ptr(n), arg=i) for i, n in enumerate(sizes))
+
+    def at(buffer: UOp, place: UOp | int, dtype: DType = vector) -> UOp:
+        place = place if isinstance(place, UOp) else UOp.const(dtypes.int, place)
+        where = UOp(Ops.INDEX, buffer.dtype, (buffer, place))
+        pointer = dtype.ptr(buffer.dtype.size, buffer.dtype.addrspace)
+        return where if dtype == dtypes.float32 else where.cast(pointer)
+
+    def load(buffer: UOp, place: UOp | int, dtype: DType = vector) -> UOp:
+        return UOp(Ops.LOAD, dtype, (at(buffer, place, dtype),))
+
+    def splat(x: UOp) -> UOp:
+        return UOp(Ops.STACK, vector, (x,) * COLUMNS)
+
+    loops: list[UOp] = []
+
+    def loop(turns: int) -> UOp:
+        """A loop inside those before it; one of one turn is none."""
+        count = UOp.const(dtypes.int, turns)
+        if turns == 1:
+            return UOp.const(dtypes.int, 0)
+        loops.append(UOp(Ops.RANGE, dtypes.int, (count, *loops), (len(loops), AxisType.LOOP)))
+        return loops[-1]
+
+    shares = [Z // (1 if by_rows else threads), rows // ROWS // (threads if by_rows else 1)]
+    z, m, n = loop(shares[0]), loop(shares[1]), loop(columns // COLUMNS)
+    if threads > 1:
+        core = UOp.variable("core_id", 0, threads - 1, dtypes.int)
+        z, m = (z, m + core * shares[1]) if by_rows else (z + core * shares[0], m)
+    row, column = m * ROWS, n * COLUMNS
+
+    sums = UOp(Ops.DEFINE_REG, dtypes.float32.ptr(ROWS * COLUMNS, AddrSpace.REG), arg=0)
+    fresh = sums.after(*loops) if loops else sums
+    zero = splat(UOp.const(dtypes.float32, 0.0))
+    cleared = [at(fresh, i * COLUMNS).store(zero) for i in range(ROWS)]
+    count = UOp.const(dtypes.int, L // unroll)
+    l = UOp(Ops.RANGE, dtypes.int, (count, *cleared), (len(loops), AxisType.REDUCE))
+    inside = sums.after(*cleared, l)
+    totals = [load(inside, i * COLUMNS) for i in range(ROWS)]
+    for u in range(unroll):
+        k = l * unroll + u
+        right = load(B, (z * B_rows + k) * B_columns + column)
+        for i in range(ROWS):
+            place = z * (A_rows * A_columns) + (row + i) * step[0] + k * step[1]
+            totals[i] = totals[i] + splat(load(A, place, dtypes.float32)) * right
+    kept = [at(inside, i * COLUMNS).store(total) for i, total in enumerate(totals)]
+    done = sums.after(UOp.group(*kept).end(l))
+    body = UOp.group(
+        *[
+            at(C, (z * rows + row + i) * columns + column).store(load(done, i * COLUMNS))
+            for i in range(ROWS)
+        ]
+    )
+    for x in reversed(loops):
+        body = body.end(x)
+    # tinygrad counts nothing here: it takes all that precedes an address for part of the address
+    work = Estimates(2 * sizes[0] * L, mem=4 * sum(sizes))
+    target = UOp(Ops.DEVICE, arg=device.split(":")[0])
+    return UOp(Ops.PROGRAM, src=(body.sink(arg=KernelInfo(name=name, estimates=work)), target))
 
 
 def _gemm_long(a: Tensor, b: Tensor, M: int, N: int, L: int) -> Tensor:
@@ -910,13 +996,17 @@ def _buffers(x: Tensor) -> list:
 def compiled(method: Callable, *constants: int) -> TinyJit:
     """TinyJit of a bound method, kept in an attribute of its own object without a cycle.
 
-    `constants` are its first arguments, for good.
+    `constants` are its first arguments, for good. The first call is captured already, where TinyJit
+    would run it once without: that would build and schedule everything twice. So whatever the
+    method leaves behind must be in buffers that existed before.
 
     A cycle would leave the graph to Python's garbage collector. That may run on the CPU device's
     own thread, and there freeing a graph waits for that thread itself, for ever (0.13, seen).
     """
     reference = weakref.WeakMethod(method)
-    return TinyJit(lambda *inputs: reference()(*constants, *inputs))
+    jit = TinyJit(lambda *inputs: reference()(*constants, *inputs))
+    jit.cnt = 1
+    return jit
 
 
 def is_capturing() -> bool:

@@ -32,7 +32,7 @@ def install() -> None:
 
 def remembered_program(ast: UOp, renderer: Renderer) -> UOp:
     """What `to_program` returns, less the list of operations, which nothing needs once compiled."""
-    if renderer.target.device in INTERPRETERS or ast.op is not Ops.SINK:
+    if renderer.target.device in INTERPRETERS:
         return to_program(ast, renderer)
     options = sorted((k, v.value) for k, v in ContextVar._cache.items() if k not in IRRELEVANT)
     within = (ast.key, type(renderer).__name__, str(renderer.target), str(options))

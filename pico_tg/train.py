@@ -97,7 +97,9 @@ def inputs_and_targets(windows: Tensor, next_tokens: int) -> tuple[Tensor, Tenso
     """Windows [B, N + T] of bytes -> inputs [B, N], targets [B, N, T]: byte n + 1 + k."""
     N = windows.shape[1] - next_tokens
     targets = Tensor.stack(*[windows[:, k : k + N] for k in range(1, next_tokens + 1)], dim=2)
-    return windows[:, :N].contiguous(), targets.contiguous()
+    # a contiguous part of a lone window would be a view, and through a view 0.13's graphs read
+    # their first input for ever
+    return windows[:, :N], targets.contiguous()
 
 
 def adamw(parameters: list[Tensor], weight_decay: float) -> nn.optim.OptimizerGroup:
@@ -170,6 +172,8 @@ class TrainStep:
         else:
             self.optimizer = adamw(self.parameters, settings.weight_decay)
             self.rates = [part.lr for part in self.optimizer.optimizers]
+        for rate in self.rates:
+            rate.replace(rate.contiguous().realize())
         self.sums: list[Tensor] = []
         if settings.grad_accumulation_steps > 1:
             self.sums = [p.zeros_like().contiguous().realize() for p in self.parameters]
