@@ -331,6 +331,6 @@ def load(path: str | os.PathLike, run: str, checkpoint: int = -1) -> Pico:
     """The model PATH with the weights of RUN: those of a step, or the newest (-1, -2, …)."""
     config = load_config(path)
     weights = find_checkpoint(Path(path) / run, checkpoint)
-    model = Pico(config)
+    model = Pico(config, fresh=False)
     load_weights(model, weights)
     return model

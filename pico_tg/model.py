@@ -137,10 +137,11 @@ class Latent:
 class Pico:
     """The model, with fresh random weights, the same ones for the same `seed`.
 
-    Without a `seed`, `Tensor.manual_seed` or the clock decides them.
+    Without a `seed`, `Tensor.manual_seed` or the clock decides them. With `fresh=False` they hold
+    anything: `load_weights` fills them, and seconds of drawing are saved.
     """
 
-    def __init__(self, config: Config, seed: int | None = None) -> None:
+    def __init__(self, config: Config, seed: int | None = None, fresh: bool = True) -> None:
         if seed is not None:
             Tensor.manual_seed(seed)
         self.config = config
@@ -151,8 +152,12 @@ class Pico:
         self.fb_out = FullBandwidth(config)
         self.norm = RMSNorm(config.dim)
         self.unembedding = nn.Linear(config.dim, config.next_tokens * 256)
+        parameters = nn.state.get_parameters(self)
+        if not fresh:
+            for parameter in parameters:
+                parameter.replace(Tensor.empty(*parameter.shape))
         # drawn now: left lazy, every use would draw them again
-        Tensor.realize(*nn.state.get_parameters(self))
+        Tensor.realize(*parameters)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Bytes [B, N] -> hidden state [B, N, D] before the latent blocks, router logits [B, N]."""
