@@ -1,25 +1,28 @@
-"""Compiled programs kept between processes."""
+"""Schedules and compiled programs kept between processes."""
 
 import os
 import subprocess
 import sys
 
 SCRIPT = """
-import numpy as np, tinygrad.codegen
+import numpy as np, tinygrad.codegen, tinygrad.schedule
 made = []
-make = tinygrad.codegen.do_to_program
+make, cut = tinygrad.codegen.do_to_program, tinygrad.schedule.get_kernel_graph
 tinygrad.codegen.do_to_program = lambda *a: made.append(a[0]) or make(*a)
+tinygrad.schedule.get_kernel_graph = lambda *a: made.append(a[0]) or cut(*a)
 import pico_tg
 from tinygrad import GlobalCounters, Tensor
 x = Tensor(np.arange(12, dtype=np.float32).reshape(3, 4)).realize()
 GlobalCounters.reset()
 y = ((x @ x.T).contiguous() + 1).numpy()
+# the gradient's function lies elsewhere in each process
+pico_tg.kernels.linear(x, x).sum().gradient(x)[0].numpy()
 print(len(made), GlobalCounters.global_ops, y.tolist())
 """
 
 
 def run(cache, **environment) -> tuple[int, str]:
-    """How many kernels were made, and what came out."""
+    """How many schedules and kernels were made, and what came out."""
     environment = {**os.environ, "CACHEDB": str(cache), **environment}
     command = [sys.executable, "-c", SCRIPT]
     out = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
