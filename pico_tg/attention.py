@@ -76,10 +76,9 @@ def banded_attention(q: Tensor, k: Tensor, v: Tensor, window: int, alibi: bool =
     K = k.shape[1]
     G = H // K
     if by_hand(q.device):
-        # without: too little to change a score, but not 0, which times an infinite distance is NaN
-        slopes = (
-            alibi_slopes(H, q.device) if alibi else Tensor.full((H,), 2.0**-100, device=q.device)
-        )
+        slopes = alibi_slopes(H, q.device)
+        if not alibi:  # too little to change a score; 0 times an infinite distance would be NaN
+            slopes = slopes * 2.0**-100
         return band_attention(q, k, v, slopes, Band(B, H, K, C, N, window, *tiles(N, window)))
     queries, reach, blocks = block_sizes(N, window)
     padding = blocks * queries - N

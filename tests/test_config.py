@@ -14,7 +14,7 @@ def test_preset_and_file(tmp_path):
     assert config.parameters == 10_243_208
     config.to_json(tmp_path / "model.json")
     assert Config.from_json(tmp_path / "model.json") == config
-    assert json.loads((tmp_path / "model.json").read_text()) == dataclasses.asdict(config)
+    assert json.loads((tmp_path / "model.json").read_text()) == config.to_dict()
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.dim = 1
 

@@ -86,6 +86,26 @@ def test_comparison_of_optimizers(tmp_path):
     assert (tmp_path / "optimizers.svg").read_text().startswith("<svg")
 
 
+@pytest.mark.slow
+def test_comparison_of_routers(tmp_path):
+    """As written but for one router, sizes and steps; what is there is not trained again."""
+    command = blocks("bash")[4].strip().replace("examples/", f"{ROOT}/examples/")
+    command = command.replace("--positions --next-tokens 1,2,4,8", "--routers none")
+    sizes = "--dim 12 --latent-blocks 1 --sample-bytes 9 --evaluation-bytes 600"
+    files = f"--results {tmp_path}/r.jsonl --svg {tmp_path}/r.svg"
+    command += f" --steps 2 --seeds 0 {sizes} {files}"
+    out = run(command, tmp_path)
+    row = r"^\| (.+?) \| 1 \| (\d+) \| [\d.]+ \| [\d.]+ \| [\d.]+ \| \d+ \|$"
+    rows = re.findall(row, out, re.MULTILINE)
+    assert [name for name, _ in rows] == ["none"]
+    assert int(rows[0][1]) >= 2
+    assert (tmp_path / "r.svg").read_text().startswith("<svg")
+    results = (tmp_path / "r.jsonl").read_text()
+    assert len(results.splitlines()) == 1
+    assert run(command, tmp_path) == out
+    assert (tmp_path / "r.jsonl").read_text() == results
+
+
 def test_soap_elsewhere(tmp_path):
     out = run(f"python {ROOT / 'examples' / 'soap_elsewhere.py'}", tmp_path)
     errors = [float(error) for error in re.findall(r"error ([\d.]+)", out)]

@@ -34,11 +34,10 @@ TINY = Config(
 VARIANTS = [
     dataclasses.replace(TINY, router=router, position=position)
     for router, position in (
-        ("space", "alibi"),
-        ("stride", "rope"),
+        ("space", "rope"),
+        ("stride", "alibi"),
         ("all", "alibi"),
         ("none", "alibi"),
-        ("learned", "rope"),
     )
 ]
 TEXT = "Ça va?  'Tis 3.5 °C — née in 東京, (e.g.) <b>x_1</b>; and, a \t b\n\nend. ".encode()
@@ -209,7 +208,7 @@ def test_only_what_differs_is_written(tmp_path):
             dataclasses.replace(TINY, **{name: "best"})
 
 
-@pytest.mark.parametrize("config", VARIANTS[:4], ids=lambda c: c.router)
+@pytest.mark.parametrize("config", [VARIANTS[0], VARIANTS[3]], ids=lambda c: c.router)
 def test_training_steps(config, tmp_path):
     """With SOAP, over a refresh, and validated; what no byte reaches does not go wrong."""
     path = tmp_path / "a.txt"
@@ -218,8 +217,7 @@ def test_training_steps(config, tmp_path):
     options = {"context_len": 30, "batch_size": 2, "max_steps": 12, "validation_interval": 12}
     records = list(train(model, str(path), epochs=9, warmup_steps=2, seed=1, **options))
     assert records[-1]["loss"] < records[0]["loss"]
-    rates = {"stride": [0.25, 1 / 4], "all": [1, 1], "none": [0, 0], "space": [0.1, 0.4]}
-    low, high = rates[config.router]
+    low, high = {"none": [0, 0], "space": [0.1, 0.4]}[config.router]
     for key in ("router_rate", "validation_router_rate"):
         assert low - 0.02 <= records[-1][key] <= high + 0.02
     assert all(math.isfinite(t.numpy().sum()) for t in nn.state.get_parameters(model))
