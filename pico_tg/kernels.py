@@ -1,6 +1,6 @@
-"""Matrix products, and everything that is not public tinygrad.
+"""Matrix products and attention on the machine's own terms; what else is not public tinygrad.
 
-Two things are done here that tinygrad does not do by itself:
+Three things are done here that tinygrad does not do by itself:
 
 - `stored`: a value is computed once. Lazy fusion would recompute norms, SiLU and softmax inside
   every product of the backward pass (125 GOP a step instead of 31, measured).
@@ -8,7 +8,6 @@ Two things are done here that tinygrad does not do by itself:
   in vector registers while one loop runs over the summed axis. tinygrad's own choice reaches a
   fifth of it. `PICO_KERNELS=0` switches them off; on accelerators plain `@` is used, so that
   tensor cores apply.
-
 - On a CPU, attention is six such products with their softmax in them, on bands that are never
   copied (`band_attention`), and weights of v are summed by the product that uses them.
 
