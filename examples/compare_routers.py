@@ -24,6 +24,7 @@ from pico_tg.generate import Decoder
 from pico_tg.plot import COLOURS, Line, Panel, svg
 
 LENGTH, BATCH = 512, 4
+RATE, WARM_UP = 0.012, 50
 HERE = Path(__file__).parent
 
 
@@ -84,7 +85,8 @@ def measure(config: pico_tg.Config, seed: int, steps: int, name: str) -> dict:
     every = max(1, steps // 10)
     records = pico_tg.train(
         model, data, context_len=LENGTH, batch_size=BATCH, max_steps=steps, epochs=10**6,
-        warmup_steps=min(50, steps // 2), learning_rate=0.012, validation_interval=every, seed=seed,
+        warmup_steps=min(WARM_UP, steps // 2), learning_rate=RATE, validation_interval=every,
+        seed=seed,
     )  # fmt: skip
     curve = []
     for record in tqdm(records, total=steps, desc=f"{name}, seed {seed}", unit="step"):
@@ -110,8 +112,9 @@ table: dict[str, list[dict]] = {}
 for name, (config, seeds) in variants.items():
     steps = max(1, budget // training_operations(config, LENGTH, BATCH))
     for seed in seeds:
-        # all that a result depends on
-        key = {"config": config.to_dict(), "seed": seed, "steps": steps, "data": args.dataset}
+        # all that a result depends on, but the machine
+        key = {"length": LENGTH, "batch": BATCH, "rate": RATE, "warm_up": WARM_UP}
+        key |= {"config": config.to_dict(), "seed": seed, "steps": steps, "data": args.dataset}
         key |= {"fingerprint": str(data.train.fingerprint), "sample_bytes": args.sample_bytes}
         key |= {"evaluation_bytes": args.evaluation_bytes}
         text = json.dumps(key, sort_keys=True)

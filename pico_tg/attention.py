@@ -27,8 +27,8 @@ def rotate(x: Tensor, positions: Tensor) -> Tensor:
     """x [..., N, C] turned by its positions, int [N]: rotary embeddings (arXiv 2104.09864).
 
     Channels j and j + C // 2 are a pair, turned by position * 10000^(-2j / C) radians (C less one
-    if odd: the last channel is left alone). Exact at any position: turns are counted in units of
-    2^-64, and whole ones drop out of the product by themselves.
+    if odd: the last channel is left alone). Off by at most 2e-6 radians at any position: turns are
+    counted in units of 2^-64, and whole ones drop out of the product by themselves.
     """
     half = x.shape[-1] // 2
     turns = [10000 ** (-j / half) / (2 * math.pi) for j in range(half)]

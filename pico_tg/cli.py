@@ -367,7 +367,12 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
 def chosen_sizes(args: argparse.Namespace) -> dict[str, int | float | str]:
     """The sizes that were given as flags."""
     names = [field.name for field in dataclasses.fields(Config)]
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    sizes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if sizes.get("router") in ("all", "none") and "latent_capacity_factor" in sizes:
+        raise PicoError(
+            f"--latent-capacity-factor means nothing with --router {sizes['router']}; leave it out"
+        )
+    return sizes
 
 
 def add_beam(parser: argparse.ArgumentParser) -> None:
@@ -405,12 +410,7 @@ def say(text: str) -> None:
 
 def command_init(args: argparse.Namespace) -> int:
     """Describe a new model: writes PATH/model.json. Weights come into being with `train`."""
-    changes = chosen_sizes(args)
-    config = Config.preset(args.preset, **changes)
-    if config.router in ("all", "none") and "latent_capacity_factor" in changes:
-        raise PicoError(
-            f"--latent-capacity-factor means nothing with --router {config.router}; leave it out"
-        )
+    config = Config.preset(args.preset, **chosen_sizes(args))
     if args.path.exists():
         raise PicoError(f"{args.path} exists; choose another PATH, or delete it to start over")
     try:

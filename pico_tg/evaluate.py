@@ -221,7 +221,7 @@ class _Measure:
         self.without = compiled(self._without)
 
     def _pass(self, count: int, windows: Tensor) -> tuple[Tensor, ...]:
-        x, targets = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+        x, targets = windows[:, :-1], windows[:, 1:]  # not contiguous: see inputs_and_targets
         logits, z, decisions = self.model(x, causal=True, count=count)
         guesses = logits.argmax(axis=-1).cast(dtypes.uint8)
         nats = cross_entropy(logits[:, :, 0], targets)
@@ -230,7 +230,7 @@ class _Measure:
         return results
 
     def _without(self, windows: Tensor) -> Tensor:
-        x, targets = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+        x, targets = windows[:, :-1], windows[:, 1:]  # not contiguous: see inputs_and_targets
         logits, _, _ = self.model(x, causal=True, count=0)
         return cross_entropy(logits[:, :, 0], targets).contiguous().realize()
 

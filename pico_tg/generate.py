@@ -424,6 +424,7 @@ def _decode(
     began: float,
 ) -> Iterator[GeneratedByte]:
     """Rounds, given the logits [T, 256] of all heads at the last byte of the prompt."""
+    most_drafts = min(most_drafts, SIZES[-1] - 1)  # a round is one pass
     policy = DraftPolicy(most_drafts)
     made, drafted = 0, False
     byte, logprob = sampler(heads[0], rng)

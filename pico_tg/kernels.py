@@ -674,12 +674,11 @@ def _exps(scores: Tensor, dtype: DType) -> Tensor:
 
     def kernel(out: UOp, scores: UOp) -> UOp:
         row, n = UOp.range(rows, 0), UOp.range(s, 1)
+        lane = UOp.range(COLUMNS, 3, AxisType.REDUCE)
         if s > COLUMNS:
-            step, lane = UOp.range(s // COLUMNS, 2, AxisType.REDUCE), None
-            lane = UOp.range(COLUMNS, 3, AxisType.REDUCE)
+            step = UOp.range(s // COLUMNS, 2, AxisType.REDUCE)
             top = scores[row, step * COLUMNS + lane].reduce(step, arg=Ops.MAX)
         else:
-            lane = UOp.range(COLUMNS, 3, AxisType.REDUCE)
             top = scores[row, lane]
         top = top.reduce(lane, arg=Ops.MAX)
         value = _exp2(scores[row, n] - top).cast(dtype)

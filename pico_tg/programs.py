@@ -6,19 +6,30 @@ remembered, in the same file (CACHEDB) and under the same switch (CACHELEVEL): f
 kernels, and from a kernel to its binary.
 """
 
+import contextlib
+import functools
 import hashlib
 import importlib.metadata
+import os
 import pickle
+import platform
+import sqlite3
 
 import tinygrad.engine.realize
 import tinygrad.schedule
 from tinygrad.codegen import to_program
-from tinygrad.helpers import ContextVar, diskcache_get, diskcache_put
+from tinygrad.helpers import CACHELEVEL, DEBUG, ContextVar, diskcache_get, diskcache_put
 from tinygrad.renderer import Renderer
 from tinygrad.uop.ops import CallInfo, Ops, UOp
 
 # they decide what is printed or recorded, not what is made
 IRRELEVANT = {"ALLOW_DEVICE_USAGE", "CAPTURING", "DEBUG", "JIT", "PROFILE", "TRACK_MATCH_STATS"}
+# what else tinygrad reads from the environment and what it makes depends on
+VARIABLES = (
+    *("ALIGNED", "ALLOW_HALF8", "EXPAND_SSA", "IGNORE_BEAM_CACHE", "LATE_ALLREDUCE", "LLVMOPT"),
+    *("MV", "MV_BLOCKSIZE", "MV_ROWS_PER_THREAD", "MV_THREADS_PER_ROW", "REDUCEOP_SPLIT_SIZE"),
+    *("REDUCEOP_SPLIT_THRESHOLD", "RING_ALLREDUCE_THRESHOLD", "THREADS", "UNSAFE_DISABLE_MASK"),
+)
 # these run the list of operations itself, which is not kept
 INTERPRETERS = ("PYTHON", "NULL", "DSP")
 VERSION = importlib.metadata.version("tinygrad")
@@ -53,26 +64,44 @@ class Schedules(dict):
 
 def remembered_program(ast: UOp, renderer: Renderer) -> UOp:
     """What `to_program` returns, less the list of operations, which nothing needs once compiled."""
-    if renderer.target.device in INTERPRETERS:
+    # a finished program is a candidate of --beam: thousands of them would be kept
+    finished = ast.op is Ops.PROGRAM and len(ast.src) == 5
+    if finished or renderer.target.device in INTERPRETERS or DEBUG >= 3:  # it prints what it makes
         return to_program(ast, renderer)
-    within = (ast.key, type(renderer).__name__, str(renderer.target))
+    # the target may only say "native": the compiler's key tells processors apart, or we do
+    compiler = str(renderer.compiler.cachekey) if renderer.compiler else ""
+    within = (ast.key, type(renderer).__name__, str(renderer.target), compiler, _processor())
     if (known := (*within, _options())) not in _known:
-        program = _recall("pico_programs", *within)
+        program = _recall("pico_kernels", *within)
         if program is None:
             program = _light(to_program(ast, renderer))
-            _keep("pico_programs", program, *within)
+            _keep("pico_kernels", program, *within)
         _known[known] = program
     return _known[known]
 
 
 def _light(program: UOp) -> UOp:
     sink, device, _, source, binary = program.src
-    return program.replace(src=(sink.replace(src=()), device, UOp(Ops.LINEAR), source, binary))
+    # launching a kernel looks for its parameters and variables
+    kept = tuple(u for u in sink.toposort() if u.op in (Ops.PARAM, Ops.DEFINE_VAR))
+    return program.replace(src=(sink.replace(src=kept), device, UOp(Ops.LINEAR), source, binary))
+
+
+@functools.cache
+def _processor() -> str:
+    """Name and abilities of this machine's processor."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            lines = {line for line in file if line.startswith(("model name", "flags", "Features"))}
+    except OSError:
+        lines = set()
+    return hashlib.sha256(repr((platform.uname()[4:], sorted(lines))).encode()).hexdigest()
 
 
 def _options() -> str:
-    """All that the environment or `Context` may have set, as far as it matters."""
-    return str(sorted((k, v.value) for k, v in ContextVar._cache.items() if k not in IRRELEVANT))
+    """What the environment or `Context` may have set, as far as it matters."""
+    options = [(k, v.value) for k, v in ContextVar._cache.items() if k not in IRRELEVANT]
+    return str(sorted(options + [(k, os.environ.get(k)) for k in VARIABLES], key=lambda o: o[0]))
 
 
 def _key(*parts: object) -> str:
@@ -80,8 +109,13 @@ def _key(*parts: object) -> str:
 
 
 def _recall(table: str, *parts: object) -> UOp | None:
-    return diskcache_get(table, _key(*parts))
+    """None as well where the file is damaged: what is in it can be made again."""
+    with contextlib.suppress(Exception):
+        found = diskcache_get(table, _key(*parts))
+        return found if isinstance(found, UOp) else None
 
 
 def _keep(table: str, value: UOp, *parts: object) -> None:
-    diskcache_put(table, _key(*parts), pickle.dumps(value), prepickled=True)
+    if CACHELEVEL >= 1:
+        with contextlib.suppress(sqlite3.Error):  # a full disk is no reason to stop
+            diskcache_put(table, _key(*parts), pickle.dumps(value), prepickled=True)

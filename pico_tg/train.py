@@ -104,9 +104,9 @@ def inputs_and_targets(windows: Tensor, next_tokens: int) -> tuple[Tensor, Tenso
     """Windows [B, N + T] of bytes -> inputs [B, N], targets [B, N, T]: byte n + 1 + k."""
     N = windows.shape[1] - next_tokens
     targets = Tensor.stack(*[windows[:, k : k + N] for k in range(1, next_tokens + 1)], dim=2)
-    # a contiguous part of a lone window would be a view, and through a view 0.13's graphs read
-    # their first input for ever
-    return windows[:, :N], targets.contiguous()
+    # neither is contiguous: of a lone window that would be a view, and through a view 0.13's graphs
+    # read their first input for ever
+    return windows[:, :N], targets
 
 
 def adamw(parameters: list[Tensor], weight_decay: float) -> nn.optim.OptimizerGroup:

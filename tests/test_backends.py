@@ -85,32 +85,54 @@ def test_a_step_and_a_pass_are_made_for(device, precision, marks):
         assert all(mark in source for mark in marks)
 
 
-OPENCL = """
+STEP = """
 import numpy as np
-from pico_tg import Decoder, Config, Pico
-from pico_tg.bench import ForwardBackward
+from pico_tg import Config, Pico
+from pico_tg.model import loss_fn
+from pico_tg.train import inputs_and_targets
 from test_cli import TINY
-from tinygrad import Tensor
-model = Pico(Config(**TINY), seed=0)
-with Tensor.train():
-    loss = ForwardBackward(model)(Tensor(np.arange(132).reshape(2, 66).astype(np.uint8)).realize())
-print(loss, *Decoder(model).feed(b"abc")[0][:, 0, :4].ravel())
+from tinygrad import Tensor, nn
+
+rng = np.random.default_rng(0)
+model = Pico(Config(**TINY | {"dim": 16}), fresh=False)
+for _, weight in sorted(nn.state.get_state_dict(model).items()):
+    weight.assign(Tensor((rng.standard_normal(weight.shape) * 0.3).astype(np.float32))).realize()
+windows = Tensor(rng.integers(0, 256, (1, 32 + model.config.next_tokens), np.uint8)).realize()
+x, targets = inputs_and_targets(windows, model.config.next_tokens)
+loss = loss_fn(*model(x), targets)[0]
+gradients = loss.gradient(*nn.state.get_parameters(model))
+Tensor.realize(loss, *gradients)
+print(loss.item(), *[float(np.abs(g.numpy()).sum()) for g in gradients])
 """
 
 
+def forward_and_backward(**environment: str) -> list[float]:
+    """The loss, and how large each gradient is."""
+    env = os.environ | {"PYTHONPATH": os.path.dirname(__file__)} | environment
+    done = subprocess.run([sys.executable, "-c", STEP], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [float(x) for x in done.stdout.split()]
+
+
+@pytest.fixture(scope="module")
+def here() -> list[float]:
+    return forward_and_backward()
+
+
 @pytest.mark.slow
-def test_opencl_computes_what_the_default_device_does():
+@pytest.mark.parametrize(
+    ("device", "bf16", "tolerance"), [("PYTHON::sm_80", "1", 2e-2), ("PYTHON::METAL", "0", 1e-4)]
+)
+def test_matrix_units_compute_what_the_default_device_does(device, bf16, tolerance, here):
+    """In tinygrad's emulators of them."""
+    found = forward_and_backward(DEV=device, PICO_BF16=bf16)
+    assert found == pytest.approx(here, rel=tolerance)
+
+
+@pytest.mark.slow
+def test_opencl_computes_what_the_default_device_does(here):
     """Needs an OpenCL device; Debian's pocl-opencl-icd is one on any CPU."""
-    env = os.environ | {"PYTHONPATH": os.path.dirname(__file__)}
     open_it = [sys.executable, "-c", "from tinygrad import Device; Device['CL']"]
-    if subprocess.run(open_it, env=env, capture_output=True).returncode:
+    if subprocess.run(open_it, capture_output=True).returncode:
         pytest.skip("no OpenCL device here (apt-get install pocl-opencl-icd brings one)")
-    results = []
-    for device in ("CL", None):
-        chosen = env if device is None else env | {"DEV": device}
-        done = subprocess.run(
-            [sys.executable, "-c", OPENCL], env=chosen, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        results.append([float(x) for x in done.stdout.split()])
-    assert results[0] == pytest.approx(results[1], rel=1e-4, abs=1e-4)
+    assert forward_and_backward(DEV="CL") == pytest.approx(here, rel=1e-4)

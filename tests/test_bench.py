@@ -8,7 +8,6 @@ from test_cli import FLAGS, TINY
 from tinygrad import Tensor, TinyJit
 
 from pico_tg import cli
-from pico_tg.bench import gemm_rate
 from pico_tg.config import Config
 from pico_tg.flops import decoding_operations, forward_operations, training_operations
 from pico_tg.kernels import counted_kernels
@@ -129,7 +128,3 @@ def test_a_byte_of_decoding_is_a_byte_of_the_forward_pass():
     more = forward_operations(everything, 101) - forward_operations(everything, 100)
     assert decoding_operations(everything, 100, 1.0) == more
     assert decoding_operations(everything, 3, 1.0) < decoding_operations(everything, 100, 0.9)
-
-
-def test_the_rate_of_a_product():
-    assert 0.01 < gemm_rate("fp32", "CPU") < 1e5

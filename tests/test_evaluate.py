@@ -230,6 +230,9 @@ def test_passage(found, read):
 
 def test_it_is_deterministic_and_json(found, data, model):
     assert evaluate(model, data, passage=60, **OPTIONS) == found
+    one = evaluate(model, data, passage=60, **OPTIONS | {"batch_size": 1})
+    assert one.bits_per_byte == pytest.approx(found.bits_per_byte)
+    assert (one.head_accuracy, one.router_rate) == (found.head_accuracy, found.router_rate)
     values = json.loads(json.dumps(found.as_dict()))
     assert values["places"]["whitespace"]["rate"] == found.places["whitespace"].rate
     assert "passage" not in values

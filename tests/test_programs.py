@@ -1,6 +1,7 @@
 """Schedules and compiled programs kept between processes."""
 
 import os
+import sqlite3
 import subprocess
 import sys
 
@@ -12,12 +13,13 @@ tinygrad.codegen.do_to_program = lambda *a: made.append(a[0]) or make(*a)
 tinygrad.schedule.get_kernel_graph = lambda *a: made.append(a[0]) or cut(*a)
 import pico_tg
 from tinygrad import GlobalCounters, Tensor
-x = Tensor(np.arange(12, dtype=np.float32).reshape(3, 4)).realize()
+x = Tensor(np.arange(4096, dtype=np.float32).reshape(64, 64) / 4096).realize()
 GlobalCounters.reset()
-y = ((x @ x.T).contiguous() + 1).numpy()
+y = ((x @ x.T).contiguous() + 1).numpy().sum()
 # the gradient's function lies elsewhere in each process
-pico_tg.kernels.linear(x, x).sum().gradient(x)[0].numpy()
-print(len(made), GlobalCounters.global_ops, y.tolist())
+g = pico_tg.kernels.linear(x, (x * 2).contiguous()).sum().gradient(x)[0].numpy().sum()
+halves = Tensor(np.arange(8, dtype=np.uint8).reshape(2, 4)).shard(("CPU:0", "CPU:1"), axis=0)
+print(len(made), GlobalCounters.global_ops, y, g, (halves + 1).tolist())
 """
 
 
@@ -36,3 +38,12 @@ def test_a_second_process_makes_no_kernel(tmp_path):
     assert run(tmp_path / "a.db") == (0, expected)
     assert run(tmp_path / "a.db", CACHELEVEL="0") == (first, expected)
     assert run(tmp_path / "a.db", NOOPT="1")[0] > 0  # other kernels
+
+
+def test_a_damaged_cache_is_made_again(tmp_path):
+    first, expected = run(tmp_path / "a.db")
+    with sqlite3.connect(tmp_path / "a.db") as file:
+        tables = [name for (name,) in file.execute("SELECT name FROM sqlite_master")]
+        for table in (name for name in tables if name.startswith("pico_")):
+            file.execute(f"UPDATE '{table}' SET val = substr(val, 1, 20)")
+    assert run(tmp_path / "a.db") == (first, expected)

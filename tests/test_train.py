@@ -16,6 +16,7 @@ from tinygrad.uop.ops import Ops
 from pico_tg.config import Config
 from pico_tg.data import SEQ_END, SEQ_START, DataSpec, load_data
 from pico_tg.files import PicoError
+from pico_tg.kernels import compiled
 from pico_tg.model import Pico, loss_fn
 from pico_tg.train import (
     TrainSettings,
@@ -148,6 +149,20 @@ def test_jitted_equals_unjitted(optimizer, windows):
     (a, weights_a), (b, weights_b) = results
     assert np.abs(np.array(a) - np.array(b)).max() < 1e-5
     assert all(np.abs(weights_a[k] - weights_b[k]).max() < 1e-4 for k in weights_a)
+
+
+@pytest.mark.parametrize("next_tokens", [1, 2])
+def test_a_lone_window_is_read_at_every_call(next_tokens):
+    class Split:
+        def both(self, windows):
+            x, targets = inputs_and_targets(windows, next_tokens)
+            return ((x + 1).realize(), (targets + 1).realize())
+
+    split = Split()
+    graph = compiled(split.both)
+    for value in range(4):
+        windows = Tensor(np.full((1, 8 + next_tokens), value, np.uint8)).realize()
+        assert all((part.numpy() == value + 1).all() for part in graph(windows))
 
 
 @pytest.mark.parametrize("optimizer", ["soap", "adamw"])
