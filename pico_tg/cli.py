@@ -71,9 +71,14 @@ TRAIN_HELP = {
     "validation_bytes": "measure on at most so many held-out bytes",
     "optimizer": "SOAP, or AdamW",
     "precision": "of the factors of matrix products; auto: bf16 where the device has units for it",
+    "checkpoint_activations": "compute what is inside each block again for its gradient instead of "
+    "keeping it: less memory, more operations",
     "keep_checkpoints": "delete older checkpoints, so that so many remain; 0 keeps all",
     "seed": "decides the fresh weights and the order of the data",
 }
+BENCH_SETTINGS = (
+    "batch_size", "grad_accumulation_steps", "optimizer", "precision", "checkpoint_activations",
+)  # fmt: skip
 DATA_HELP = {
     "column_name": "column that holds the text (default: text, else bytes)",
     "train_file": "file of the data set to train on",
@@ -94,6 +99,19 @@ class Parser(argparse.ArgumentParser):
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def add_setting(parser: argparse.ArgumentParser, name: str, default: Any, only: str = "") -> None:
+    """The flag of a setting of training; only a flag that is given gets into the options."""
+    if isinstance(default, bool):
+        kind = {"action": "store_true"}
+    else:
+        kind = {"choices": CHOICES[name]} if name in CHOICES else {"metavar": "N"}
+        kind |= {"type": type(default)}
+    end = "" if isinstance(default, bool) else f" (default: {default})"
+    parser.add_argument(
+        flag(name), default=argparse.SUPPRESS, help=only + TRAIN_HELP[name] + end, **kind
+    )
 
 
 def number(text: str) -> int | float:
@@ -135,11 +153,7 @@ def build_parser() -> Parser:
         help="start from these weights (.safetensors) instead of fresh ones",
     )  # fmt: skip
     for field in dataclasses.fields(TrainSettings):
-        choice = {"choices": CHOICES[field.name]} if field.name in CHOICES else {"metavar": "N"}
-        training.add_argument(
-            flag(field.name), type=field.type, default=argparse.SUPPRESS,
-            help=f"{TRAIN_HELP[field.name]} (default: {field.default})", **choice,
-        )  # fmt: skip
+        add_setting(training, field.name, field.default)
     training.add_argument(
         "--resume", action="store_true",
         help="continue RUN from its newest valid checkpoint, with the settings that it had",
@@ -324,13 +338,9 @@ def build_parser() -> Parser:
         "--context-len", type=int, default=1024, metavar="N",
         help="bytes of a training window, or of the prompt (default: 1024)",
     )  # fmt: skip
-    for name, default in (("batch_size", 1), ("grad_accumulation_steps", 1), ("optimizer", "soap"),
-                          ("precision", "auto")):  # fmt: skip
-        choice = {"choices": CHOICES[name]} if name in CHOICES else {"metavar": "N"}
-        measuring.add_argument(
-            flag(name), type=type(default), default=argparse.SUPPRESS,
-            help=f"train: {TRAIN_HELP[name]} (default: {default})", **choice,
-        )  # fmt: skip
+    for name in BENCH_SETTINGS:
+        default = 1 if name == "batch_size" else getattr(TrainSettings, name)
+        add_setting(measuring, name, default, "train: ")
     measuring.add_argument(
         "--devices", default="", metavar="N",
         help="train: share each batch among so many devices, or among these: CUDA:0,CUDA:1",
@@ -784,8 +794,7 @@ def command_bench(args: argparse.Namespace) -> int:
         config = dataclasses.replace(load_config(args.model), **sizes)
     else:
         config = Config.preset(args.preset, **sizes)
-    names = ("batch_size", "grad_accumulation_steps", "optimizer", "precision")
-    given = {name: options[name] for name in names if name in options}
+    given = {name: options[name] for name in BENCH_SETTINGS if name in options}
     shown = {"repeats": args.repeats, "progress": True}
     if args.mode == "decode":
         for name in (*given, *(["devices"] if args.devices else [])):

@@ -30,7 +30,7 @@ from tinygrad.codegen.opt import Opt, OptOps
 from tinygrad.dtype import AddrSpace, DType, _to_np_dtype
 from tinygrad.engine import realize
 from tinygrad.engine.realize import capturing
-from tinygrad.helpers import CPU_COUNT, DEV, ContextVar
+from tinygrad.helpers import CPU_COUNT, DEV, Context, ContextVar
 from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
@@ -40,11 +40,39 @@ SMALL = 1 << 15
 # from this many terms on, the columns of a transposed factor are gathered before they are read
 LONG = 2048
 BF16 = ContextVar("PICO_BF16", 0)  # `with Context(PICO_BF16=1)` while a graph is made
+RECOMPUTE = ContextVar("PICO_RECOMPUTE", 0)  # likewise: what is inside a block is not kept
 
 
 def stored(x: Tensor) -> Tensor:
     """`x` computed once, and its gradient as well, instead of again inside each consumer."""
     return x.contiguous().contiguous_backward()
+
+
+def recomputed(block: Callable[[Tensor], Tensor], weights: list[Tensor], x: Tensor) -> Tensor:
+    """block(x); for the gradient it is computed again, and none of what is inside it is kept.
+
+    `weights`: all that get a gradient through the block beside `x`. Both calls are scheduled as
+    functions: the second one waits for the upstream gradient, and is not taken for the first.
+    """
+
+    def gradient(upstream: UOp, call: UOp) -> tuple[UOp | None, ...]:
+        x, *rest = (Tensor(uop) for uop in call.src[1:])
+
+        @function(precompile=True, allow_implicit=True)
+        def backward(upstream: Tensor, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+            return tuple(block(x).gradient(x, *weights, gradient=upstream))
+
+        # contiguous, no copy: 0.13 forgets which buffer the bare result of a function is in, and
+        # the planner then gives that buffer to others
+        found = [g.contiguous().uop for g in backward(Tensor(upstream), x, *weights)]
+        return *found, *[None for _ in rest[len(weights) :]]
+
+    # implicit: the buffers that kernels write
+    @function(precompile=True, allow_implicit=True, grad_fxn=gradient)
+    def forward(x: Tensor, *weights: Tensor) -> Tensor:
+        return block(x)
+
+    return forward(x, *weights).contiguous()
 
 
 def as_index(x: Tensor) -> Tensor:
@@ -222,7 +250,8 @@ def _on_units(a: Tensor, b: Tensor, M: int, N: int, L: int, transposed: bool = F
 
 def multiplies_bf16(device: str | tuple[str, ...]) -> bool:
     """Whether the device has matrix units for bfloat16 (CUDA from sm_80, Apple from the M3 on)."""
-    renderer = Device[device if isinstance(device, str) else device[0]].renderer
+    with Context(ALLOW_DEVICE_USAGE=1):  # also asked while a function is being made
+        renderer = Device[device if isinstance(device, str) else device[0]].renderer
     apple = re.fullmatch(r"Apple(\d+)", renderer.target.arch)
     if apple and int(apple[1]) < 9:
         return False

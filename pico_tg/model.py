@@ -19,7 +19,7 @@ from tinygrad import Tensor, dtypes, nn
 
 from .attention import banded_attention, rotate
 from .config import Config
-from .kernels import as_index, linear, lookup, stored, swiglu
+from .kernels import RECOMPUTE, as_index, linear, lookup, recomputed, stored, swiglu
 from .routing import gather, rule_decisions, scatter, slots, top_k_decisions
 
 RMS_EPS = 2.0**-23  # float32's machine epsilon
@@ -95,6 +95,11 @@ class Block:
         self.glu = SwiGLU(config.dim)
 
     def __call__(self, h: Tensor) -> Tensor:
+        if RECOMPUTE and Tensor.training:
+            return recomputed(self.apply, nn.state.get_parameters(self), h)
+        return self.apply(h)
+
+    def apply(self, h: Tensor) -> Tensor:
         h = stored(h + self.att(self.norm1(h)))
         return stored(h + self.glu(self.norm2(h)))
 

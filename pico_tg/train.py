@@ -44,6 +44,8 @@ class TrainSettings:
     - precision: fp32; bf16 rounds the factors of matrix products to bfloat16, while weights, sums,
       softmax, norms, router, loss and optimizer stay float32; auto is bf16 where the device has
       matrix units for it, else fp32
+    - checkpoint_activations: keep only what passes between blocks, and compute what is inside them
+      again for the gradient: less memory, more operations
     - keep_checkpoints: delete older ones, so that so many remain; 0 keeps all
     - seed: order of the windows (and fresh weights, on the command line)
     """
@@ -61,6 +63,7 @@ class TrainSettings:
     validation_bytes: int = 1 << 18
     optimizer: str = "soap"
     precision: str = "auto"
+    checkpoint_activations: bool = False
     keep_checkpoints: int = 0
     seed: int = 0
 
@@ -71,6 +74,10 @@ class TrainSettings:
                 if value not in CHOICES[field.name]:
                     allowed = " or ".join(CHOICES[field.name])
                     raise PicoError(f"{field.name} must be {allowed}, not {value!r}")
+                continue
+            if field.type is bool:
+                if not isinstance(value, bool):
+                    raise PicoError(f"{field.name} must be True or False, not {value!r}")
                 continue
             if isinstance(value, np.generic):  # training.json takes Python's own numbers
                 object.__setattr__(self, field.name, value := value.item())
@@ -131,12 +138,16 @@ def choose_precision(precision: str, devices: tuple[str, ...] = ()) -> str:
 
 
 def graph_context(settings: TrainSettings, devices: tuple[str, ...]) -> Context:
-    """How graphs are made and replayed: the precision of products, and whether as one graph.
+    """How graphs are made and replayed: the precision of products, what is kept for the gradient,
+    and whether as one graph.
 
     Not on several devices, since 0.13 does not order them there: measured on two CPU devices,
     replayed graphs read weights from before the update.
     """
-    options = {"PICO_BF16": int(choose_precision(settings.precision, devices) == "bf16")}
+    options = {
+        "PICO_BF16": int(choose_precision(settings.precision, devices) == "bf16"),
+        "PICO_RECOMPUTE": int(settings.checkpoint_activations),
+    }
     if len(devices) > 1 and JIT.value:
         options["JIT"] = 2
     return Context(**options)
