@@ -1,7 +1,7 @@
 """Routers, positions and numbers of heads compared at equal training operations, on the same data
 and seeds. Writes a table in Markdown and a picture.
 
-python examples/compare_routers.py [DATASET] [--steps 400] [--seeds 0,1,2] [--positions]
+python examples/compare_routers.py [DATASET] [--steps 200] [--seeds 0,1,2] [--positions]
     [--next-tokens 1,2,4,8]
 
 --steps are those of the learned router with ALiBi and 4 heads; their operations are the budget, and
@@ -34,7 +34,7 @@ def numbers(text: str) -> list[int]:
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
 parser.add_argument("dataset", nargs="?", default="python-docs")
-parser.add_argument("--steps", type=int, default=400, help="of the learned router: the budget")
+parser.add_argument("--steps", type=int, default=200, help="of the learned router: the budget")
 parser.add_argument("--seeds", type=numbers, default=[0, 1, 2], metavar="N,…")
 parser.add_argument("--routers", default=",".join(CHOICES["router"]), metavar="NAME,…")
 parser.add_argument("--positions", action="store_true", help="the learned router with rope as well")
