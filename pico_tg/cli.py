@@ -122,7 +122,8 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="pico_tg",
         description="Pico: a byte-level language model without a tokenizer, on tinygrad.",
-        epilog="Start with: init models/small, then train models/small first, then run.",
+        epilog="Start with: init models/small, then train models/small first --context-len 512 "
+        "--batch-size 4 --epochs 8 (the defaults are for a GPU), then run models/small first.",
     )
     parser.add_argument("--version", action="version", version=f"pico_tg {version('pico_tg')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -193,6 +193,8 @@ def _splits(spec: DataSpec, file: str | None) -> dict[str, _Source]:
     """The splits of the dataset, or of one file that belongs to it, by name."""
     path = Path(spec.dataset).expanduser()
     embedded = spec.dataset == "python-docs"
+    if embedded and spec.column_name is not None and file is None:
+        raise PicoError(f"python-docs has no column {spec.column_name!r}, nor any; leave it out")
     try:
         if file is not None:
             for candidate in (path / file, Path(file).expanduser()):

@@ -840,3 +840,8 @@ def test_progress_is_on_stderr_and_only_if_wanted(text, capfd):
     out, err = capfd.readouterr()
     assert out == ""
     assert "caching" in err
+
+
+def test_python_docs_have_no_columns():
+    with pytest.raises(PicoError, match="python-docs has no column 'foo'"):
+        load_data(DataSpec("python-docs", column_name="foo"))

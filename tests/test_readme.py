@@ -77,9 +77,18 @@ def test_script_of_the_readme(tmp_path):
 
 
 @pytest.mark.slow
+def test_benchmarks_of_the_readme(tmp_path):
+    """As written but for sizes."""
+    sizes = "--dim 24 --att-q-heads 4 --att-kv-heads 2 --fb-num-blocks 1 --latent-num-blocks 1"
+    for command in blocks("bash")[3].strip().splitlines():
+        out = run(f"{command} {sizes} --next-tokens 2 --context-len 64 --repeats 1", tmp_path)
+        assert "from the start of the process" in out
+
+
+@pytest.mark.slow
 def test_comparison_of_optimizers(tmp_path):
     """As written but for fewer steps and learning rates, and where the picture goes."""
-    command = blocks("bash")[3].strip().replace("examples/", f"{ROOT}/examples/")
+    command = blocks("bash")[4].strip().replace("examples/", f"{ROOT}/examples/")
     out = run(f"{command} --steps 2 --rates 1 --svg {tmp_path}/optimizers.svg", tmp_path)
     assert len(re.findall(r"^\| (?:adamw|soap) \| [\d.]+ \| [\d.]+ \|$", out, re.MULTILINE)) == 2
     assert "AdamW ends at" in out
@@ -89,7 +98,7 @@ def test_comparison_of_optimizers(tmp_path):
 @pytest.mark.slow
 def test_comparison_of_routers(tmp_path):
     """As written but for one router, sizes and steps; what is there is not trained again."""
-    command = blocks("bash")[4].strip().replace("examples/", f"{ROOT}/examples/")
+    command = blocks("bash")[5].strip().replace("examples/", f"{ROOT}/examples/")
     command = command.replace("--positions --next-tokens 1,2,4,8", "--routers none")
     sizes = "--dim 12 --latent-blocks 1 --sample-bytes 9 --evaluation-bytes 600"
     files = f"--results {tmp_path}/r.jsonl --svg {tmp_path}/r.svg"
