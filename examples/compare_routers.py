@@ -5,14 +5,17 @@ python examples/compare_routers.py [DATASET] [--steps 200] [--seeds 0,1,2] [--po
     [--next-tokens 1,2,4,8]
 
 --steps are those of the learned router with ALiBi and 4 heads; their operations are the budget, and
-each variant gets as many steps as that pays for. Results are kept in a file of JSON lines, and what
-is there already is not done again.
+each variant gets as many steps as that pays for. Results are kept in a file of JSON lines, with the
+weights in a folder beside it, and what is there already is not done again. Speed is measured at the
+end, one model after the other: --sample-bytes 0 leaves that to a later run on a quieter machine.
 """
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import statistics
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -40,11 +43,11 @@ parser.add_argument("--routers", default=",".join(CHOICES["router"]), metavar="N
 parser.add_argument("--positions", action="store_true", help="the learned router with rope as well")
 parser.add_argument(
     "--next-tokens", type=numbers, default=[], metavar="N,…",
-    help="the learned router with so many heads as well, with the first seed",
+    help="the learned router with so many heads as well",
 )  # fmt: skip
 parser.add_argument("--dim", type=int, default=96)
 parser.add_argument("--latent-blocks", type=int, default=4)
-parser.add_argument("--sample-bytes", type=int, default=400, help="to measure decoding with")
+parser.add_argument("--sample-bytes", type=int, default=400, help="to measure decoding with, or 0")
 parser.add_argument("--evaluation-bytes", type=int, default=4096, help="to find boundaries in")
 parser.add_argument("--results", type=Path, default=HERE / "routers.jsonl")
 parser.add_argument("--svg", type=Path, default=HERE / "routers.svg")
@@ -65,11 +68,11 @@ if args.positions:
 for heads in args.next_tokens:
     if heads != base.next_tokens or "learned" not in variants:
         changed = dataclasses.replace(base, next_tokens=heads)
-        variants[f"learned, heads {heads}"] = changed, args.seeds[:1]
+        variants[f"learned, heads {heads}"] = changed, args.seeds
 
 
-def bytes_per_second(model: pico_tg.Pico) -> float:
-    """Of decoding, compiled before; the prompt is left out."""
+def decoding(model: pico_tg.Pico) -> dict[str, float]:
+    """Bytes per second and per pass, compiled before; the prompt is left out."""
     decoder = Decoder(model)
     for _ in range(2):
         stats = pico_tg.Stats()
@@ -77,10 +80,14 @@ def bytes_per_second(model: pico_tg.Pico) -> float:
         options |= {"max_bytes": args.sample_bytes, "stats": stats}
         for _ in pico_tg.generate(model, b"The import statement", **options):
             pass
-    return stats.bytes / max(1e-9, stats.seconds - stats.first_byte_seconds)
+    seconds = stats.seconds - stats.first_byte_seconds
+    return {
+        "bytes_per_second": stats.bytes / max(1e-9, seconds),
+        "a_pass": stats.bytes / stats.passes,
+    }
 
 
-def measure(config: pico_tg.Config, seed: int, steps: int, name: str) -> dict:
+def measure(config: pico_tg.Config, seed: int, steps: int, name: str, weights: Path) -> dict:
     model = pico_tg.Pico(config, seed=seed)
     every = max(1, steps // 10)
     records = pico_tg.train(
@@ -93,48 +100,73 @@ def measure(config: pico_tg.Config, seed: int, steps: int, name: str) -> dict:
         if "validation_bits_per_byte" in record:
             curve.append((record["step"] / steps, record["validation_bits_per_byte"]))
             rate = record["validation_router_rate"]
+    pico_tg.save_weights(model, weights)
     evaluated = pico_tg.evaluate(model, data, context_len=LENGTH, max_bytes=args.evaluation_bytes)
     return {
         "bits_per_byte": curve[-1][1],
         "routed": rate,
         "boundary_f1": evaluated.boundaries.f1,
-        "bytes_per_second": bytes_per_second(model),
         "curve": curve,
     }
 
 
 data = pico_tg.load_data(pico_tg.DataSpec(args.dataset))
+kept = args.results.with_suffix("")
+kept.mkdir(parents=True, exist_ok=True)
 done: dict[str, dict] = {}
 if args.results.exists():
-    lines = args.results.read_text().splitlines()
-    done = {json.dumps(r["key"], sort_keys=True): r for r in map(json.loads, lines)}
-table: dict[str, list[dict]] = {}
-for name, (config, seeds) in variants.items():
-    steps = max(1, budget // training_operations(config, LENGTH, BATCH))
-    for seed in seeds:
+    for line in args.results.read_text().splitlines():
+        record = json.loads(line)
+        done[json.dumps(record["key"], sort_keys=True)] = record
+
+
+def once(key: dict, make) -> dict:
+    """What is noted under `key`, made now if it is not."""
+    text = json.dumps(key, sort_keys=True)
+    if text not in done:
+        done[text] = {"key": key, **make()}
+        with args.results.open("a") as file:
+            file.write(json.dumps(done[text]) + "\n")
+    return done[text]
+
+
+trained: list[tuple[str, pico_tg.Config, dict, Path, dict]] = []
+for seed in sorted({seed for _, seeds in variants.values() for seed in seeds}):
+    for name, (config, seeds) in variants.items():
+        if seed not in seeds:
+            continue
+        steps = max(1, budget // training_operations(config, LENGTH, BATCH))
         # all that a result depends on, but the machine
         key = {"length": LENGTH, "batch": BATCH, "rate": RATE, "warm_up": WARM_UP}
-        key |= {"config": config.to_dict(), "seed": seed, "steps": steps, "data": args.dataset}
-        key |= {"fingerprint": str(data.train.fingerprint), "sample_bytes": args.sample_bytes}
+        key |= {"config": config.to_dict(), "seed": seed, "steps": steps}
+        key |= {"fingerprint": str(data.train.fingerprint)}
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        weights = kept / f"{digest}.safetensors"
         key |= {"evaluation_bytes": args.evaluation_bytes}
-        text = json.dumps(key, sort_keys=True)
-        if text not in done:
-            done[text] = {"key": key, **measure(config, seed, steps, name)}
-            with args.results.open("a") as file:
-                file.write(json.dumps(done[text]) + "\n")
-        table.setdefault(name, []).append(done[text])
+        result = once(key, partial(measure, config, seed, steps, name, weights))
+        trained.append((name, config, key, weights, result))
 
-print("\n| variant | seeds | steps | bits per byte | routed | boundary F1 | bytes/s |")
-print("|---|---|---|---|---|---|---|")
+table: dict[str, list[dict]] = {}
+for name, config, key, weights, result in tqdm(trained, desc="decoding", unit="model"):
+    if args.sample_bytes:
+        model = pico_tg.Pico(config)
+        pico_tg.load_weights(model, weights)
+        result = result | once(key | {"sample_bytes": args.sample_bytes}, partial(decoding, model))
+    table.setdefault(name, []).append(result)
+
+speeds = ["bytes_per_second", "a_pass"] if args.sample_bytes else []
+heading = ["variant", "seeds", "steps", "bits per byte", "routed", "boundary F1"]
+heading += ["bytes/s", "bytes a pass"] if speeds else []
+print("\n| " + " | ".join(heading) + " |\n" + "|---" * len(heading) + "|")
 for name, results in table.items():
+    row = [name, str(len(results)), str(results[0]["key"]["steps"])]
     bits = [r["bits_per_byte"] for r in results]
     spread = f" ± {statistics.stdev(bits):.3f}" if len(bits) > 1 else ""
-    means = [statistics.mean(r[k] for r in results) for k in ("routed", "boundary_f1")]
-    speed = statistics.mean(r["bytes_per_second"] for r in results)
-    print(
-        f"| {name} | {len(results)} | {results[0]['key']['steps']} "
-        f"| {statistics.mean(bits):.3f}{spread} | {means[0]:.2f} | {means[1]:.2f} | {speed:.0f} |"
-    )
+    row.append(f"{statistics.mean(bits):.3f}{spread}")
+    for column in ["routed", "boundary_f1", *speeds]:
+        digits = 0 if column == "bytes_per_second" else 2
+        row.append(f"{statistics.mean(r[column] for r in results):.{digits}f}")
+    print("| " + " | ".join(row) + " |")
 
 drawn = []
 for number, (name, results) in enumerate(table.items()):
