@@ -61,7 +61,9 @@ budget = args.steps * training_operations(base, LENGTH, BATCH)
 print(f"budget: {budget:.3g} operations of training, {args.steps} steps of the learned router")
 
 variants: dict[str, tuple[pico_tg.Config, list[int]]] = {
-    name: (dataclasses.replace(base, router=name), args.seeds) for name in args.routers.split(",")
+    name: (dataclasses.replace(base, router=name), args.seeds)
+    for name in args.routers.split(",")
+    if name
 }
 if args.positions:
     variants["learned, rope"] = dataclasses.replace(base, position="rope"), args.seeds
