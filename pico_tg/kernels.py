@@ -210,12 +210,14 @@ def _gemm_for(
     """What computes [M, L] @ [L, N] from padded factors of `dtype`; None: `@`, from them as is."""
     dtype = dtype or _factors()
     # each length is summed over in the product or a gradient; a sum of one term is no loop
-    worthwhile = M >= ROWS and min(L, N) > 1 and M * L * N >= SMALL
-    if worthwhile and by_hand(x.device):
+    matrices = M >= ROWS and min(L, N) > 1
+    if matrices and M * L * N >= SMALL and by_hand(x.device):
         return _gemm
-    if (worthwhile or dtype == dtypes.bfloat16) and _has_units(x.device, dtype):
+    rounded = dtype == dtypes.bfloat16
+    # units share all the matrices that x is made of
+    if (rounded or (matrices and x.numel() * N >= SMALL)) and _has_units(x.device, dtype):
         return _on_units
-    return _plain if dtype == dtypes.bfloat16 else None
+    return _plain if rounded else None
 
 
 def _whole_tiles(size: int, gemm: Callable[..., Tensor]) -> int:

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 from test_kernels import FORMS, SHAPES, inputs, value_and_gradients
-from tinygrad import Device, Tensor, TinyJit
+from tinygrad import Device, Tensor, TinyJit, dtypes
 from tinygrad.helpers import Context
 
 from pico_tg import SOAP, kernels
@@ -128,7 +128,9 @@ def test_auto_asks_the_hardware():
         fake = {"D": Fake(arch, type("Renderer", (), {"tensor_cores": cores}))}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kernels, "Device", fake)
-            return kernels.multiplies_bf16("D")
+            with Context(TC=1):  # off on a CPU
+                assert kernels._has_units("D", dtypes.float32) == arch.startswith("Apple")
+                return kernels.multiplies_bf16("D")
 
     found = {arch: units(arch) for arch in ("sm_70", "sm_75", "sm_80", "sm_90")}
     assert found == {"sm_70": False, "sm_75": False, "sm_80": True, "sm_90": True}
