@@ -93,10 +93,11 @@ def test_a_step_and_a_pass_are_made_for(device, precision, share, marks):
 
 
 STEP = """
+import sys
 import numpy as np
-from pico_tg import Config, Pico
+from pico_tg import Config, Pico, TrainSettings
 from pico_tg.model import loss_fn
-from pico_tg.train import inputs_and_targets
+from pico_tg.train import TrainStep, inputs_and_targets
 from test_cli import TINY
 from tinygrad import Tensor, nn
 
@@ -110,13 +111,18 @@ loss = loss_fn(*model(x), targets)[0]
 gradients = loss.gradient(*nn.state.get_parameters(model))
 Tensor.realize(loss, *gradients)
 print(loss.item(), *[float(np.abs(g.numpy()).sum()) for g in gradients])
+if sys.argv[1:]:
+    settings = TrainSettings(context_len=32, batch_size=1, precision="fp32")
+    step, batches = TrainStep(model, settings), windows.numpy()[None]
+    print(*[float(step(batches, 1e-2)[0]) for _ in range(int(sys.argv[1]))])
 """
 
 
-def forward_and_backward(**environment: str) -> list[float]:
-    """The loss, and how large each gradient is."""
+def forward_and_backward(*steps: str, **environment: str) -> list[float]:
+    """The loss, and how large each gradient is; then the loss before each of so many steps."""
     env = os.environ | {"PYTHONPATH": os.path.dirname(__file__)} | environment
-    done = subprocess.run([sys.executable, "-c", STEP], env=env, capture_output=True, text=True)
+    command = [sys.executable, "-c", STEP, *steps]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [float(x) for x in done.stdout.split()]
 
@@ -137,9 +143,15 @@ def test_matrix_units_compute_what_the_default_device_does(device, bf16, toleran
 
 
 @pytest.mark.slow
-def test_opencl_computes_what_the_default_device_does(here):
+def test_opencl_computes_what_the_default_device_does():
     """Needs an OpenCL device; Debian's pocl-opencl-icd is one on any CPU."""
     open_it = [sys.executable, "-c", "from tinygrad import Device; Device['CL']"]
     if subprocess.run(open_it, capture_output=True).returncode:
         pytest.skip("no OpenCL device here (apt-get install pocl-opencl-icd brings one)")
-    assert forward_and_backward(DEV="CL") == pytest.approx(here, rel=1e-4)
+    *found, moved = forward_and_backward("3", DEV="CL")
+    *expected, expected_moved = forward_and_backward("3")
+    assert found == pytest.approx(expected, rel=1e-4)
+    # SOAP's first update, which also moves where the gradient is but rounding
+    gain = expected[-1] - expected_moved
+    assert gain > 0.03
+    assert found[-1] - moved == pytest.approx(gain, rel=2e-2)
