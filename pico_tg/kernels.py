@@ -290,9 +290,12 @@ def _has_units(device: str | tuple[str, ...], dtype: DType) -> bool:
     """
     with Context(ALLOW_DEVICE_USAGE=1):  # also asked while a function is being made
         renderer = Device[device if isinstance(device, str) else device[0]].renderer
-    apple = re.fullmatch(r"Apple(\d+)", renderer.target.arch)
-    narrow = dtype == dtypes.bfloat16
-    allowed = not (apple and int(apple[1]) < 9) if narrow else apple or ALLOW_TF32
+    arch = renderer.target.arch
+    if dtype == dtypes.bfloat16:
+        apple = re.fullmatch(r"Apple(\d+)", arch)
+        allowed = not apple or int(apple[1]) >= 9
+    else:
+        allowed = ALLOW_TF32 or not arch.startswith("sm_")
     units = (core.dtype_in for core in renderer.tensor_cores)
     return bool(USE_TC and allowed) and dtype in units
 
