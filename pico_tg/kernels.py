@@ -6,8 +6,10 @@ Three things are done here that tinygrad does not do by itself:
   every product of the backward pass (125 GOP a step instead of 31, measured).
 - On a CPU, products are kernels with a schedule of their own: a tile of 8 rows by 16 columns stays
   in vector registers while one loop runs over the summed axis. tinygrad's own choice reaches a
-  fifth of it. `PICO_KERNELS=0` switches them off; on accelerators plain `@` is used, so that
-  tensor cores apply.
+  fifth of it. `PICO_KERNELS=0` switches them off.
+- On an accelerator with matrix units (tensor cores), factors are padded to their tiles: tinygrad
+  leaves the units out where a side does not divide, and neither 372 nor a head's 41 does. Plain
+  `@` then uses them. Without such units nothing is padded.
 - On a CPU, attention is six such products with their softmax in them, on bands that are never
   copied (`band_attention`), and weights of v are summed by the product that uses them.
 
@@ -30,7 +32,7 @@ from tinygrad.codegen.opt import Opt, OptOps
 from tinygrad.dtype import AddrSpace, DType, _to_np_dtype
 from tinygrad.engine import realize
 from tinygrad.engine.realize import capturing
-from tinygrad.helpers import CPU_COUNT, DEV, Context, ContextVar
+from tinygrad.helpers import ALLOW_TF32, CPU_COUNT, DEV, USE_TC, Context, ContextVar
 from tinygrad.renderer import Estimates
 from tinygrad.schedule.rangeify import resolve_function
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, PatternMatcher, UOp, UPat, graph_rewrite
@@ -155,7 +157,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., I] with weight [O, I] -> x @ weight.T [..., O]."""
     *lead, inputs = x.shape
     rows, outputs = math.prod(lead), weight.shape[0]
-    if not BF16 and not _scheduled(x, rows, inputs, outputs):
+    if _gemm_for(x, rows, inputs, outputs) is None:
         return stored(stored(x) @ weight.T)
     x = x.reshape(1, rows, inputs)
     out = _product(x, weight.reshape(1, outputs, inputs))
@@ -164,7 +166,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a [..., M, L] @ b [..., L, N] -> [..., M, N], with the same leading dimensions."""
-    if not BF16 and not _scheduled(a, *a.shape[-2:], b.shape[-1]):
+    if _gemm_for(a, *a.shape[-2:], b.shape[-1]) is None:
         return stored(stored(a) @ stored(b))
     return matmul_transposed(a, b.transpose(-1, -2))
 
@@ -173,7 +175,7 @@ def matmul_transposed(a: Tensor, b: Tensor) -> Tensor:
     """a [..., M, L] @ b [..., N, L].T -> [..., M, N], with the same leading dimensions."""
     *lead, M, L = a.shape
     N = b.shape[-2]
-    if not BF16 and not _scheduled(a, M, L, N):
+    if _gemm_for(a, M, L, N) is None:
         return stored(stored(a) @ stored(b).transpose(-1, -2))
     return _product(a.reshape(-1, M, L), b.reshape(-1, N, L)).reshape(*lead, M, N)
 
@@ -235,11 +237,14 @@ def product(a: Tensor, b: Tensor, transposed: bool = False) -> Tensor:
     """a [Z, M, L] @ b [Z, L, N] -> [Z, M, N], with no gradient; `transposed`: a is [Z, L, M]."""
     M, L = a.shape[:0:-1] if transposed else a.shape[1:]
     N = b.shape[2]
-    if not _scheduled(a, M, L, N):
+    gemm = _gemm_for(a, M, L, N, dtypes.float32)
+    if gemm is None:
         return ((a.transpose(1, 2) if transposed else a) @ b).contiguous()
-    rows, columns = _round_up(M, 2 * ROWS), _round_up(N, COLUMNS)
-    a = _padded(_whole(a), L, rows) if transposed else _padded(_whole(a), rows, L)
-    return _gemm(a, _padded(_whole(b), L, columns), M, N, L, transposed)[:, :M, :N]
+    rows, terms, columns = (_whole_tiles(size, gemm) for size in (M, L, N))
+    if gemm is _gemm:  # it leaves out what lies beyond L
+        terms = L
+    a = _padded(_whole(a), terms, rows) if transposed else _padded(_whole(a), rows, terms)
+    return gemm(a, _padded(_whole(b), terms, columns), M, N, L, transposed)[:, :M, :N]
 
 
 def _whole(x: Tensor) -> Tensor:
@@ -258,9 +263,37 @@ def _whole(x: Tensor) -> Tensor:
 
 def _scheduled(x: Tensor, M: int, L: int, N: int) -> bool:
     """Whether the product [M, L] @ [L, N] gets a schedule of its own."""
+    return _gemm_for(x, M, L, N, dtypes.float32) is _gemm
+
+
+def _factors() -> DType:
+    """What the factors of the model's products are rounded to."""
+    return dtypes.bfloat16 if BF16 else dtypes.float32
+
+
+def _gemm_for(
+    x: Tensor, M: int, L: int, N: int, dtype: DType | None = None
+) -> Callable[..., Tensor] | None:
+    """What computes [M, L] @ [L, N] from padded factors of `dtype`; None: `@`, from them as is."""
+    dtype = dtype or _factors()
     # each length is summed over in the product or a gradient; a sum of one term is no loop
-    worthwhile = M >= ROWS and min(L, N) > 1 and M * L * N >= SMALL
-    return worthwhile and by_hand(x.device)
+    matrices = M >= ROWS and min(L, N) > 1
+    if matrices and M * L * N >= SMALL and by_hand(x.device):
+        return _gemm
+    rounded = dtype == dtypes.bfloat16
+    # units share all the matrices that x is made of
+    if (rounded or (matrices and x.numel() * N >= SMALL)) and _has_units(x.device, dtype):
+        return _on_units
+    return _plain if rounded else None
+
+
+def _whole_tiles(size: int, gemm: Callable[..., Tensor]) -> int:
+    """What a side is padded to: a multiple of 16; for matrix units 2 or 4 such if that is next to
+    nothing, for tinygrad's kernels then hold so many tiles in registers, and load less.
+    """
+    least = _round_up(size, COLUMNS)
+    longer = (_round_up(size, tiles * COLUMNS) for tiles in (4, 2, 1))
+    return next(n for n in longer if 20 * n <= 21 * least) if gemm is _on_units else least
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -271,12 +304,9 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     """
     _, M, L = a.shape
     N = b.shape[1]
-    rounded = dtypes.bfloat16 if BF16 else dtypes.float32
-    a = _padded(a, _round_up(M, 2 * ROWS), _round_up(L, COLUMNS), rounded)
-    b = _padded(b, _round_up(N, COLUMNS), _round_up(L, COLUMNS), rounded)
-    gemm = _on_units if multiplies_bf16(a.device) else _plain
-    if _scheduled(a, M, L, N):
-        gemm = _gemm
+    gemm = _gemm_for(a, M, L, N)
+    rows, terms, columns = (_whole_tiles(size, gemm) for size in (M, L, N))
+    a, b = _padded(a, rows, terms, _factors()), _padded(b, columns, terms, _factors())
     return _product_function(M, N, L, gemm)(a, b)[:, :M, :N].contiguous_backward()
 
 
@@ -310,19 +340,31 @@ def _plain(a: Tensor, b: Tensor, M: int, N: int, L: int, transposed: bool = Fals
 
 
 def _on_units(a: Tensor, b: Tensor, M: int, N: int, L: int, transposed: bool = False) -> Tensor:
-    """`_plain` in the form that matrix units take: bfloat16 in, float32 sums of exact products."""
+    """`_plain` in the form that matrix units take: float32 sums of exact products."""
     a = a.transpose(1, 2) if transposed else a
     return a.matmul(b, dtype=dtypes.float32).contiguous()
 
 
 def multiplies_bf16(device: str | tuple[str, ...]) -> bool:
     """Whether the device has matrix units for bfloat16 (CUDA from sm_80, Apple from the M3 on)."""
+    return _has_units(device, dtypes.bfloat16)
+
+
+def _has_units(device: str | tuple[str, ...], dtype: DType) -> bool:
+    """Whether tinygrad uses matrix units of the device for factors of `dtype`.
+
+    For float32 that is Apple's; CUDA's would round factors to 10 bits, which ALLOW_TF32=1 allows.
+    """
     with Context(ALLOW_DEVICE_USAGE=1):  # also asked while a function is being made
         renderer = Device[device if isinstance(device, str) else device[0]].renderer
-    apple = re.fullmatch(r"Apple(\d+)", renderer.target.arch)
-    if apple and int(apple[1]) < 9:
-        return False
-    return any(core.dtype_in == dtypes.bfloat16 for core in renderer.tensor_cores)
+    arch = renderer.target.arch
+    if dtype == dtypes.bfloat16:
+        apple = re.fullmatch(r"Apple(\d+)", arch)
+        allowed = not apple or int(apple[1]) >= 9
+    else:
+        allowed = ALLOW_TF32 or not arch.startswith("sm_")
+    units = (core.dtype_in for core in renderer.tensor_cores)
+    return bool(USE_TC and allowed) and dtype in units
 
 
 def _gemm(a: Tensor, b: Tensor, M: int, N: int, L: int, transposed: bool = False) -> Tensor:
@@ -554,7 +596,7 @@ def band_attention(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, band: Band) 
     output has the gradient g, its scores have weights * (r * g . v - r * D) (the softmax's gradient
     with both factors moved into the rows).
     """
-    C, P, rounded = band.head_dim, band.width, dtypes.bfloat16 if BF16 else dtypes.float32
+    C, P, rounded = band.head_dim, band.width, _factors()
     B, K, G, Q, blocks = band.batch, band.kv_heads, band.group, band.queries, band.blocks
     behind = blocks * Q - band.length
 

@@ -128,7 +128,11 @@ class SOAP(Optimizer):
 
     def _step(self, params: list[Tensor], grads: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Called by `schedule_step`: what to subtract from each parameter, and the state."""
-        finite = all_finite(grads).reshape(1)
+        stacked = [
+            Tensor.stack(*[grads[i].cast(dtypes.float32) for i in stack.members]).contiguous()
+            for stack in self.stacks
+        ]
+        finite = all_finite(stacked).reshape(1)
         self.finite.assign(finite)
         moves = finite & (self.count > 0)  # the first gradient moves nothing
         t = self.count.maximum(1).cast(dtypes.float32)
@@ -139,9 +143,8 @@ class SOAP(Optimizer):
         moves, rate = moves.contiguous(), rate.contiguous()
         differences: list[Tensor] = [None] * len(params)
         state = [self.finite]
-        for stack in self.stacks:
-            stacked = Tensor.stack(*[grads[i].cast(dtypes.float32) for i in stack.members])
-            update = stack.step(stacked, finite, moves)
+        for stack, gradient in zip(self.stacks, stacked, strict=True):
+            update = stack.step(gradient, finite, moves)
             decays = self.weight_decay and (len(stack.shape) > 1 or self.decay_vectors)
             for z, i in enumerate(stack.members):
                 # by a number in memory, not in the code: all members then share one kernel
@@ -199,7 +202,10 @@ class SOAP(Optimizer):
 
 def all_finite(gradients: list[Tensor]) -> Tensor:
     """Whether all are finite, and their squares: one bool."""
-    return Tensor.stack(*[g.square().sum() for g in gradients]).sum().isfinite().contiguous()
+    # contiguous: else one thread of a GPU adds the parts of all sums up, in a kernel whose name
+    # tells all their lengths (pocl takes it for a file's, and no file's may be that long)
+    sums = [g.square().sum().contiguous() for g in gradients]
+    return Tensor.stack(*sums).sum().isfinite().contiguous()
 
 
 class Stack:
@@ -228,7 +234,7 @@ class Stack:
         """Gradients [Z, *shape] -> updates [Z, *shape] before the learning rate."""
         optimizer = self.optimizer
         beta1, beta2 = optimizer.betas
-        gradient = rotated = gradient.contiguous()
+        rotated = gradient
         for side, Q in zip(self.sides, self.Q, strict=True):
             rotated = _turn(rotated, side, Q, back=False)
         _lerp(self.exp_avg, rotated, 1 - beta1, moves)

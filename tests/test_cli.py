@@ -93,6 +93,24 @@ def test_train_writes_a_run(trained):
     assert lines[-1]["validation_bits_per_byte"] > 0
 
 
+def test_checkpoint_activations_change_no_loss(trained, text):
+    """The same weights and windows as those of `trained`."""
+    assert (
+        cli.main(["train", str(trained), "again", str(text), *SHORT, "--checkpoint-activations"])
+        == 0
+    )
+    again = trained / "again"
+    assert json.loads((again / "training.json").read_text())["settings"]["checkpoint_activations"]
+    losses = []
+    for run in (trained / "run", again):
+        lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        losses.append([line["loss"] for line in lines])
+    assert losses[0][:2] == pytest.approx(losses[1][:2], rel=1e-6)
+    # SOAP's first update also moves where the gradient is but rounding
+    assert losses[0][2] == pytest.approx(losses[1][2], rel=1e-2)
+    shutil.rmtree(again)
+
+
 def test_run_writes_the_same_text_for_a_seed(trained, capsys):
     out = []
     for _ in range(2):

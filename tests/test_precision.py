@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 from test_kernels import FORMS, SHAPES, inputs, value_and_gradients
-from tinygrad import Device, Tensor, TinyJit
+from tinygrad import Device, Tensor, TinyJit, dtypes
 from tinygrad.helpers import Context
 
 from pico_tg import SOAP, kernels
@@ -74,9 +74,11 @@ def test_jitted():
 
 
 EMULATED = """
+import sys
 import numpy as np
+import test_kernels, test_precision
+from pico_tg.kernels import product
 from test_kernels import SHAPES, inputs, value_and_gradients
-from test_precision import expected
 from tinygrad import Tensor
 from tinygrad.helpers import Context
 from tinygrad.runtime.ops_python import PythonProgram
@@ -91,24 +93,33 @@ def watch(self, *args, **kwargs):
         on_units.add(id(self))
 
 PythonProgram.__init__ = watch
+bf16 = sys.argv[1] == "bf16"
 a, b = inputs("matmul_transposed", SHAPES[4])
-with Context(PICO_BF16=1):
+with Context(PICO_BF16=int(bf16)):
     found = value_and_gradients("matmul_transposed", *(Tensor(x).realize() for x in (a, b)))
-for ours, theirs in zip(found, expected("matmul_transposed", a, b), strict=True):
+expected = (test_precision if bf16 else test_kernels).expected("matmul_transposed", a, b)
+for ours, theirs in zip(found, expected, strict=True):
     np.testing.assert_allclose(ours.numpy(), theirs, rtol=0, atol=2e-6 * np.abs(theirs).max())
-print(len(on_units))
+count = len(on_units)
+a, b = a.reshape(6, 19, 13), b.reshape(6, 23, 13)  # the optimizer's products are of float32
+ours, theirs = product(Tensor(a), Tensor(b).transpose(1, 2)).numpy(), a @ b.swapaxes(1, 2)
+np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-6 * np.abs(theirs).max())
+print(count, len(on_units) - count)
 """
 
 
-@pytest.mark.parametrize("unit", ["sm_80", "METAL"])
-def test_matrix_units_take_all_three_products(unit):
+@pytest.mark.parametrize(
+    ("unit", "precision", "optimizer"),
+    [("sm_80", "bf16", 0), ("METAL", "bf16", 1), ("METAL", "fp32", 1)],
+)
+def test_matrix_units_take_all_three_products(unit, precision, optimizer):
     """tinygrad's emulators of CUDA's and Metal's: sizes that do not divide, and both gradients."""
     tests = os.path.dirname(__file__)
     env = os.environ | {"DEV": f"PYTHON::{unit}", "PYTHONPATH": tests}
-    command = [sys.executable, "-c", EMULATED]
+    command = [sys.executable, "-c", EMULATED, precision]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "3\n"
+    assert done.stdout == f"3 {optimizer}\n"
 
 
 def test_auto_asks_the_hardware():
@@ -128,7 +139,9 @@ def test_auto_asks_the_hardware():
         fake = {"D": Fake(arch, type("Renderer", (), {"tensor_cores": cores}))}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kernels, "Device", fake)
-            return kernels.multiplies_bf16("D")
+            with Context(TC=1):  # off on a CPU
+                assert kernels._has_units("D", dtypes.float32) == arch.startswith("Apple")
+                return kernels.multiplies_bf16("D")
 
     found = {arch: units(arch) for arch in ("sm_70", "sm_75", "sm_80", "sm_90")}
     assert found == {"sm_70": False, "sm_75": False, "sm_80": True, "sm_90": True}

@@ -373,7 +373,7 @@ def test_a_batch_that_cannot_be_shared(text, tmp_path):
 
 def test_checkpoint_activations():
     """The same loss and gradients, jitted or not, in much less memory."""
-    config = dataclasses.replace(CONFIG, latent_num_blocks=2)
+    config = dataclasses.replace(CONFIG, latent_num_blocks=2, position="rope")
     model = Pico(config, seed=0)
     parameters = nn.state.get_parameters(model)
     rng = np.random.default_rng(0)
