@@ -10,13 +10,8 @@ import pytest
 from pico_tg import Config
 from pico_tg.flops import training_operations
 
-# the README's model at half its depth: half the blocks of each kind, for half the time
-SIZES = {
-    "dim": 372,
-    "fb_num_blocks": 1,
-    "fb_att_window_size": 32,
-    "latent_num_blocks": 4,
-}
+# the README's model
+SIZES = {"dim": 372, "fb_att_window_size": 32, "latent_num_blocks": 8}
 LENGTHS = (1024, 2048, 6144)
 # schedules a forward and backward pass, and counts what its kernels would do; nothing is compiled
 COUNT = """
@@ -39,8 +34,9 @@ found = {}
 for length in lengths if by_hand(Device.DEFAULT) else ():
     x = Tensor.empty(1, length, dtype="uint8")
     targets = Tensor.empty(1, length, config.next_tokens, dtype="uint8")
-    loss = loss_fn(*model(x), targets)[0]
-    linear, _ = Tensor.linear_with_vars(loss, *loss.gradient(*parameters))
+    with Tensor.train():
+        loss = loss_fn(*model(x), targets)[0]
+        linear, _ = Tensor.linear_with_vars(loss, *loss.gradient(*parameters))
     calls = [c for c in compile_linear(linear).src if c.src[0].op is Ops.PROGRAM]
     found[length] = sum(estimate_uop(c).ops for c in calls), len(calls)
 print(json.dumps(found))
@@ -49,7 +45,7 @@ print(json.dumps(found))
 
 @pytest.mark.slow
 def test_next_to_the_fewest_operations():
-    """One test, for the counting takes long; of the whole README model, see `pico_tg.flops`."""
+    """One test, for the counting takes long; what the least is, see `pico_tg.flops`."""
     command = [sys.executable, "-c", COUNT, json.dumps([SIZES, LENGTHS])]
     environment = os.environ | {"CACHELEVEL": "0"}  # what is not compiled must not be kept
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
@@ -65,4 +61,4 @@ def test_next_to_the_fewest_operations():
     # as the mathematics: more than 6 times, since at 1024 bytes the windows are not yet full
     growth = counted[6144][0] / counted[1024][0]
     assert growth <= 1.02 * least[6144] / least[1024], growth
-    assert all(kernels <= 600 for _, kernels in counted.values()), counted
+    assert all(kernels <= 1060 for _, kernels in counted.values()), counted
