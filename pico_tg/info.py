@@ -10,7 +10,7 @@ from .files import PicoError
 from .flops import decoding_operations, forward_operations, training_operations
 from .generate import CHUNK
 from .kernels import ring_shape
-from .runs import read_description, read_metrics
+from .runs import find_description, read_metrics
 from .train import TrainSettings
 
 
@@ -23,7 +23,8 @@ def describe(path: str | os.PathLike, run: str | None = None) -> dict[str, Any]:
       decoding, for the byte after so many at a router rate of the capacity
     - cache_bytes: memory of decoding's caches, float32; it does not grow with the text
     - run: its name, settings, dataset, base_weights, devices, and checkpoints: step, file, bytes,
-      the record of that step's figures where there is one
+      the record of that step's figures where there is one. Of weights from elsewhere, without a
+      training.json of pico_tg, settings and dataset are empty
 
     context_len is the run's, else the default. Raises PicoError on what is missing or broken.
     """
@@ -82,7 +83,7 @@ def _describe_run(folder: Path) -> dict[str, Any]:
         raise PicoError(
             f"there is no run {folder}; train it: python -m pico_tg train {model} {run}"
         )
-    stored = read_description(folder)
+    stored = find_description(folder) or {"settings": {}, "dataset": {}}
     logged = (folder / "metrics.jsonl").exists()
     records = {record["step"]: record for record in (read_metrics(folder) if logged else [])}
     measured = ("bits_per_byte", "validation_bits_per_byte", "router_rate")
