@@ -451,15 +451,19 @@ def command_train(args: argparse.Namespace) -> int:
     model = Pico(config, settings.get("seed", TrainSettings.seed))
     stopping = StopSignals()
     with contextlib.ExitStack() as stack:
-        tracked = None
+        tracked, ids = None, {}
         if tracker:
             name = f"{args.path.name}/{args.run}"
-            tracked = start_tracker(tracker, name, config.to_dict() | settings)
+            stored = find_description(run_dir) if args.resume else None
+            ids = (stored or {}).get("tracker") or {}
+            known = ids.get(args.tracker)
+            tracked = start_tracker(tracker, name, config.to_dict() | settings, known)
             stack.callback(tracked.finish)
+            ids = {args.tracker: tracked.id}
         records = train(
             model, data, run_dir, devices=devices, resume=args.resume, force=args.force,
             base_weights=options.get("base_weights"), stop=stopping, progress=True, say=say,
-            **settings,
+            tracker=ids, **settings,
         )  # fmt: skip
         say(f"{describe_backend()}; {config.parameters:,} parameters")
         # not before: until the first step, a Ctrl-C just leaves
@@ -485,9 +489,13 @@ def import_tracker(name: str | None) -> ModuleType | None:
         raise PicoError(f"--tracker {name} needs its package: pip install {name}") from error
 
 
-def start_tracker(tracker: ModuleType, name: str, settings: dict[str, Any]) -> Any:
+def start_tracker(
+    tracker: ModuleType, name: str, settings: dict[str, Any], known: str | None
+) -> Any:
+    """A tracker's run: a new one, or that of the id `known`, which goes on."""
+    resumed = {"id": known, "resume": "allow", "allow_val_change": True} if known else {}
     try:
-        return tracker.init(project="pico_tg", name=name, config=settings)
+        return tracker.init(project="pico_tg", name=name, config=settings, **resumed)
     except Exception as error:  # it has exceptions of its own: not logged in, no network
         raise PicoError(f"--tracker {tracker.__name__}: {error}") from error
 

@@ -908,9 +908,19 @@ def test_tracker(trained, text, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(tmp_path))
     assert cli.main(arguments) == 0
     calls = sys.modules["wandb"].calls
+    first, *logs = calls
+    assert (first["project"], first["name"]) == ("pico_tg", "model/tracked")
+    assert first["config"]["dim"] == TINY["dim"]
+    assert first["config"]["max_steps"] == 3
+    assert "id" not in first
+    assert [step for step, _ in logs[:-1]] == [1, 2, 3]
+    assert logs[-1] == "finished"
+
+    # resumed, it is the same run there, which is also remembered while nothing is tracked
+    calls.clear()
+    again = ["train", str(trained), "tracked", "--resume"]
+    assert cli.main(again) == 0
+    assert cli.main([*again, "--tracker", "wandb"]) == 0
+    first, last = calls
+    assert (first["id"], first["resume"], last) == ("x7", "allow", "finished")
     monkeypatch.delitem(sys.modules, "wandb")
-    assert calls[0][:2] == ("pico_tg", "model/tracked")
-    assert calls[0][2]["dim"] == TINY["dim"]
-    assert calls[0][2]["max_steps"] == 3
-    assert [step for step, _ in calls[1:-1]] == [1, 2, 3]
-    assert calls[-1] == "finished"
