@@ -383,11 +383,12 @@ def describe_model(facts: Mapping[str, Any]) -> str:
     length = operations["context_len"]
     sizes = [(name, str(value)) for name, value in facts["model"].items()]
     parameters = [("parameters", ""), *((_words(name), f"{n:,}") for name, n in parts.items())]
+    routed = f"{operations['decoding_router_rate']:.0%} routed"
     costs = [
         (f"operations a byte, context {length:,}", ""),
         ("forward", f"{operations['forward']:,.0f}"),
         ("training", f"{operations['training']:,.0f}"),
-        (f"decoding, after {length:,} bytes", f"{operations['decoding']:,.0f}"),
+        (f"decoding, after {length:,} bytes, {routed}", f"{operations['decoding']:,.0f}"),
         ("memory of decoding's caches", f"{facts['cache_bytes']:,} bytes"),
     ]
     parts = [sizes, parameters, costs]
