@@ -351,7 +351,7 @@ def describe_evaluation(measured: "Evaluation") -> str:
     heads = len(measured.head_accuracy)
     head = [
         ("bytes of text", f"{measured.bytes:,}"),
-        ("bytes before each, at least", f"{measured.context_len:,}"),
+        ("bytes before each, if there are", f"{measured.context_len:,}"),
         ("bits per byte", f"{measured.bits_per_byte:.4f}"),
         ("without the latent blocks", f"{measured.bits_per_byte_without_latent:.4f}"),
         ("router rate", f"{measured.router_rate:.1%}"),

@@ -147,11 +147,12 @@ def test_a_column_that_is_not_there(model, tmp_path, capsys):
 
 
 def test_eval(trained, tmp_path, monkeypatch, capsys):
-    """Tables, JSON and a page, which say the same of one evaluation."""
+    """Tables, JSON and a page, which say the same of one evaluation; and what of the data it is."""
     calls, measured = [], []
 
     def once(model, data, **options):
-        calls.append((data.spec.dataset, options))
+        whole = options["split"] == "all"
+        calls.append((data.bytes.tobytes() if whole else data.spec.dataset, options))
         measured.append(measured[0] if measured else evaluate(model, data, **options))
         return measured[0]
 
@@ -163,7 +164,7 @@ def test_eval(trained, tmp_path, monkeypatch, capsys):
     assert "model, run run, step 3: validation data of" in out
     own = str(trained.parent / "text.txt")
     default = {
-        "split": "validation", "context_len": 64, "stride": None, "batch_size": None,
+        "split": "validation", "context_len": 40, "stride": None, "batch_size": None,
         "max_bytes": None, "precision": "auto", "passage": 4000, "progress": True,
     }  # fmt: skip
     assert calls == [(own, default)]
@@ -190,6 +191,19 @@ def test_eval(trained, tmp_path, monkeypatch, capsys):
         ("router", f"{found['boundaries']['precision']:.3f}"),
     ):
         assert re.search(rf"^{name} +{re.escape(value)}", out, re.MULTILINE), name
+    for flags, split in (
+        ([str(other)], "all"),  # without validation data of its own
+        ([str(other), "--dataset-validation-size", "0.1"], "validation"),
+        ([own], "validation"),  # the run was trained on the rest
+        ([own, "--split", "all"], "all"),
+    ):
+        assert cli.main([*arguments, *flags]) == 0
+        part = "all" if split == "all" else "validation data"
+        assert f"step 3: {part} of {flags[0]}" in capsys.readouterr().out
+        assert calls[-1][1]["split"] == split
+        if split == "all":
+            text = Path(flags[0]).read_bytes()
+            assert calls[-1][0] == b"<pico:seq>" + text + b"</pico:seq>"
     written = page.read_text()
     assert "<h2>Passage <small>112 bytes" in written
     assert f"<dd>{found['bits_per_byte']:.3f}</dd>" in written
@@ -199,6 +213,7 @@ BAD_EVAL = {
     "no run": (["nothing"], "train"),
     "no checkpoint": (["run", "--checkpoint", "77"], "3"),
     "no dataset": (["run", "nowhere.txt"], "nowhere.txt"),
+    "empty": (["run", "empty.txt"], "empty.txt holds no text"),
     "flags without data": (["run", "--dataset-column-name", "a"], "DATASET"),
     "column": (["run", "rows.jsonl", "--dataset-column-name", "plot"], "story"),
     "split": (["run", "--split", "test"], "test"),
@@ -213,6 +228,7 @@ BAD_EVAL = {
 def test_bad_eval(flags, named, trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"story": "once"}\n' * 3)
+    (tmp_path / "empty.txt").write_text("")
     monkeypatch.setattr(cli, "describe_backend", lambda: "backend")
     assert status(["eval", str(trained), *flags]) == 2
     captured = capsys.readouterr()

@@ -8,10 +8,10 @@ import sys
 import numpy as np
 import pytest
 from oracle import forward
+from tiny import TINY as CONFIG
 from tinygrad import Tensor, nn
 
-from pico_tg.config import Config
-from pico_tg.data import DataSpec, load_data
+from pico_tg.data import DataSpec, load_data, load_whole
 from pico_tg.evaluate import Evaluation, _Measure, _windows, check_options, evaluate
 from pico_tg.files import PicoError
 from pico_tg.model import Pico
@@ -293,6 +293,29 @@ def test_routed_padding_takes_no_slots(model):
 def test_bad_options(options, named):
     with pytest.raises(PicoError, match=named):
         check_options(**options)
+
+
+def test_other_parts(model, data, monkeypatch):
+    """All of the data is a corpus that may also be given; a text of one byte is enough of it."""
+    measured = []
+
+    def kept(corpus, *rest):
+        measured.append(bytes(corpus.bytes))
+        raise InterruptedError
+
+    monkeypatch.setattr(sys.modules["pico_tg.evaluate"], "_Tally", kept)
+    whole = load_whole(data.spec, progress=False)
+    for part, options in ((data, {"split": "train"}), (data.spec, {"split": "all"}), (whole, {})):
+        with pytest.raises(InterruptedError):
+            evaluate(model, part, **OPTIONS, **options)
+    train, everything, same = measured
+    assert everything == same == train + bytes(data.validation.bytes)
+
+
+def test_one_byte_of_text(model, tmp_path):
+    (tmp_path / "x.txt").write_text("x")
+    found = evaluate(model, str(tmp_path / "x.txt"), split="all", passage=9, **OPTIONS)
+    assert (found.bytes, len(found.passage)) == (1, 1)
 
 
 def test_bad_data(model, data, monkeypatch):
