@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 
 from pico_tg import cli
 from pico_tg.checkpoint import load, read_safetensors, write_safetensors
@@ -22,19 +23,9 @@ from pico_tg.files import PicoError
 from pico_tg.generate import GeneratedByte, Stats, generate
 from pico_tg.model import Pico
 
-TINY = {
-    "dim": 24,
-    "next_tokens": 2,
-    "att_q_heads": 4,
-    "att_kv_heads": 2,
-    "fb_num_blocks": 1,
-    "fb_att_window_size": 8,
-    "latent_capacity_factor": 0.25,
-    "latent_num_blocks": 1,
-    "latent_att_window_size": 16,
-}
-FLAGS = [part for k, v in TINY.items() for part in ("--" + k.replace("_", "-"), str(v))]
-SHORT = ["--context-len", "64", "--batch-size", "2", "--max-steps", "3", "--warmup-steps", "1"]
+TINY = tiny.TINY.to_dict()
+FLAGS = tiny.flags(TINY)
+SHORT = tiny.flags(tiny.WINDOWS | {"max_steps": 3, "warmup_steps": 1})
 
 
 @pytest.fixture
@@ -181,7 +172,7 @@ def test_eval(trained, tmp_path, monkeypatch, capsys):
     found = json.loads(capsys.readouterr().out)
     assert (found["step"], found["split"], found["data"]) == (3, "train", str(other))
     assert found["bytes"] == 112  # 5 % of 2,250
-    assert found["context_len"] == found["stride"] == 64
+    assert found["context_len"] == found["stride"] == 40
     for name, value in (
         ("bits per byte", f"{found['bits_per_byte']:.4f}"),
         ("without the latent blocks", f"{found['bits_per_byte_without_latent']:.4f}"),
@@ -270,7 +261,7 @@ def test_info(trained, capsys):
     for text in (
         f"total +{found['parameters']['total']:,}",
         f"step 3 +[\\d.]+ +{last['bits_per_byte']:.4f} +{last['validation_bits_per_byte']:.4f}",
-        "context_len +64",
+        "context_len +40",
     ):
         assert re.search(text, out), text
     for flags, named in ((["none"], "train"), (["../model"], "training.json")):
@@ -781,6 +772,25 @@ def test_broken_pipe_is_quiet(output, trained):
     assert "Broken" not in err
 
 
+@pytest.mark.parametrize("module", ["pico_tg.model", "pico_tg.cli"])
+def test_ctrl_c_during_the_imports(module, tmp_path):
+    """A finder of modules presses it when `module` is looked for."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "class Finder:\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        f"        if name == {module!r}: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder)\n"
+    )
+    paths = [str(tmp_path), str(Path(cli.__file__).parent.parent)]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(
+        [sys.executable, "-m", "pico_tg", "--version"], env=env, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 @pytest.mark.slow
 def test_ctrl_c_is_quiet(trained, tmp_path):
     arguments = ["run", str(trained), "run", "--max-bytes", "100000", "--ignore-end"]
@@ -916,9 +926,10 @@ def test_tracker(trained, text, tmp_path, monkeypatch, capsys):
     (tmp_path / "wandb.py").write_text(
         "calls = []\n"
         "class Run:\n"
+        "    id = 'x7'\n"
         "    def log(self, record, step): calls.append((step, record['loss']))\n"
         "    def finish(self): calls.append('finished')\n"
-        "def init(project, name, config): calls.append((project, name, config)); return Run()\n"
+        "def init(**options): calls.append(options); return Run()\n"
     )
     monkeypatch.delitem(sys.modules, "wandb")
     monkeypatch.syspath_prepend(str(tmp_path))
