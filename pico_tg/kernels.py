@@ -32,7 +32,8 @@ from tinygrad.engine import realize
 from tinygrad.engine.realize import capturing
 from tinygrad.helpers import CPU_COUNT, DEV, Context, ContextVar
 from tinygrad.renderer import Estimates
-from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
+from tinygrad.schedule.rangeify import resolve_function
+from tinygrad.uop.ops import AxisType, KernelInfo, Ops, PatternMatcher, UOp, UPat, graph_rewrite
 
 ROWS, COLUMNS = 8, 16  # the register tile
 # below this many multiplications a product is bound by memory or by the call, not by arithmetic
@@ -48,31 +49,97 @@ def stored(x: Tensor) -> Tensor:
     return x.contiguous().contiguous_backward()
 
 
-def recomputed(block: Callable[[Tensor], Tensor], weights: list[Tensor], x: Tensor) -> Tensor:
-    """block(x); for the gradient it is computed again, and none of what is inside it is kept.
+def as_function(block: Callable[[Tensor], Tensor], weights: list[Tensor], x: Tensor) -> Tensor:
+    """block(x), scheduled as a function of its own, and its gradient as another one.
 
-    `weights`: all that get a gradient through the block beside `x`. Both calls are scheduled as
-    functions: the second one waits for the upstream gradient, and is not taken for the first.
+    tinygrad then cuts a block into kernels once for all blocks of its shape, where it would take
+    one graph of all of them, and more than so many times as long. `weights`: all that get a
+    gradient through the block beside `x`. With RECOMPUTE, nothing of what is inside it is kept for
+    the gradient, which computes it again; otherwise all that the gradient needs is.
     """
+    in_kernels: list[UOp] = []  # the buffers of what is kept, where kernels by hand write it
+
+    def trace(x: Tensor, upstream: Tensor, weights: list[Tensor], keep: Callable) -> list[Tensor]:
+        """What `keep` makes of block(x), its gradients, and what these need of its inside."""
+        out = block(x)
+        gradients = out.gradient(x, *weights, gradient=upstream)
+        # leaves for now, with numbers that no function has: what is behind them is none of ours
+        inputs = [x.uop, upstream.uop, *[w.uop for w in weights]]
+        inputs = {uop: uop.param_like(1_000_000 + i) for i, uop in enumerate(inputs)}
+        graph = UOp.maketuple(out.uop, *[g.uop for g in gradients]).substitute(inputs)
+        out, *gradients = graph_rewrite(graph, _plain_graph).src
+        shared = [] if RECOMPUTE else _shared(out, gradients)
+        back = {number: uop for uop, number in inputs.items()}
+        return [Tensor(uop.substitute(back)) for uop in keep(out, gradients, shared)]
 
     def gradient(upstream: UOp, call: UOp) -> tuple[UOp | None, ...]:
         x, *rest = (Tensor(uop) for uop in call.src[1:])
+        out, *kept = (Tensor(call.gettuple(i)).contiguous() for i in range(len(call.src[0].src)))
 
+        # `out` is there so that this waits until what is in the kernels' buffers is written
         @function(precompile=True, allow_implicit=True)
-        def backward(upstream: Tensor, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-            return tuple(block(x).gradient(x, *weights, gradient=upstream))
+        def backward(upstream: Tensor, out: Tensor, x: Tensor, weights: list, kept: list):
+            def with_known(_: UOp, gradients: list[UOp], shared: list[UOp]) -> list[UOp]:
+                places = {True: iter(in_kernels), False: iter(k.uop for k in kept)}
+                known = {uop: next(places[uop.op is Ops.AFTER]) for uop in shared}
+                return [g.substitute(known) for g in gradients]
+
+            return tuple(trace(x, upstream, weights, with_known))
 
         # contiguous, no copy: 0.13 forgets which buffer the bare result of a function is in, and
         # the planner then gives that buffer to others
-        found = [g.contiguous().uop for g in backward(Tensor(upstream), x, *weights)]
-        return *found, *[None for _ in rest[len(weights) :]]
+        found = backward(Tensor(upstream), out, x, rest[: len(weights)], kept)
+        return *[g.contiguous().uop for g in found], *[None for _ in rest[len(weights) :]]
 
     # implicit: the buffers that kernels write
     @function(precompile=True, allow_implicit=True, grad_fxn=gradient)
-    def forward(x: Tensor, *weights: Tensor) -> Tensor:
-        return block(x)
+    def forward(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        def with_shared(out: UOp, _: list[UOp], shared: list[UOp]) -> list[UOp]:
+            in_kernels[:] = [uop.src[0] for uop in shared if uop.op is Ops.AFTER]
+            return [out, *[uop for uop in shared if uop.op is not Ops.AFTER]]
 
-    return forward(x, *weights).contiguous()
+        upstream = Tensor.empty(*x.shape, device=x.device)
+        return tuple(trace(x, upstream, list(weights), with_shared))
+
+    return forward(x, *weights)[0].contiguous()
+
+
+# functions resolved, and no contiguous of what is in memory already: in a function it were a copy
+_plain_graph = PatternMatcher(
+    [
+        (UPat(Ops.FUNCTION, name="c"), resolve_function),
+        (UPat(Ops.GETTUPLE, src=(UPat(Ops.TUPLE, name="t"),), name="g"), lambda g, t: t.src[g.arg]),
+        (UPat((Ops.DETACH, Ops.CONTIGUOUS_BACKWARD), name="x"), lambda x: x.src[0]),
+        (UPat(Ops.CONTIGUOUS, src=(UPat(name="x"),)), lambda x: x if _in_memory(x) else None),
+    ]
+)
+
+
+def _in_memory(uop: UOp) -> bool:
+    if uop.op is Ops.AFTER:
+        uop = uop.src[0]
+    return uop.op is Ops.CONTIGUOUS or uop.has_buffer_identity()
+
+
+def _shared(out: UOp, gradients: list[UOp]) -> list[UOp]:
+    """What of the graph of `out` is in memory and used by the gradients, in an order that is always
+    the same; nothing that has no inputs, which is as soon computed again.
+    """
+    varies: dict[UOp, bool] = {}
+    for uop in out.toposort(enter_calls=False):
+        varies[uop] = uop.op is Ops.PARAM or any(varies.get(s) for s in uop.src)
+    found: dict[UOp, None] = {}
+    seen, left = set(), gradients[::-1]
+    while left:
+        uop = left.pop()
+        if uop in seen:
+            continue
+        seen.add(uop)
+        if varies.get(uop) and uop.op in (Ops.CONTIGUOUS, Ops.AFTER):
+            found[uop] = None
+        else:
+            left += reversed(uop.src[1:] if uop.op is Ops.CALL else uop.src)
+    return list(found)
 
 
 def as_index(x: Tensor) -> Tensor:

@@ -16,10 +16,11 @@ C head_dim, T next_tokens.
 import math
 
 from tinygrad import Tensor, dtypes, nn
+from tinygrad.helpers import Context
 
 from .attention import banded_attention, rotate
 from .config import Config
-from .kernels import RECOMPUTE, as_index, linear, lookup, recomputed, stored, swiglu
+from .kernels import as_function, as_index, linear, lookup, stored, swiglu
 from .routing import gather, rule_decisions, scatter, slots, top_k_decisions
 
 RMS_EPS = 2.0**-23  # float32's machine epsilon
@@ -95,8 +96,8 @@ class Block:
         self.glu = SwiGLU(config.dim)
 
     def __call__(self, h: Tensor) -> Tensor:
-        if RECOMPUTE and Tensor.training:
-            return recomputed(self.apply, nn.state.get_parameters(self), h)
+        if Tensor.training:
+            return as_function(self.apply, nn.state.get_parameters(self), h)
         return self.apply(h)
 
     def apply(self, h: Tensor) -> Tensor:
@@ -161,8 +162,10 @@ class Pico:
         if not fresh:
             for parameter in parameters:
                 parameter.replace(Tensor.empty(*parameter.shape))
-        # drawn now: left lazy, every use would draw them again
-        Tensor.realize(*parameters)
+        # drawn now: left lazy, every use would draw them again; unoptimised, since each kernel runs
+        # only once and a generator unrolled and vectorised takes four times as long to compile
+        with Context(NOOPT=1):
+            Tensor.realize(*parameters)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Bytes [B, N] -> hidden state [B, N, D] before the latent blocks, router logits [B, N]."""

@@ -101,6 +101,7 @@ class SOAP(Optimizer):
         self.count = self._zeros(1, dtype=np.int32)
         self.refreshed = self._zeros(1, dtype=np.int32)
         self.finite = self._zeros(1, dtype=np.bool_)
+        self.numbers = [self._place(np.array([i], np.int32)) for i in range(len(self.params))]
         shapes = dict.fromkeys(p.shape for p in self.params)
         self.stacks = [
             Stack(
@@ -143,7 +144,9 @@ class SOAP(Optimizer):
             update = stack.step(stacked, finite, moves)
             decays = self.weight_decay and (len(stack.shape) > 1 or self.decay_vectors)
             for z, i in enumerate(stack.members):
-                difference = rate * update[z].reshape(*(stack.shape or (1,)))
+                # by a number in memory, not in the code: all members then share one kernel
+                number = self.numbers[z].reshape(*[1] * update.ndim).expand(1, *stack.shape)
+                difference = rate * update.gather(0, number).reshape(*(stack.shape or (1,)))
                 if decays:
                     left = params[i].detach() - difference
                     difference = difference + self.lr * self.weight_decay * left
