@@ -1,32 +1,47 @@
-"""Weights to and from the published PyTorch implementation: nothing is converted.
+"""Weights to and from the published PyTorch implementation, five lines each way.
 
-Both have the same names, shapes and layouts, so a file of one is a file of the other. Without
-arguments this only prints the five lines for either direction; with a folder it does our half: it
-reads DIR/model.json and the weights that PyTorch wrote, and writes them back.
+It keeps a model as we do, DIR/model.json beside DIR/RUN/NNNNNNNN.safetensors, with the same names,
+shapes and layouts: `python -m pico_tg run DIR RUN` writes with its checkpoints as they are, and it
+loads ours (of a learned router and ALiBi, which is all it has). What is here is for a PyTorch
+Pico in memory, or a state_dict in a file of torch.save; it needs pip install -e '.[bench]'.
 
-python examples/interop.py DIR WEIGHTS.safetensors OUT.safetensors
+python examples/interop.py from-torch WEIGHTS.pt DIR RUN
+python examples/interop.py to-torch DIR RUN WEIGHTS.pt
 """
 
 import sys
+from pathlib import Path
 
-import pico_tg
-
-PYTORCH = """
-# in PyTorch, of a Pico `model` there; a checkpoint in a .pt file is the same dict of tensors
+import torch
 from safetensors.torch import load_file, save_file
 
-save_file({name: t.contiguous() for name, t in model.state_dict().items()}, "weights.safetensors")
-model.load_state_dict(load_file("back.safetensors"))
-"""
+import pico_tg
+from pico_tg.checkpoint import find_checkpoint
 
-if len(sys.argv) != 4:
-    sys.exit(
-        f"usage: python examples/interop.py DIR WEIGHTS.safetensors OUT.safetensors\n{PYTORCH}"
-    )
-folder, weights, out = sys.argv[1:]
-try:
-    model = pico_tg.Pico(pico_tg.Config.from_json(f"{folder}/model.json"))
-    pico_tg.load_weights(model, weights)
-    pico_tg.save_weights(model, out)
-except pico_tg.PicoError as error:
-    sys.exit(f"interop.py: {error}")
+
+def from_torch(state: dict[str, torch.Tensor], folder: str, run: str) -> pico_tg.Pico:
+    """A PyTorch Pico's state_dict becomes the run RUN of the model in DIR, and is loaded."""
+    checkpoint = Path(folder, run, "00000000.safetensors")
+    checkpoint.parent.mkdir(exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, checkpoint)
+    return pico_tg.load(folder, run, 0)
+
+
+def to_torch(folder: str, run: str) -> dict[str, torch.Tensor]:
+    """The newest weights of RUN, for load_state_dict of a PyTorch Pico."""
+    pico_tg.load(folder, run)  # says so if they are not whole, or do not fit model.json
+    return load_file(find_checkpoint(Path(folder, run)))
+
+
+if __name__ == "__main__":
+    try:
+        match sys.argv[1:]:
+            case ["from-torch", weights, folder, run]:
+                state = torch.load(weights, map_location="cpu", weights_only=True)
+                from_torch(state, folder, run)
+            case ["to-torch", folder, run, weights]:
+                torch.save(to_torch(folder, run), weights)
+            case _:
+                sys.exit(__doc__)
+    except (OSError, pico_tg.PicoError) as error:
+        sys.exit(f"interop.py: {error}")

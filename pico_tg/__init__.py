@@ -1,7 +1,11 @@
 """Pico: a byte-level language model without a tokenizer, on tinygrad."""
 
-from . import programs
-from .device import choose_backend
+from .interrupts import quiet_at_start
+
+quiet_at_start()  # before the rest, which takes its time
+
+from . import programs  # noqa: E402
+from .device import choose_backend  # noqa: E402
 
 choose_backend()  # before any module can make a Tensor
 programs.install()

@@ -76,7 +76,12 @@ def _read_header(file, size: int, path) -> tuple[dict[str, tuple], dict[str, str
 
     if size < 8:
         raise broken("it is shorter than a header")
-    (length,) = struct.unpack("<Q", file.read(8))
+    start = file.read(8)
+    if start.startswith(b"PK\3\4"):  # a zip archive
+        raise PicoError(
+            f"{path} is a file of torch.save, not safetensors; examples/interop.py takes it in"
+        )
+    (length,) = struct.unpack("<Q", start)
     if length > min(size - 8, MAX_HEADER):
         raise broken(f"its header claims {length} bytes, the file has {size} in all")
 

@@ -22,15 +22,16 @@ from .bench import bench_decode, bench_train
 from .checkpoint import find_checkpoint, load, load_config
 from .config import CHOICES as MODEL_CHOICES
 from .config import PRESETS, Config
-from .data import DataSpec, load_data
+from .data import DataSpec, has_validation, load_data, load_whole
 from .device import describe_backend, kernel_search, parse_devices
 from .evaluate import SPLITS, check_options, evaluate
 from .files import PicoError, atomic_write, check_writable
 from .generate import GeneratedByte, Stats, generate
 from .info import describe
+from .interrupts import as_usual
 from .model import Pico
 from .plot import training_chart
-from .runs import read_description, read_metrics
+from .runs import find_description, read_metrics
 from .train import CHOICES, TrainSettings, stored_spec, train
 from .view import (
     RESET,
@@ -195,8 +196,10 @@ def build_parser() -> Parser:
     add_data_flags(evaluating)
     add_checkpoint_flag(evaluating)
     evaluating.add_argument(
-        "--split", choices=SPLITS, default="validation",
-        help="which of the two parts that train makes of DATASET (default: validation)",
+        "--split", choices=SPLITS,
+        help="validation or train, the parts that train makes of DATASET, or all, which holds "
+        "nothing out (default: validation; all of a DATASET that has no validation data of its "
+        "own and that the run was not trained on)",
     )  # fmt: skip
     evaluating.add_argument(
         "--max-bytes", type=int, metavar="N", help="only the first so many bytes (default: all)"
@@ -451,15 +454,19 @@ def command_train(args: argparse.Namespace) -> int:
     model = Pico(config, settings.get("seed", TrainSettings.seed))
     stopping = StopSignals()
     with contextlib.ExitStack() as stack:
-        tracked = None
+        tracked, ids = None, {}
         if tracker:
             name = f"{args.path.name}/{args.run}"
-            tracked = start_tracker(tracker, name, config.to_dict() | settings)
+            stored = find_description(run_dir) if args.resume else None
+            ids = (stored or {}).get("tracker") or {}
+            known = ids.get(args.tracker)
+            tracked = start_tracker(tracker, name, config.to_dict() | settings, known)
             stack.callback(tracked.finish)
+            ids = {args.tracker: tracked.id}
         records = train(
             model, data, run_dir, devices=devices, resume=args.resume, force=args.force,
             base_weights=options.get("base_weights"), stop=stopping, progress=True, say=say,
-            **settings,
+            tracker=ids, **settings,
         )  # fmt: skip
         say(f"{describe_backend()}; {config.parameters:,} parameters")
         # not before: until the first step, a Ctrl-C just leaves
@@ -485,9 +492,13 @@ def import_tracker(name: str | None) -> ModuleType | None:
         raise PicoError(f"--tracker {name} needs its package: pip install {name}") from error
 
 
-def start_tracker(tracker: ModuleType, name: str, settings: dict[str, Any]) -> Any:
+def start_tracker(
+    tracker: ModuleType, name: str, settings: dict[str, Any], known: str | None
+) -> Any:
+    """A tracker's run: a new one, or that of the id `known`, which goes on."""
+    resumed = {"id": known, "resume": "allow", "allow_val_change": True} if known else {}
     try:
-        return tracker.init(project="pico_tg", name=name, config=settings)
+        return tracker.init(project="pico_tg", name=name, config=settings, **resumed)
     except Exception as error:  # it has exceptions of its own: not logged in, no network
         raise PicoError(f"--tracker {tracker.__name__}: {error}") from error
 
@@ -586,7 +597,7 @@ def command_eval(args: argparse.Namespace) -> int:
     load_config(args.path)
     run_dir = args.path / args.run
     checkpoint = find_checkpoint(run_dir, args.checkpoint)
-    stored = read_description(run_dir) if (run_dir / "training.json").exists() else None
+    stored = find_description(run_dir)
     named = named_data(args)
     if args.dataset:
         spec = DataSpec(args.dataset, **named)
@@ -601,7 +612,7 @@ def command_eval(args: argparse.Namespace) -> int:
         settings = stored["settings"] if stored else {}
         context_len = settings.get("context_len", TrainSettings.context_len)
     options = {
-        "split": args.split,
+        "split": args.split or "validation",
         "context_len": context_len,
         "stride": args.stride,
         "batch_size": args.batch_size,
@@ -609,15 +620,19 @@ def command_eval(args: argparse.Namespace) -> int:
         "precision": args.precision,
     }
     check_options(**options)
-    page = args.html and Path(os.path.realpath(args.html))
+    page = args.html
     if page:
         check_writable(page)
-    data = load_data(spec)
+    if args.split is None and args.dataset and not has_validation(spec):
+        known = stored["dataset"].get("dataset", "") if stored else ""
+        if os.path.realpath(known) != os.path.realpath(args.dataset):
+            options["split"] = "all"
+    data = load_whole(spec) if options["split"] == "all" else load_data(spec)
     model = load(args.path, args.run, args.checkpoint)
     say(describe_backend())
     measured = evaluate(model, data, passage=PASSAGE if page else 0, progress=True, **options)
     title = f"{args.path.name}, run {args.run}"
-    facts = {"step": int(checkpoint.stem), "data": spec.dataset, "split": args.split}
+    facts = {"step": int(checkpoint.stem), "data": spec.dataset, "split": options["split"]}
     if page:
         shown = {
             "bits per byte": f"{measured.bits_per_byte:.3f}",
@@ -630,7 +645,8 @@ def command_eval(args: argparse.Namespace) -> int:
     if args.json:
         put(json.dumps(facts | measured.as_dict(), indent=2) + "\n")
     else:
-        put(f"{title}, step {facts['step']}: {args.split} data of {spec.dataset}\n\n")
+        part = "all" if facts["split"] == "all" else f"{facts['split']} data"
+        put(f"{title}, step {facts['step']}: {part} of {spec.dataset}\n\n")
         put(describe_evaluation(measured) + "\n")
     return 0
 
@@ -653,8 +669,7 @@ def command_run(args: argparse.Namespace) -> int:
         if raw and option:
             raise PicoError(f"--output raw cannot go with {reason}")
     prompt = read_prompt(args)
-    # through links: /dev/stdout is one, and must not be replaced by a file
-    page = args.html and Path(os.path.realpath(args.html))
+    page = args.html
     if page:
         check_writable(page)
     model = load(args.path, args.run, args.checkpoint)
@@ -865,6 +880,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     function: Callable[[argparse.Namespace], int] = args.function
     try:
+        as_usual()
         with kernel_search(getattr(args, "beam", None)):
             return function(args)
     except PicoError as error:

@@ -139,18 +139,7 @@ def load_data(spec: DataSpec, progress: bool = True) -> Data:
     behind, on data that is not there, cannot be read or is empty, on a column or split that does
     not exist, and on a full disk.
     """
-    splits = _splits(spec, spec.train_file)
-    source = _pick(splits, spec.train_split, spec.train_file or spec.dataset)
-    if spec.validation_file is not None:
-        held_out = _pick(_splits(spec, spec.validation_file), None, spec.validation_file)
-    elif spec.validation_split is not None:
-        splits = splits if spec.train_file is None else _splits(spec, None)
-        held_out = _pick(splits, spec.validation_split, spec.dataset)
-    else:
-        held_out = splits.get("validation")
-        if held_out is source:
-            held_out = None
-
+    source, held_out = _sources(spec)
     folder, train = _cached(source, progress)
     if held_out is None:
         train, validation, origin = _hold_out(source.label, folder, train, spec.validation_size)
@@ -166,6 +155,19 @@ def load_data(spec: DataSpec, progress: bool = True) -> Data:
         )
     note = f"training on {_sizes(train)}; validating on {origin}: {_sizes(validation)}"
     return Data(train, validation, note, spec)
+
+
+def load_whole(spec: DataSpec, progress: bool = True) -> Corpus:
+    """What `load_data` would train on, together with what it would hold out of that.
+
+    So one document of one byte will do. Raises PicoError as `load_data` does.
+    """
+    return _cached(_sources(spec)[0], progress)[1]
+
+
+def has_validation(spec: DataSpec) -> bool:
+    """Whether validation data are named or a split of their own; else some are held out."""
+    return spec.validation_size is not None or _sources(spec)[1] is not None
 
 
 def _sizes(corpus: Corpus) -> str:
@@ -187,6 +189,22 @@ class _Source:
     identity: list  # JSON; changes whenever the text might, so that a cache is found by it
     read: Callable[[], _Pieces]  # raises PicoError and nothing else
     size: int | None = None  # bytes, if known beforehand, for the progress bar
+
+
+def _sources(spec: DataSpec) -> tuple["_Source", "_Source | None"]:
+    """What to train on and, where there is such a thing, what to validate on."""
+    splits = _splits(spec, spec.train_file)
+    source = _pick(splits, spec.train_split, spec.train_file or spec.dataset)
+    if spec.validation_file is not None:
+        held_out = _pick(_splits(spec, spec.validation_file), None, spec.validation_file)
+    elif spec.validation_split is not None:
+        splits = splits if spec.train_file is None else _splits(spec, None)
+        held_out = _pick(splits, spec.validation_split, spec.dataset)
+    else:
+        held_out = splits.get("validation")
+        if held_out is source:
+            held_out = None
+    return source, held_out
 
 
 def _splits(spec: DataSpec, file: str | None) -> dict[str, _Source]:

@@ -20,14 +20,14 @@ from tinygrad import Tensor, dtypes
 from tinygrad.helpers import Context
 from tqdm import tqdm
 
-from .data import MOST_BYTES, Corpus, Data, DataSpec, load_data
+from .data import MOST_BYTES, Corpus, Data, DataSpec, load_data, load_whole
 from .files import PicoError
 from .generate import GeneratedByte
 from .kernels import compiled
 from .model import Pico, cross_entropy
 from .train import CHOICES, choose_precision
 
-SPLITS = ("validation", "train")
+SPLITS = ("validation", "train", "all")
 WHITESPACE = np.isin(np.arange(256), list(b" \t\n\v\f\r"))
 CONTINUATION = (np.arange(256) & 0xC0) == 0x80  # UTF-8: a byte within a character
 WORD = np.array([chr(b).isalnum() or b == ord("_") if b < 128 else True for b in range(256)])
@@ -106,7 +106,7 @@ class Evaluation:
 
 def evaluate(
     model: Pico,
-    dataset: str | DataSpec | Data | None = None,
+    dataset: str | DataSpec | Data | Corpus | None = None,
     *,
     split: str = "validation",
     context_len: int = 1024,
@@ -120,7 +120,9 @@ def evaluate(
     """Measure `model` on a split of a data set.
 
     - dataset: what `pico_tg.DataSpec` takes, or its `dataset` alone, or loaded data; None is
-      `python-docs`; split: validation (held out if the data set has none) or train
+      `python-docs`. A corpus is measured as it is
+    - split: validation (held out if the data set has none); train; or all, train together with
+      what is held out of it
     - context_len: bytes that each byte has before it at least; stride: new bytes a window
       (default: context_len, which takes in every byte twice)
     - batch_size: windows of one pass (default: as many as make 16,384 positions)
@@ -136,8 +138,13 @@ def evaluate(
     check_options(split=split, max_bytes=max_bytes, precision=precision, **options)
     spec = DataSpec(dataset) if isinstance(dataset, str) else dataset
     spec = DataSpec() if spec is None else spec
-    data = spec if isinstance(spec, Data) else load_data(spec, progress=progress)
-    corpus = data.validation if split == "validation" else data.train
+    if isinstance(spec, Corpus):
+        corpus, split = spec, "all"
+    elif split == "all":
+        corpus = load_whole(spec.spec if isinstance(spec, Data) else spec, progress=progress)
+    else:
+        data = spec if isinstance(spec, Data) else load_data(spec, progress=progress)
+        corpus = data.validation if split == "validation" else data.train
     total = min(len(corpus.bytes), max_bytes or len(corpus.bytes))
 
     length = min(context_len + stride, total)
@@ -151,9 +158,10 @@ def evaluate(
         )
     tally = _Tally(corpus, total, model.config.next_tokens, passage)
     if not tally.has_targets():
+        part = "data" if split == "all" else f"{split} data"
         raise PicoError(
-            f"the first {total:,} bytes of the {split} data hold no byte to predict; take more of "
-            "them, or other data"
+            f"the first {total:,} bytes of the {part} hold no byte to predict; take more of them, "
+            "or other data"
         )
     measure = _Measure(model, length)
     bf16 = int(choose_precision(precision) == "bf16")

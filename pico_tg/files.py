@@ -21,9 +21,10 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
     The data is on disk (fsync) before the rename, and the rename before the return, so a crash at
     any moment leaves the old file or the new one. On an exception the temporary file is removed and
-    `path` is untouched. An OSError (disk full, read-only folder) is raised as PicoError.
+    `path` is untouched. A link stays one: what it points to is written. An OSError (disk full,
+    read-only folder) is raised as PicoError, and so is a `path` that is there and no file.
     """
-    path = Path(path)
+    path = _target(path)
     temporary = None
     try:
         fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -49,15 +50,21 @@ def check_writable(path: str | os.PathLike) -> None:
 
     What exists under that name must be a file, which would be replaced.
     """
-    path = Path(path)
-    if path.exists() and not path.is_file():
-        raise PicoError(f"cannot write {path}: there is something else of that name, not a file")
+    path = _target(path)
     if not path.parent.is_dir():
         raise PicoError(f"cannot write {path}: there is no folder {path.parent}")
     try:
         tempfile.TemporaryFile(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent).close()
     except OSError as error:
         raise PicoError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _target(path: str | os.PathLike) -> Path:
+    """Where links lead; whatever is there must be a file: a device or a pipe is not replaced."""
+    path = Path(os.path.realpath(path))
+    if path.is_symlink() or (path.exists() and not path.is_file()):  # a loop of links is one still
+        raise PicoError(f"cannot write {path}: there is something else of that name, not a file")
+    return path
 
 
 def fsync_folder(folder: str | os.PathLike) -> None:

@@ -307,7 +307,8 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     gemm = _gemm_for(a, M, L, N)
     rows, terms, columns = (_whole_tiles(size, gemm) for size in (M, L, N))
     a, b = _padded(a, rows, terms, _factors()), _padded(b, columns, terms, _factors())
-    return _product_function(M, N, L, gemm)(a, b)[:, :M, :N].contiguous_backward()
+    product = _product_function(M, N, L, gemm, a.uop is b.uop)
+    return product(a, b)[:, :M, :N].contiguous_backward()
 
 
 def _padded(x: Tensor, rows: int, columns: int, dtype: DType = dtypes.float32) -> Tensor:
@@ -316,14 +317,16 @@ def _padded(x: Tensor, rows: int, columns: int, dtype: DType = dtypes.float32) -
 
 
 @functools.cache
-def _product_function(M: int, N: int, L: int, gemm: Callable[..., Tensor]):
-    """a, b (padded) -> a @ b.T, whose gradient is two more such products."""
+def _product_function(M: int, N: int, L: int, gemm: Callable[..., Tensor], same: bool):
+    """a, b (padded) -> a @ b.T, whose gradient is two more such products; `same` if a is b."""
 
     def gradient(upstream: UOp, call: UOp) -> tuple[UOp | None, ...]:
-        a, b, *buffers = (Tensor(uop) for uop in call.src[1:])
+        a, *others = (Tensor(uop) for uop in call.src[1:])
+        b, *buffers = (a, *others) if same else others  # one and the same is one argument
         g = Tensor(upstream).cast(a.dtype).contiguous()
         da, db = gemm(g, b, M, L, N), gemm(g, a, N, L, M, transposed=True)
-        return da.uop, db.uop, *[None for _ in buffers]
+        gradients = [(da + db).uop] if same else [da.uop, db.uop]
+        return *gradients, *[None for _ in buffers]
 
     # implicit: the buffer that the kernel writes
     @function(grad_fxn=gradient, allow_implicit=True)

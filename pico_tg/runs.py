@@ -116,7 +116,7 @@ class Run:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """A run's training.json. Raises PicoError if it is missing or broken."""
+    """A run's training.json. Raises PicoError if it is missing, broken or not of pico_tg."""
     path = folder / "training.json"
     try:
         description = json.loads(path.read_text("utf-8"))
@@ -126,9 +126,25 @@ def read_description(folder: Path) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise PicoError(f"{path} is broken ({error})") from error
+    if isinstance(description, dict) and not description.keys() & DESCRIBED:
+        raise _Foreign(f"{path} was not written by pico_tg; the run cannot go on from it")
     if not isinstance(description, dict) or not description.keys() >= DESCRIBED:
         raise PicoError(f"{path} is broken: it must hold {', '.join(sorted(DESCRIBED))}")
     return description
+
+
+class _Foreign(PicoError):
+    """The training.json of another program, such as the published implementation."""
+
+
+def find_description(folder: Path) -> dict[str, Any] | None:
+    """A run's training.json; None if it has none of pico_tg, only weights from elsewhere."""
+    if not (folder / "training.json").exists():
+        return None
+    try:
+        return read_description(folder)
+    except _Foreign:
+        return None
 
 
 def read_metrics(folder: Path) -> list[Record]:

@@ -378,6 +378,7 @@ def train(
     stop: Callable[[], bool] = lambda: False,
     progress: bool = False,
     say: Callable[[str], None] = lambda text: None,
+    tracker: dict[str, str] | None = None,
     **settings: int | float | str,
 ) -> Iterator[Record]:
     """Train `model` in place, yielding one record (a dict that is valid JSON) a step.
@@ -387,6 +388,7 @@ def train(
     not exist yet), it receives training.json, metrics.jsonl (the records) and checkpoints: weights
     as NNNNNNNN.safetensors, and beside them what resuming needs.
     `base_weights`, a .safetensors file, replaces the model's weights first; its path is recorded.
+    `tracker`, a package's name and the id of its run that logs this one, is recorded as well.
     `stop()` is asked after every step: True saves and ends training.
     Several `devices` (`("CUDA:0", "CUDA:1")`) share each batch; the model is on all of them until
     training ends, and then on the first.
@@ -464,6 +466,7 @@ def train(
         "model": model.config.to_dict(),
         "base_weights": stored.get("base_weights"),
         "devices": list(devices),
+        "tracker": tracker or stored.get("tracker"),
     }
     if base_weights is not None:
         description["base_weights"] = os.path.abspath(base_weights)

@@ -351,7 +351,7 @@ def describe_evaluation(measured: "Evaluation") -> str:
     heads = len(measured.head_accuracy)
     head = [
         ("bytes of text", f"{measured.bytes:,}"),
-        ("bytes before each, at least", f"{measured.context_len:,}"),
+        ("bytes before each, if there are", f"{measured.context_len:,}"),
         ("bits per byte", f"{measured.bits_per_byte:.4f}"),
         ("without the latent blocks", f"{measured.bits_per_byte_without_latent:.4f}"),
         ("router rate", f"{measured.router_rate:.1%}"),
@@ -383,11 +383,12 @@ def describe_model(facts: Mapping[str, Any]) -> str:
     length = operations["context_len"]
     sizes = [(name, str(value)) for name, value in facts["model"].items()]
     parameters = [("parameters", ""), *((_words(name), f"{n:,}") for name, n in parts.items())]
+    routed = f"{operations['decoding_router_rate']:.0%} routed"
     costs = [
         (f"operations a byte, context {length:,}", ""),
         ("forward", f"{operations['forward']:,.0f}"),
         ("training", f"{operations['training']:,.0f}"),
-        (f"decoding, after {length:,} bytes", f"{operations['decoding']:,.0f}"),
+        (f"decoding, after {length:,} bytes, {routed}", f"{operations['decoding']:,.0f}"),
         ("memory of decoding's caches", f"{facts['cache_bytes']:,} bytes"),
     ]
     parts = [sizes, parameters, costs]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 
 from pico_tg import cli
 from pico_tg.checkpoint import load, read_safetensors, write_safetensors
@@ -22,19 +23,9 @@ from pico_tg.files import PicoError
 from pico_tg.generate import GeneratedByte, Stats, generate
 from pico_tg.model import Pico
 
-TINY = {
-    "dim": 24,
-    "next_tokens": 2,
-    "att_q_heads": 4,
-    "att_kv_heads": 2,
-    "fb_num_blocks": 1,
-    "fb_att_window_size": 8,
-    "latent_capacity_factor": 0.25,
-    "latent_num_blocks": 1,
-    "latent_att_window_size": 16,
-}
-FLAGS = [part for k, v in TINY.items() for part in ("--" + k.replace("_", "-"), str(v))]
-SHORT = ["--context-len", "64", "--batch-size", "2", "--max-steps", "3", "--warmup-steps", "1"]
+TINY = tiny.TINY.to_dict()
+FLAGS = tiny.flags(TINY)
+SHORT = tiny.flags(tiny.WINDOWS | {"max_steps": 3, "warmup_steps": 1})
 
 
 @pytest.fixture
@@ -165,11 +156,12 @@ def test_a_column_that_is_not_there(model, tmp_path, capsys):
 
 
 def test_eval(trained, tmp_path, monkeypatch, capsys):
-    """Tables, JSON and a page, which say the same of one evaluation."""
+    """Tables, JSON and a page, which say the same of one evaluation; and what of the data it is."""
     calls, measured = [], []
 
     def once(model, data, **options):
-        calls.append((data.spec.dataset, options))
+        whole = options["split"] == "all"
+        calls.append((data.bytes.tobytes() if whole else data.spec.dataset, options))
         measured.append(measured[0] if measured else evaluate(model, data, **options))
         return measured[0]
 
@@ -181,7 +173,7 @@ def test_eval(trained, tmp_path, monkeypatch, capsys):
     assert "model, run run, step 3: validation data of" in out
     own = str(trained.parent / "text.txt")
     default = {
-        "split": "validation", "context_len": 64, "stride": None, "batch_size": None,
+        "split": "validation", "context_len": 40, "stride": None, "batch_size": None,
         "max_bytes": None, "precision": "auto", "passage": 4000, "progress": True,
     }  # fmt: skip
     assert calls == [(own, default)]
@@ -198,7 +190,7 @@ def test_eval(trained, tmp_path, monkeypatch, capsys):
     found = json.loads(capsys.readouterr().out)
     assert (found["step"], found["split"], found["data"]) == (3, "train", str(other))
     assert found["bytes"] == 112  # 5 % of 2,250
-    assert found["context_len"] == found["stride"] == 64
+    assert found["context_len"] == found["stride"] == 40
     for name, value in (
         ("bits per byte", f"{found['bits_per_byte']:.4f}"),
         ("without the latent blocks", f"{found['bits_per_byte_without_latent']:.4f}"),
@@ -208,6 +200,19 @@ def test_eval(trained, tmp_path, monkeypatch, capsys):
         ("router", f"{found['boundaries']['precision']:.3f}"),
     ):
         assert re.search(rf"^{name} +{re.escape(value)}", out, re.MULTILINE), name
+    for flags, split in (
+        ([str(other)], "all"),  # without validation data of its own
+        ([str(other), "--dataset-validation-size", "0.1"], "validation"),
+        ([own], "validation"),  # the run was trained on the rest
+        ([own, "--split", "all"], "all"),
+    ):
+        assert cli.main([*arguments, *flags]) == 0
+        part = "all" if split == "all" else "validation data"
+        assert f"step 3: {part} of {flags[0]}" in capsys.readouterr().out
+        assert calls[-1][1]["split"] == split
+        if split == "all":
+            text = Path(flags[0]).read_bytes()
+            assert calls[-1][0] == b"<pico:seq>" + text + b"</pico:seq>"
     written = page.read_text()
     assert "<h2>Passage <small>112 bytes" in written
     assert f"<dd>{found['bits_per_byte']:.3f}</dd>" in written
@@ -217,6 +222,7 @@ BAD_EVAL = {
     "no run": (["nothing"], "train"),
     "no checkpoint": (["run", "--checkpoint", "77"], "3"),
     "no dataset": (["run", "nowhere.txt"], "nowhere.txt"),
+    "empty": (["run", "empty.txt"], "empty.txt holds no text"),
     "flags without data": (["run", "--dataset-column-name", "a"], "DATASET"),
     "column": (["run", "rows.jsonl", "--dataset-column-name", "plot"], "story"),
     "split": (["run", "--split", "test"], "test"),
@@ -231,6 +237,7 @@ BAD_EVAL = {
 def test_bad_eval(flags, named, trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"story": "once"}\n' * 3)
+    (tmp_path / "empty.txt").write_text("")
     monkeypatch.setattr(cli, "describe_backend", lambda: "backend")
     assert status(["eval", str(trained), *flags]) == 2
     captured = capsys.readouterr()
@@ -272,7 +279,7 @@ def test_info(trained, capsys):
     for text in (
         f"total +{found['parameters']['total']:,}",
         f"step 3 +[\\d.]+ +{last['bits_per_byte']:.4f} +{last['validation_bits_per_byte']:.4f}",
-        "context_len +64",
+        "context_len +40",
     ):
         assert re.search(text, out), text
     for flags, named in ((["none"], "train"), (["../model"], "training.json")):
@@ -783,6 +790,25 @@ def test_broken_pipe_is_quiet(output, trained):
     assert "Broken" not in err
 
 
+@pytest.mark.parametrize("module", ["pico_tg.model", "pico_tg.cli"])
+def test_ctrl_c_during_the_imports(module, tmp_path):
+    """A finder of modules presses it when `module` is looked for."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "class Finder:\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        f"        if name == {module!r}: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder)\n"
+    )
+    paths = [str(tmp_path), str(Path(cli.__file__).parent.parent)]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(
+        [sys.executable, "-m", "pico_tg", "--version"], env=env, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 @pytest.mark.slow
 def test_ctrl_c_is_quiet(trained, tmp_path):
     arguments = ["run", str(trained), "run", "--max-bytes", "100000", "--ignore-end"]
@@ -918,17 +944,28 @@ def test_tracker(trained, text, tmp_path, monkeypatch, capsys):
     (tmp_path / "wandb.py").write_text(
         "calls = []\n"
         "class Run:\n"
+        "    id = 'x7'\n"
         "    def log(self, record, step): calls.append((step, record['loss']))\n"
         "    def finish(self): calls.append('finished')\n"
-        "def init(project, name, config): calls.append((project, name, config)); return Run()\n"
+        "def init(**options): calls.append(options); return Run()\n"
     )
     monkeypatch.delitem(sys.modules, "wandb")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert cli.main(arguments) == 0
     calls = sys.modules["wandb"].calls
+    first, *logs = calls
+    assert (first["project"], first["name"]) == ("pico_tg", "model/tracked")
+    assert first["config"]["dim"] == TINY["dim"]
+    assert first["config"]["max_steps"] == 3
+    assert "id" not in first
+    assert [step for step, _ in logs[:-1]] == [1, 2, 3]
+    assert logs[-1] == "finished"
+
+    # resumed, it is the same run there, which is also remembered while nothing is tracked
+    calls.clear()
+    again = ["train", str(trained), "tracked", "--resume"]
+    assert cli.main(again) == 0
+    assert cli.main([*again, "--tracker", "wandb"]) == 0
+    first, last = calls
+    assert (first["id"], first["resume"], last) == ("x7", "allow", "finished")
     monkeypatch.delitem(sys.modules, "wandb")
-    assert calls[0][:2] == ("pico_tg", "model/tracked")
-    assert calls[0][2]["dim"] == TINY["dim"]
-    assert calls[0][2]["max_steps"] == 3
-    assert [step for step, _ in calls[1:-1]] == [1, 2, 3]
-    assert calls[-1] == "finished"

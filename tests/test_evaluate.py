@@ -8,25 +8,14 @@ import sys
 import numpy as np
 import pytest
 from oracle import forward
+from tiny import TINY as CONFIG
 from tinygrad import Tensor, nn
 
-from pico_tg.config import Config
-from pico_tg.data import DataSpec, load_data
+from pico_tg.data import DataSpec, load_data, load_whole
 from pico_tg.evaluate import Evaluation, _Measure, _windows, check_options, evaluate
 from pico_tg.files import PicoError
 from pico_tg.model import Pico
 
-CONFIG = Config(
-    dim=24,
-    next_tokens=3,
-    att_q_heads=4,
-    att_kv_heads=2,
-    fb_num_blocks=1,
-    fb_att_window_size=6,
-    latent_capacity_factor=0.25,
-    latent_num_blocks=1,
-    latent_att_window_size=9,
-)
 CONTEXT, STRIDE = 24, 16  # the held-out text below is 4 windows and a part of one
 OPTIONS = {"context_len": CONTEXT, "stride": STRIDE, "batch_size": 2}
 DOCUMENTS = ["the cat; sat", "on a mât, 1_2 €!\n\n And then a\tdog,", "ran\n"]
@@ -293,6 +282,26 @@ def test_routed_padding_takes_no_slots(model):
 def test_bad_options(options, named):
     with pytest.raises(PicoError, match=named):
         check_options(**options)
+
+
+def test_other_parts(model, data, tmp_path, monkeypatch):
+    """All of the data is a corpus that may also be given; a text of one byte is enough of it."""
+    measured = []
+
+    def kept(corpus, *rest):
+        measured.append(bytes(corpus.bytes))
+        raise InterruptedError
+
+    monkeypatch.setattr(sys.modules["pico_tg.evaluate"], "_Tally", kept)
+    whole = load_whole(data.spec, progress=False)
+    for part, options in ((data, {"split": "train"}), (data.spec, {"split": "all"}), (whole, {})):
+        with pytest.raises(InterruptedError):
+            evaluate(model, part, **OPTIONS, **options)
+    train, everything, same = measured
+    assert everything == same == train + bytes(data.validation.bytes)
+    (tmp_path / "x.txt").write_text("x")
+    whole = load_whole(DataSpec(str(tmp_path / "x.txt")), progress=False)
+    assert bytes(whole.bytes) == b"<pico:seq>x</pico:seq>"
 
 
 def test_bad_data(model, data, monkeypatch):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import oracle
 import pytest
+from tiny import TINY, WINDOWS
 from tinygrad import Device, GlobalCounters, Tensor, nn
 
 from pico_tg import PicoError, Stats, kernels, train
@@ -278,9 +279,8 @@ WORDS = ["ab ", "ac ", "bad ", "bc ", "cab ", "cb ", "abcde "]
 def repetitive() -> Pico:
     """A model that learned a few words by heart, so that some drafts are right."""
     Tensor.manual_seed(3)
-    model = Pico(Config(**(vars(CONFIG) | {"next_tokens": 4})))
-    settings = {"context_len": 48, "batch_size": 4, "learning_rate": 1e-2, "warmup_steps": 5}
-    settings |= {"optimizer": "adamw"}  # which compiles sooner
+    model = Pico(TINY)
+    settings = WINDOWS | {"learning_rate": 1e-2, "warmup_steps": 5, "optimizer": "adamw"}
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("PICO_CACHE", folder)
         path = Path(folder) / "text.txt"

@@ -1,12 +1,9 @@
 """The published implementation's numbers: logits, routing, losses, gradients, decoding."""
 
-import runpy
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 from tinygrad import Tensor, TinyJit, nn
 
 from pico_tg import Config, Pico, load_weights, loss_fn
@@ -62,24 +59,6 @@ def test_one_causal_pass(model, golden):
     logits, _, decisions = model(Tensor(golden["x"][:1]), causal=True)
     assert_close(logits.numpy(), golden["eval_logits"], 1e-5)
     assert np.array_equal(decisions.numpy(), golden["eval_decisions"][..., 0] > 0)
-
-
-def test_interop(tmp_path, monkeypatch):
-    """The example reads what the safetensors package wrote and writes what it reads: the same."""
-    published = load_file(GOLDEN / "small.safetensors")
-    save_file(published, tmp_path / "weights.safetensors")
-    shutil.copy(GOLDEN / "small.json", tmp_path / "model.json")
-    out = tmp_path / "out.safetensors"
-    arguments = [str(tmp_path), str(tmp_path / "weights.safetensors"), str(out)]
-    example = str(GOLDEN.parent.parent / "examples" / "interop.py")
-    monkeypatch.setattr("sys.argv", [example, *arguments])
-    runpy.run_path(example, run_name="__main__")
-    back = load_file(out)
-    assert back.keys() == published.keys()
-    assert all(np.array_equal(back[name], published[name]) for name in back)
-    monkeypatch.setattr("sys.argv", [example, *arguments[:1], str(tmp_path / "none"), str(out)])
-    with pytest.raises(SystemExit, match=r"interop\.py: cannot read .*none"):
-        runpy.run_path(example, run_name="__main__")
 
 
 @pytest.mark.parametrize("cuts", [range(1, 64), [], [7, 8, 40]])

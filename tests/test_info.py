@@ -1,12 +1,15 @@
 """Sizes and costs: against the model itself, and against counting by hand."""
 
+import dataclasses
+import json
+
 import pytest
 from tinygrad import nn
 
 from pico_tg.config import Config
 from pico_tg.flops import decoding_operations
 from pico_tg.generate import Decoder
-from pico_tg.info import cache_bytes, parameters_by_part
+from pico_tg.info import cache_bytes, describe, parameters_by_part
 from pico_tg.model import Pico
 
 CONFIG = Config(
@@ -24,7 +27,7 @@ CONFIG = Config(
 
 @pytest.fixture(scope="module")
 def model() -> Pico:
-    return Pico(CONFIG, seed=0)
+    return Pico(CONFIG, fresh=False)
 
 
 def test_parameters_by_part(model):
@@ -62,3 +65,24 @@ def test_operations_of_decoding():
     assert decoding_operations(CONFIG, 20, 0.5) == operations(7, 11, 0.5)
     assert decoding_operations(CONFIG, 1000, 0.25) == operations(7, 41, 0.25)
     assert decoding_operations(CONFIG, 1000, 0.0) == operations(7, 41, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("router", "expected"), [("learned", 0.3), ("space", 0.3), ("stride", 0.25), ("all", 1.0)]
+)
+def test_the_rate_of_decoding(router, expected, tmp_path):
+    """What is known without a run, stride 4 for a capacity of 0.3; else what a run measured."""
+    config = dataclasses.replace(CONFIG, router=router, latent_capacity_factor=0.3)
+    config.to_json(tmp_path / "model.json")
+    operations = describe(tmp_path)["operations_a_byte"]
+    assert operations["decoding_router_rate"] == expected
+    length = operations["context_len"]
+    assert operations["decoding"] == decoding_operations(config, length, expected)
+    (tmp_path / "run").mkdir()
+    for step in (1, 2):
+        (tmp_path / "run" / f"{step:08d}.safetensors").touch()
+    rows = ({"step": step, "router_rate": step / 10} for step in (1, 2, 3))
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    operations = describe(tmp_path, "run")["operations_a_byte"]
+    assert operations["decoding_router_rate"] == 0.2
+    assert operations["decoding"] == decoding_operations(config, length, 0.2)

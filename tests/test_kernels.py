@@ -59,6 +59,18 @@ def expected(form, a, b):
     )
 
 
+@pytest.mark.parametrize("rows", [64, 37])
+def test_a_tensor_times_itself(rows, all_scheduled):
+    """Where it need not be padded in two ways, both factors are one argument of the kernel."""
+    a = np.random.default_rng(0).standard_normal((rows, 64)).astype(np.float32)
+    for form in ("linear", "matmul_transposed"):
+        x = Tensor(a).realize()
+        out = FORMS[form](x, x)
+        (gradient,) = (out.square().sum() / 64).gradient(x)
+        assert np.allclose(out.numpy(), a @ a.T, atol=1e-4)
+        assert np.allclose(gradient.numpy(), a @ a.T @ a / 16, atol=1e-4)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_against_numpy(form, shape, all_scheduled):

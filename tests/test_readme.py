@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import TINY, flags
 
-from pico_tg import Config, Pico, save_weights
+from pico_tg import Pico, save_weights
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -79,9 +80,10 @@ def test_script_of_the_readme(tmp_path):
 @pytest.mark.slow
 def test_benchmarks_of_the_readme(tmp_path):
     """As written but for sizes."""
-    sizes = "--dim 24 --att-q-heads 4 --att-kv-heads 2 --fb-num-blocks 1 --latent-num-blocks 1"
+    sizes = " ".join(flags(TINY.to_dict()))
     for command in blocks("bash")[3].strip().splitlines():
-        out = run(f"{command} {sizes} --next-tokens 2 --context-len 64 --repeats 1", tmp_path)
+        batch = " --batch-size 2" if "bench train" in command else ""
+        out = run(f"{command} {sizes} --context-len 40 --repeats 1{batch}", tmp_path)
         assert "from the start of the process" in out
 
 
@@ -125,11 +127,9 @@ def test_soap_elsewhere(tmp_path):
 @pytest.mark.slow
 def test_examples_that_write(tmp_path):
     """With a model of random weights, which write bytes of any kind."""
-    sizes = {"dim": 24, "att_q_heads": 2, "att_kv_heads": 1, "fb_num_blocks": 1, "next_tokens": 2}
-    config = Config.preset("xs", **sizes, latent_num_blocks=1)
     (tmp_path / "model" / "a").mkdir(parents=True)
-    config.to_json(tmp_path / "model" / "model.json")
-    save_weights(Pico(config), tmp_path / "model" / "a" / "00000001.safetensors")
+    TINY.to_json(tmp_path / "model" / "model.json")
+    save_weights(Pico(TINY), tmp_path / "model" / "a" / "00000001.safetensors")
     out = run(f"python {ROOT / 'examples' / 'sample.py'} model a", tmp_path)
     assert out.startswith("The ")
     assert len(out) > 50

@@ -9,11 +9,12 @@ import sys
 import numpy as np
 import pytest
 from oracle import forward
+from tiny import TINY as CONFIG
+from tiny import WINDOWS
 from tinygrad import Device, Tensor, TinyJit, nn
 from tinygrad.helpers import Context
 from tinygrad.uop.ops import Ops
 
-from pico_tg.config import Config
 from pico_tg.data import SEQ_END, SEQ_START, DataSpec, load_data
 from pico_tg.files import PicoError
 from pico_tg.kernels import compiled
@@ -28,18 +29,7 @@ from pico_tg.train import (
     train,
 )
 
-CONFIG = Config(
-    dim=24,
-    next_tokens=3,
-    att_q_heads=4,
-    att_kv_heads=2,
-    fb_num_blocks=1,
-    fb_att_window_size=6,
-    latent_capacity_factor=0.25,
-    latent_num_blocks=1,
-    latent_att_window_size=9,
-)
-QUICK = {"context_len": 40, "batch_size": 2, "warmup_steps": 2, "learning_rate": 3e-3}
+QUICK = WINDOWS | {"warmup_steps": 2, "learning_rate": 3e-3}
 
 
 @pytest.fixture
@@ -294,7 +284,7 @@ def test_validation_when_the_router_takes_every_byte(text):
         for layer in (block.att.proj, block.glu.fc2):
             layer.weight.assign(Tensor.zeros(*layer.weight.shape).contiguous()).realize()
     corpus = load_data(DataSpec(text), progress=False).validation
-    settings = TrainSettings(context_len=30, batch_size=3)
+    settings = TrainSettings(context_len=35, batch_size=3)
     found = Validation(model, corpus, settings)()
     assert found["validation_router_rate"] == 1
     one_graph = Validation(model, corpus, settings)
@@ -331,8 +321,8 @@ def test_two_devices_are_the_same_as_one():
     """With AdamW. SOAP is tested alone: it turns rounding into whole steps where a gradient is
     of low rank, as those of so few letters are."""
     rng = np.random.default_rng(4)
-    batches = batch(rng, 4, 1, 4, 40 + CONFIG.next_tokens)
-    settings = TrainSettings(batch_size=4, optimizer="adamw")
+    batches = batch(rng, 4, 1, 2, 40 + CONFIG.next_tokens)
+    settings = TrainSettings(batch_size=2, optimizer="adamw")
     one, two = TrainStep(make(), settings), TrainStep(make(), settings, TWO)
     assert {p.device for p in two.parameters} == {TWO}
     for windows in batches:

@@ -1,0 +1,49 @@
+"""Atomic writing; what a full disk or a kill leaves is in test_checkpoint.py."""
+
+import os
+
+import pytest
+
+from pico_tg.files import PicoError, atomic_write, check_writable
+
+
+def test_a_link_is_followed(tmp_path):
+    """To a file in another folder, or to one that is not there yet; nothing else is left."""
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "old").write_bytes(b"before")
+    (tmp_path / "link").symlink_to("there/old")
+    (tmp_path / "new-link").symlink_to("link-to-link")
+    (tmp_path / "link-to-link").symlink_to(there / "new")
+    for name in ("link", "new-link"):
+        check_writable(tmp_path / name)
+        with atomic_write(tmp_path / name) as file:
+            file.write(b"after")
+        assert (tmp_path / name).is_symlink()
+    assert (there / "old").read_bytes() == (there / "new").read_bytes() == b"after"
+    assert sorted(os.listdir(there)) == ["new", "old"]
+    assert sorted(os.listdir(tmp_path)) == ["link", "link-to-link", "new-link", "there"]
+
+
+def test_a_link_that_leads_nowhere(tmp_path):
+    (tmp_path / "a").symlink_to("no/where")
+    (tmp_path / "b").symlink_to("b")
+    for name in ("a", "b"):
+        with pytest.raises(PicoError, match="cannot write"), atomic_write(tmp_path / name):
+            pass
+        assert (tmp_path / name).is_symlink()
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link to a pipe"])
+def test_what_is_no_file_is_not_replaced(kind, tmp_path):
+    path = tmp_path / "x"
+    if kind == "folder":
+        path.mkdir()
+    else:
+        os.mkfifo(tmp_path / "pipe")
+        path.symlink_to("pipe") if kind == "link to a pipe" else (tmp_path / "pipe").rename(path)
+    before = sorted(os.listdir(tmp_path))
+    for write in (check_writable, lambda path: atomic_write(path).__enter__()):
+        with pytest.raises(PicoError, match=r"cannot write .* not a file"):
+            write(path)
+    assert sorted(os.listdir(tmp_path)) == before
