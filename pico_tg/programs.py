@@ -1,9 +1,12 @@
-"""Schedules and compiled kernels, kept between processes.
+"""Schedules and compiled kernels, kept between processes, and made by two of them.
 
 tinygrad remembers on disk what the compiler made of a kernel's source, but in each process it cuts
 the graph into kernels and writes their source anew, which takes many times as long. Here both are
 remembered, in the same file (CACHEDB) and under the same switch (CACHELEVEL): from a graph to its
 kernels, and from a kernel to its binary.
+
+Making a kernel is mostly Python's work, and so one core's. Where many are to be made, a forked
+process begins with the last ones, and the two meet in that file.
 """
 
 import contextlib
@@ -13,12 +16,28 @@ import importlib.metadata
 import os
 import pickle
 import platform
+import signal
 import sqlite3
+import sys
+from collections.abc import Callable
+from typing import NoReturn
 
+import tinygrad.engine.jit
 import tinygrad.engine.realize
+import tinygrad.helpers
 import tinygrad.schedule
+from tinygrad import Device
 from tinygrad.codegen import to_program
-from tinygrad.helpers import CACHELEVEL, DEBUG, ContextVar, diskcache_get, diskcache_put
+from tinygrad.helpers import (
+    BEAM,
+    CACHELEVEL,
+    CPU_COUNT,
+    DEBUG,
+    Context,
+    ContextVar,
+    diskcache_get,
+    diskcache_put,
+)
 from tinygrad.renderer import Renderer
 from tinygrad.uop.ops import CallInfo, Ops, UOp
 
@@ -34,12 +53,19 @@ VARIABLES = (
 INTERPRETERS = ("PYTHON", "NULL", "DSP")
 VERSION = importlib.metadata.version("tinygrad")
 
+# from so many new kernels on, a second process pays
+MANY = 16
+
 _known: dict[tuple, UOp] = {}
+_inherited: list = []
 
 
 def install() -> None:
     """From now on tinygrad looks here first."""
     tinygrad.engine.realize.to_program = remembered_program
+    compile_linear = tinygrad.engine.realize.compile_linear
+    for module in (tinygrad.engine.realize, tinygrad.engine.jit):
+        module.compile_linear = functools.partial(_with_help, compile_linear)
     tinygrad.schedule.schedule_cache = Schedules()
     # a graph's key must not hold where in memory a gradient's function happens to lie
     CallInfo.__repr__ = lambda self: f"CallInfo({self.__reduce__()[1]})"
@@ -68,9 +94,7 @@ def remembered_program(ast: UOp, renderer: Renderer) -> UOp:
     finished = ast.op is Ops.PROGRAM and len(ast.src) == 5
     if finished or renderer.target.device in INTERPRETERS or DEBUG >= 3:  # it prints what it makes
         return to_program(ast, renderer)
-    # the target may only say "native": the compiler's key tells processors apart, or we do
-    compiler = str(renderer.compiler.cachekey) if renderer.compiler else ""
-    within = (ast.key, type(renderer).__name__, str(renderer.target), compiler, _processor())
+    within = _circumstances(ast, renderer)
     if (known := (*within, _options())) not in _known:
         program = _recall("pico_kernels", *within)
         if program is None:
@@ -78,6 +102,57 @@ def remembered_program(ast: UOp, renderer: Renderer) -> UOp:
             _keep("pico_kernels", program, *within)
         _known[known] = program
     return _known[known]
+
+
+def _circumstances(ast: UOp, renderer: Renderer) -> tuple:
+    # the target may only say "native": the compiler's key tells processors apart, or we do
+    compiler = str(renderer.compiler.cachekey) if renderer.compiler else ""
+    return ast.key, type(renderer).__name__, str(renderer.target), compiler, _processor()
+
+
+def _with_help(compile_linear: Callable[..., UOp], linear: UOp, beam: int | None = None, **rest):
+    """`compile_linear`, with a forked process that makes kernels of the list as well.
+
+    Only for the CPU, whose compiler lives in this process and nowhere else, and not in a search,
+    which runs what it makes and needs the threads that a fork leaves behind.
+    """
+    searches = BEAM.value if beam is None else beam
+    possible = sys.platform == "linux" and CACHELEVEL >= 1 and DEBUG < 3 and CPU_COUNT.value > 1
+    if not possible or searches:
+        return compile_linear(linear, beam, **rest)
+    calls = [c for c in linear.src if c.src[0].op in (Ops.SINK, Ops.PROGRAM) and c.device == "CPU"]
+    with Context(ALLOW_DEVICE_USAGE=1):
+        renderer = Device["CPU"].renderer
+    options, missing = _options(), []
+    for ast in dict.fromkeys(c.src[0] for c in calls):
+        if (*_circumstances(ast, renderer), options) not in _known:
+            missing.append(ast)
+    # one look tells: either most of a list is in the file, or hardly any
+    if (
+        len(missing) < MANY
+        or _recall("pico_kernels", *_circumstances(missing[-1], renderer)) is not None
+    ):
+        return compile_linear(linear, beam, **rest)
+    helper = os.fork()
+    if helper == 0:
+        _help(missing, renderer)
+    try:
+        return compile_linear(linear, beam, **rest)
+    finally:
+        os.kill(helper, signal.SIGKILL)  # by now all is made; it may be at the last one still
+        os.waitpid(helper, 0)
+
+
+def _help(asts: list[UOp], renderer: Renderer) -> NoReturn:
+    """In the forked process: make these, from the last on, and end."""
+    with contextlib.suppress(BaseException):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the other one says what is to be said
+        # the file's connection is the other one's: not to be used here, nor closed
+        _inherited.append(tinygrad.helpers._db_connection)
+        tinygrad.helpers._db_connection = None
+        for ast in reversed(asts):
+            remembered_program(ast, renderer)
+    os._exit(0)
 
 
 def _light(program: UOp) -> UOp:
