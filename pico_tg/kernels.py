@@ -20,6 +20,7 @@ bfloat16; sums and results stay float32.
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import re
@@ -32,6 +33,7 @@ from tinygrad.codegen.opt import Opt, OptOps
 from tinygrad.dtype import AddrSpace, DType, _to_np_dtype
 from tinygrad.engine import realize
 from tinygrad.engine.realize import capturing
+from tinygrad.function import pm_transform_unique_const
 from tinygrad.helpers import ALLOW_TF32, CPU_COUNT, DEV, USE_TC, Context, ContextVar
 from tinygrad.renderer import Estimates
 from tinygrad.schedule.rangeify import resolve_function
@@ -51,59 +53,85 @@ def stored(x: Tensor) -> Tensor:
     return x.contiguous().contiguous_backward()
 
 
-def as_function(block: Callable[[Tensor], Tensor], weights: list[Tensor], x: Tensor) -> Tensor:
-    """block(x), scheduled as a function of its own, and its gradient as another one.
+def in_functions(blocks: list[Callable], weights: list[list[Tensor]], x: Tensor) -> Tensor:
+    """blocks[-1](… blocks[0](x)), each block scheduled as a function, and its gradient as another.
 
-    tinygrad then cuts a block into kernels once for all blocks of its shape, where it would take
-    one graph of all of them, and more than so many times as long. `weights`: all that get a
-    gradient through the block beside `x`. With RECOMPUTE, nothing of what is inside it is kept for
-    the gradient, which computes it again; otherwise all that the gradient needs is.
+    The blocks must be the same but for their `weights`, which are all that get a gradient through
+    them beside `x`. tinygrad then cuts one block into kernels where it would take one graph of all
+    of them, and many times as long. With RECOMPUTE, nothing of what is inside a block is kept for
+    its gradient, which computes it again; otherwise all that the gradient needs is.
     """
-    in_kernels: list[UOp] = []  # the buffers of what is kept, where kernels by hand write it
+    traced = _Traced(blocks[0], weights[0], x)
+    for own in weights:
+        x = traced(x, own)
+    return x
 
-    def trace(x: Tensor, upstream: Tensor, weights: list[Tensor], keep: Callable) -> list[Tensor]:
-        """What `keep` makes of block(x), its gradients, and what these need of its inside."""
+
+class _Traced:
+    """A block and its gradient as bodies of functions."""
+
+    def __init__(self, block: Callable[[Tensor], Tensor], weights: list[Tensor], x: Tensor) -> None:
+        upstream = Tensor.empty(*x.shape, device=x.device)
         out = block(x)
         gradients = out.gradient(x, *weights, gradient=upstream)
-        # leaves for now, with numbers that no function has: what is behind them is none of ours
+        # leaves, with numbers that no function has: what is behind them is none of ours
         inputs = [x.uop, upstream.uop, *[w.uop for w in weights]]
         inputs = {uop: uop.param_like(1_000_000 + i) for i, uop in enumerate(inputs)}
         graph = UOp.maketuple(out.uop, *[g.uop for g in gradients]).substitute(inputs)
-        out, *gradients = graph_rewrite(graph, _plain_graph).src
+        graph = graph_rewrite(graph, _plain_graph)
+        # what is constant and has a number of its own gets one that is the same in all graphs
+        graph = graph_rewrite(graph, pm_transform_unique_const, ctx=(None, itertools.count(0)))
+        out, *gradients = graph.src
+        x, upstream, *weights = inputs.values()
+
         shared = [] if RECOMPUTE else _shared(out, gradients)
-        back = {number: uop for uop, number in inputs.items()}
-        return [Tensor(uop.substitute(back)) for uop in keep(out, gradients, shared)]
+        stored = [uop for uop in shared if uop.op is Ops.CONTIGUOUS]
+        written = [uop.src[0] for uop in shared if uop.op is Ops.AFTER]  # by kernels by hand
+        self.kept = [uop.base for uop in written]
+        forward = UOp.maketuple(out, *stored)
+        self.buffers = _written(forward)
+        self.forward = _numbered(forward, [x, *weights, *self.buffers])
 
-    def gradient(upstream: UOp, call: UOp) -> tuple[UOp | None, ...]:
-        x, *rest = (Tensor(uop) for uop in call.src[1:])
-        out, *kept = (Tensor(call.gettuple(i)).contiguous() for i in range(len(call.src[0].src)))
+        known = {uop: uop.param_like(2_000_000 + i) for i, uop in enumerate(stored)}
+        known |= {uop: uop.src[0] for uop in shared if uop.op is Ops.AFTER}
+        backward = UOp.maketuple(*gradients).substitute(known)
+        self.buffers_back = [uop for uop in _written(backward) if uop not in self.kept]
+        stored = [known[uop] for uop in stored]
+        order = [upstream, out, x, *weights, *stored, *self.kept, *self.buffers_back]
+        self.backward = _numbered(backward, order)
 
-        # `out` is there so that this waits until what is in the kernels' buffers is written
-        @function(precompile=True, allow_implicit=True)
-        def backward(upstream: Tensor, out: Tensor, x: Tensor, weights: list, kept: list):
-            def with_known(_: UOp, gradients: list[UOp], shared: list[UOp]) -> list[UOp]:
-                places = {True: iter(in_kernels), False: iter(k.uop for k in kept)}
-                known = {uop: next(places[uop.op is Ops.AFTER]) for uop in shared}
-                return [g.substitute(known) for g in gradients]
+    def __call__(self, x: Tensor, weights: list[Tensor]) -> Tensor:
+        """The block of these weights."""
+        buffers = {b: UOp.new_buffer(b.device, b.arg, b.dtype) for b in self.buffers}
 
-            return tuple(trace(x, upstream, weights, with_known))
+        def gradient(upstream: UOp, call: UOp) -> tuple[UOp | None, ...]:
+            # contiguous, no copy: 0.13 forgets which buffer the bare result of a function is in,
+            # and the planner then gives that buffer to others
+            out, *stored = (call.gettuple(i).contiguous() for i in range(len(call.src[0].src)))
+            x, own = call.src[1], call.src[2 : 2 + len(weights)]
+            kept = [buffers[b] for b in self.kept]
+            new = [UOp.new_buffer(b.device, b.arg, b.dtype) for b in self.buffers_back]
+            # `out` is there so that this waits until what is in the kernels' buffers is written
+            found = self.backward.call(
+                upstream, out, x, *own, *stored, *kept, *new, name="block_backward", precompile=True
+            )
+            gradients = (found.gettuple(i).contiguous() for i in range(len(self.backward.src)))
+            return *gradients, *[None for _ in buffers]
 
-        # contiguous, no copy: 0.13 forgets which buffer the bare result of a function is in, and
-        # the planner then gives that buffer to others
-        found = backward(Tensor(upstream), out, x, rest[: len(weights)], kept)
-        return *[g.contiguous().uop for g in found], *[None for _ in rest[len(weights) :]]
+        inputs = x.uop, *[w.uop for w in weights], *buffers.values()
+        call = self.forward.call(*inputs, grad_fxn=gradient, name="block", precompile=True)
+        return Tensor(call.gettuple(0)).contiguous()
 
-    # implicit: the buffers that kernels write
-    @function(precompile=True, allow_implicit=True, grad_fxn=gradient)
-    def forward(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        def with_shared(out: UOp, _: list[UOp], shared: list[UOp]) -> list[UOp]:
-            in_kernels[:] = [uop.src[0] for uop in shared if uop.op is Ops.AFTER]
-            return [out, *[uop for uop in shared if uop.op is not Ops.AFTER]]
 
-        upstream = Tensor.empty(*x.shape, device=x.device)
-        return tuple(trace(x, upstream, list(weights), with_shared))
+def _written(graph: UOp) -> list[UOp]:
+    """The buffers that kernels in a graph write."""
+    places = [uop.src[0].base for uop in graph.toposort(enter_calls=False) if uop.op is Ops.AFTER]
+    return list(dict.fromkeys(place for place in places if place.op is Ops.BUFFER))
 
-    return forward(x, *weights)[0].contiguous()
+
+def _numbered(body: UOp, inputs: list[UOp]) -> UOp:
+    """The body of a function of these inputs."""
+    return body.substitute({uop: uop.param_like(i) for i, uop in enumerate(inputs)})
 
 
 # functions resolved, and no contiguous of what is in memory already: in a function it were a copy

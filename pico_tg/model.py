@@ -20,7 +20,7 @@ from tinygrad.helpers import Context
 
 from .attention import banded_attention, rotate
 from .config import Config
-from .kernels import as_function, as_index, linear, lookup, stored, swiglu
+from .kernels import as_index, in_functions, linear, lookup, stored, swiglu
 from .routing import gather, rule_decisions, scatter, slots, top_k_decisions
 
 RMS_EPS = 2.0**-23  # float32's machine epsilon
@@ -96,13 +96,17 @@ class Block:
         self.glu = SwiGLU(config.dim)
 
     def __call__(self, h: Tensor) -> Tensor:
-        if Tensor.training:
-            return as_function(self.apply, nn.state.get_parameters(self), h)
-        return self.apply(h)
-
-    def apply(self, h: Tensor) -> Tensor:
         h = stored(h + self.att(self.norm1(h)))
         return stored(h + self.glu(self.norm2(h)))
+
+
+def through(blocks: list[Block], h: Tensor) -> Tensor:
+    """h [B, N, D] through one block after the other."""
+    if Tensor.training:
+        return in_functions(blocks, [nn.state.get_parameters(block) for block in blocks], h)
+    for block in blocks:
+        h = block(h)
+    return h
 
 
 class FullBandwidth:
@@ -113,9 +117,7 @@ class FullBandwidth:
         self.blocks = [Block(config, window) for _ in range(config.fb_num_blocks)]
 
     def __call__(self, h: Tensor) -> Tensor:
-        for block in self.blocks:
-            h = block(h)
-        return h
+        return through(self.blocks, h)
 
 
 class Latent:
@@ -134,9 +136,7 @@ class Latent:
         index, slot = slots(decisions, count)
         selected = gather(h, index, slot)  # (B, S, D)
         weight = gather(router_logits.sigmoid().unsqueeze(2), index, slot)  # (B, S, 1)
-        deep = selected
-        for block in self.blocks:
-            deep = block(deep)
+        deep = through(self.blocks, selected)
         return scatter((deep - selected) * weight, index, slot)
 
 
