@@ -32,11 +32,12 @@ def assert_close(found: np.ndarray, expected: np.ndarray, tolerance: float, name
 
 
 def step(model: Pico, x: Tensor, targets: Tensor) -> list[Tensor]:
-    logits, z, decisions = model(x)
-    losses = loss_fn(logits, z, decisions, targets)
-    gradients = losses[0].gradient(*nn.state.get_state_dict(model).values())
-    outputs = [logits, z, decisions.cast("float32"), *losses, *gradients]
-    Tensor.realize(*outputs)
+    with Tensor.train():
+        logits, z, decisions = model(x)
+        losses = loss_fn(logits, z, decisions, targets)
+        gradients = losses[0].gradient(*nn.state.get_state_dict(model).values())
+        outputs = [logits, z, decisions.cast("float32"), *losses, *gradients]
+        Tensor.realize(*outputs)
     return outputs
 
 

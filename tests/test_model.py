@@ -73,11 +73,12 @@ def compare_training(config: Config, B: int, N: int) -> None:
     rng = np.random.default_rng(1)
     x = rng.integers(0, 256, (B, N), np.uint8)
     targets = rng.integers(0, 256, (B, N, config.next_tokens), np.uint8)
-    logits, z, decisions = model(Tensor(x))
-    losses = loss_fn(logits, z, decisions, Tensor(targets))
     state = nn.state.get_state_dict(model)
-    gradients = losses[0].gradient(*state.values())
-    Tensor.realize(logits, z, decisions, *losses, *gradients)
+    with Tensor.train():
+        logits, z, decisions = model(Tensor(x))
+        losses = loss_fn(logits, z, decisions, Tensor(targets))
+        gradients = losses[0].gradient(*state.values())
+        Tensor.realize(logits, z, decisions, *losses, *gradients)
 
     chosen = decisions.numpy()
     # the decisions are those of our own router logits; the oracle's may differ in the last bit

@@ -5,6 +5,9 @@ import sqlite3
 import subprocess
 import sys
 
+import pytest
+from tinygrad.helpers import CPU_COUNT
+
 SCRIPT = """
 import numpy as np, tinygrad.codegen, tinygrad.schedule
 made = []
@@ -23,10 +26,30 @@ print(len(made), GlobalCounters.global_ops, y, g, (halves + 1).tolist())
 """
 
 
-def run(cache, **environment) -> tuple[int, str]:
+# six kernels; this process takes its time for each, a forked one does not
+HELPED = """
+import os, time
+import numpy as np, tinygrad.codegen
+made, us, make = [], os.getpid(), tinygrad.codegen.do_to_program
+def slowly(*given):
+    if os.getpid() == us:
+        made.append(given[0])
+        time.sleep(2)
+    return make(*given)
+tinygrad.codegen.do_to_program = slowly
+import pico_tg
+from tinygrad import Tensor
+pico_tg.programs.MANY = 4
+x = Tensor(np.arange(60, dtype=np.float32)).realize()
+Tensor.realize(*(parts := [(x[: 10 + i] * i + i).contiguous() for i in range(6)]))
+print(len(made), [part.tolist() for part in parts])
+"""
+
+
+def run(cache, script=SCRIPT, **environment) -> tuple[int, str]:
     """How many schedules and kernels were made, and what came out."""
     environment = {**os.environ, "CACHEDB": str(cache), **environment}
-    command = [sys.executable, "-c", SCRIPT]
+    command = [sys.executable, "-c", script]
     out = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     made, rest = out.stdout.split(" ", 1)
     return int(made), rest
@@ -47,3 +70,14 @@ def test_a_damaged_cache_is_made_again(tmp_path):
         for table in (name for name in tables if name.startswith("pico_")):
             file.execute(f"UPDATE '{table}' SET val = substr(val, 1, 20)")
     assert run(tmp_path / "a.db") == (first, expected)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or CPU_COUNT.value < 2, reason="nobody helps here")
+def test_a_second_process_makes_kernels_meanwhile(tmp_path):
+    made, found = run(tmp_path / "a.db", HELPED, DEV="CPU")
+    expected = [[float(n * i + i) for n in range(10 + i)] for i in range(6)]
+    assert found.strip() == str(expected)
+    assert 1 <= made < 6
+    assert run(tmp_path / "a.db", HELPED, DEV="CPU")[0] == 0
+    alone, same = run(tmp_path / "b.db", HELPED, DEV="CPU", CPU_COUNT="1")
+    assert (alone, same) == (6, found)

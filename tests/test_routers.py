@@ -58,11 +58,12 @@ def test_training(variant):
     config, model, weights = variant
     x = np.stack([text(0, 30), text(1, 30)])
     targets = np.random.default_rng(1).integers(0, 256, (*x.shape, config.next_tokens), np.uint8)
-    logits, z, decisions = model(Tensor(x))
-    losses = loss_fn(logits, z, decisions, Tensor(targets), config.router == "learned")
     state = nn.state.get_state_dict(model)
-    gradients = losses[0].gradient(*state.values())
-    Tensor.realize(logits, z, decisions, *losses, *gradients)
+    with Tensor.train():
+        logits, z, decisions = model(Tensor(x))
+        losses = loss_fn(logits, z, decisions, Tensor(targets), config.router == "learned")
+        gradients = losses[0].gradient(*state.values())
+        Tensor.realize(logits, z, decisions, *losses, *gradients)
     chosen = decisions.numpy()
     expected = [oracle.decide(*r, config, False) for r in zip(z.numpy(), x, strict=True)]
     np.testing.assert_array_equal(chosen, expected)

@@ -361,8 +361,8 @@ def test_a_batch_that_cannot_be_shared(text, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_checkpoint_activations():
-    """The same loss and gradients, jitted or not, in much less memory."""
+def test_blocks_as_functions():
+    """The same loss and gradients, jitted or not; recomputed, in much less memory."""
     config = dataclasses.replace(CONFIG, latent_num_blocks=2, position="rope")
     model = Pico(config, seed=0)
     parameters = nn.state.get_parameters(model)
@@ -376,19 +376,20 @@ def test_checkpoint_activations():
         Tensor.realize(*found)
         return found
 
-    def results(call, checkpointing):
+    def results(call, checkpointing, training=True):
         settings = TrainSettings(precision="fp32", checkpoint_activations=checkpointing)
-        with Tensor.train(), graph_context(settings, ()):
+        with Tensor.train(training), graph_context(settings, ()):
             return [[x.numpy() for x in call(Tensor(b).clone().realize())] for b in batches]
 
     graphs = [TinyJit(gradients), TinyJit(gradients)]
     for graph in graphs:
         graph.cnt = 1  # captured by the first call
-    plain = results(graphs[0], False)
-    for found in (results(graphs[1], True), results(gradients, True)):
-        pairs = zip(itertools.chain(*found), itertools.chain(*plain), strict=True)
-        for ours, theirs in pairs:
-            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+    plain = results(gradients, False, training=False)  # one graph, without functions
+    for checkpointing, graph in enumerate(graphs):
+        for found in (results(graph, bool(checkpointing)), results(gradients, bool(checkpointing))):
+            pairs = zip(itertools.chain(*found), itertools.chain(*plain), strict=True)
+            for ours, theirs in pairs:
+                np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
 
     def held(graph):  # bytes of all buffers
         nodes = graph.captured.linear.toposort()
