@@ -73,8 +73,10 @@ for heads in args.next_tokens:
         variants[f"learned, heads {heads}"] = changed, args.seeds
 
 
-def decoding(model: pico_tg.Pico) -> dict[str, float]:
+def decoding(config: pico_tg.Config, weights: Path) -> dict[str, float]:
     """Bytes per second and per pass, compiled before; the prompt is left out."""
+    model = pico_tg.Pico(config, fresh=False)
+    pico_tg.load_weights(model, weights)
     decoder = Decoder(model)
     for _ in range(2):
         stats = pico_tg.Stats()
@@ -151,9 +153,8 @@ for seed in sorted({seed for _, seeds in variants.values() for seed in seeds}):
 table: dict[str, list[dict]] = {}
 for name, config, key, weights, result in tqdm(trained, desc="decoding", unit="model"):
     if args.sample_bytes:
-        model = pico_tg.Pico(config)
-        pico_tg.load_weights(model, weights)
-        result = result | once(key | {"sample_bytes": args.sample_bytes}, partial(decoding, model))
+        timed = key | {"sample_bytes": args.sample_bytes}
+        result = result | once(timed, partial(decoding, config, weights))
     table.setdefault(name, []).append(result)
 
 speeds = ["bytes_per_second", "a_pass"] if args.sample_bytes else []

@@ -11,6 +11,7 @@ python examples/interop.py to-torch DIR RUN WEIGHTS.pt
 
 import sys
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,7 +23,7 @@ from pico_tg.checkpoint import find_checkpoint
 def from_torch(state: dict[str, torch.Tensor], folder: str, run: str) -> pico_tg.Pico:
     """A PyTorch Pico's state_dict becomes the run RUN of the model in DIR, and is loaded."""
     checkpoint = Path(folder, run, "00000000.safetensors")
-    checkpoint.parent.mkdir(exist_ok=True)
+    checkpoint.parent.mkdir(parents=True)  # a new RUN: what is there is kept
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, checkpoint)
     return pico_tg.load(folder, run, 0)
 
@@ -43,5 +44,5 @@ if __name__ == "__main__":
                 torch.save(to_torch(folder, run), weights)
             case _:
                 sys.exit(__doc__)
-    except (OSError, pico_tg.PicoError) as error:
+    except (OSError, RuntimeError, UnpicklingError, AttributeError, pico_tg.PicoError) as error:
         sys.exit(f"interop.py: {error}")

@@ -206,7 +206,7 @@ def build_parser() -> Parser:
     )
     evaluating.add_argument(
         "--context-len", type=int, metavar="N",
-        help="bytes that each byte has before it at least (default: the run's context_len)",
+        help="bytes that each byte has before it, or all there are (default: as in training)",
     )  # fmt: skip
     evaluating.add_argument(
         "--stride", type=int, metavar="N",
@@ -625,7 +625,7 @@ def command_eval(args: argparse.Namespace) -> int:
         check_writable(page)
     if args.split is None and args.dataset and not has_validation(spec):
         known = stored["dataset"].get("dataset", "") if stored else ""
-        if os.path.realpath(known) != os.path.realpath(args.dataset):
+        if not known or os.path.realpath(known) != os.path.realpath(args.dataset):
             options["split"] = "all"
     data = load_whole(spec) if options["split"] == "all" else load_data(spec)
     model = load(args.path, args.run, args.checkpoint)

@@ -123,7 +123,7 @@ def evaluate(
       `python-docs`. A corpus is measured as it is
     - split: validation (held out if the data set has none); train; or all, train together with
       what is held out of it
-    - context_len: bytes that each byte has before it at least; stride: new bytes a window
+    - context_len: bytes that each byte has before it, or all there are; stride: new bytes a window
       (default: context_len, which takes in every byte twice)
     - batch_size: windows of one pass (default: as many as make 16,384 positions)
     - max_bytes: only the first so many bytes of the split, wrapper tags included

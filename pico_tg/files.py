@@ -62,7 +62,8 @@ def check_writable(path: str | os.PathLike) -> None:
 def _target(path: str | os.PathLike) -> Path:
     """Where links lead; whatever is there must be a file: a device or a pipe is not replaced."""
     path = Path(os.path.realpath(path))
-    if path.is_symlink() or (path.exists() and not path.is_file()):  # a loop of links is one still
+    # these two do not raise: a name that cannot be looked up fails where it is written
+    if os.path.lexists(path) and not os.path.isfile(path):  # a loop of links is a link still
         raise PicoError(f"cannot write {path}: there is something else of that name, not a file")
     return path
 

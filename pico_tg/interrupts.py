@@ -7,10 +7,11 @@ import sys
 
 def quiet_at_start() -> None:
     """Until `as_usual`, Ctrl-C leaves at once with status 130, if this is the command line."""
-    # `python -m` has no other name yet while it imports the package
     command = os.path.basename(sys.argv[0]) if sys.argv else ""
+    # `python -m` has no other name yet while it imports the package
+    module = command == "-m" and "pico_tg" in sys.orig_argv[1:]
     usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not ignored, say
-    if command in ("-m", "pico_tg") and usual:
+    if (module or command == "pico_tg") and usual:
         signal.signal(signal.SIGINT, _leave)
 
 

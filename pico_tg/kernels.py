@@ -71,18 +71,19 @@ class _Traced:
     """A block and its gradient as bodies of functions."""
 
     def __init__(self, block: Callable[[Tensor], Tensor], weights: list[Tensor], x: Tensor) -> None:
-        upstream = Tensor.empty(*x.shape, device=x.device)
-        out = block(x)
-        gradients = out.gradient(x, *weights, gradient=upstream)
         # leaves, with numbers that no function has: what is behind them is none of ours
-        inputs = [x.uop, upstream.uop, *[w.uop for w in weights]]
+        inputs = [x.uop, *[w.uop for w in weights]]
         inputs = {uop: uop.param_like(1_000_000 + i) for i, uop in enumerate(inputs)}
+        assert len(inputs) == 1 + len(weights), "a tensor is in two places"
+        out = block(x)
+        upstream = out.uop.param_like(999_999)  # split between devices as `out` is
+        gradients = out.gradient(x, *weights, gradient=Tensor(upstream))
         graph = UOp.maketuple(out.uop, *[g.uop for g in gradients]).substitute(inputs)
         graph = graph_rewrite(graph, _plain_graph)
         # what is constant and has a number of its own gets one that is the same in all graphs
         graph = graph_rewrite(graph, pm_transform_unique_const, ctx=(None, itertools.count(0)))
         out, *gradients = graph.src
-        x, upstream, *weights = inputs.values()
+        x, *weights = inputs.values()
 
         shared = [] if RECOMPUTE else _shared(out, gradients)
         stored = [uop for uop in shared if uop.op is Ops.CONTIGUOUS]

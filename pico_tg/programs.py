@@ -10,7 +10,9 @@ process begins with the last ones, and the two meet in that file.
 """
 
 import contextlib
+import ctypes
 import functools
+import gc
 import hashlib
 import importlib.metadata
 import os
@@ -19,6 +21,7 @@ import platform
 import signal
 import sqlite3
 import sys
+import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -57,7 +60,6 @@ VERSION = importlib.metadata.version("tinygrad")
 MANY = 16
 
 _known: dict[tuple, UOp] = {}
-_inherited: list = []
 
 
 def install() -> None:
@@ -113,44 +115,66 @@ def _circumstances(ast: UOp, renderer: Renderer) -> tuple:
 def _with_help(compile_linear: Callable[..., UOp], linear: UOp, beam: int | None = None, **rest):
     """`compile_linear`, with a forked process that makes kernels of the list as well.
 
-    Only for the CPU, whose compiler lives in this process and nowhere else, and not in a search,
-    which runs what it makes and needs the threads that a fork leaves behind.
+    Only those of the first CPU device, whose compiler needs nothing but memory, and not in a
+    search, which runs what it makes and needs the threads that a fork leaves behind. CPU_COUNT=1
+    and CACHELEVEL=0 do without.
     """
-    searches = BEAM.value if beam is None else beam
-    possible = sys.platform == "linux" and CACHELEVEL >= 1 and DEBUG < 3 and CPU_COUNT.value > 1
-    if not possible or searches:
-        return compile_linear(linear, beam, **rest)
-    calls = [c for c in linear.src if c.src[0].op in (Ops.SINK, Ops.PROGRAM) and c.device == "CPU"]
-    with Context(ALLOW_DEVICE_USAGE=1):
-        renderer = Device["CPU"].renderer
-    options, missing = _options(), []
-    for ast in dict.fromkeys(c.src[0] for c in calls):
-        if (*_circumstances(ast, renderer), options) not in _known:
-            missing.append(ast)
-    # one look tells: either most of a list is in the file, or hardly any
-    if (
-        len(missing) < MANY
-        or _recall("pico_kernels", *_circumstances(missing[-1], renderer)) is not None
-    ):
-        return compile_linear(linear, beam, **rest)
-    helper = os.fork()
-    if helper == 0:
-        _help(missing, renderer)
+    helper, searches = None, BEAM.value if beam is None else beam
+    if sys.platform == "linux" and CACHELEVEL >= 1 and CPU_COUNT.value > 1 and not searches:
+        calls = [c for c in linear.src if c.src[0].op is Ops.SINK and c.device == "CPU"]
+        if len(calls) >= MANY and DEBUG < 3:
+            helper = _fork(list(dict.fromkeys(c.src[0] for c in calls)))
     try:
         return compile_linear(linear, beam, **rest)
     finally:
-        os.kill(helper, signal.SIGKILL)  # by now all is made; it may be at the last one still
-        os.waitpid(helper, 0)
+        if helper:  # by now all is made; it may be at the last one still
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(helper, signal.SIGKILL)
+                os.waitpid(helper, 0)
 
 
-def _help(asts: list[UOp], renderer: Renderer) -> NoReturn:
-    """In the forked process: make these, from the last on, and end."""
-    with contextlib.suppress(BaseException):
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the other one says what is to be said
-        # the file's connection is the other one's: not to be used here, nor closed
-        _inherited.append(tinygrad.helpers._db_connection)
+def _fork(asts: list[UOp]) -> int | None:
+    """A process that makes those of these that are not made yet, from the last on; None: no need,
+    or no room."""
+    with Context(ALLOW_DEVICE_USAGE=1):
+        renderer = Device["CPU"].renderer
+    options = _options()
+    missing = [a for a in asts if (*_circumstances(a, renderer), options) not in _known]
+    # one look tells, as a rule: most of a list is in the file, or hardly any
+    if len(missing) < MANY:
+        return None
+    if _recall("pico_kernels", *_circumstances(missing[-1], renderer)) is not None:
+        return None
+    # a connection must not be carried into another process; it is made again when it is needed
+    if connection := tinygrad.helpers._db_connection:
+        connection.close()
         tinygrad.helpers._db_connection = None
+    # signals are for this process, which has not got its helper's number yet
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before, us = signal.pthread_sigmask(signal.SIG_BLOCK, signals), os.getpid()
+    try:
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+            helper = os.fork()  # Python 3.12 warns of threads: the helper needs none
+        if helper == 0:
+            _help(missing, renderer, us, before)
+        return helper
+    except OSError:
+        return None
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _help(asts: list[UOp], renderer: Renderer, parent: int, mask: set[int]) -> NoReturn:
+    """In the forked process, which leaves nothing behind and does not outlive the other."""
+    with contextlib.suppress(BaseException):
+        gc.disable()  # what is freed may belong to a device
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for ast in reversed(asts):
+            if os.getppid() != parent:
+                break
             remembered_program(ast, renderer)
     os._exit(0)
 

@@ -101,7 +101,6 @@ class SOAP(Optimizer):
         self.count = self._zeros(1, dtype=np.int32)
         self.refreshed = self._zeros(1, dtype=np.int32)
         self.finite = self._zeros(1, dtype=np.bool_)
-        self.numbers = [self._place(np.array([i], np.int32)) for i in range(len(self.params))]
         shapes = dict.fromkeys(p.shape for p in self.params)
         self.stacks = [
             Stack(
@@ -116,6 +115,8 @@ class SOAP(Optimizer):
             )
             for shape in shapes
         ]
+        most = max(len(stack.members) for stack in self.stacks)
+        self.numbers = [self._place(np.array([z], np.int32)) for z in range(most)]
 
     def _zeros(self, *shape: int, dtype: type = np.float32) -> Tensor:
         return self._place(np.zeros(shape, dtype))
