@@ -60,17 +60,14 @@ base = pico_tg.Config.preset(
 budget = args.steps * training_operations(base, LENGTH, BATCH)
 print(f"budget: {budget:.3g} operations of training, {args.steps} steps of the learned router")
 
-variants: dict[str, tuple[pico_tg.Config, list[int]]] = {
-    name: (dataclasses.replace(base, router=name), args.seeds)
-    for name in args.routers.split(",")
-    if name
+variants = {
+    name: dataclasses.replace(base, router=name) for name in args.routers.split(",") if name
 }
 if args.positions:
-    variants["learned, rope"] = dataclasses.replace(base, position="rope"), args.seeds
+    variants["learned, rope"] = dataclasses.replace(base, position="rope")
 for heads in args.next_tokens:
     if heads != base.next_tokens or "learned" not in variants:
-        changed = dataclasses.replace(base, next_tokens=heads)
-        variants[f"learned, heads {heads}"] = changed, args.seeds
+        variants[f"learned, heads {heads}"] = dataclasses.replace(base, next_tokens=heads)
 
 
 def decoding(config: pico_tg.Config, weights: Path) -> dict[str, float]:
@@ -135,10 +132,8 @@ def once(key: dict, make) -> dict:
 
 
 trained: list[tuple[str, pico_tg.Config, dict, Path, dict]] = []
-for seed in sorted({seed for _, seeds in variants.values() for seed in seeds}):
-    for name, (config, seeds) in variants.items():
-        if seed not in seeds:
-            continue
+for seed in args.seeds:
+    for name, config in variants.items():
         steps = max(1, budget // training_operations(config, LENGTH, BATCH))
         # all that a result depends on, but the machine
         key = {"length": LENGTH, "batch": BATCH, "rate": RATE, "warm_up": WARM_UP}

@@ -53,15 +53,18 @@ def stored(x: Tensor) -> Tensor:
     return x.contiguous().contiguous_backward()
 
 
-def in_functions(blocks: list[Callable], weights: list[list[Tensor]], x: Tensor) -> Tensor:
-    """blocks[-1](… blocks[0](x)), each block scheduled as a function, and its gradient as another.
+def in_functions(
+    block: Callable[[Tensor], Tensor], weights: list[list[Tensor]], x: Tensor
+) -> Tensor:
+    """x through blocks one after the other, each scheduled as a function, its gradient as another.
 
-    The blocks must be the same but for their `weights`, which are all that get a gradient through
-    them beside `x`. tinygrad then cuts one block into kernels where it would take one graph of all
-    of them, and many times as long. With RECOMPUTE, nothing of what is inside a block is kept for
-    its gradient, which computes it again; otherwise all that the gradient needs is.
+    The first one is `block`; the others do the same with their own `weights`, which are all that
+    get a gradient through a block beside `x`. tinygrad then cuts one block into kernels where it
+    would take one graph of all of them, and many times as long. With RECOMPUTE, nothing of what is
+    inside a block is kept for its gradient, which computes it again; otherwise all that the
+    gradient needs is.
     """
-    traced = _Traced(blocks[0], weights[0], x)
+    traced = _Traced(block, weights[0], x)
     for own in weights:
         x = traced(x, own)
     return x
@@ -86,19 +89,18 @@ class _Traced:
         x, *weights = inputs.values()
 
         shared = [] if RECOMPUTE else _shared(out, gradients)
-        stored = [uop for uop in shared if uop.op is Ops.CONTIGUOUS]
-        written = [uop.src[0] for uop in shared if uop.op is Ops.AFTER]  # by kernels by hand
-        self.kept = [uop.base for uop in written]
-        forward = UOp.maketuple(out, *stored)
+        returned = [uop for uop in shared if uop.op is Ops.CONTIGUOUS]
+        forward = UOp.maketuple(out, *returned)
         self.buffers = _written(forward)
         self.forward = _numbered(forward, [x, *weights, *self.buffers])
 
-        known = {uop: uop.param_like(2_000_000 + i) for i, uop in enumerate(stored)}
-        known |= {uop: uop.src[0] for uop in shared if uop.op is Ops.AFTER}
-        backward = UOp.maketuple(*gradients).substitute(known)
+        # what kernels by hand wrote is not returned: the gradient finds it in their buffers
+        in_buffers = {uop: uop.src[0] for uop in shared if uop.op is Ops.AFTER}
+        self.kept = [place.base for place in in_buffers.values()]
+        known = {uop: uop.param_like(2_000_000 + i) for i, uop in enumerate(returned)}
+        backward = UOp.maketuple(*gradients).substitute(known | in_buffers)
         self.buffers_back = [uop for uop in _written(backward) if uop not in self.kept]
-        stored = [known[uop] for uop in stored]
-        order = [upstream, out, x, *weights, *stored, *self.kept, *self.buffers_back]
+        order = [upstream, out, x, *weights, *known.values(), *self.kept, *self.buffers_back]
         self.backward = _numbered(backward, order)
 
     def __call__(self, x: Tensor, weights: list[Tensor]) -> Tensor:
@@ -108,13 +110,15 @@ class _Traced:
         def gradient(upstream: UOp, call: UOp) -> tuple[UOp | None, ...]:
             # contiguous, no copy: 0.13 forgets which buffer the bare result of a function is in,
             # and the planner then gives that buffer to others
-            out, *stored = (call.gettuple(i).contiguous() for i in range(len(call.src[0].src)))
+            out, *returned = (call.gettuple(i).contiguous() for i in range(len(call.src[0].src)))
             x, own = call.src[1], call.src[2 : 2 + len(weights)]
             kept = [buffers[b] for b in self.kept]
             new = [UOp.new_buffer(b.device, b.arg, b.dtype) for b in self.buffers_back]
             # `out` is there so that this waits until what is in the kernels' buffers is written
             found = self.backward.call(
-                upstream, out, x, *own, *stored, *kept, *new, name="block_backward", precompile=True
+                *(upstream, out, x, *own, *returned, *kept, *new),
+                name="block_backward",
+                precompile=True,
             )
             gradients = (found.gettuple(i).contiguous() for i in range(len(self.backward.src)))
             return *gradients, *[None for _ in buffers]
@@ -153,24 +157,19 @@ def _in_memory(uop: UOp) -> bool:
 
 
 def _shared(out: UOp, gradients: list[UOp]) -> list[UOp]:
-    """What of the graph of `out` is in memory and used by the gradients, in an order that is always
-    the same; nothing that has no inputs, which is as soon computed again.
+    """What of the graph of `out` is in memory and used by the gradients.
+
+    Nothing that depends on no input: it is as soon computed again.
     """
     varies: dict[UOp, bool] = {}
     for uop in out.toposort(enter_calls=False):
         varies[uop] = uop.op is Ops.PARAM or any(varies.get(s) for s in uop.src)
-    found: dict[UOp, None] = {}
-    seen, left = set(), gradients[::-1]
-    while left:
-        uop = left.pop()
-        if uop in seen:
-            continue
-        seen.add(uop)
-        if varies.get(uop) and uop.op in (Ops.CONTIGUOUS, Ops.AFTER):
-            found[uop] = None
-        else:
-            left += reversed(uop.src[1:] if uop.op is Ops.CALL else uop.src)
-    return list(found)
+
+    def is_shared(uop: UOp) -> bool:
+        return uop.op in (Ops.CONTIGUOUS, Ops.AFTER) and varies.get(uop, False)
+
+    own = UOp.maketuple(*gradients).toposort(lambda uop: not is_shared(uop), enter_calls=False)
+    return list(dict.fromkeys(source for uop in own for source in uop.src if is_shared(source)))
 
 
 def as_index(x: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ class Block:
 def through(blocks: list[Block], h: Tensor) -> Tensor:
     """h [B, N, D] through one block after the other."""
     if Tensor.training:
-        return in_functions(blocks, [nn.state.get_parameters(block) for block in blocks], h)
+        return in_functions(blocks[0], [nn.state.get_parameters(block) for block in blocks], h)
     for block in blocks:
         h = block(h)
     return h

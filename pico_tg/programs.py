@@ -120,9 +120,10 @@ def _with_help(compile_linear: Callable[..., UOp], linear: UOp, beam: int | None
     and CACHELEVEL=0 do without.
     """
     helper, searches = None, BEAM.value if beam is None else beam
-    if sys.platform == "linux" and CACHELEVEL >= 1 and CPU_COUNT.value > 1 and not searches:
+    wanted = CACHELEVEL >= 1 and CPU_COUNT.value > 1 and DEBUG < 3 and not searches
+    if wanted and sys.platform == "linux":
         calls = [c for c in linear.src if c.src[0].op is Ops.SINK and c.device == "CPU"]
-        if len(calls) >= MANY and DEBUG < 3:
+        if len(calls) >= MANY:
             helper = _fork(list(dict.fromkeys(c.src[0] for c in calls)))
     try:
         return compile_linear(linear, beam, **rest)
@@ -140,9 +141,9 @@ def _fork(asts: list[UOp]) -> int | None:
         renderer = Device["CPU"].renderer
     options = _options()
     missing = [a for a in asts if (*_circumstances(a, renderer), options) not in _known]
-    # one look tells, as a rule: most of a list is in the file, or hardly any
     if len(missing) < MANY:
         return None
+    # one look tells, as a rule: most of a list is in the file, or hardly any
     if _recall("pico_kernels", *_circumstances(missing[-1], renderer)) is not None:
         return None
     # a connection must not be carried into another process; it is made again when it is needed

@@ -4,25 +4,15 @@ import dataclasses
 import json
 
 import pytest
+from tiny import TINY
 from tinygrad import nn
 
-from pico_tg.config import Config
 from pico_tg.flops import decoding_operations
 from pico_tg.generate import Decoder
 from pico_tg.info import cache_bytes, describe, parameters_by_part
 from pico_tg.model import Pico
 
-CONFIG = Config(
-    dim=26,
-    next_tokens=3,
-    att_q_heads=4,
-    att_kv_heads=2,
-    fb_num_blocks=1,
-    fb_att_window_size=6,
-    latent_capacity_factor=0.25,
-    latent_num_blocks=2,
-    latent_att_window_size=40,
-)
+CONFIG = dataclasses.replace(TINY, dim=26, latent_num_blocks=2, latent_att_window_size=40)
 
 
 @pytest.fixture(scope="module")
