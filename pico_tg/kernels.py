@@ -25,7 +25,7 @@ import math
 import os
 import re
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from tinygrad import Device, Tensor, TinyJit, dtypes, function
@@ -39,11 +39,14 @@ from tinygrad.renderer import Estimates
 from tinygrad.schedule.rangeify import resolve_function
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, PatternMatcher, UOp, UPat, graph_rewrite
 
-ROWS, COLUMNS = 8, 16  # the register tile
+COLUMNS = 16  # of a tile in registers: a vector, or several
 # below this many multiplications a product is bound by memory or by the call, not by arithmetic
 SMALL = 1 << 15
-# from this many terms on, the columns of a transposed factor are gathered before they are read
-LONG = 2048
+FEWEST = 8  # rows of a product by hand
+PARALLEL = 1 << 19  # numbers from which on cores share a copy: to start one takes some time
+INT = 1 << 31  # addresses from here on take 64 bits
+UNROLL = 4  # terms of a sum in one turn of its loop
+VECTOR = dtypes.float32.vec(COLUMNS)
 BF16 = ContextVar("PICO_BF16", 0)  # `with Context(PICO_BF16=1)` while a graph is made
 RECOMPUTE = ContextVar("PICO_RECOMPUTE", 0)  # likewise: what is inside a block is not kept
 
@@ -261,18 +264,18 @@ def _swiglu(x: Tensor, share: Tensor) -> Tensor:
     return gate * share * value
 
 
-def product(a: Tensor, b: Tensor, transposed: bool = False) -> Tensor:
-    """a [Z, M, L] @ b [Z, L, N] -> [Z, M, N], with no gradient; `transposed`: a is [Z, L, M]."""
-    M, L = a.shape[:0:-1] if transposed else a.shape[1:]
-    N = b.shape[2]
-    gemm = _gemm_for(a, M, L, N, dtypes.float32)
-    if gemm is None:
-        return ((a.transpose(1, 2) if transposed else a) @ b).contiguous()
+def product(a: Tensor, b: Tensor, a_turned: bool = False, b_turned: bool = False) -> Tensor:
+    """a [Z, M, L] @ b [Z, L, N] -> [Z, M, N], with no gradient.
+
+    `a_turned`: a is [Z, L, M]; `b_turned`: b is [Z, N, L].
+    """
+    M, L = a.shape[:0:-1] if a_turned else a.shape[1:]
+    N = b.shape[1 if b_turned else 2]
+    gemm = _gemm_for(a, M, L, N, dtypes.float32) or _plain
     rows, terms, columns = (_whole_tiles(size, gemm) for size in (M, L, N))
-    if gemm is _gemm:  # it leaves out what lies beyond L
-        terms = L
-    a = _padded(_whole(a), terms, rows) if transposed else _padded(_whole(a), rows, terms)
-    return gemm(a, _padded(_whole(b), terms, columns), M, N, L, transposed)[:, :M, :N]
+    a = _padded(_whole(a), *((terms, rows) if a_turned else (rows, terms))).contiguous()
+    b = _padded(_whole(b), *((columns, terms) if b_turned else (terms, columns)))
+    return gemm(a, b, M, N, L, a_turned, b_turned)[:, :M, :N]
 
 
 def _whole(x: Tensor) -> Tensor:
@@ -294,18 +297,13 @@ def _scheduled(x: Tensor, M: int, L: int, N: int) -> bool:
     return _gemm_for(x, M, L, N, dtypes.float32) is _gemm
 
 
-def _factors() -> DType:
-    """What the factors of the model's products are rounded to."""
-    return dtypes.bfloat16 if BF16 else dtypes.float32
-
-
 def _gemm_for(
     x: Tensor, M: int, L: int, N: int, dtype: DType | None = None
 ) -> Callable[..., Tensor] | None:
     """What computes [M, L] @ [L, N] from padded factors of `dtype`; None: `@`, from them as is."""
-    dtype = dtype or _factors()
+    dtype = dtype or (dtypes.bfloat16 if BF16 else dtypes.float32)
     # each length is summed over in the product or a gradient; a sum of one term is no loop
-    matrices = M >= ROWS and min(L, N) > 1
+    matrices = M >= FEWEST and min(L, N) > 1
     if matrices and M * L * N >= SMALL and by_hand(x.device):
         return _gemm
     rounded = dtype == dtypes.bfloat16
@@ -319,6 +317,8 @@ def _whole_tiles(size: int, gemm: Callable[..., Tensor]) -> int:
     """What a side is padded to: a multiple of 16; for matrix units 2 or 4 such if that is next to
     nothing, for tinygrad's kernels then hold so many tiles in registers, and load less.
     """
+    if gemm is _plain:
+        return size
     least = _round_up(size, COLUMNS)
     longer = (_round_up(size, tiles * COLUMNS) for tiles in (4, 2, 1))
     return next(n for n in longer if 20 * n <= 21 * least) if gemm is _on_units else least
@@ -334,45 +334,63 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     N = b.shape[1]
     gemm = _gemm_for(a, M, L, N)
     rows, terms, columns = (_whole_tiles(size, gemm) for size in (M, L, N))
-    a, b = _padded(a, rows, terms, _factors()), _padded(b, columns, terms, _factors())
-    product = _product_function(M, N, L, gemm, a.uop is b.uop)
+    a, b = (
+        _rounded(_padded(x, height, terms), bool(BF16)).contiguous().contiguous_backward()
+        for x, height in ((a, rows), (b, columns))
+    )
+    product = _product_function(M, N, L, gemm, a.uop is b.uop, bool(BF16))
     return product(a, b)[:, :M, :N].contiguous_backward()
 
 
-def _padded(x: Tensor, rows: int, columns: int, dtype: DType = dtypes.float32) -> Tensor:
-    padded = x.pad((None, (0, rows - x.shape[1]), (0, columns - x.shape[2])))
-    return padded.cast(dtype).contiguous().contiguous_backward()
+def _padded(x: Tensor, rows: int, columns: int) -> Tensor:
+    return x.pad((None, (0, rows - x.shape[1]), (0, columns - x.shape[2])))
+
+
+def _rounded(x: Tensor, to_bf16: bool) -> Tensor:
+    """What a product's factor is made of; kernels by hand read bfloat16's values as float32."""
+    if not to_bf16:
+        return x
+    rounded = x.cast(dtypes.bfloat16)
+    # added up so that a gradient is not rounded on its way back
+    return x + (rounded.float() - x).detach() if by_hand(x.device) else rounded
 
 
 @functools.cache
-def _product_function(M: int, N: int, L: int, gemm: Callable[..., Tensor], same: bool):
+def _product_function(
+    M: int, N: int, L: int, gemm: Callable[..., Tensor], same: bool, to_bf16: bool
+):
     """a, b (padded) -> a @ b.T, whose gradient is two more such products; `same` if a is b."""
 
     def gradient(upstream: UOp, call: UOp) -> tuple[UOp | None, ...]:
         a, *others = (Tensor(uop) for uop in call.src[1:])
         b, *buffers = (a, *others) if same else others  # one and the same is one argument
-        g = Tensor(upstream).cast(a.dtype).contiguous()
-        da, db = gemm(g, b, M, L, N), gemm(g, a, N, L, M, transposed=True)
+        g = _rounded(Tensor(upstream), to_bf16).contiguous()
+        da, db = gemm(g, b, M, L, N), gemm(g, a, N, L, M, a_turned=True)
         gradients = [(da + db).uop] if same else [da.uop, db.uop]
         return *gradients, *[None for _ in buffers]
 
     # implicit: the buffer that the kernel writes
     @function(grad_fxn=gradient, allow_implicit=True)
     def product(a: Tensor, b: Tensor) -> Tensor:
-        # rows of b become columns: the vector's lanes are then next to each other in memory
-        return gemm(a, _transposed(b) if gemm is _gemm else b.transpose(1, 2).contiguous(), M, N, L)
+        return gemm(a, b, M, N, L, b_turned=True)
 
     return product
 
 
-def _plain(a: Tensor, b: Tensor, M: int, N: int, L: int, transposed: bool = False) -> Tensor:
+def _plain(
+    a: Tensor, b: Tensor, M: int, N: int, L: int, a_turned: bool = False, b_turned: bool = False
+) -> Tensor:
     """What `_gemm` computes, as tinygrad schedules it; the padding, zeros here, is summed over."""
-    return ((a.transpose(1, 2) if transposed else a).float() @ b.float()).contiguous()
+    a, b = a.transpose(1, 2) if a_turned else a, b.transpose(1, 2) if b_turned else b
+    return (a.float() @ b.float()).contiguous()
 
 
-def _on_units(a: Tensor, b: Tensor, M: int, N: int, L: int, transposed: bool = False) -> Tensor:
+def _on_units(
+    a: Tensor, b: Tensor, M: int, N: int, L: int, a_turned: bool = False, b_turned: bool = False
+) -> Tensor:
     """`_plain` in the form that matrix units take: float32 sums of exact products."""
-    a = a.transpose(1, 2) if transposed else a
+    a = a.transpose(1, 2) if a_turned else a
+    b = b.transpose(1, 2).contiguous() if b_turned else b.contiguous()
     return a.matmul(b, dtype=dtypes.float32).contiguous()
 
 
@@ -398,176 +416,254 @@ def _has_units(device: str | tuple[str, ...], dtype: DType) -> bool:
     return bool(USE_TC and allowed) and dtype in units
 
 
-def _gemm(a: Tensor, b: Tensor, M: int, N: int, L: int, transposed: bool = False) -> Tensor:
-    """[Z, M, L] @ [Z, L, N], the first one stored as [Z, L, M] if `transposed`.
+def _gemm(
+    a: Tensor,
+    b: Tensor,
+    M: int,
+    N: int,
+    L: int,
+    a_turned: bool = False,
+    b_turned: bool = False,
+) -> Tensor:
+    """[Z, M, L] @ [Z, L, N]; stored as [Z, L, M] if `a_turned`, as [Z, N, L] if `b_turned`.
 
     The buffers are padded to whole tiles, as is the result; M, N and L say how much of them is
     meant. What the padding holds does not matter: it is summed over by nobody.
+
+    A tile reads a few rows of `a` and one panel of `b` front to back, so that each core's loads
+    come from where the last ones did. In a matrix of rows each step of a column would touch a new
+    line, and every few steps a new page (110 GFLOPS where panels reach 180). Both factors are
+    copied into that order first: a percent or two of the time.
     """
-    Z = a.shape[0]
-    # also where columns lie a multiple of a page apart: they would share a few cache lines
-    long = L >= LONG or (L >= LONG // 4 and M % 1024 == 0)
-    if transposed and Z == 1 and long and min(M, N) > COLUMNS:
-        return _gemm_long(a, b, M, N, L)
-    rows, columns = _round_up(M, 2 * ROWS), _round_up(N, COLUMNS)
-    # threads share the matrices, or the rows if those divide better
-    by_rows = _threads(rows // ROWS) > _threads(Z)
-    threads = _threads(rows // ROWS if by_rows else Z)
-
-    name = f"gemm{'_t' if transposed else ''}_{Z}_{M}_{N}_{L}"
-    out = Tensor.empty(Z, rows, columns, device=a.device)
-    shapes = (out.shape, a.shape, b.shape)
-    addressable = max(map(math.prod, shapes)) < 1 << 31  # by int32
-    if a.dtype == b.dtype == dtypes.float32 and addressable:
-        program = _tiled_program(name, shapes, L, transposed, threads, by_rows, a.device)
-        return out.custom_kernel(a, b, fxn=lambda *_: program)[0]
-
-    def kernel(C: UOp, A: UOp, B: UOp) -> UOp:
-        m, n = UOp.range(rows, 1), UOp.range(columns, 2)
-        l = UOp.range(L, 3, AxisType.REDUCE)
-        z = UOp.range(Z, 0) if Z > 1 else 0
-        left = A[z, l, m] if transposed else A[z, m, l]
-        right = B[z, l, n]
-        product = left.cast(dtypes.float32) * right.cast(dtypes.float32)
-        total = product.reduce(l, arg=Ops.ADD)
-        outer = 1 if Z > 1 else 0
-        # from the last axis to the first: one that is used up is gone, and later ones move forward
-        opts = [Opt(OptOps.UPCAST, outer + 1, COLUMNS), Opt(OptOps.UPCAST, outer, ROWS)]
-        if L % 4 == 0:
-            opts.append(Opt(OptOps.UNROLL, 0, 4))
-        if threads > 1:
-            opts.append(Opt(OptOps.THREAD, outer if by_rows else 0, threads))
-        info = KernelInfo(name=name, opts_to_apply=tuple(opts))
-        ranges = (z, m, n) if Z > 1 else (m, n)
-        return C[z, m, n].store(total).end(*ranges).sink(arg=info)
-
-    return out.custom_kernel(a, b, fxn=kernel)[0]
-
-
-@functools.cache
-def _tiled_program(
-    name: str,
-    shapes: tuple[tuple[int, ...], ...],
-    L: int,
-    transposed: bool,
-    threads: int,
-    by_rows: bool,
-    device: str,
-) -> UOp:
-    """The float32 kernel of `_gemm` as the loops and vectors that are to run; `shapes` of C, A, B.
-
-    What tinygrad would make of the kernel in there, after 0.3 s of rewriting it for each size.
-    """
-    (Z, rows, columns), (_, A_rows, A_columns), (_, B_rows, B_columns) = shapes
-    step = (1, A_columns) if transposed else (A_columns, 1)  # to A's next m, and to its next l
-    unroll = 4 if L % 4 == 0 else 1
-    vector = dtypes.float32.vec(COLUMNS)
-    sizes = [math.prod(shape) for shape in shapes]
-    C, A, B = (UOp(Ops.PARAM, dtypes.float32.ptr(n), arg=i) for i, n in enumerate(sizes))
-
-    def at(buffer: UOp, place: UOp | int, dtype: DType = vector) -> UOp:
-        place = place if isinstance(place, UOp) else UOp.const(dtypes.int, place)
-        where = UOp(Ops.INDEX, buffer.dtype, (buffer, place))
-        pointer = dtype.ptr(buffer.dtype.size, buffer.dtype.addrspace)
-        return where if dtype == dtypes.float32 else where.cast(pointer)
-
-    def load(buffer: UOp, place: UOp | int, dtype: DType = vector) -> UOp:
-        return UOp(Ops.LOAD, dtype, (at(buffer, place, dtype),))
-
-    def splat(x: UOp) -> UOp:
-        return UOp(Ops.STACK, vector, (x,) * COLUMNS)
-
-    loops: list[UOp] = []
-
-    def loop(turns: int) -> UOp:
-        """A loop inside those before it; one of one turn is none."""
-        count = UOp.const(dtypes.int, turns)
-        if turns == 1:
-            return UOp.const(dtypes.int, 0)
-        loops.append(UOp(Ops.RANGE, dtypes.int, (count, *loops), (len(loops), AxisType.LOOP)))
-        return loops[-1]
-
-    shares = [Z // (1 if by_rows else threads), rows // ROWS // (threads if by_rows else 1)]
-    z, m, n = loop(shares[0]), loop(shares[1]), loop(columns // COLUMNS)
-    if threads > 1:
-        core = UOp.variable("core_id", 0, threads - 1, dtypes.int)
-        z, m = (z, m + core * shares[1]) if by_rows else (z + core * shares[0], m)
-    row, column = m * ROWS, n * COLUMNS
-
-    sums = UOp(Ops.DEFINE_REG, dtypes.float32.ptr(ROWS * COLUMNS, AddrSpace.REG), arg=0)
-    fresh = sums.after(*loops) if loops else sums
-    zero = splat(UOp.const(dtypes.float32, 0.0))
-    cleared = [at(fresh, i * COLUMNS).store(zero) for i in range(ROWS)]
-    count = UOp.const(dtypes.int, L // unroll)
-    l = UOp(Ops.RANGE, dtypes.int, (count, *cleared), (len(loops), AxisType.REDUCE))
-    inside = sums.after(*cleared, l)
-    totals = [load(inside, i * COLUMNS) for i in range(ROWS)]
-    for u in range(unroll):
-        k = l * unroll + u
-        right = load(B, (z * B_rows + k) * B_columns + column)
-        for i in range(ROWS):
-            place = z * (A_rows * A_columns) + (row + i) * step[0] + k * step[1]
-            totals[i] = totals[i] + splat(load(A, place, dtypes.float32)) * right
-    kept = [at(inside, i * COLUMNS).store(total) for i, total in enumerate(totals)]
-    done = sums.after(UOp.group(*kept).end(l))
-    body = UOp.group(
-        *[
-            at(C, (z * rows + row + i) * columns + column).store(load(done, i * COLUMNS))
-            for i in range(ROWS)
-        ]
+    a = _transposed(a) if a_turned else a
+    b = _panels(b.transpose(1, 2) if b_turned else b)
+    Z, height, depth = a.shape
+    rows, columns, terms = _round_up(M, COLUMNS), b.shape[1] * COLUMNS, b.shape[2]
+    return _tiles(
+        Tensor.empty(Z, rows, columns, device=a.device),
+        [a, b],
+        f"gemm_{Z}_{M}_{N}_{L}",
+        (Z,),
+        (rows, columns, L),
+        left=lambda z, m, l: (z * height + m) * depth + l,
+        right=lambda z, l, n: (z * columns + n) * terms + l * COLUMNS,
+        target=lambda z, m, n: (z * rows + m) * columns + n,
     )
-    for x in reversed(loops):
-        body = body.end(x)
-    # tinygrad counts nothing here: it takes all that precedes an address for part of the address
-    work = Estimates(2 * sizes[0] * L, mem=4 * sum(sizes))
-    target = UOp(Ops.DEVICE, arg=device.split(":")[0])
-    return UOp(Ops.PROGRAM, src=(body.sink(arg=KernelInfo(name=name, estimates=work)), target))
-
-
-def _gemm_long(a: Tensor, b: Tensor, M: int, N: int, L: int) -> Tensor:
-    """`_gemm` with `transposed`, for one pair of matrices and many terms.
-
-    Both are copied into panels of 16 columns first. A tile reads two panels front to back; in the
-    matrices themselves each of its steps would touch a new page (43 GFLOPS a core against 100).
-    """
-    rows, columns = _round_up(M, 2 * ROWS), _round_up(N, COLUMNS)
-    by_rows = _threads(rows // COLUMNS) >= _threads(columns // COLUMNS)
-    threads = _threads((rows if by_rows else columns) // COLUMNS)
-
-    def kernel(C: UOp, A: UOp, B: UOp) -> UOp:
-        (p, c, i, j), axis = _loops(rows // COLUMNS, columns // COLUMNS, COLUMNS, COLUMNS)
-        l = UOp.range(L, 4, AxisType.REDUCE)
-        left, right = A[p, l, i], B[c, l, j]
-        total = (left.cast(dtypes.float32) * right.cast(dtypes.float32)).reduce(l, arg=Ops.ADD)
-        opts = [Opt(OptOps.UPCAST, axis[3], COLUMNS), Opt(OptOps.UPCAST, axis[2], ROWS)]
-        if L % 4 == 0:
-            opts.append(Opt(OptOps.UNROLL, 0, 4))
-        if threads > 1:
-            opts.append(Opt(OptOps.THREAD, axis[0] if by_rows else axis[1], threads))
-        info = KernelInfo(name=f"gemm_long_{M}_{N}_{L}", opts_to_apply=tuple(opts))
-        store = C[p * COLUMNS + i, c * COLUMNS + j].store(total)
-        return _end(store, p, c, i, j).sink(arg=info)
-
-    out = Tensor.empty(rows, columns, device=a.device)
-    return out.custom_kernel(_panels(a[0]), _panels(b[0]), fxn=kernel)[0].reshape(1, rows, columns)
-
-
-def _transposed(x: Tensor) -> Tensor:
-    """[Z, M, N] -> [Z, N, M], both multiples of COLUMNS, in squares."""
-    Z, M, N = x.shape
-
-    def kernel(out: UOp, x: UOp) -> UOp:
-        (z, m, n), axis = _loops(Z, M, N)
-        opts = [Opt(OptOps.UPCAST, axis[2], 4), Opt(OptOps.UPCAST, axis[1], COLUMNS)]
-        info = KernelInfo(name=f"transposed_{Z}_{M}_{N}", opts_to_apply=tuple(opts))
-        return _end(out[z, n, m].store(x[z, m, n]), z, m, n).sink(arg=info)
-
-    return Tensor.empty(Z, N, M, device=x.device, dtype=x.dtype).custom_kernel(x, fxn=kernel)[0]
 
 
 def _panels(x: Tensor) -> Tensor:
-    """[L, n * COLUMNS] -> [n, L, COLUMNS]."""
-    return x.reshape(x.shape[0], -1, COLUMNS).transpose(0, 1).contiguous()
+    """[Z, L, n * COLUMNS] -> [Z, n, L, COLUMNS]."""
+    Z, L, _ = x.shape
+    return x.reshape(Z, L, -1, COLUMNS).transpose(1, 2).contiguous()
+
+
+def _transposed(x: Tensor) -> Tensor:
+    """[Z, M, N] -> [Z, N, M], both multiples of COLUMNS, in rectangles that stay in registers."""
+    Z, M, N = x.shape
+    out = Tensor.empty(Z, N, M, device=x.device)
+    wide = 8
+    sizes = (Z, M // COLUMNS, N // wide)
+    shared, threads = _share(sizes[:2]) if x.numel() >= PARALLEL else (0, 1)
+    code = _Code(out, x, threads=threads)
+    z, m, n = code.loops(sizes, shared)
+    m, n = m * COLUMNS, n * wide
+    stores = []
+    for j in range(wide):
+        column = [code.load(1, (z * M + m + i) * N + n + j, 1) for i in range(COLUMNS)]
+        place = (z * N + n + j) * M + m
+        stores.append(code.store(place, UOp(Ops.STACK, VECTOR, tuple(column))))
+    code.end(*stores)
+    program = code.program(f"transposed_{Z}_{M}_{N}")
+    return out.custom_kernel(x, fxn=lambda *_: program)[0]
+
+
+def _tiles(
+    out: Tensor,
+    inputs: list[Tensor],
+    name: str,
+    outer: tuple[int, ...],
+    sizes: tuple[int, int, int],
+    left: Callable[..., UOp],
+    right: Callable[..., UOp],
+    target: Callable[..., UOp],
+    finish: Callable[..., UOp] | None = None,
+    again: Callable[..., UOp] | None = None,
+    products: int | None = None,
+) -> Tensor:
+    """For each turn of the `outer` loops a product of `sizes` (M, N, L), in tiles in registers.
+
+    `left(*outer, m, l)` says where a factor is in the first input, `right(*outer, l, n)` where
+    COLUMNS others are in the second, `target(*outer, m, n)` where as many results go. M and N are
+    multiples of COLUMNS. `finish(code, total, *outer, m, n)` turns a vector of sums into one of
+    results. `again(*outer)` adds an innermost loop of so many turns to the outer ones, whose
+    products are summed up in `out`, without its number; `products` says how many there are in all.
+    """
+    M, N, L = sizes
+    # what is left is a multiple of 4, so that there is one smaller size, and not one tile alone
+    tall = tile_rows()
+    lefts = ((n, M - n * tall) for n in range(M // tall, -1, -1))
+    main, left_rows = next((n, rows) for n, rows in lefts if rows % 4 == 0 and rows != 4)
+    shared, threads = _share((*outer, max(main, left_rows // 4)))
+    code = _Code(out, *inputs, threads=threads)
+    zero = code.splat(0.0)
+    looped = L - L % UNROLL if L >= 2 * UNROLL else 0  # a loop of one turn would be none
+
+    def tiles(first: int, turns: int, height: int) -> None:
+        where = matrix = code.loops(outer, shared)
+
+        def tile() -> tuple[UOp, UOp, list[UOp]]:
+            m, n = code.loops((turns, N // COLUMNS), shared - len(outer))
+            m, n = m * height + first, n * COLUMNS
+            return m, n, [target(*matrix, m + i, n) for i in range(height)]
+
+        if again:
+            around = len(code.open)
+            _, _, places = tile()
+            cleared = code.end(*[code.store(place, zero) for place in places], leave=around)
+            where = [*matrix, code.loop(again(*matrix), cleared)]
+        m, n, places = tile()
+
+        def add(totals: list[UOp], l: UOp) -> list[UOp]:
+            b = code.load(2, right(*where, l, n))
+            a = [code.load(1, left(*where, m + i, l), 1) for i in range(height)]
+            return [total + code.splat(x) * b for total, x in zip(totals, a, strict=True)]
+
+        totals = [code.load_so_far(place) if again else zero for place in places]
+        if looped:
+            sums, before = code.registers(height), code.open or code.done
+            filled = [code.put(sums.after(*before), i, total) for i, total in enumerate(totals)]
+            l = code.loop(looped // UNROLL, filled)
+            inside = sums.after(*filled, l)
+            totals = [code.get(inside, i) for i in range(height)]
+            for u in range(UNROLL):
+                totals = add(totals, l * UNROLL + u)
+            summed = UOp.group(*[code.put(inside, i, total) for i, total in enumerate(totals)])
+            code.open.pop()
+            totals = [code.get(sums.after(summed.end(l)), i) for i in range(height)]
+        for last in range(looped, L):
+            totals = add(totals, code.number(last))
+        if finish:
+            totals = [finish(code, total, *where, m + i, n) for i, total in enumerate(totals)]
+        code.end(*[code.store(place, t) for place, t in zip(places, totals, strict=True)])
+
+    if main:
+        tiles(0, main, tall)
+    if left_rows:
+        tiles(main * tall, left_rows // 4, 4)
+    program = code.program(name, 2 * M * N * L * (products or math.prod(outer)))
+    return out.custom_kernel(*inputs, fxn=lambda *_: program)[0]
+
+
+class _Code:
+    """A kernel as the loops and vectors that are to run: tinygrad's renderer only writes it down.
+
+    From the sums alone tinygrad would make the same, in 0.3 to 1 s for each size. Numbers are
+    float32, and stand for a place in the first tensor (written) or the others, flat.
+    """
+
+    def __init__(self, *tensors: Tensor, threads: int) -> None:
+        self.threads = threads
+        sizes = [tensor.numel() for tensor in tensors]
+        self.index = dtypes.int if max(sizes) < INT else dtypes.long
+        self.buffers = [UOp(Ops.PARAM, dtypes.float32.ptr(n), arg=i) for i, n in enumerate(sizes)]
+        self.device, self.bytes = tensors[0].device.split(":")[0], 4 * sum(sizes)
+        self.numbers = itertools.count()
+        self.open: list[UOp] = []  # the loops that what comes next is in
+        self.done: list[UOp] = []  # what has ended, and comes before them
+
+    def number(self, n: int) -> UOp:
+        return UOp.const(self.index, n)
+
+    def loop(self, turns: UOp | int, after: Sequence[UOp] = ()) -> UOp:
+        """A loop inside those that are open; itself open until `end`."""
+        turns = turns if isinstance(turns, UOp) else self.number(turns)
+        before = turns, *(self.open or self.done), *after
+        loop = UOp(Ops.RANGE, self.index, before, (next(self.numbers), AxisType.LOOP))
+        self.open.append(loop)
+        return loop
+
+    def loops(self, sizes: tuple[int, ...], shared: int) -> list[UOp]:
+        """One inside the other; threads share out the one numbered `shared`."""
+        return [self._turns(n, i == shared) for i, n in enumerate(sizes)]
+
+    def _turns(self, n: int, shared: bool) -> UOp:
+        if n == 1:
+            return self.number(0)
+        if not shared or self.threads == 1:
+            return self.loop(n)
+        core = UOp.variable("core_id", 0, self.threads - 1, dtypes.int).cast(self.index)
+        ends = ((core + i) * n for i in range(2))
+        start, stop = (UOp(Ops.CDIV, self.index, (x, self.number(self.threads))) for x in ends)
+        return self.loop(stop - start) + start
+
+    def end(self, *stores: UOp, leave: int = 0) -> list[UOp]:
+        """All open loops but so many end; if all do, the next ones come after them."""
+        body = UOp.group(*stores)
+        while len(self.open) > leave:
+            body = body.end(self.open.pop())
+        if not leave:
+            self.done.append(body)
+        return [body]
+
+    def _at(self, buffer: UOp, place: UOp, wide: int) -> UOp:
+        where = UOp(Ops.INDEX, buffer.dtype, (buffer, place))
+        vector = dtypes.float32.vec(wide)
+        return (
+            where
+            if wide == 1
+            else where.cast(vector.ptr(buffer.dtype.size, buffer.dtype.addrspace))
+        )
+
+    def load(self, tensor: int, place: UOp, wide: int = COLUMNS) -> UOp:
+        where = self._at(self.buffers[tensor], place, wide)
+        return UOp(Ops.LOAD, dtypes.float32.vec(wide), (where,))
+
+    def load_so_far(self, place: UOp) -> UOp:
+        """What the last turn of the loops that are open has stored."""
+        return UOp(Ops.LOAD, VECTOR, (self._at(self.buffers[0].after(*self.open), place, COLUMNS),))
+
+    def store(self, place: UOp, vector: UOp) -> UOp:
+        return self._at(self.buffers[0], place, COLUMNS).store(vector)
+
+    def registers(self, vectors: int) -> UOp:
+        size = dtypes.float32.ptr(vectors * COLUMNS, AddrSpace.REG)
+        return UOp(Ops.DEFINE_REG, size, arg=next(self.numbers))
+
+    def get(self, registers: UOp, i: int) -> UOp:
+        return UOp(Ops.LOAD, VECTOR, (self._at(registers, self.number(i * COLUMNS), COLUMNS),))
+
+    def put(self, registers: UOp, i: int, vector: UOp) -> UOp:
+        return self._at(registers, self.number(i * COLUMNS), COLUMNS).store(vector)
+
+    def splat(self, x: UOp | float) -> UOp:
+        x = x if isinstance(x, UOp) else UOp.const(dtypes.float32, x)
+        return UOp(Ops.STACK, VECTOR, (x,) * COLUMNS)
+
+    def program(self, name: str, operations: int = 0) -> UOp:
+        # tinygrad counts nothing here: it takes all that precedes an address for part of it
+        info = KernelInfo(name=name, estimates=Estimates(operations, mem=self.bytes))
+        target = UOp(Ops.DEVICE, arg=self.device)
+        return UOp(Ops.PROGRAM, src=(UOp.sink(*self.done, arg=info), target))
+
+
+def _share(sizes: tuple[int, ...]) -> tuple[int, int]:
+    """Which of these loops threads share out most evenly, the outermost first; how many threads."""
+
+    def longest(i: int) -> float:
+        return -(-sizes[i] // min(CPU_COUNT.value, sizes[i])) / sizes[i]
+
+    best = min(range(len(sizes)), key=longest)
+    return best, min(CPU_COUNT.value, sizes[best])
+
+
+@functools.cache
+def tile_rows() -> int:
+    """Rows of a tile: 8 vectors of 512 bits; else 6, which 16 registers of 256 bits can hold."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return 8 if " avx512f " in file.read() else 6
+    except OSError:
+        return 6
 
 
 # Attention in a band: products whose ends are fused with what comes next -------------------------
@@ -627,7 +723,7 @@ def band_attention(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, band: Band) 
     output has the gradient g, its scores have weights * (r * g . v - r * D) (the softmax's gradient
     with both factors moved into the rows).
     """
-    C, P, rounded = band.head_dim, band.width, _factors()
+    C, P, rounded = band.head_dim, band.width, bool(BF16)
     B, K, G, Q, blocks = band.batch, band.kv_heads, band.group, band.queries, band.blocks
     behind = blocks * Q - band.length
 
@@ -635,21 +731,22 @@ def band_attention(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, band: Band) 
         x = x.pad((None, None, (band.reach, behind), (0, P - C)))
         if filled:
             x = x + (Tensor.arange(P, device=x.device) == C)
-        return x.reshape(-1, P).cast(rounded).contiguous()
+        return _rounded(x.reshape(-1, P), rounded).contiguous()
 
     q = (q / (math.sqrt(C) * math.log(2))).pad((None, None, (0, behind), (0, P - C)))
     q = q.reshape(B, K, G, blocks, Q, P).permute(0, 1, 3, 2, 4, 5).reshape(-1, P)
-    q, k, v = q.cast(rounded).contiguous(), keys(k, False), keys(v, True)
-    slopes = (slopes.reshape(1, -1).expand(B, -1) / math.log(2)).reshape(-1).contiguous()
-    weights = _exps(_band_scores(q, _turned(k, band, C), slopes, band), rounded)
+    q, k, v = _rounded(q, rounded).contiguous(), keys(k, False), keys(v, True)
+    slopes = (slopes.reshape(1, -1).expand(B, -1) / -math.log(2)).reshape(-1).contiguous()
+    weights = _rounded(_exps(_band_scores(q, _key_panels(k, band), slopes, band)), rounded)
+    weights = weights.contiguous()
     sums = _band_product(weights, v, band, "weigh")
-    out = _band_function(band)(q, k, v, weights, sums)
+    out = _band_function(band, rounded)(q, k, v, weights, sums)
     out = out.reshape(B, K, blocks, G, Q, C).permute(0, 1, 3, 2, 4, 5)
     return out.reshape(B, band.heads, blocks * Q, C)[:, :, : band.length]
 
 
 @functools.cache
-def _band_function(band: Band):
+def _band_function(band: Band, rounded: bool):
     """q, k, v, weights, sums (as matrices) -> the output's rows, with the gradient by hand."""
     C, P = band.head_dim, band.width
 
@@ -657,11 +754,12 @@ def _band_function(band: Band):
         q, k, v, weights, sums = (Tensor(uop) for uop in call.src[1:])
         g = Tensor(upstream).contiguous()
         share = sums[:, C : C + 1].reciprocal()
-        dots = ((g * sums[:, :C]).sum(axis=1, keepdim=True) * share * share).contiguous()
-        g = (g * share).pad((None, (0, P - C))).cast(q.dtype).contiguous()
-        d_scores = _band_score_gradient(g, _turned(v, band, C), weights, dots, band)
-        dq = _band_product(d_scores, k, band, "dq", math.log(2))
-        dk = _band_key_gradient(d_scores, q, band, "dk", math.log(2))
+        dots = (-(g * sums[:, :C]).sum(axis=1, keepdim=True) * share * share).contiguous()
+        g = _rounded((g * share).pad((None, (0, P - C))), rounded).contiguous()
+        d_scores = _band_score_gradient(g, _key_panels(v, band), weights, dots, band)
+        d_scores = _rounded(d_scores, rounded).contiguous()
+        dq = _band_product(d_scores, k, band, "dq") * math.log(2)
+        dk = _band_key_gradient(d_scores, q, band, "dk") * math.log(2)
         dv = _band_key_gradient(weights, g, band, "dv")
         dk, dv = (
             x.reshape(band.matrices, -1, P).pad((None, (band.reach, 0), None)).reshape(-1, P)
@@ -676,138 +774,116 @@ def _band_function(band: Band):
     return attended
 
 
-def _turned(x: Tensor, band: Band, columns: int) -> Tensor:
-    """Rows [matrices * positions, width] -> [matrices * columns, positions]."""
-    x = x.reshape(band.matrices, band.positions, band.width)[:, :, :columns]
-    return x.transpose(1, 2).reshape(-1, band.positions).contiguous()
+def _key_panels(x: Tensor, band: Band) -> Tensor:
+    """Rows [matrices * positions, width] -> [matrices, positions / COLUMNS, width, COLUMNS]."""
+    return _panels(x.reshape(band.matrices, band.positions, band.width).transpose(1, 2))
 
 
 def _band_scores(q: Tensor, k: Tensor, slopes: Tensor, band: Band) -> Tensor:
-    """q's rows, k turned -> scores in the unit of powers of two, ALiBi in it, unseen -inf."""
-    Z, b, G, Q, s = band.matrices, band.blocks, band.group, band.queries, band.keys
+    """q's rows, k in panels -> scores in the unit of powers of two, ALiBi in it, unseen -inf.
 
-    def body(S: tuple[UOp, ...], z, b_, g, i, n) -> UOp:
-        l = UOp.range(band.head_dim, 5, AxisType.REDUCE)
-        row = ((z * b + b_) * G + g) * Q + i
-        total = _times(S[0][row, l], S[1][z * band.head_dim + l, b_ * Q + n])
-        bias = S[2][z * G + g] * S[3][i, n] + S[4][b_ * Q + n]
-        return total.reduce(l, arg=Ops.ADD) - bias
+    `slopes` are negative: added is what a position of distance adds to a score.
+    """
+    Z, b, Q, M, s, P = (
+        *(band.matrices, band.blocks, band.queries),
+        *(band.rows, band.keys, band.width),
+    )
 
-    def target(z, b_, g, i, n):
-        return ((z * b + b_) * G + g) * Q + i, n
+    def biased(code: _Code, total: UOp, z: UOp, b_: UOp, m: UOp, n: UOp) -> UOp:
+        head = UOp(Ops.CDIV, m.dtype, (m, code.number(Q)))
+        slope = code.load(3, z * band.group + head, 1)
+        distance = code.load(4, (m - head * Q) * s + n)
+        return total + code.splat(slope) * distance + code.load(5, b_ * Q + n)
 
     arange = functools.partial(Tensor.arange, device=q.device)
     distance = arange(Q).reshape(Q, 1) + band.reach - arange(s)
     seen = (distance >= 0) & (distance <= band.window)
     distance = seen.where(distance.cast(dtypes.float32), math.inf).contiguous()
-    before = (arange(band.positions) < band.reach).where(math.inf, 0.0).contiguous()
-    out = Tensor.empty(Z * b * band.rows, s, device=q.device)
-    return _tiled(
-        out,
+    before = (arange(band.positions) < band.reach).where(-math.inf, 0.0).contiguous()
+    return _tiles(
+        Tensor.empty(Z * b * M, s, device=q.device),
         [q, k, slopes, distance, before],
-        "scores",
-        (Z, b, G, Q, s),
-        body,
-        target,
-        band.head_dim,
+        f"scores_{Z}_{b}_{M}_{s}_{band.head_dim}",
+        (Z, b),
+        (M, s, band.head_dim),
+        left=lambda z, b_, m, l: ((z * b + b_) * M + m) * P + l,
+        right=lambda z, b_, l, n: (z * band.positions + b_ * Q + n) * P + l * COLUMNS,
+        target=lambda z, b_, m, n: ((z * b + b_) * M + m) * s + n,
+        finish=biased,
     )
 
 
-def _band_product(a: Tensor, x: Tensor, band: Band, name: str, factor: float = 1.0) -> Tensor:
+def _band_product(a: Tensor, x: Tensor, band: Band, name: str) -> Tensor:
     """a (rows of scores) times the keys' rows x -> rows."""
-    Z, b, M, P = band.matrices, band.blocks, band.rows, band.width
-
-    def body(S: tuple[UOp, ...], z, b_, m, c) -> UOp:
-        l = UOp.range(band.keys, 5, AxisType.REDUCE)
-        right = S[1][z * band.positions + b_ * band.queries + l, c]
-        total = _times(S[0][(z * b + b_) * M + m, l], right).reduce(l, arg=Ops.ADD)
-        return total if factor == 1 else total * factor
-
-    def target(z, b_, m, c):
-        return (z * b + b_) * M + m, c
-
-    out = Tensor.empty(Z * b * M, P, device=a.device)
-    return _tiled(out, [a, x], name, (Z, b, M, P), body, target, band.keys)
+    Z, b, M, P, s = band.matrices, band.blocks, band.rows, band.width, band.keys
+    return _tiles(
+        Tensor.empty(Z * b * M, P, device=a.device),
+        [a, x],
+        f"{name}_{Z}_{b}_{M}_{P}_{s}",
+        (Z, b),
+        (M, P, s),
+        left=lambda z, b_, m, l: ((z * b + b_) * M + m) * s + l,
+        right=lambda z, b_, l, n: (z * band.positions + b_ * band.queries + l) * P + n,
+        target=lambda z, b_, m, n: ((z * b + b_) * M + m) * P + n,
+    )
 
 
 def _band_score_gradient(g: Tensor, v: Tensor, weights: Tensor, dots: Tensor, band: Band) -> Tensor:
-    """weights * (g's rows times v turned - dots [rows, 1]), in the dtype of the weights."""
-    Z, b, M, s, terms = band.matrices, band.blocks, band.rows, band.keys, band.head_dim
+    """weights * (g's rows times v, in panels, + dots [rows, 1])."""
+    Z, b, M, P, s = band.matrices, band.blocks, band.rows, band.width, band.keys
 
-    def body(S: tuple[UOp, ...], z, b_, m, n) -> UOp:
-        l = UOp.range(terms, 5, AxisType.REDUCE)
+    def weighed(code: _Code, total: UOp, z: UOp, b_: UOp, m: UOp, n: UOp) -> UOp:
         row = (z * b + b_) * M + m
-        total = _times(S[0][row, l], S[1][z * terms + l, b_ * band.queries + n])
-        total = total.reduce(l, arg=Ops.ADD) - S[3][row, 0]
-        return total * S[2][row, n].cast(dtypes.float32)
+        return (total + code.splat(code.load(4, row, 1))) * code.load(3, row * s + n)
 
-    def target(z, b_, m, n):
-        return (z * b + b_) * M + m, n
+    return _tiles(
+        Tensor.empty(Z * b * M, s, device=g.device),
+        [g, v, weights, dots],
+        f"ds_{Z}_{b}_{M}_{s}_{band.head_dim}",
+        (Z, b),
+        (M, s, band.head_dim),
+        left=lambda z, b_, m, l: ((z * b + b_) * M + m) * P + l,
+        right=lambda z, b_, l, n: (z * band.positions + b_ * band.queries + n) * P + l * COLUMNS,
+        target=lambda z, b_, m, n: ((z * b + b_) * M + m) * s + n,
+        finish=weighed,
+    )
 
-    out = Tensor.empty(Z * b * M, s, device=g.device, dtype=weights.dtype)
-    return _tiled(out, [g, v, weights, dots], "ds", (Z, b, M, s), body, target, terms)
 
-
-def _band_key_gradient(a: Tensor, x: Tensor, band: Band, name: str, factor: float = 1.0) -> Tensor:
-    """For each key, the sum of a (its column of the scores) times rows x, over all its queries."""
-    Z, b, M, Q, P = band.matrices, band.blocks, band.rows, band.queries, band.width
+def _band_key_gradient(a: Tensor, x: Tensor, band: Band, name: str) -> Tensor:
+    """For each key the sum of a (its column of the scores) times rows x, over all its queries."""
+    Z, b, M, Q, P, s = (
+        *(band.matrices, band.blocks, band.rows),
+        *(band.queries, band.width, band.keys),
+    )
     later = band.reach // Q  # blocks after a key's own that see it
 
-    def body(S: tuple[UOp, ...], z, b_, n, c) -> UOp:
-        t = UOp.range(later + 1, 4, AxisType.REDUCE) if later else UOp.const(dtypes.weakint, 0)
-        m = UOp.range(M, 5, AxisType.REDUCE)
-        inside = b_ + t < b
-        row = (z * b + inside.where(b_ + t, b - 1)) * M + m if later else (z * b + b_) * M + m
-        total = _times(S[0][row, (later - t) * Q + n], S[1][row, c]).reduce(m, arg=Ops.ADD)
-        if later:
-            total = inside.where(total, total.const_like(0)).reduce(t, arg=Ops.ADD)
-        return total if factor == 1 else total * factor
+    def again(z: UOp, b_: UOp) -> UOp:
+        there = b - b_
+        return (there < later + 1).where(there, there.const_like(later + 1))
 
-    def target(z, b_, n, c):
-        return (z * b + b_) * Q + n, c
+    def left(z: UOp, b_: UOp, *rest: UOp) -> UOp:
+        t, n, m = rest if later else (0, *rest)
+        return ((z * b + b_ + t) * M + m) * s + (later - t) * Q + n
 
-    out = Tensor.empty(Z * b * Q, P, device=a.device)
-    unroll = 1 if later else 0
-    return _tiled(out, [a, x], name, (Z, b, Q, P), body, target, M, unroll)
+    def right(z: UOp, b_: UOp, *rest: UOp) -> UOp:
+        t, m, c = rest if later else (0, *rest)
+        return ((z * b + b_ + t) * M + m) * P + c
 
-
-def _times(left: UOp, right: UOp) -> UOp:
-    return left.cast(dtypes.float32) * right.cast(dtypes.float32)
-
-
-def _tiled(
-    out: Tensor,
-    inputs: list[Tensor],
-    name: str,
-    sizes: tuple[int, ...],
-    body: Callable[..., UOp],
-    target: Callable[..., tuple],
-    terms: int,
-    unroll: int = 0,
-) -> Tensor:
-    """out[target(loops)] = body(inputs, loops), in register tiles over the last two loops.
-
-    The innermost sum in `body` has `terms`; `unroll` is its number among the sums.
-    """
-
-    def kernel(C: UOp, *S: UOp) -> UOp:
-        loops, axis = _loops(*sizes)
-        value = body(S, *loops).cast(out.dtype)
-        opts = [Opt(OptOps.UPCAST, axis[-1], COLUMNS), Opt(OptOps.UPCAST, axis[-2], ROWS)]
-        if terms % 4 == 0:
-            opts.append(Opt(OptOps.UNROLL, unroll, 4))
-        shares = [_threads(n) for n in (*sizes[:-2], sizes[-2] // ROWS)]
-        most = shares.index(max(shares))
-        if shares[most] > 1:
-            opts.append(Opt(OptOps.THREAD, axis[most], shares[most]))
-        title = "_".join(map(str, (name, *sizes, terms)))
-        info = KernelInfo(name=title, opts_to_apply=tuple(opts))
-        return _end(C[target(*loops)].store(value), *loops).sink(arg=info)
-
-    return out.custom_kernel(*inputs, fxn=kernel)[0]
+    return _tiles(
+        Tensor.empty(Z * b * Q, P, device=a.device),
+        [a, x],
+        f"{name}_{Z}_{b}_{Q}_{P}_{M}_{s}",
+        (Z, b),
+        (Q, P, M),
+        left,
+        right,
+        target=lambda z, b_, n, c: ((z * b + b_) * Q + n) * P + c,
+        again=again if later else None,
+        products=Z * sum(min(later + 1, b - i) for i in range(b)),
+    )
 
 
-def _exps(scores: Tensor, dtype: DType) -> Tensor:
+def _exps(scores: Tensor) -> Tensor:
     """2^(scores - the largest of the row), each row [s] of which s is a multiple of COLUMNS."""
     rows, s = scores.shape
 
@@ -820,7 +896,7 @@ def _exps(scores: Tensor, dtype: DType) -> Tensor:
         else:
             top = scores[row, lane]
         top = top.reduce(lane, arg=Ops.MAX)
-        value = _exp2(scores[row, n] - top).cast(dtype)
+        value = _exp2(scores[row, n] - top)
         opts = [Opt(OptOps.UPCAST, 1, COLUMNS), Opt(OptOps.UNROLL, s > COLUMNS, COLUMNS)]
         threads = _threads(rows)
         if threads > 1:
@@ -828,7 +904,7 @@ def _exps(scores: Tensor, dtype: DType) -> Tensor:
         info = KernelInfo(name=f"exps_{rows}_{s}", opts_to_apply=tuple(opts))
         return out[row, n].store(value).end(row, n).sink(arg=info)
 
-    out = Tensor.empty(rows, s, device=scores.device, dtype=dtype)
+    out = Tensor.empty(rows, s, device=scores.device)
     return out.custom_kernel(scores, fxn=kernel)[0]
 
 
@@ -892,7 +968,7 @@ class Packed:
             out = out if scale is None else out * scale
             return (out if residual is None else out + residual).contiguous()
         rows, panel = x.shape[0], self.PANEL
-        tile = math.gcd(rows, ROWS)
+        tile = math.gcd(rows, 8)
 
         def kernel(out: UOp, x: UOp, weight: UOp, *more: UOp) -> UOp:
             (r, p, c), axis = _loops(rows, self.width // panel, panel)
@@ -1038,7 +1114,7 @@ class Ring:
     def _scores(self, qkv: Tensor, keys: Tensor, start: Tensor) -> Tensor:
         """`_scores_plainly` in one kernel: [H*R, S]."""
         R, H, K, C, S = qkv.shape[0], self.heads, self.kv_heads, self.head_dim, self.slots
-        G, scale, tile = H // K, 1 / math.sqrt(C), math.gcd(R, ROWS)
+        G, scale, tile = H // K, 1 / math.sqrt(C), math.gcd(R, 8)
 
         def kernel(out: UOp, qkv: UOp, keys: UOp, slopes: UOp, start: UOp) -> UOp:
             (k, g, r, s), axis = _loops(K, G, R, S)

@@ -312,9 +312,9 @@ def _turn(x: Tensor, side: int, Q: Tensor, back: bool) -> Tensor:
     """x [Z, *shape] times Q [Z, s, s] along `side`: into the basis, or `back` from it."""
     if side == x.ndim - 2:  # the last: rows of x times Q
         rows = x.reshape(x.shape[0], -1, x.shape[-1])
-        return product(rows, Q.transpose(1, 2) if back else Q).reshape(x.shape)
+        return product(rows, Q, b_turned=back).reshape(x.shape)
     columns, axes = _front(x, side)
-    turned = product(Q, columns, transposed=not back)
+    turned = product(Q, columns, a_turned=not back)
     return turned.reshape([x.shape[a] for a in axes]).permute(
         [axes.index(a) for a in range(x.ndim)]
     )
@@ -324,6 +324,6 @@ def _outer(x: Tensor, side: int) -> Tensor:
     """The products of x [Z, *shape] with itself over all axes but `side`: [Z, s, s]."""
     if side == x.ndim - 2:
         rows = x.reshape(x.shape[0], -1, x.shape[-1])
-        return product(rows, rows, transposed=True)
+        return product(rows, rows, a_turned=True)
     columns, _ = _front(x, side)
-    return product(columns, columns.transpose(1, 2))
+    return product(columns, columns, b_turned=True)

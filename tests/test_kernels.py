@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from tinygrad import Device, GlobalCounters, Tensor, TinyJit
+from tinygrad.helpers import Context
 
 from pico_tg import kernels
 from pico_tg.kernels import linear, matmul, matmul_transposed, write_into
@@ -80,11 +81,21 @@ def test_against_numpy(form, shape, all_scheduled):
         np.testing.assert_allclose(ours.numpy(), theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
 
 
-@pytest.mark.parametrize("shape", [((), 37, 41, 29), ((), 50, 1024, 20)], ids=str)
-def test_long_sums_against_numpy(shape, all_scheduled, monkeypatch):
-    """The gradient of a weight as a sum over many rows, from panels."""
-    monkeypatch.setattr(kernels, "LONG", 0)
-    test_against_numpy("linear", shape, all_scheduled)
+@pytest.mark.parametrize("cores", [1, 2, 3])
+@pytest.mark.parametrize("tall", [6, 8])
+@pytest.mark.parametrize("shape", [((), 37, 41, 29), ((), 100, 7, 50), ((3,), 16, 8, 16)], ids=str)
+def test_other_processors(shape, tall, cores, all_scheduled, monkeypatch):
+    """Tiles of AVX2 and of AVX-512; rows and matrices that do not divide by the cores."""
+    monkeypatch.setattr(kernels, "tile_rows", lambda: tall)
+    monkeypatch.setattr(kernels, "PARALLEL", 0)
+    with Context(CPU_COUNT=cores):
+        test_against_numpy("linear", shape, all_scheduled)
+
+
+def test_more_numbers_than_an_int_counts(all_scheduled, monkeypatch):
+    """Addresses are of 64 bits then."""
+    monkeypatch.setattr(kernels, "INT", 1 << 10)
+    test_against_numpy("linear", ((2,), 24, 20, 16), all_scheduled)
 
 
 def test_lookup_and_swiglu(all_scheduled, monkeypatch):

@@ -61,4 +61,4 @@ def test_next_to_the_fewest_operations():
     # as the mathematics: more than 6 times, since at 1024 bytes the windows are not yet full
     growth = counted[6144][0] / counted[1024][0]
     assert growth <= 1.02 * least[6144] / least[1024], growth
-    assert all(kernels <= 1060 for _, kernels in counted.values()), counted
+    assert all(kernels <= 1180 for _, kernels in counted.values()), counted
