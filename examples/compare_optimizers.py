@@ -7,7 +7,6 @@ python examples/compare_optimizers.py [DATASET] [--steps 600] [--svg FILE]
 import argparse
 from pathlib import Path
 
-from tinygrad import Tensor
 from tqdm import tqdm
 
 import pico_tg
@@ -31,9 +30,8 @@ curves: dict[tuple[str, float], list[tuple[int, float]]] = {}
 seconds: dict[str, float] = {}
 for optimizer, rates in RATES.items():
     for rate in rates[: args.rates]:
-        Tensor.manual_seed(0)
         records = pico_tg.train(
-            pico_tg.Pico(config), data, context_len=512, batch_size=4, max_steps=args.steps,
+            pico_tg.Pico(config, seed=0), data, context_len=512, batch_size=4, max_steps=args.steps,
             epochs=1000, warmup_steps=50, learning_rate=rate, optimizer=optimizer,
             validation_interval=EVERY,
         )  # fmt: skip

@@ -1198,7 +1198,8 @@ def write_into(x: Tensor, values: np.ndarray) -> None:
     """
     assert values.dtype.itemsize * values.size == x.nbytes(), "size of the buffer"
     for buffer in _buffers(x):
-        buffer.copyin(memoryview(np.ascontiguousarray(values)).cast("B"))
+        memory = memoryview(np.ascontiguousarray(values)).cast("B")
+        buffer.ensure_allocated().copyin(memory)
 
 
 def write_all(tensors: dict[str, Tensor], values: dict[str, np.ndarray]) -> None:

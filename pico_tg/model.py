@@ -15,23 +15,22 @@ C head_dim, T next_tokens.
 
 import math
 
+import numpy as np
 from tinygrad import Tensor, dtypes, nn
-from tinygrad.helpers import Context
 
 from .attention import banded_attention, rotate
 from .config import Config
-from .kernels import as_index, in_functions, linear, lookup, stored, swiglu
+from .kernels import as_index, in_functions, linear, lookup, stored, swiglu, write_into
 from .routing import gather, rule_decisions, scatter, slots, top_k_decisions
 
 RMS_EPS = 2.0**-23  # float32's machine epsilon
 
 
 class Linear:
-    """y = x W^T, with W [out, in] uniform in +-1/sqrt(in)."""
+    """y = x W^T, with W [out, in]."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
-        bound = 1 / math.sqrt(inputs)
-        self.weight = Tensor.uniform(outputs, inputs, low=-bound, high=bound)
+        self.weight = Tensor.empty(outputs, inputs)
 
     def __call__(self, x: Tensor) -> Tensor:
         return linear(x, self.weight)
@@ -41,7 +40,7 @@ class RMSNorm:
     """x / sqrt(mean(x^2) + eps), times a learned scale [D] (arXiv 1910.07467)."""
 
     def __init__(self, dim: int) -> None:
-        self.weight = Tensor.ones(dim).contiguous()
+        self.weight = Tensor.empty(dim)
 
     def __call__(self, x: Tensor) -> Tensor:
         return x * (x.square().mean(axis=-1, keepdim=True) + RMS_EPS).rsqrt() * self.weight
@@ -141,31 +140,40 @@ class Latent:
 
 
 class Pico:
-    """The model, with fresh random weights, the same ones for the same `seed`.
+    """The model, with fresh random weights: those of a `seed` are the same on every device.
 
-    Without a `seed`, `Tensor.manual_seed` or the clock decides them. With `fresh=False` they hold
-    anything: `load_weights` fills them, and seconds of drawing are saved.
+    With `fresh=False` they hold anything, until `load_weights` fills them.
     """
 
     def __init__(self, config: Config, seed: int | None = None, fresh: bool = True) -> None:
-        if seed is not None:
-            Tensor.manual_seed(seed)
         self.config = config
         self.embedding = nn.Embedding(256, config.dim)
-        self.embedding.weight = Tensor.randn(256, config.dim)
         self.fb_in = FullBandwidth(config)
         self.latent = Latent(config)
         self.fb_out = FullBandwidth(config)
         self.norm = RMSNorm(config.dim)
         self.unembedding = nn.Linear(config.dim, config.next_tokens * 256)
-        parameters = nn.state.get_parameters(self)
-        if not fresh:
-            for parameter in parameters:
-                parameter.replace(Tensor.empty(*parameter.shape))
-        # drawn now: left lazy, every use would draw them again; unoptimised, since each kernel runs
-        # only once and a generator unrolled and vectorised takes four times as long to compile
-        with Context(NOOPT=1):
-            Tensor.realize(*parameters)
+        weights = nn.state.get_state_dict(self)
+        for weight in weights.values():
+            weight.replace(Tensor.empty(*weight.shape))
+        Tensor.realize(*weights.values())
+        if fresh:
+            self._draw(weights, np.random.default_rng(seed))
+
+    def _draw(self, weights: dict[str, Tensor], rng: np.random.Generator) -> None:
+        """The embedding N(0, 1), norms 1, the rest uniform in +-1/sqrt(inputs).
+
+        By NumPy: a generator on the device is seconds of compiling, for once.
+        """
+        for name, weight in weights.items():
+            if name == "embedding.weight":
+                values = rng.standard_normal(weight.shape, np.float32)
+            elif "norm" in name:
+                values = np.ones(weight.shape, np.float32)
+            else:  # the one bias belongs to a matrix of as many inputs as the model is wide
+                inputs = weight.shape[1] if weight.ndim == 2 else self.config.dim
+                values = (2 * rng.random(weight.shape, np.float32) - 1) / math.sqrt(inputs)
+            write_into(weight, values.astype(np.float32))
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Bytes [B, N] -> hidden state [B, N, D] before the latent blocks, router logits [B, N]."""

@@ -40,6 +40,7 @@ from tinygrad.helpers import (
     ContextVar,
     diskcache_get,
     diskcache_put,
+    getenv,
 )
 from tinygrad.renderer import Renderer
 from tinygrad.uop.ops import CallInfo, Ops, UOp
@@ -60,6 +61,7 @@ VERSION = importlib.metadata.version("tinygrad")
 MANY = 16
 
 _known: dict[tuple, UOp] = {}
+_helpers: list[int] = []  # the process that helps, if there is one
 
 
 def install() -> None:
@@ -68,6 +70,13 @@ def install() -> None:
     compile_linear = tinygrad.engine.realize.compile_linear
     for module in (tinygrad.engine.realize, tinygrad.engine.jit):
         module.compile_linear = functools.partial(_with_help, compile_linear)
+    add_linear = tinygrad.engine.jit.TinyJit.add_linear
+
+    def add_and_begin(jit: tinygrad.engine.jit.TinyJit, linear: UOp, var_vals: dict) -> None:
+        add_linear(jit, linear, var_vals)
+        _begin_help(linear, getenv("JITBEAM", BEAM.value))  # what TinyJit will use
+
+    tinygrad.engine.jit.TinyJit.add_linear = add_and_begin
     tinygrad.schedule.schedule_cache = Schedules()
     # a graph's key must not hold where in memory a gradient's function happens to lie
     CallInfo.__repr__ = lambda self: f"CallInfo({self.__reduce__()[1]})"
@@ -113,25 +122,41 @@ def _circumstances(ast: UOp, renderer: Renderer) -> tuple:
 
 
 def _with_help(compile_linear: Callable[..., UOp], linear: UOp, beam: int | None = None, **rest):
-    """`compile_linear`, with a forked process that makes kernels of the list as well.
-
-    Only those of the first CPU device, whose compiler needs nothing but memory, and not in a
-    search, which runs what it makes and needs the threads that a fork leaves behind. CPU_COUNT=1
-    and CACHELEVEL=0 do without.
-    """
-    helper, searches = None, BEAM.value if beam is None else beam
-    wanted = CACHELEVEL >= 1 and CPU_COUNT.value > 1 and DEBUG < 3 and not searches
-    if wanted and sys.platform == "linux":
-        calls = [c for c in linear.src if c.src[0].op is Ops.SINK and c.device == "CPU"]
-        if len(calls) >= MANY:
-            helper = _fork(list(dict.fromkeys(c.src[0] for c in calls)))
+    """`compile_linear`, with a forked process that makes kernels of the list as well."""
+    begun = _begin_help(linear, BEAM.value if beam is None else beam)
     try:
         return compile_linear(linear, beam, **rest)
     finally:
-        if helper:  # by now all is made; it may be at the last one still
-            with contextlib.suppress(ProcessLookupError, ChildProcessError):
-                os.kill(helper, signal.SIGKILL)
-                os.waitpid(helper, 0)
+        if begun:
+            _end_help()  # by now all is made; it may be at the last one still
+
+
+def _begin_help(linear: UOp, beam: int) -> bool:
+    """From now on a process of its own makes the kernels of this list, from the last on.
+
+    While TinyJit records, that is of use before the list is complete. It is for those of the first
+    CPU device only, whose compiler needs nothing but memory, and not for a search, which runs what
+    it makes and needs the threads that a fork leaves behind. CPU_COUNT=1 and CACHELEVEL=0 do
+    without, and so does a short list.
+    """
+    if sys.platform != "linux" or CACHELEVEL < 1 or CPU_COUNT.value == 1 or DEBUG >= 3 or beam:
+        return False
+    kernels = (Ops.SINK, Ops.PROGRAM)
+    calls = [c for c in linear.src if c.src[0].op in kernels and c.device == "CPU"]
+    if len(calls) < MANY:
+        return False
+    _end_help()
+    if helper := _fork(list(dict.fromkeys(c.src[0] for c in calls))):
+        _helpers.append(helper)
+    return True
+
+
+def _end_help() -> None:
+    while _helpers:
+        helper = _helpers.pop()
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(helper, signal.SIGKILL)
+            os.waitpid(helper, 0)
 
 
 def _fork(asts: list[UOp]) -> int | None:

@@ -35,8 +35,7 @@ CONFIG = Config(
 
 @pytest.fixture(scope="module")
 def model() -> Pico:
-    Tensor.manual_seed(7)
-    return Pico(CONFIG)
+    return Pico(CONFIG, seed=7)
 
 
 @pytest.fixture(scope="module")
@@ -278,8 +277,7 @@ WORDS = ["ab ", "ac ", "bad ", "bc ", "cab ", "cb ", "abcde "]
 @pytest.fixture(scope="module")
 def repetitive() -> Pico:
     """A model that learned a few words by heart, so that some drafts are right."""
-    Tensor.manual_seed(3)
-    model = Pico(TINY)
+    model = Pico(TINY, seed=3)
     settings = WINDOWS | {"learning_rate": 1e-2, "warmup_steps": 5, "optimizer": "adamw"}
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("PICO_CACHE", folder)

@@ -179,9 +179,8 @@ def test_bytes_may_be_any_integer(kind):
 
 
 def test_fresh_weights():
-    Tensor.manual_seed(0)
     config = Config.preset("xs")
-    model = Pico(config)
+    model = Pico(config, seed=0)
     state = nn.state.get_state_dict(model)
     assert sum(t.numel() for t in state.values()) == config.parameters
     for name, tensor in state.items():
@@ -197,6 +196,7 @@ def test_fresh_weights():
             assert np.abs(value).max() <= bound
             if value.size > 1000:
                 assert abs(value.std() * np.sqrt(3) / bound - 1) < 0.05
-    Tensor.manual_seed(0)
-    again = nn.state.get_state_dict(Pico(config))
+    again, other = (nn.state.get_state_dict(Pico(config, seed)) for seed in (0, None))
     assert all(np.array_equal(t.numpy(), again[name].numpy()) for name, t in state.items())
+    name = "unembedding.weight"
+    assert not np.array_equal(again[name].numpy(), other[name].numpy())

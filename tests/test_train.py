@@ -40,8 +40,7 @@ def text(tmp_path):
 
 
 def make(seed: int = 0) -> Pico:
-    Tensor.manual_seed(seed)
-    return Pico(CONFIG)
+    return Pico(CONFIG, seed)
 
 
 def weights(model: Pico) -> dict[str, np.ndarray]:
