@@ -34,7 +34,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model() -> Pico:
     """Which likes a few of the bytes, so that some of its guesses are right."""
-    model = Pico(CONFIG, seed=7)
+    model = Pico(CONFIG, seed=14)
     bias = np.zeros((3, 256), np.float32)
     bias[:, [*b" at", 0xE2]] = 1.2
     model.unembedding.bias.assign(Tensor(bias.reshape(-1))).realize()
