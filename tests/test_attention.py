@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from oracle import softmax
 from tinygrad import GlobalCounters, Tensor, TinyJit
+from tinygrad.helpers import Context
 
 from pico_tg import kernels
 from pico_tg.attention import alibi_slopes, banded_attention, block_sizes, tiles
@@ -61,6 +62,17 @@ def test_against_dense(shape, by_hand, monkeypatch):
         ("out", "dq", "dk", "dv"), found, dense(*arrays[:3], window, arrays[3]), strict=True
     ):
         np.testing.assert_allclose(ours.numpy(), theirs, rtol=0, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("cores", [1, 3])
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3], SHAPES[5], (1, 6, 3, 70, 9, 16)], ids=str)
+def test_other_processors(shape, cores, monkeypatch):
+    """Tiles of AVX-512, other numbers of threads, addresses of 64 bits."""
+    monkeypatch.setattr(kernels, "tile_rows", lambda: 8)
+    monkeypatch.setattr(kernels, "INT", 1 << 8)
+    monkeypatch.setattr(kernels, "_threads", lambda _: 1)  # tinygrad takes no more than there are
+    with Context(CPU_COUNT=cores):
+        test_against_dense(shape, True, monkeypatch)
 
 
 def test_jit_gives_the_same(monkeypatch):
