@@ -140,7 +140,7 @@ class Latent:
 
 
 class Pico:
-    """The model, with fresh random weights: those of a `seed` are the same on every device.
+    """The model, with fresh random weights: those of a `seed` >= 0 are the same on every device.
 
     With `fresh=False` they hold anything, until `load_weights` fills them.
     """

@@ -101,9 +101,8 @@ class Schedules(dict):
 
 def remembered_program(ast: UOp, renderer: Renderer) -> UOp:
     """What `to_program` returns, less the list of operations, which nothing needs once compiled."""
-    # a finished program is a candidate of --beam: thousands of them would be kept
-    finished = ast.op is Ops.PROGRAM and len(ast.src) == 5
-    if finished or renderer.target.device in INTERPRETERS or DEBUG >= 3:  # it prints what it makes
+    # what is finished is a candidate of --beam: thousands of them would be kept
+    if _finished(ast) or renderer.target.device in INTERPRETERS or DEBUG >= 3:  # that prints
         return to_program(ast, renderer)
     within = _circumstances(ast, renderer)
     if (known := (*within, _options())) not in _known:
@@ -113,6 +112,10 @@ def remembered_program(ast: UOp, renderer: Renderer) -> UOp:
             _keep("pico_kernels", program, *within)
         _known[known] = program
     return _known[known]
+
+
+def _finished(ast: UOp) -> bool:
+    return ast.op is Ops.PROGRAM and len(ast.src) == 5
 
 
 def _circumstances(ast: UOp, renderer: Renderer) -> tuple:
@@ -141,12 +144,12 @@ def _begin_help(linear: UOp, beam: int) -> bool:
     """
     if sys.platform != "linux" or CACHELEVEL < 1 or CPU_COUNT.value == 1 or DEBUG >= 3 or beam:
         return False
-    kernels = (Ops.SINK, Ops.PROGRAM)
-    calls = [c for c in linear.src if c.src[0].op in kernels and c.device == "CPU"]
-    if len(calls) < MANY:
+    kernels = [call.src[0] for call in linear.src if call.device == "CPU"]
+    kernels = [k for k in kernels if k.op in (Ops.SINK, Ops.PROGRAM) and not _finished(k)]
+    if len(kernels) < MANY:
         return False
     _end_help()
-    if helper := _fork(list(dict.fromkeys(c.src[0] for c in calls))):
+    if helper := _fork(list(dict.fromkeys(kernels))):
         _helpers.append(helper)
     return True
 

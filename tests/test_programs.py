@@ -45,13 +45,40 @@ Tensor.realize(*(parts := [(x[: 10 + i] * i + i).contiguous() for i in range(6)]
 print(len(made), [part.tolist() for part in parts])
 """
 
+# how many kernels are in the file while a function is still being recorded
+RECORDED = """
+import os, sqlite3, time
+import numpy as np, pico_tg
+from tinygrad import Tensor, TinyJit
+pico_tg.programs.MANY = 4
+
+def kept():
+    with sqlite3.connect(os.environ["CACHEDB"]) as file:
+        names = [name for (name,) in file.execute("SELECT name FROM sqlite_master")]
+        table = next((n for n in names if n.startswith("pico_kernels")), None)
+        return file.execute(f"SELECT count(*) FROM {table}").fetchone()[0] if table else 0
+
+def step(x):
+    parts = [(x[: 10 + i] * i + i).contiguous() for i in range(6)]
+    Tensor.realize(*parts)
+    until = time.time() + 20
+    while (found := kept()) < 6 and time.time() < until and os.environ["CPU_COUNT"] != "1":
+        time.sleep(0.1)
+    print(found)
+    return parts
+
+jit = TinyJit(step)
+jit.cnt = 1  # recorded at once
+print([part.tolist() for part in jit(Tensor(np.arange(60, dtype=np.float32)).realize())])
+"""
+
 
 def run(cache, script=SCRIPT, **environment) -> tuple[int, str]:
     """How many schedules and kernels were made, and what came out."""
     environment = {**os.environ, "CACHEDB": str(cache), **environment}
     command = [sys.executable, "-c", script]
     out = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-    made, rest = out.stdout.split(" ", 1)
+    made, rest = out.stdout.split(maxsplit=1)
     return int(made), rest
 
 
@@ -81,3 +108,12 @@ def test_a_second_process_makes_kernels_meanwhile(tmp_path):
     assert run(tmp_path / "a.db", HELPED, DEV="CPU")[0] == 0
     alone, same = run(tmp_path / "b.db", HELPED, DEV="CPU", CPU_COUNT="1")
     assert (alone, same) == (6, found)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or CPU_COUNT.value < 2, reason="nobody helps here")
+def test_it_begins_while_a_function_is_recorded(tmp_path):
+    settings = {"DEV": "CPU", "CPU_COUNT": "2"}
+    kept, found = run(tmp_path / "a.db", RECORDED, **settings)
+    assert kept == 6
+    alone, same = run(tmp_path / "b.db", RECORDED, **settings | {"CPU_COUNT": "1"})
+    assert (alone, same) == (0, found)
