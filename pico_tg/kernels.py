@@ -1,6 +1,6 @@
 """Matrix products and attention on the machine's own terms; what else is not public tinygrad.
 
-Three things are done here that tinygrad does not do by itself:
+Four things are done here that tinygrad does not do by itself:
 
 - `stored`: a value is computed once. Lazy fusion would recompute norms, SiLU and softmax inside
   every product of the backward pass (125 GOP a step instead of 31, measured).
@@ -274,8 +274,8 @@ def product(a: Tensor, b: Tensor, a_turned: bool = False, b_turned: bool = False
     N = b.shape[1 if b_turned else 2]
     gemm = _gemm_for(a, M, L, N, dtypes.float32) or _plain
     rows, terms, columns = (_whole_tiles(size, gemm) for size in (M, L, N))
-    a = _padded(_whole(a), *((terms, rows) if a_turned else (rows, terms)))
-    b = _padded(_whole(b), *((columns, terms) if b_turned else (terms, columns)))
+    a = _padded(_whole(a).float(), *((terms, rows) if a_turned else (rows, terms)))
+    b = _padded(_whole(b).float(), *((columns, terms) if b_turned else (terms, columns)))
     return gemm(a, b, M, N, L, a_turned, b_turned)[:, :M, :N]
 
 
@@ -336,7 +336,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     gemm = _gemm_for(a, M, L, N)
     rows, terms, columns = (_whole_tiles(size, gemm) for size in (M, L, N))
     a, b = (
-        _rounded(_padded(x, height, terms), bool(BF16)).contiguous().contiguous_backward()
+        _rounded(_padded(x.float(), height, terms), bool(BF16)).contiguous().contiguous_backward()
         for x, height in ((a, rows), (b, columns))
     )
     product = _product_function(M, N, L, gemm, a.uop is b.uop, bool(BF16))
@@ -500,7 +500,8 @@ def _tiles(
     products are summed up in `out`, without its number; `products` says how many there are in all.
     """
     M, N, L = sizes
-    # what is left is a multiple of 4, so that there is one smaller size, and not one tile alone
+    # what is left is a multiple of 4, so that there is one smaller size, and not one tile alone: no
+    # thread could be told to leave it to another
     tall = tile_rows()
     lefts = ((n, M - n * tall) for n in range(M // tall, -1, -1))
     main, left_rows = next((n, rows) for n, rows in lefts if rows % 4 == 0 and rows != 4)
@@ -564,6 +565,7 @@ class _Code:
 
     def __init__(self, *tensors: Tensor, threads: int) -> None:
         self.threads = threads
+        assert all(tensor.dtype == dtypes.float32 for tensor in tensors)
         sizes = [tensor.numel() for tensor in tensors]
         self.index = dtypes.int if max(sizes) < INT else dtypes.long
         self.buffers = [UOp(Ops.PARAM, dtypes.float32.ptr(n), arg=i) for i, n in enumerate(sizes)]
@@ -589,6 +591,7 @@ class _Code:
 
     def _turns(self, n: int, shared: bool) -> UOp:
         if n == 1:
+            assert not shared or self.threads == 1, "every thread would do the same, at once"
             return self.number(0)
         if not shared or self.threads == 1:
             return self.loop(n)
@@ -727,6 +730,8 @@ def band_attention(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, band: Band) 
     C, P, rounded = band.head_dim, band.width, bool(BF16)
     B, K, G, Q, blocks = band.batch, band.kv_heads, band.group, band.queries, band.blocks
     behind = blocks * Q - band.length
+
+    q, k, v = q.float(), k.float(), v.float()
 
     def keys(x: Tensor, filled: bool) -> Tensor:
         x = x.pad((None, None, (band.reach, behind), (0, P - C)))

@@ -76,7 +76,16 @@ def install() -> None:
         add_linear(jit, linear, var_vals)
         _begin_help(linear, getenv("JITBEAM", BEAM.value))  # what TinyJit will use
 
+    call = tinygrad.engine.jit.TinyJit.__call__
+
+    def call_and_end(jit: tinygrad.engine.jit.TinyJit, *args, **kwargs):
+        try:
+            return call(jit, *args, **kwargs)
+        finally:
+            _end_help()  # recording may have failed
+
     tinygrad.engine.jit.TinyJit.add_linear = add_and_begin
+    tinygrad.engine.jit.TinyJit.__call__ = call_and_end
     tinygrad.schedule.schedule_cache = Schedules()
     # a graph's key must not hold where in memory a gradient's function happens to lie
     CallInfo.__repr__ = lambda self: f"CallInfo({self.__reduce__()[1]})"
@@ -149,31 +158,32 @@ def _begin_help(linear: UOp, beam: int) -> bool:
     if len(kernels) < MANY:
         return False
     _end_help()
-    if helper := _fork(list(dict.fromkeys(kernels))):
-        _helpers.append(helper)
+    _fork(list(dict.fromkeys(kernels)))
     return True
 
 
 def _end_help() -> None:
     while _helpers:
-        helper = _helpers.pop()
         with contextlib.suppress(ProcessLookupError, ChildProcessError):
-            os.kill(helper, signal.SIGKILL)
-            os.waitpid(helper, 0)
+            os.kill(_helpers[-1], signal.SIGKILL)
+            os.waitpid(_helpers[-1], 0)
+        _helpers.pop()
 
 
-def _fork(asts: list[UOp]) -> int | None:
-    """A process that makes those of these that are not made yet, from the last on; None: no need,
-    or no room."""
+def _fork(asts: list[UOp]) -> None:
+    """A process that makes those of these that are not made yet, from the last on; none if there is
+    no need, or no room."""
     with Context(ALLOW_DEVICE_USAGE=1):
         renderer = Device["CPU"].renderer
     options = _options()
     missing = [a for a in asts if (*_circumstances(a, renderer), options) not in _known]
     if len(missing) < MANY:
-        return None
-    # one look tells, as a rule: most of a list is in the file, or hardly any
-    if _recall("pico_kernels", *_circumstances(missing[-1], renderer)) is not None:
-        return None
+        return
+    # two looks tell, as a rule: all of a list is in the file, or hardly any but what the last
+    # helper made, from the end on
+    looks = (missing[0], missing[len(missing) // 2])
+    if all(_recall("pico_kernels", *_circumstances(a, renderer)) is not None for a in looks):
+        return
     # a connection must not be carried into another process; it is made again when it is needed
     if connection := tinygrad.helpers._db_connection:
         connection.close()
@@ -186,9 +196,9 @@ def _fork(asts: list[UOp]) -> int | None:
             helper = os.fork()  # Python 3.12 warns of threads: the helper needs none
         if helper == 0:
             _help(missing, renderer, us, before)
-        return helper
+        _helpers.append(helper)
     except OSError:
-        return None
+        pass
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

@@ -65,10 +65,13 @@ def test_against_dense(shape, by_hand, monkeypatch):
 
 
 @pytest.mark.parametrize("cores", [1, 3])
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3], SHAPES[5], (1, 6, 3, 70, 9, 16)], ids=str)
-def test_other_processors(shape, cores, monkeypatch):
-    """Tiles of AVX-512, other numbers of threads, addresses of 64 bits."""
-    monkeypatch.setattr(kernels, "tile_rows", lambda: 8)
+@pytest.mark.parametrize("tall", [6, 8])
+@pytest.mark.parametrize(
+    "shape", [SHAPES[0], SHAPES[5], (1, 6, 3, 70, 9, 16), (1, 2, 1, 300, 5, 130)]
+)
+def test_other_processors(shape, tall, cores, monkeypatch):
+    """Tiles of AVX2 and of AVX-512, other numbers of threads, addresses of 64 bits."""
+    monkeypatch.setattr(kernels, "tile_rows", lambda: tall)
     monkeypatch.setattr(kernels, "INT", 1 << 8)
     monkeypatch.setattr(kernels, "_threads", lambda _: 1)  # tinygrad takes no more than there are
     with Context(CPU_COUNT=cores):

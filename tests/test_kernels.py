@@ -92,6 +92,14 @@ def test_other_processors(shape, tall, cores, all_scheduled, monkeypatch):
         test_against_numpy("linear", shape, all_scheduled)
 
 
+@pytest.mark.parametrize("dtype", ["half", "double", "int"])
+def test_other_numbers_become_float32(dtype, all_scheduled):
+    a = (np.arange(64 * 64).reshape(64, 64) % 7 - 3).astype(np.float32)
+    x = Tensor(a).cast(dtype).realize()
+    for out in (linear(x, x), matmul(x, x.T), kernels.product(x[None], x[None], b_turned=True)[0]):
+        np.testing.assert_array_equal(out.numpy(), a @ a.T)
+
+
 def test_more_numbers_than_an_int_counts(all_scheduled, monkeypatch):
     """Addresses are of 64 bits then."""
     monkeypatch.setattr(kernels, "INT", 1 << 10)
