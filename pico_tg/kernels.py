@@ -43,7 +43,7 @@ from tinygrad.uop.ops import AxisType, KernelInfo, Ops, PatternMatcher, UOp, UPa
 COLUMNS = 16  # of a tile in registers: a vector, or several
 # below this many multiplications a product is bound by memory or by the call, not by arithmetic
 SMALL = 1 << 15
-FEWEST = 8  # rows of a product by hand
+FEWEST = 8  # a product of fewer rows is left to tinygrad
 PARALLEL = 1 << 19  # numbers from which on cores share a copy: to start one takes some time
 INT = 1 << 31  # addresses from here on take 64 bits
 UNROLL = 4  # terms of a sum in one turn of its loop
@@ -381,7 +381,7 @@ def _product_function(
 def _plain(
     a: Tensor, b: Tensor, M: int, N: int, L: int, a_turned: bool = False, b_turned: bool = False
 ) -> Tensor:
-    """What `_gemm` computes, as tinygrad schedules it; the padding, zeros here, is summed over."""
+    """What `_gemm` computes, as tinygrad schedules it, from factors that are not padded."""
     a, b = a.transpose(1, 2) if a_turned else a, b.transpose(1, 2) if b_turned else b
     return (a.float() @ b.float()).contiguous()
 
@@ -389,7 +389,8 @@ def _plain(
 def _on_units(
     a: Tensor, b: Tensor, M: int, N: int, L: int, a_turned: bool = False, b_turned: bool = False
 ) -> Tensor:
-    """`_plain` in the form that matrix units take: float32 sums of exact products."""
+    """`_plain` in the form that matrix units take: float32 sums of exact products, over the padding
+    as well, which is zeros."""
     a, b = a.contiguous(), (b.transpose(1, 2) if b_turned else b).contiguous()
     a = a.transpose(1, 2) if a_turned else a
     return a.matmul(b, dtype=dtypes.float32).contiguous()
@@ -522,7 +523,7 @@ def _tiles(
             around = len(code.open)
             _, _, places = tile()
             cleared = code.end(*[code.store(place, zero) for place in places], leave=around)
-            where = [*matrix, code.loop(again(*matrix), cleared)]
+            where = [*matrix, code.loop(again(*matrix), [cleared])]
         m, n, places = tile()
 
         def add(totals: list[UOp], l: UOp) -> list[UOp]:
@@ -539,9 +540,9 @@ def _tiles(
             totals = [code.get(inside, i) for i in range(height)]
             for u in range(UNROLL):
                 totals = add(totals, l * UNROLL + u)
-            summed = UOp.group(*[code.put(inside, i, total) for i, total in enumerate(totals)])
-            code.open.pop()
-            totals = [code.get(sums.after(summed.end(l)), i) for i in range(height)]
+            kept = [code.put(inside, i, total) for i, total in enumerate(totals)]
+            summed = sums.after(code.end(*kept, leave=len(code.open) - 1))
+            totals = [code.get(summed, i) for i in range(height)]
         for last in range(looped, L):
             totals = add(totals, code.number(last))
         if finish:
@@ -559,8 +560,8 @@ def _tiles(
 class _Code:
     """A kernel as the loops and vectors that are to run: tinygrad's renderer only writes it down.
 
-    From the sums alone tinygrad would make the same, in 0.3 to 1 s for each size. Numbers are
-    float32, and stand for a place in the first tensor (written) or the others, flat.
+    From the sums alone tinygrad would make the same, in 0.3 to 1 s for each size. All tensors are
+    float32, the first one is written, and places are counted in numbers from a tensor's start.
     """
 
     def __init__(self, *tensors: Tensor, threads: int) -> None:
@@ -600,23 +601,21 @@ class _Code:
         start, stop = (UOp(Ops.CDIV, self.index, (x, self.number(self.threads))) for x in ends)
         return self.loop(stop - start) + start
 
-    def end(self, *stores: UOp, leave: int = 0) -> list[UOp]:
+    def end(self, *stores: UOp, leave: int = 0) -> UOp:
         """All open loops but so many end; if all do, the next ones come after them."""
         body = UOp.group(*stores)
         while len(self.open) > leave:
             body = body.end(self.open.pop())
         if not leave:
             self.done.append(body)
-        return [body]
+        return body
 
     def _at(self, buffer: UOp, place: UOp, wide: int) -> UOp:
         where = UOp(Ops.INDEX, buffer.dtype, (buffer, place))
+        if wide == 1:
+            return where
         vector = dtypes.float32.vec(wide)
-        return (
-            where
-            if wide == 1
-            else where.cast(vector.ptr(buffer.dtype.size, buffer.dtype.addrspace))
-        )
+        return where.cast(vector.ptr(buffer.dtype.size, buffer.dtype.addrspace))
 
     def load(self, tensor: int, place: UOp, wide: int = COLUMNS) -> UOp:
         where = self._at(self.buffers[tensor], place, wide)
@@ -718,6 +717,14 @@ class Band:
         """A row of q, k or v in memory: head_dim, one more, and what fills the last vector."""
         return _round_up(self.head_dim + 1, COLUMNS)
 
+    def row(self, z: UOp, block: UOp, m: UOp) -> UOp:
+        """The number, among all queries' rows, of a block's m-th."""
+        return (z * self.blocks + block) * self.rows + m
+
+    def key(self, z: UOp, block: UOp, n: UOp) -> UOp:
+        """The number, among all keys, of the n-th that a block sees."""
+        return z * self.positions + block * self.queries + n
+
 
 def band_attention(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, band: Band) -> Tensor:
     """`attention.banded_attention` on a CPU; `slopes` [H] of ALiBi.
@@ -790,32 +797,47 @@ def _band_scores(q: Tensor, k: Tensor, slopes: Tensor, band: Band) -> Tensor:
 
     `slopes` are negative: added is what a position of distance adds to a score.
     """
-    Z, b, Q, M, s, P = (
-        *(band.matrices, band.blocks, band.queries),
-        *(band.rows, band.keys, band.width),
-    )
+    Q, s = band.queries, band.keys
 
-    def biased(code: _Code, total: UOp, z: UOp, b_: UOp, m: UOp, n: UOp) -> UOp:
+    def biased(code: _Code, total: UOp, z: UOp, b: UOp, m: UOp, n: UOp) -> UOp:
         head = UOp(Ops.CDIV, m.dtype, (m, code.number(Q)))
         slope = code.load(3, z * band.group + head, 1)
         distance = code.load(4, (m - head * Q) * s + n)
-        return total + code.splat(slope) * distance + code.load(5, b_ * Q + n)
+        return total + code.splat(slope) * distance + code.load(5, b * Q + n)
 
     arange = functools.partial(Tensor.arange, device=q.device)
     distance = arange(Q).reshape(Q, 1) + band.reach - arange(s)
     seen = (distance >= 0) & (distance <= band.window)
     distance = seen.where(distance.cast(dtypes.float32), math.inf).contiguous()
     before = (arange(band.positions) < band.reach).where(-math.inf, 0.0).contiguous()
+    return _band_against_keys([q, k, slopes, distance, before], band, "scores", biased)
+
+
+def _band_score_gradient(g: Tensor, v: Tensor, weights: Tensor, dots: Tensor, band: Band) -> Tensor:
+    """weights * (g's rows times v, in panels, + dots [rows, 1])."""
+
+    def weighed(code: _Code, total: UOp, z: UOp, b: UOp, m: UOp, n: UOp) -> UOp:
+        row = band.row(z, b, m)
+        return (total + code.splat(code.load(4, row, 1))) * code.load(3, row * band.keys + n)
+
+    return _band_against_keys([g, v, weights, dots], band, "ds", weighed)
+
+
+def _band_against_keys(
+    inputs: list[Tensor], band: Band, name: str, finish: Callable[..., UOp]
+) -> Tensor:
+    """Queries' rows times the keys that each sees, in panels -> rows of scores."""
+    Z, b, M, P, s = band.matrices, band.blocks, band.rows, band.width, band.keys
     return _tiles(
-        Tensor.empty(Z * b * M, s, device=q.device),
-        [q, k, slopes, distance, before],
-        f"scores_{Z}_{b}_{M}_{s}_{band.head_dim}",
+        Tensor.empty(Z * b * M, s, device=inputs[0].device),
+        inputs,
+        f"{name}_{Z}_{b}_{M}_{s}_{band.head_dim}",
         (Z, b),
         (M, s, band.head_dim),
-        left=lambda z, b_, m, l: ((z * b + b_) * M + m) * P + l,
-        right=lambda z, b_, l, n: (z * band.positions + b_ * Q + n) * P + l * COLUMNS,
-        target=lambda z, b_, m, n: ((z * b + b_) * M + m) * s + n,
-        finish=biased,
+        left=lambda z, b, m, l: band.row(z, b, m) * P + l,
+        right=lambda z, b, l, n: band.key(z, b, n) * P + l * COLUMNS,
+        target=lambda z, b, m, n: band.row(z, b, m) * s + n,
+        finish=finish,
     )
 
 
@@ -828,62 +850,38 @@ def _band_product(a: Tensor, x: Tensor, band: Band, name: str) -> Tensor:
         f"{name}_{Z}_{b}_{M}_{P}_{s}",
         (Z, b),
         (M, P, s),
-        left=lambda z, b_, m, l: ((z * b + b_) * M + m) * s + l,
-        right=lambda z, b_, l, n: (z * band.positions + b_ * band.queries + l) * P + n,
-        target=lambda z, b_, m, n: ((z * b + b_) * M + m) * P + n,
-    )
-
-
-def _band_score_gradient(g: Tensor, v: Tensor, weights: Tensor, dots: Tensor, band: Band) -> Tensor:
-    """weights * (g's rows times v, in panels, + dots [rows, 1])."""
-    Z, b, M, P, s = band.matrices, band.blocks, band.rows, band.width, band.keys
-
-    def weighed(code: _Code, total: UOp, z: UOp, b_: UOp, m: UOp, n: UOp) -> UOp:
-        row = (z * b + b_) * M + m
-        return (total + code.splat(code.load(4, row, 1))) * code.load(3, row * s + n)
-
-    return _tiles(
-        Tensor.empty(Z * b * M, s, device=g.device),
-        [g, v, weights, dots],
-        f"ds_{Z}_{b}_{M}_{s}_{band.head_dim}",
-        (Z, b),
-        (M, s, band.head_dim),
-        left=lambda z, b_, m, l: ((z * b + b_) * M + m) * P + l,
-        right=lambda z, b_, l, n: (z * band.positions + b_ * band.queries + n) * P + l * COLUMNS,
-        target=lambda z, b_, m, n: ((z * b + b_) * M + m) * s + n,
-        finish=weighed,
+        left=lambda z, b, m, l: band.row(z, b, m) * s + l,
+        right=lambda z, b, l, c: band.key(z, b, l) * P + c,
+        target=lambda z, b, m, c: band.row(z, b, m) * P + c,
     )
 
 
 def _band_key_gradient(a: Tensor, x: Tensor, band: Band, name: str) -> Tensor:
     """For each key the sum of a (its column of the scores) times rows x, over all its queries."""
-    Z, b, M, Q, P, s = (
-        *(band.matrices, band.blocks, band.rows),
-        *(band.queries, band.width, band.keys),
-    )
+    Z, b, M, Q, P = band.matrices, band.blocks, band.rows, band.queries, band.width
     later = band.reach // Q  # blocks after a key's own that see it
 
-    def again(z: UOp, b_: UOp) -> UOp:
-        there = b - b_
+    def again(z: UOp, block: UOp) -> UOp:
+        there = b - block
         return (there < later + 1).where(there, there.const_like(later + 1))
 
-    def left(z: UOp, b_: UOp, *rest: UOp) -> UOp:
+    def left(z: UOp, block: UOp, *rest: UOp) -> UOp:
         t, n, m = rest if later else (0, *rest)
-        return ((z * b + b_ + t) * M + m) * s + (later - t) * Q + n
+        return band.row(z, block + t, m) * band.keys + (later - t) * Q + n
 
-    def right(z: UOp, b_: UOp, *rest: UOp) -> UOp:
+    def right(z: UOp, block: UOp, *rest: UOp) -> UOp:
         t, m, c = rest if later else (0, *rest)
-        return ((z * b + b_ + t) * M + m) * P + c
+        return band.row(z, block + t, m) * P + c
 
     return _tiles(
         Tensor.empty(Z * b * Q, P, device=a.device),
         [a, x],
-        f"{name}_{Z}_{b}_{Q}_{P}_{M}_{s}",
+        f"{name}_{Z}_{b}_{Q}_{P}_{M}_{band.keys}",
         (Z, b),
         (Q, P, M),
         left,
         right,
-        target=lambda z, b_, n, c: ((z * b + b_) * Q + n) * P + c,
+        target=lambda z, block, n, c: ((z * b + block) * Q + n) * P + c,
         again=again if later else None,
         products=Z * sum(min(later + 1, b - i) for i in range(b)),
     )

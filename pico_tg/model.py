@@ -27,7 +27,7 @@ RMS_EPS = 2.0**-23  # float32's machine epsilon
 
 
 class Linear:
-    """y = x W^T, with W [out, in]."""
+    """y = x W^T, with W [out, in], which holds anything until it is drawn or loaded."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         self.weight = Tensor.empty(outputs, inputs)
@@ -37,7 +37,7 @@ class Linear:
 
 
 class RMSNorm:
-    """x / sqrt(mean(x^2) + eps), times a learned scale [D] (arXiv 1910.07467)."""
+    """x / sqrt(mean(x^2) + eps), times a learned scale [D] (arXiv 1910.07467); as empty."""
 
     def __init__(self, dim: int) -> None:
         self.weight = Tensor.empty(dim)
@@ -173,7 +173,7 @@ class Pico:
             else:  # the one bias belongs to a matrix of as many inputs as the model is wide
                 inputs = weight.shape[1] if weight.ndim == 2 else self.config.dim
                 values = (2 * rng.random(weight.shape, np.float32) - 1) / math.sqrt(inputs)
-            write_into(weight, values.astype(np.float32))
+            write_into(weight, values)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Bytes [B, N] -> hidden state [B, N, D] before the latent blocks, router logits [B, N]."""
