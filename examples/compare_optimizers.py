@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import pico_tg
-from pico_tg.plot import COLOURS, Line, Panel, svg
+from pico_tg.tools.plot import COLORS, Line, Panel, svg
 
 RATES = {"adamw": (4e-3, 8e-3, 16e-3), "soap": (6e-3, 12e-3, 24e-3)}
 EVERY = 25  # steps between two measurements
@@ -58,8 +58,8 @@ if seconds["adamw"]:
     print(f"a step of SOAP takes {ratio:.2f} times as long as one of AdamW, refreshes included")
 
 lines = [
-    Line(f"{o} {rate:g}", *map(list, zip(*curves[o, rate], strict=True)), colour, dashed)
-    for (o, colour) in zip(RATES, (COLOURS[1], COLOURS[0]), strict=True)
+    Line(f"{o} {rate:g}", *map(list, zip(*curves[o, rate], strict=True)), color, dashed)
+    for (o, color) in zip(RATES, (COLORS[1], COLORS[0]), strict=True)
     for rate in RATES[o][: args.rates]
     for dashed in [(o, rate) != best[o]]
 ]

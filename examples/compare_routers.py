@@ -23,8 +23,8 @@ from tqdm import tqdm
 import pico_tg
 from pico_tg.config import CHOICES
 from pico_tg.flops import training_operations
-from pico_tg.generate import Decoder
-from pico_tg.plot import COLOURS, Line, Panel, svg
+from pico_tg.generation import Decoder
+from pico_tg.tools.plot import COLORS, Line, Panel, svg
 
 LENGTH, BATCH = 512, 4
 RATE, WARM_UP = 0.012, 50
@@ -171,7 +171,7 @@ for number, (name, results) in enumerate(table.items()):
     at = [share for share, _ in results[0]["curve"]]
     together = zip(*([b for _, b in r["curve"]] for r in results), strict=True)
     heights = [statistics.mean(bits) for bits in together]
-    drawn.append(Line(name, at, heights, COLOURS[number % len(COLOURS)], number // len(COLOURS)))
+    drawn.append(Line(name, at, heights, COLORS[number % len(COLORS)], number // len(COLORS)))
 low = min(min(line.ys) for line in drawn)
 panel = Panel(
     drawn, "Routers at equal training operations", "share of the operations",

@@ -4,22 +4,22 @@ from .interrupts import quiet_at_start
 
 quiet_at_start()  # before the rest, which takes its time
 
-from . import programs  # noqa: E402
-from .device import choose_backend  # noqa: E402
+from . import jit_cache  # noqa: E402
+from .backend import choose_backend  # noqa: E402
 
 choose_backend()  # before any module can make a Tensor
-programs.install()
+jit_cache.install()
 
 from .checkpoint import load, load_weights, save_weights  # noqa: E402
 from .config import Config  # noqa: E402
 from .data import DataSpec, load_data  # noqa: E402
-from .evaluate import Evaluation, evaluate  # noqa: E402
+from .evaluation import Evaluation, evaluate  # noqa: E402
 from .files import PicoError  # noqa: E402
-from .generate import Decoder, GeneratedByte, Stats, generate  # noqa: E402
-from .info import describe  # noqa: E402
+from .generation import Decoder, GeneratedByte, Stats, generate  # noqa: E402
 from .model import Pico, loss_fn  # noqa: E402
 from .soap import SOAP  # noqa: E402
-from .train import TrainSettings, train  # noqa: E402
+from .tools.info import describe  # noqa: E402
+from .training import TrainSettings, train  # noqa: E402
 
 __all__ = [
     "SOAP",

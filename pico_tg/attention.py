@@ -14,7 +14,10 @@ from functools import partial
 
 from tinygrad import Tensor, dtypes
 
-from .kernels import COLUMNS, Band, band_attention, by_hand, matmul, matmul_transposed
+from .cpu.band_attention import Band, band_attention
+from .cpu.loops import TILE_N
+from .ops import matmul, matmul_transposed
+from .runtime import has_cpu_kernels
 
 
 def alibi_slopes(heads: int, device: str | tuple[str, ...] | None = None) -> Tensor:
@@ -61,8 +64,8 @@ def tiles(length: int, window: int) -> tuple[int, int, int]:
     Nothing is copied for a block, so that many are cheap.
     """
     if window >= length - 1:
-        return math.ceil(length / COLUMNS) * COLUMNS, 0, 1
-    queries = COLUMNS if window < 8 * COLUMNS else 2 * COLUMNS
+        return math.ceil(length / TILE_N) * TILE_N, 0, 1
+    queries = TILE_N if window < 8 * TILE_N else 2 * TILE_N
     return queries, math.ceil(window / queries) * queries, math.ceil(length / queries)
 
 
@@ -75,7 +78,7 @@ def banded_attention(q: Tensor, k: Tensor, v: Tensor, window: int, alibi: bool =
     B, H, N, C = q.shape
     K = k.shape[1]
     G = H // K
-    if by_hand(q.device):
+    if has_cpu_kernels(q.device):
         slopes = alibi_slopes(H, q.device)
         if not alibi:  # too little to change a score; 0 times an infinite distance would be NaN
             slopes = slopes * 2.0**-100
@@ -83,7 +86,7 @@ def banded_attention(q: Tensor, k: Tensor, v: Tensor, window: int, alibi: bool =
     queries, reach, blocks = block_sizes(N, window)
     padding = blocks * queries - N
 
-    # the G heads that share keys become rows of one matrix: no key is read or stored twice
+    # the G heads that share keys become rows of one matrix: no key is read or materialize twice
     q = q.pad((None, None, (0, padding), None)).reshape(B, K, G, blocks, queries, C)
     q = q.permute(0, 1, 3, 2, 4, 5).reshape(B, K, blocks, G * queries, C)  # (B, K, b, G*q, C)
     k = _windows(k, queries, reach, blocks)  # (B, K, b, s, C)

@@ -264,14 +264,14 @@ def delete_older(run_dir: str | os.PathLike, step: int, keep: int) -> None:
             _state_path(path).unlink(missing_ok=True)
 
 
-def set_aside(path: Path) -> None:
+def quarantine(path: Path) -> None:
     """Rename a checkpoint that is not valid, so that nobody takes it for one."""
     for file in (path, _state_path(path)):
         with contextlib.suppress(OSError):
             file.rename(f"{file}.broken")
 
 
-def sweep(run_dir: str | os.PathLike) -> None:
+def remove_leftovers(run_dir: str | os.PathLike) -> None:
     """Remove what killed processes left: half-written files, and states without weights."""
     for file in Path(run_dir).iterdir():
         half = re.fullmatch(r"\.(\d{8,}\.|training\.|metrics\.).*\.tmp", file.name)

@@ -20,8 +20,10 @@ from tinygrad import Tensor, dtypes, nn
 
 from .attention import banded_attention, rotate
 from .config import Config
-from .kernels import as_index, in_functions, linear, lookup, stored, swiglu, write_into
+from .ops import as_index, linear, lookup, materialize, swiglu
+from .remat import run_blocks
 from .routing import gather, rule_decisions, scatter, slots, top_k_decisions
+from .runtime import write_into
 
 RMS_EPS = 2.0**-23  # float32's machine epsilon
 
@@ -60,18 +62,20 @@ class Attention:
         """x [B, N, D] -> q [B, H, N, C], k and v [B, K, N, C]."""
         B, N, _ = x.shape
         heads = self.fused_qkv(x).reshape(B, N, -1, self.head_dim).transpose(1, 2)
-        # stored one by one: the gradient of a split is otherwise a masked sum over all heads
-        return tuple(map(stored, heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)))
+        # materialize one by one: the gradient of a split is otherwise a masked sum over all heads
+        return tuple(
+            map(materialize, heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1))
+        )
 
     def output(self, heads: Tensor) -> Tensor:
         """[B, H, N, C] -> [B, N, D]."""
-        return self.proj(stored(heads.transpose(1, 2)).flatten(2))
+        return self.proj(materialize(heads.transpose(1, 2)).flatten(2))
 
     def __call__(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x)
         if self.position == "rope":
             at = Tensor.arange(x.shape[1], device=x.device)
-            q, k = stored(rotate(q, at)), stored(rotate(k, at))
+            q, k = materialize(rotate(q, at)), materialize(rotate(k, at))
         return self.output(banded_attention(q, k, v, self.window, self.position == "alibi"))
 
 
@@ -95,14 +99,14 @@ class Block:
         self.glu = SwiGLU(config.dim)
 
     def __call__(self, h: Tensor) -> Tensor:
-        h = stored(h + self.att(self.norm1(h)))
-        return stored(h + self.glu(self.norm2(h)))
+        h = materialize(h + self.att(self.norm1(h)))
+        return materialize(h + self.glu(self.norm2(h)))
 
 
 def through(blocks: list[Block], h: Tensor) -> Tensor:
     """h [B, N, D] through one block after the other."""
     if Tensor.training:
-        return in_functions(blocks[0], [nn.state.get_parameters(block) for block in blocks], h)
+        return run_blocks(blocks[0], [nn.state.get_parameters(block) for block in blocks], h)
     for block in blocks:
         h = block(h)
     return h
@@ -177,9 +181,9 @@ class Pico:
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Bytes [B, N] -> hidden state [B, N, D] before the latent blocks, router logits [B, N]."""
-        h = self.fb_in(stored(lookup(self.embedding.weight, as_index(x))))
+        h = self.fb_in(materialize(lookup(self.embedding.weight, as_index(x))))
         # the router's logit is one number a byte: a plain sum is cheaper than a matrix product
-        return h, stored((h * self.latent.router.weight[0]).sum(axis=-1))
+        return h, materialize((h * self.latent.router.weight[0]).sum(axis=-1))
 
     def heads(self, h: Tensor) -> Tensor:
         """Hidden state [B, N, D] after the latent blocks -> logits [B, N, T, 256]."""
@@ -188,7 +192,7 @@ class Pico:
     def unembed(self, h: Tensor) -> Tensor:
         """Hidden state [B, N, D] after the last block -> logits [B, N, T, 256]."""
         logits = linear(self.norm(h), self.unembedding.weight)
-        logits = stored(logits + self.unembedding.bias)
+        logits = materialize(logits + self.unembedding.bias)
         return logits.reshape(*h.shape[:2], self.config.next_tokens, 256)
 
     def decide(self, x: Tensor, router_logits: Tensor, causal: bool) -> Tensor:
@@ -219,7 +223,7 @@ class Pico:
         elif count is None:
             count = x.shape[1]
         if count > 0 and self.config.router != "none":
-            h = stored(h + self.latent(h, z, decisions, count))
+            h = materialize(h + self.latent(h, z, decisions, count))
         return self.heads(h), z, decisions
 
 

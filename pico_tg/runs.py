@@ -12,9 +12,9 @@ from .checkpoint import (
     checkpoint_path,
     delete_older,
     list_checkpoints,
+    quarantine,
+    remove_leftovers,
     save_checkpoint,
-    set_aside,
-    sweep,
 )
 from .files import PicoError, atomic_write
 
@@ -51,7 +51,7 @@ class Run:
             raise PicoError(f"another process trains {folder}; wait for it, or stop it") from None
         except OSError:
             pass  # a file system without locks
-        sweep(folder)
+        remove_leftovers(folder)
 
     def close(self) -> None:
         """Let others train it."""
@@ -91,14 +91,14 @@ class Run:
         except OSError as error:
             raise PicoError(f"cannot write {path}: {error.strerror or error}") from error
 
-    def go_back_to(self, step: int) -> list[Record]:
+    def truncate_to(self, step: int) -> list[Record]:
         """Forget what came after `step`: its records, and checkpoints, which were not valid.
 
         Returns the records that are left.
         """
         for at, path in list_checkpoints(self.folder):
             if at > step:
-                set_aside(path)
+                quarantine(path)
         path = self.folder / "metrics.jsonl"
         records = read_metrics(self.folder) if path.exists() else []
         records = [record for record in records if record["step"] <= step]

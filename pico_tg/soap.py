@@ -19,7 +19,8 @@ from tinygrad import Tensor, dtypes
 from tinygrad.nn.optim import Optimizer
 
 from . import linalg
-from .kernels import in_host_memory, is_capturing, product, read, write_all, write_into
+from .ops import bmm
+from .runtime import in_host_memory, is_capturing, read, write_all, write_into
 
 
 class SOAP(Optimizer):
@@ -312,9 +313,9 @@ def _turn(x: Tensor, side: int, Q: Tensor, back: bool) -> Tensor:
     """x [Z, *shape] times Q [Z, s, s] along `side`: into the basis, or `back` from it."""
     if side == x.ndim - 2:  # the last: rows of x times Q
         rows = x.reshape(x.shape[0], -1, x.shape[-1])
-        return product(rows, Q, b_turned=back).reshape(x.shape)
+        return bmm(rows, Q, trans_b=back).reshape(x.shape)
     columns, axes = _front(x, side)
-    turned = product(Q, columns, a_turned=not back)
+    turned = bmm(Q, columns, trans_a=not back)
     return turned.reshape([x.shape[a] for a in axes]).permute(
         [axes.index(a) for a in range(x.ndim)]
     )
@@ -324,6 +325,6 @@ def _outer(x: Tensor, side: int) -> Tensor:
     """The products of x [Z, *shape] with itself over all axes but `side`: [Z, s, s]."""
     if side == x.ndim - 2:
         rows = x.reshape(x.shape[0], -1, x.shape[-1])
-        return product(rows, rows, a_turned=True)
+        return bmm(rows, rows, trans_a=True)
     columns, _ = _front(x, side)
-    return product(columns, columns, b_turned=True)
+    return bmm(columns, columns, trans_b=True)

@@ -185,7 +185,7 @@ OURS = """
 import sys
 import numpy as np
 import pico_tg
-from pico_tg.bench import ForwardBackward
+from pico_tg.tools.bench import ForwardBackward
 from tinygrad import Tensor
 config = pico_tg.Config.from_json(sys.argv[1] + "/model.json")
 model = pico_tg.Pico(config, seed=0)

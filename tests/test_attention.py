@@ -8,8 +8,8 @@ from oracle import softmax
 from tinygrad import GlobalCounters, Tensor, TinyJit
 from tinygrad.helpers import Context
 
-from pico_tg import kernels
 from pico_tg.attention import alibi_slopes, banded_attention, block_sizes, tiles
+from pico_tg.cpu import band_attention, loops, matmul
 
 # (B, query heads, key/value heads, N, head_dim, window)
 SHAPES = [
@@ -71,9 +71,11 @@ def test_against_dense(shape, by_hand, monkeypatch):
 )
 def test_other_processors(shape, tall, cores, monkeypatch):
     """Tiles of AVX2 and of AVX-512, other numbers of threads, addresses of 64 bits."""
-    monkeypatch.setattr(kernels, "tile_rows", lambda: tall)
-    monkeypatch.setattr(kernels, "INT", 1 << 8)
-    monkeypatch.setattr(kernels, "_threads", lambda _: 1)  # tinygrad takes no more than there are
+    monkeypatch.setattr(matmul, "tile_m", lambda: tall)
+    monkeypatch.setattr(loops, "INT", 1 << 8)
+    monkeypatch.setattr(
+        band_attention, "even_threads", lambda _: 1
+    )  # tinygrad takes no more than there are
     with Context(CPU_COUNT=cores):
         test_against_dense(shape, True, monkeypatch)
 
@@ -94,7 +96,7 @@ def test_jit_gives_the_same(monkeypatch):
         tensors = [Tensor(a).clone().realize() for a in arrays]
         ours = [t.numpy() for t in jitted(*tensors)]
         with monkeypatch.context() as patch:
-            patch.setattr(kernels, "CPU_COUNT", type("Count", (), {"value": 1}))
+            patch.setattr(loops, "CPU_COUNT", type("Count", (), {"value": 1}))
             plain = [t.numpy() for t in step(*tensors)]
         for found, expected in zip(ours, plain, strict=True):
             np.testing.assert_array_equal(found, expected)
@@ -131,7 +133,7 @@ def test_blocks_cover_the_band(window, length, cut):
         assert reach >= window
         assert reach % queries == 0
     if cut is tiles:
-        assert queries % kernels.COLUMNS == 0
+        assert queries % loops.TILE_N == 0
 
 
 def test_cost_grows_with_the_length_not_its_square():

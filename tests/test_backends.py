@@ -28,7 +28,7 @@ from tinygrad.uop.ops import Ops
 
 from pico_tg import Config, Decoder, Pico, TrainSettings, generate
 from pico_tg.soap import all_finite
-from pico_tg.train import TrainStep
+from pico_tg.training import TrainStep
 from test_cli import TINY
 
 kernels, before = [], realize.estimate_uop
@@ -50,9 +50,9 @@ settings = TrainSettings(context_len=1024, batch_size=8, precision=sys.argv[1])
 TrainStep(model, settings)(np.zeros((1, 8, 1026), np.uint8), 1e-3)
 train, kernels = kernels, []
 # nothing is computed: all bytes would stay out of the latent blocks
-sys.modules["pico_tg.generate"].read = lambda x: np.ones(x.shape, np.float32)
+sys.modules["pico_tg.generation"].read = lambda x: np.ones(x.shape, np.float32)
 decoder = Decoder(model)
-decoder.feed(b"abc")
+decoder.forward(b"abc")
 decode, kernels = kernels, []
 Tensor.realize(all_finite([Tensor.empty(4, 4 + i) for i in range(90)]))  # of a deep model
 print(json.dumps({
@@ -97,7 +97,7 @@ import sys
 import numpy as np
 from pico_tg import Config, Pico, TrainSettings
 from pico_tg.model import loss_fn
-from pico_tg.train import TrainStep, inputs_and_targets
+from pico_tg.training import TrainStep, inputs_and_targets
 from test_cli import TINY
 from tinygrad import Tensor, nn
 

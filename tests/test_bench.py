@@ -7,10 +7,10 @@ import pytest
 from test_cli import FLAGS, TINY
 from tinygrad import Tensor, TinyJit
 
-from pico_tg import cli
 from pico_tg.config import Config
 from pico_tg.flops import decoding_operations, forward_operations, training_operations
-from pico_tg.kernels import counted_kernels
+from pico_tg.runtime import count_kernels
+from pico_tg.tools import cli
 
 CONFIG = Config(**TINY)
 
@@ -117,7 +117,7 @@ def test_kernels_of_a_graph_are_counted():
 
     jitted, x = TinyJit(three), Tensor(np.ones(8, np.float32)).realize()
     for _ in range(4):
-        with counted_kernels() as count:
+        with count_kernels() as count:
             jitted(x)
         assert count == [3]
 

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import tiny
 
-from pico_tg import cli
 from pico_tg.checkpoint import load, read_safetensors, write_safetensors
 from pico_tg.config import Config
-from pico_tg.evaluate import evaluate
+from pico_tg.evaluation import evaluate
 from pico_tg.files import PicoError
-from pico_tg.generate import GeneratedByte, Stats, generate
+from pico_tg.generation import GeneratedByte, Stats, generate
 from pico_tg.model import Pico
+from pico_tg.tools import cli
 
 TINY = tiny.TINY.to_dict()
 FLAGS = tiny.flags(TINY)
@@ -446,7 +446,7 @@ BAD_RUN = {
     "no prompt file": (["--prompt-file", "nowhere.txt"], "nowhere.txt"),
     "prompt file a folder": (["--prompt-file", "."], "cannot read"),
     "unknown output": (["--output", "pdf"], "pdf"),
-    "raw in colour": (["--output", "raw", "--color"], "--color"),
+    "raw in color": (["--output", "raw", "--color"], "--color"),
     "raw with marks": (["--output", "raw", "--show-router-decisions"], "--show-router"),
     "raw of several": (["--output", "raw", "--num-samples", "2"], "--num-samples"),
     "page in no folder": (["--html", "no/where.html"], "no folder"),
@@ -676,7 +676,7 @@ def test_html(written, tmp_path, capsys):
     ("error", "expected"), [(KeyboardInterrupt(), 130), (PicoError("broken"), 2)]
 )
 def test_what_there_is_is_kept(error, expected, written, tmp_path, monkeypatch, capsys):
-    """An interrupt ends the line, leaves no colour behind, and page and figures are written."""
+    """An interrupt ends the line, leaves no color behind, and page and figures are written."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
@@ -790,7 +790,7 @@ def test_broken_pipe_is_quiet(output, trained):
     assert "Broken" not in err
 
 
-@pytest.mark.parametrize("module", ["pico_tg.model", "pico_tg.cli"])
+@pytest.mark.parametrize("module", ["pico_tg.model", "pico_tg.tools.cli"])
 def test_ctrl_c_during_the_imports(module, tmp_path):
     """A finder of modules presses it when `module` is looked for."""
     (tmp_path / "sitecustomize.py").write_text(

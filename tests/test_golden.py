@@ -7,7 +7,7 @@ import pytest
 from tinygrad import Tensor, TinyJit, nn
 
 from pico_tg import Config, Pico, load_weights, loss_fn
-from pico_tg.generate import Decoder
+from pico_tg.generation import Decoder
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -67,7 +67,7 @@ def test_decoding(cuts, model, golden):
     """Byte by byte, all at once, and in pieces."""
     decoder = Decoder(model)
     pieces = np.split(golden["x"][0], list(cuts))
-    fed = [decoder.feed(piece.tobytes()) for piece in pieces]
+    fed = [decoder.forward(piece.tobytes()) for piece in pieces]
     assert_close(np.concatenate([logits for logits, _ in fed]), golden["eval_logits"][0], 1e-5)
     decided = np.concatenate([z for _, z in fed]) > 0
     assert np.array_equal(decided, golden["eval_decisions"][0, :, 0] > 0)

@@ -15,8 +15,8 @@ import safetensors.numpy
 from tinygrad import Tensor
 
 import pico_tg
-from pico_tg import cli
 from pico_tg.runs import read_description
+from pico_tg.tools import cli
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"

@@ -9,7 +9,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from tinygrad import Tensor, dtypes, nn
 
-from pico_tg import kernels
+from pico_tg import ops
 from pico_tg.config import Config
 from pico_tg.model import Pico, cross_entropy, loss_fn
 
@@ -104,7 +104,7 @@ def test_training_on_odd_configurations(config, B, N):
 
 
 def test_training_with_every_product_scheduled(monkeypatch):
-    monkeypatch.setattr(kernels, "SMALL", 0)
+    monkeypatch.setattr(ops, "SMALL", 0)
     compare_training(ODD, 2, 37)
 
 

@@ -18,7 +18,7 @@ COUNT = """
 import json, sys
 import pico_tg
 from pico_tg import Config, Pico
-from pico_tg.kernels import by_hand
+from pico_tg.runtime import has_cpu_kernels
 from pico_tg.model import loss_fn
 from tinygrad import Device, Tensor, nn
 from tinygrad.engine.realize import compile_linear, estimate_uop
@@ -30,7 +30,7 @@ model = Pico(config, fresh=False)
 parameters = nn.state.get_parameters(model)
 Device[Device.DEFAULT].renderer.compiler.compile_cached = lambda source: b""
 found = {}
-for length in lengths if by_hand(Device.DEFAULT) else ():
+for length in lengths if has_cpu_kernels(Device.DEFAULT) else ():
     x = Tensor.empty(1, length, dtype="uint8")
     targets = Tensor.empty(1, length, config.next_tokens, dtype="uint8")
     with Tensor.train():

@@ -7,7 +7,17 @@ from xml.etree import ElementTree
 
 import pytest
 
-from pico_tg.plot import COLOURS, POINTS, WIDTH, Line, Panel, smoothed, svg, ticks, training_chart
+from pico_tg.tools.plot import (
+    COLORS,
+    POINTS,
+    WIDTH,
+    Line,
+    Panel,
+    smoothed,
+    svg,
+    ticks,
+    training_chart,
+)
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -128,7 +138,7 @@ def test_runs_differ_in_colour_or_dash():
         {"bytes": b, "bits_per_byte": 3.0, "router_rate": 0.5, "lr": 1e-3} for b in range(1, 4)
     ]
     records[-1]["validation_bits_per_byte"] = 3.1
-    count = 2 * len(COLOURS) + 1
+    count = 2 * len(COLORS) + 1
     root = ElementTree.fromstring(training_chart({f"run {i}": records for i in range(count)}))
     looks = [(path.get("stroke"), path.get("stroke-dasharray")) for path in curves(root)]
     assert len(set(looks)) == count

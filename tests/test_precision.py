@@ -6,15 +6,15 @@ import sys
 
 import numpy as np
 import pytest
-from test_kernels import FORMS, SHAPES, inputs, value_and_gradients
+from test_ops import FORMS, SHAPES, inputs, value_and_gradients
 from tinygrad import Device, Tensor, TinyJit, dtypes
 from tinygrad.helpers import Context
 
-from pico_tg import SOAP, kernels
+from pico_tg import SOAP, ops, precision
 from pico_tg.config import Config
 from pico_tg.files import PicoError
 from pico_tg.model import Pico
-from pico_tg.train import TrainSettings, choose_precision, read_description, train
+from pico_tg.training import TrainSettings, choose_precision, read_description, train
 
 CONFIG = Config(
     dim=48,
@@ -54,7 +54,7 @@ def expected(form, a, b):
 @pytest.mark.parametrize("shape", SHAPES[1:6:2], ids=str)
 @pytest.mark.parametrize("scheduled", [True, False])
 def test_factors_are_rounded_and_nothing_else(form, shape, scheduled, monkeypatch):
-    monkeypatch.setattr(kernels, "SMALL", 0 if scheduled else 1 << 60)
+    monkeypatch.setattr(ops, "SMALL", 0 if scheduled else 1 << 60)
     a, b = inputs(form, shape)
     with Context(PICO_BF16=1):
         found = value_and_gradients(form, *(Tensor(x).clone().realize() for x in (a, b)))
@@ -76,9 +76,9 @@ def test_jitted():
 EMULATED = """
 import sys
 import numpy as np
-import test_kernels, test_precision
-from pico_tg.kernels import product
-from test_kernels import SHAPES, inputs, value_and_gradients
+import test_ops, test_precision
+from pico_tg.ops import bmm
+from test_ops import SHAPES, inputs, value_and_gradients
 from tinygrad import Tensor
 from tinygrad.helpers import Context
 from tinygrad.runtime.ops_python import PythonProgram
@@ -97,12 +97,12 @@ bf16 = sys.argv[1] == "bf16"
 a, b = inputs("matmul_transposed", SHAPES[4])
 with Context(PICO_BF16=int(bf16)):
     found = value_and_gradients("matmul_transposed", *(Tensor(x).realize() for x in (a, b)))
-expected = (test_precision if bf16 else test_kernels).expected("matmul_transposed", a, b)
+expected = (test_precision if bf16 else test_ops).expected("matmul_transposed", a, b)
 for ours, theirs in zip(found, expected, strict=True):
     np.testing.assert_allclose(ours.numpy(), theirs, rtol=0, atol=2e-6 * np.abs(theirs).max())
 count = len(on_units)
 a, b = a.reshape(6, 19, 13), b.reshape(6, 23, 13)  # the optimizer's products are of float32
-ours, theirs = product(Tensor(a), Tensor(b).transpose(1, 2)).numpy(), a @ b.swapaxes(1, 2)
+ours, theirs = bmm(Tensor(a), Tensor(b).transpose(1, 2)).numpy(), a @ b.swapaxes(1, 2)
 np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-6 * np.abs(theirs).max())
 print(count, len(on_units) - count)
 """
@@ -138,10 +138,10 @@ def test_auto_asks_the_hardware():
         cores = tc.metal if arch.startswith("Apple") else tc.get_cuda(arch)
         fake = {"D": Fake(arch, type("Renderer", (), {"tensor_cores": cores}))}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(kernels, "Device", fake)
+            patch.setattr(precision, "Device", fake)
             with Context(TC=1):  # off on a CPU
-                assert kernels._has_units("D", dtypes.float32) == arch.startswith("Apple")
-                return kernels.multiplies_bf16("D")
+                assert precision.has_tensor_cores("D", dtypes.float32) == arch.startswith("Apple")
+                return precision.has_bf16_tensor_cores("D")
 
     found = {arch: units(arch) for arch in ("sm_70", "sm_75", "sm_80", "sm_90")}
     assert found == {"sm_70": False, "sm_75": False, "sm_80": True, "sm_90": True}
@@ -153,10 +153,10 @@ def test_auto_asks_the_hardware():
 def test_losses_are_within_a_hundredth_over_100_steps():
     """Averages of 20 steps: single ones part further, since training amplifies any rounding."""
     curves = {}
-    for precision in ("fp32", "bf16"):
-        settings = QUICK | {"optimizer": "adamw", "precision": precision, "validation_bytes": 2000}
+    for kind in ("fp32", "bf16"):
+        settings = QUICK | {"optimizer": "adamw", "precision": kind, "validation_bytes": 2000}
         records = train(Pico(CONFIG, seed=0), "python-docs", max_steps=100, **settings)
-        curves[precision] = np.array([record["loss"] for record in records])
+        curves[kind] = np.array([record["loss"] for record in records])
     fp32, bf16 = (curve.reshape(5, 20).mean(axis=1) for curve in curves.values())
     assert fp32[-1] < 0.75 * fp32[0]  # it learns
     assert not np.array_equal(fp32, bf16)
@@ -165,7 +165,7 @@ def test_losses_are_within_a_hundredth_over_100_steps():
 
 def test_the_optimizer_stays_in_float32(monkeypatch):
     """Its products too, whatever the precision of the model's."""
-    monkeypatch.setattr(kernels, "SMALL", 0)
+    monkeypatch.setattr(ops, "SMALL", 0)
     rng = np.random.default_rng(0)
     found = []
     for bf16 in (0, 1):
@@ -186,7 +186,7 @@ def test_the_precision_is_recorded_and_kept(tmp_path):
     path.write_text("the cat sat on the mat; " * 90)
     run = tmp_path / "run"
     train(Pico(CONFIG), str(path), run, **QUICK)  # nothing is trained until the first record
-    here = "bf16" if kernels.multiplies_bf16(Device.DEFAULT) else "fp32"
+    here = "bf16" if precision.has_bf16_tensor_cores(Device.DEFAULT) else "fp32"
     assert read_description(run)["settings"]["precision"] == here
     other = {"fp32": "bf16", "bf16": "fp32"}[here]
     with pytest.raises(PicoError, match=f"precision was {here}, now {other}"):

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import TINY, flags
+from helpers import TINY, flags
 
 from pico_tg import Pico, save_weights
 

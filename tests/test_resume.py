@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import TINY as CONFIG
-from tiny import WINDOWS, flags
+from helpers import TINY as CONFIG
+from helpers import WINDOWS, flags
 from tinygrad import GlobalCounters, Tensor, nn
 
 from pico_tg.checkpoint import (
@@ -27,16 +27,16 @@ from pico_tg.checkpoint import (
     load_checkpoint,
     load_newest,
     read_safetensors,
+    remove_leftovers,
     save_checkpoint,
-    sweep,
 )
 from pico_tg.config import Config
 from pico_tg.data import DataSpec, Windows, load_data
 from pico_tg.files import PicoError
-from pico_tg.generate import Decoder
+from pico_tg.generation import Decoder
 from pico_tg.model import Pico
 from pico_tg.runs import Run, read_description, read_metrics
-from pico_tg.train import TrainSettings, TrainStep, Validation, train
+from pico_tg.training import TrainSettings, TrainStep, Validation, train
 
 QUICK = WINDOWS | {"warmup_steps": 2, "learning_rate": 1e-2, "epochs": 99}
 TEXT = "the cat sat on the mat; " * 19  # 11 windows: an epoch ends in the middle of a step
@@ -213,7 +213,7 @@ def test_a_relative_path_is_found_from_anywhere(text, tmp_path, monkeypatch):
         lambda d: "{",
         lambda d: json.dumps({"settings": {}}),
         lambda d: json.dumps(d | {"settings": d["settings"] | {"depth": 3}}),
-        lambda d: json.dumps(d | {"dataset": d["dataset"] | {"colour": "red"}}),
+        lambda d: json.dumps(d | {"dataset": d["dataset"] | {"color": "red"}}),
     ],
 )
 def test_a_broken_description(damage, run):
@@ -419,7 +419,7 @@ def test_killed_thirty_times_while_saving(tmp_path):
         said = os.read(reading, 1 << 16)
         os.close(reading)
         confirmed = int.from_bytes(said[-4:], "little") if said else reached + 1
-        sweep(tmp_path)  # as a resumed run does
+        remove_leftovers(tmp_path)  # as a resumed run does
         whole = {f"{step:08d}{end}" for step, _ in list_checkpoints(tmp_path) for end in ENDS}
         assert {path.name for path in tmp_path.iterdir()} == whole
         steps = valid_steps(tmp_path)  # asserts that each is whole
@@ -519,7 +519,7 @@ def test_graphs_are_freed_at_once(text):
         for _ in range(3):  # the second call makes a graph, the third replays it
             step(windows, 1e-3)
             validation()
-            decoder.feed(b"a")
+            decoder.forward(b"a")
         jits = [step.whole_step, validation.measure, *decoder.jits.values()]
         graphs = [weakref.ref(jit.captured) for jit in jits if jit.captured is not None]
         assert len(graphs) >= 4

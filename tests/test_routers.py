@@ -16,7 +16,7 @@ from pico_tg.attention import rotate
 from pico_tg.config import CHOICES
 from pico_tg.data import SEQ_START
 from pico_tg.flops import forward_operations
-from pico_tg.generate import Decoder
+from pico_tg.generation import Decoder
 from pico_tg.model import loss_fn
 from pico_tg.routing import next_decisions, rule_decisions
 
@@ -91,17 +91,17 @@ def test_decoding_is_the_causal_pass(variant):
         found, chosen = [], []
         for start, end in itertools.pairwise([0, 1, 3, 7, 8, 9, 17, 24, 30]):
             if attempt and start:
-                state = decoder.save()
-                decoder.feed(b"a ")
+                state = decoder.snapshot()
+                decoder.forward(b"a ")
                 decoder.restore(state)
-                decoder.feed(b". x")
-                decoder.forget(3)
+                decoder.forward(b". x")
+                decoder.rollback(3)
             # drafts that prove wrong, of the kind that a rule looks at
             kept = end - start
             wrong = b" a"[: min(2, 8 - kept)] if attempt else b""
-            found += list(decoder.feed(data[start:end] + wrong)[0][:kept])
+            found += list(decoder.forward(data[start:end] + wrong)[0][:kept])
             chosen += list(decoder.last_decisions[:kept])
-            decoder.forget(len(wrong))
+            decoder.rollback(len(wrong))
         close(np.array(found), expected, 1e-4)
         assert chosen == decisions[0].tolist()
         assert (decoder.position, decoder.selected) == (len(data), decisions.sum())
@@ -174,7 +174,7 @@ def test_rings_at_a_million():
     far.position = far.selected = slots * (10**6 // slots)
     far.recent = b" "
     # at first the far windows hold zeros that nobody wrote: compare what sees past none of them
-    ends = [[one.feed(data[i : i + 8])[0] for i in range(0, 32, 8)][-1] for one in (near, far)]
+    ends = [[one.forward(data[i : i + 8])[0] for i in range(0, 32, 8)][-1] for one in (near, far)]
     close(ends[1], ends[0], 1e-4)
 
 

@@ -7,7 +7,7 @@ import pytest
 from tinygrad import Device, GlobalCounters, Tensor, TinyJit, nn
 
 from pico_tg import SOAP
-from pico_tg.kernels import write_into
+from pico_tg.runtime import write_into
 
 GOLDEN = Path(__file__).parent / "golden"
 

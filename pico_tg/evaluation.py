@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 from .data import MOST_BYTES, Corpus, Data, DataSpec, load_data, load_whole
 from .files import PicoError
-from .generate import GeneratedByte
-from .kernels import compiled
+from .generation import GeneratedByte
 from .model import Pico, cross_entropy
-from .train import CHOICES, choose_precision
+from .runtime import jit_method
+from .training import CHOICES, choose_precision
 
 SPLITS = ("validation", "train", "all")
 WHITESPACE = np.isin(np.arange(256), list(b" \t\n\v\f\r"))
@@ -45,7 +45,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Match:
+class PrecisionRecall:
     """Routed bytes taken for word boundaries: how many are, how many are found, and the F1."""
 
     precision: float
@@ -93,8 +93,8 @@ class Evaluation:
     accepted_greedy: float
     router_rate: float
     places: dict[str, Place]
-    boundaries: Match
-    boundaries_random: Match
+    boundaries: PrecisionRecall
+    boundaries_random: PrecisionRecall
     passage: list[list[GeneratedByte]] = dataclasses.field(repr=False)
 
     def as_dict(self) -> dict:
@@ -156,7 +156,7 @@ def evaluate(
             f"{batch_size} windows of {length:,} bytes are more than the {MOST_BYTES:,} bytes that "
             "are taken for a mistake; take a smaller context_len, stride or batch_size"
         )
-    tally = _Tally(corpus, total, model.config.next_tokens, passage)
+    tally = Metrics(corpus, total, model.config.next_tokens, passage)
     if not tally.has_targets():
         part = "data" if split == "all" else f"{split} data"
         raise PicoError(
@@ -224,9 +224,9 @@ class _Measure:
         self.model, self.length = model, length
         # few slots make latent blocks cheap; where they do not suffice there is one for each byte
         self.slots = min(length, 2 * max(1, model.config.capacity(length)))
-        self.some = compiled(self._pass, self.slots)
-        self.all = compiled(self._pass, length)
-        self.without = compiled(self._without)
+        self.some = jit_method(self._pass, self.slots)
+        self.all = jit_method(self._pass, length)
+        self.without = jit_method(self._without)
 
     def _pass(self, count: int, windows: Tensor) -> tuple[Tensor, ...]:
         x, targets = windows[:, :-1], windows[:, 1:]  # not contiguous: see inputs_and_targets
@@ -260,7 +260,7 @@ class _Measure:
         return self.all if self.slots == self.length else self.some
 
 
-class _Tally:
+class Metrics:
     """The figures, summed over pieces of the text that come in order."""
 
     def __init__(self, corpus: Corpus, total: int, next_tokens: int, passage: int) -> None:
@@ -444,5 +444,5 @@ def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
-def _match(precision: float, recall: float) -> Match:
-    return Match(precision, recall, _ratio(2 * precision * recall, precision + recall))
+def _match(precision: float, recall: float) -> PrecisionRecall:
+    return PrecisionRecall(precision, recall, _ratio(2 * precision * recall, precision + recall))

@@ -1,4 +1,4 @@
-"""How a sample looks: as plain text, coloured for a terminal, and as a page of its own.
+"""How a sample looks: as plain text, colored for a terminal, and as a page of its own.
 
 Pure functions from records to text. All of them take the bytes together to characters first, since
 only those can be shown; a character of several bytes has the highest weight of any of them, counts
@@ -15,13 +15,13 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .evaluate import Evaluation
-    from .generate import GeneratedByte
+    from ..evaluation import Evaluation
+    from ..generation import GeneratedByte
 
 BAD = "\ufffd"  # stands for bytes that are not UTF-8
 RESET = "\x1b[0m"
 
-# 256-colour codes of (background, text) by eighths of the router weight: greys up to 0.5, oranges
+# 256-color codes of (background, text) by eighths of the router weight: greys up to 0.5, oranges
 # above it, where bytes are routed; each pair is legible by itself, on dark and on light terminals
 SHADES = (
     None,
@@ -136,12 +136,12 @@ def decode_text(
         yield mark * character.routed + character.text
 
 
-def coloured_text(
+def colored_text(
     records: Iterable["GeneratedByte"], mark: str = "", begun: bytes = b""
 ) -> Iterator[str]:
-    """`decode_text` with ANSI colours: background by router weight, accepted drafts underlined.
+    """`decode_text` with ANSI colors: background by router weight, accepted drafts underlined.
 
-    Each piece ends with a reset, so that the terminal is never left coloured. A line break is shown
+    Each piece ends with a reset, so that the terminal is never left colored. A line break is shown
     as a shaded space before it. Control characters are made visible.
     """
     for character in characters(records, begun):
@@ -149,7 +149,7 @@ def coloured_text(
         codes = ["4"] if character.drafted else []
         if shade:
             codes += [f"48;5;{shade[0]}", f"38;5;{shade[1]}"]
-        # a coloured line break would colour the rest of the line in many terminals
+        # a colored line break would color the rest of the line in many terminals
         text, after = (" ", "\n") if character.text == "\n" else (visible(character.text), "")
         shown = f"\x1b[{';'.join(codes)}m{text}{RESET}" if codes else text
         yield mark * character.routed + shown + after

@@ -20,9 +20,10 @@ from tinygrad.helpers import JIT, Context
 from .checkpoint import load_newest, load_weights, weights_of
 from .data import Corpus, Data, DataSpec, Windows, load_data
 from .files import PicoError
-from .kernels import compiled, multiplies_bf16, write_all
 from .model import Pico, cross_entropy, loss_fn
+from .precision import has_bf16_tensor_cores
 from .runs import Record, Run, read_description
+from .runtime import jit_method, write_all
 from .soap import SOAP, all_finite
 
 CHOICES = {"optimizer": ("soap", "adamw"), "precision": ("auto", "fp32", "bf16")}
@@ -134,7 +135,7 @@ def choose_precision(precision: str, devices: tuple[str, ...] = ()) -> str:
     """fp32 or bf16, whatever `auto` means on these devices (none: the default one)."""
     if precision != "auto":
         return precision
-    return "bf16" if multiplies_bf16((devices or (Device.DEFAULT,))[0]) else "fp32"
+    return "bf16" if has_bf16_tensor_cores((devices or (Device.DEFAULT,))[0]) else "fp32"
 
 
 def graph_context(settings: TrainSettings, devices: tuple[str, ...]) -> Context:
@@ -188,9 +189,9 @@ class TrainStep:
         self.sums: list[Tensor] = []
         if settings.grad_accumulation_steps > 1:
             self.sums = [p.zeros_like().contiguous().realize() for p in self.parameters]
-        self.whole_step = compiled(self._whole_step)
-        self.accumulate = compiled(self._accumulate)
-        self.update = compiled(self._update)
+        self.whole_step = jit_method(self._whole_step)
+        self.accumulate = jit_method(self._accumulate)
+        self.update = jit_method(self._update)
 
     def _gradients(self, windows: Tensor) -> tuple[Tensor, list[Tensor]]:
         x, targets = inputs_and_targets(windows, self.model.config.next_tokens)
@@ -321,8 +322,8 @@ class Validation:
         least = int(model.config.router != "none")
         self.slots = min(length, 2 * max(least, model.config.capacity(length)))
         self.length = length
-        self.measure = compiled(self._measure)
-        self.measure_all = compiled(self._measure_all)
+        self.measure = jit_method(self._measure)
+        self.measure_all = jit_method(self._measure_all)
 
     def _measure(self, windows: Tensor, flags: Tensor) -> Tensor:
         return self._sums(windows, flags, self.slots)
@@ -482,7 +483,7 @@ def train(
         say(f"resuming after step {reached['step']}, from {path}")
         if stored["devices"] != list(devices):
             say(f"devices were {stored['devices'] or 'one'}, now {list(devices) or 'one'}")
-        records = run.go_back_to(reached["step"])
+        records = run.truncate_to(reached["step"])
     elif run_dir is not None:
         run = Run(Path(run_dir), resumed=False)
     total = _steps(chosen, windows, reached)

@@ -7,12 +7,12 @@ import sys
 
 import numpy as np
 import pytest
+from helpers import TINY as CONFIG
 from oracle import forward
-from tiny import TINY as CONFIG
 from tinygrad import Tensor, nn
 
 from pico_tg.data import DataSpec, load_data, load_whole
-from pico_tg.evaluate import Evaluation, _Measure, _windows, check_options, evaluate
+from pico_tg.evaluation import Evaluation, _Measure, _windows, check_options, evaluate
 from pico_tg.files import PicoError
 from pico_tg.model import Pico
 
@@ -292,7 +292,7 @@ def test_other_parts(model, data, tmp_path, monkeypatch):
         measured.append(bytes(corpus.bytes))
         raise InterruptedError
 
-    monkeypatch.setattr(sys.modules["pico_tg.evaluate"], "_Tally", kept)
+    monkeypatch.setattr(sys.modules["pico_tg.evaluation"], "Metrics", kept)
     whole = load_whole(data.spec, progress=False)
     for part, options in ((data, {"split": "train"}), (data.spec, {"split": "all"}), (whole, {})):
         with pytest.raises(InterruptedError):
@@ -307,6 +307,6 @@ def test_other_parts(model, data, tmp_path, monkeypatch):
 def test_bad_data(model, data, monkeypatch):
     with pytest.raises(PicoError, match="first 10 bytes of the validation data hold no byte"):
         evaluate(model, data, max_bytes=10)
-    monkeypatch.setattr(sys.modules["pico_tg.evaluate"], "MOST_BYTES", 2 * CONTEXT)
+    monkeypatch.setattr(sys.modules["pico_tg.evaluation"], "MOST_BYTES", 2 * CONTEXT)
     with pytest.raises(PicoError, match=r"2 windows of 40 bytes .* smaller context_len"):
         evaluate(model, data, **OPTIONS)

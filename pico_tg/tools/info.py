@@ -4,14 +4,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import list_checkpoints, load_config
-from .config import Config
-from .files import PicoError
-from .flops import decoding_operations, forward_operations, training_operations
-from .generate import CHUNK
-from .kernels import ring_shape
-from .runs import find_description, read_description, read_metrics
-from .train import TrainSettings
+from ..checkpoint import list_checkpoints, load_config
+from ..config import Config
+from ..files import PicoError
+from ..flops import decoding_operations, forward_operations, training_operations
+from ..generation import PREFILL_CHUNK
+from ..kv_cache import cache_shape
+from ..runs import find_description, read_description, read_metrics
+from ..training import TrainSettings
 
 
 def describe(path: str | os.PathLike, run: str | None = None) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def cache_bytes(config: Config) -> int:
     """Memory of the keys and values that a `Decoder` of this model keeps, in bytes."""
 
     def ring(window: int) -> int:
-        slots, columns = ring_shape(config.head_dim, window, CHUNK)
+        slots, columns = cache_shape(config.head_dim, window, PREFILL_CHUNK)
         return 4 * config.att_kv_heads * slots * (config.head_dim + columns)
 
     byte_blocks = 2 * config.fb_num_blocks * ring(config.fb_att_window_size)

@@ -30,14 +30,14 @@ import numpy as np
 from tinygrad import Device, GlobalCounters, Tensor, TinyJit, dtypes, nn
 from tqdm import tqdm
 
-from .config import Config
-from .device import describe_backend
-from .files import PicoError
-from .flops import decoding_operations, training_operations
-from .generate import SIZES, Decoder, GeneratedByte, Stats, generate
-from .kernels import compiled, counted_kernels
-from .model import Pico, loss_fn
-from .train import TrainSettings, TrainStep, graph_context, inputs_and_targets, on_devices
+from ..backend import describe_backend
+from ..config import Config
+from ..files import PicoError
+from ..flops import decoding_operations, training_operations
+from ..generation import DECODE_ROWS, Decoder, GeneratedByte, Stats, generate
+from ..model import Pico, loss_fn
+from ..runtime import count_kernels, jit_method
+from ..training import TrainSettings, TrainStep, graph_context, inputs_and_targets, on_devices
 
 Record = dict[str, Any]
 IMPORTED = time.perf_counter()
@@ -127,7 +127,7 @@ class ForwardBackward:
 
     def __init__(self, model: Pico) -> None:
         self.model = model
-        self.graph = compiled(self._graph)
+        self.graph = jit_method(self._graph)
 
     def _graph(self, windows: Tensor) -> Tensor:
         x, targets = inputs_and_targets(windows, self.model.config.next_tokens)
@@ -170,15 +170,15 @@ def bench_decode(
         options = {"max_bytes": bytes_ + 1, "ignore_end": True, "raw_prompt": True}
         return generate(decoder.model, prompt, seed=seed, stats=stats, decoder=decoder, **options)
 
-    total = 1 + (len(SIZES) + 1) * WARM_UP
+    total = 1 + (len(DECODE_ROWS) + 1) * WARM_UP
     with memory, tqdm(total=total, desc="compiling", unit="pass", disable=not progress) as bar:
         next(text(0, Stats()))
         first_byte = process_seconds() - calibrating
         bar.update()
         for _ in range(WARM_UP):
-            for size in SIZES:
+            for size in DECODE_ROWS:
                 for _ in range(WARM_UP):  # as many as are routed, so many kinds of passes
-                    decoder.feed(rng.bytes(size))
+                    decoder.forward(rng.bytes(size))
                 bar.update()
             for _ in text(0, Stats()):  # also what depends on how many bytes are routed
                 pass
@@ -214,13 +214,13 @@ def bench_decode(
         runs, routed = [], 0
         for _ in range(repeats):
             data = rng.bytes(size)
-            runs.append(run_once(lambda data=data: decoder.feed(data)))
+            runs.append(run_once(lambda data=data: decoder.forward(data)))
             routed += int(decoder.last_decisions.sum())
         yield measured(name, runs, size, routed / size / repeats, context_len)
     runs = []
     for _ in range(repeats):
         decoder.position = decoder.selected = 0
-        runs.append(run_once(lambda: decoder.feed(prompt)))
+        runs.append(run_once(lambda: decoder.forward(prompt)))
     rate = decoder.selected / decoder.position
     # on average half of what was read in the end is before a byte
     reading = measured("reading", runs, context_len, rate, context_len // 2)
@@ -234,7 +234,7 @@ Run = tuple[float, float, float]  # seconds, kernels, operations
 def run_once(call: Callable[[], Any]) -> Run:
     """Time and count one call, which must wait for what it computes."""
     operations = GlobalCounters.global_ops
-    with counted_kernels() as kernels:
+    with count_kernels() as kernels:
         start = time.perf_counter()
         call()
         seconds = time.perf_counter() - start

@@ -10,15 +10,16 @@ from pathlib import Path
 import numpy as np
 import oracle
 import pytest
-from tiny import TINY, WINDOWS
+from helpers import TINY, WINDOWS
 from tinygrad import Device, GlobalCounters, Tensor, nn
 
-from pico_tg import PicoError, Stats, kernels, train
+from pico_tg import PicoError, Stats, kv_cache, train
 from pico_tg.attention import alibi_slopes
 from pico_tg.config import Config
 from pico_tg.data import SEQ_END, SEQ_START
-from pico_tg.generate import CHUNK, Decoder, Sampler, generate
+from pico_tg.generation import PREFILL_CHUNK, Decoder, Sampler, generate
 from pico_tg.model import Pico
+from pico_tg.runtime import has_cpu_kernels
 
 CONFIG = Config(
     dim=18,
@@ -50,39 +51,39 @@ def text() -> bytes:
 
 def test_rings_wrap_around(model, weights, text, monkeypatch):
     """Three times round the ring of 96 slots, by pieces of every kind, whole chunks among them."""
-    monkeypatch.setattr(sys.modules["pico_tg.generate"], "LONG", CHUNK)
+    monkeypatch.setattr(sys.modules["pico_tg.generation"], "MIN_PREFILL", PREFILL_CHUNK)
     decoder = Decoder(model)
     pieces = [
         text[a:b] for a, b in itertools.pairwise([0, 1, 2, 66, 67, 130, 131, 200, 203, 209, 330])
     ]
     assert len(text) > 3 * decoder.before[0].ring.slots
-    found = np.concatenate([decoder.feed(piece)[0] for piece in pieces])
+    found = np.concatenate([decoder.forward(piece)[0] for piece in pieces])
     np.testing.assert_allclose(found, oracle.decode(weights, CONFIG, text), rtol=0, atol=2e-4)
     assert decoder.position == len(text)
     assert 0 < decoder.selected < len(text)
 
 
-@pytest.mark.parametrize("rejected", [1, 5, CHUNK])
+@pytest.mark.parametrize("rejected", [1, 5, PREFILL_CHUNK])
 def test_setting_the_position_back_forgets(rejected, model, text, monkeypatch):
-    monkeypatch.setattr(sys.modules["pico_tg.generate"], "LONG", CHUNK)
+    monkeypatch.setattr(sys.modules["pico_tg.generation"], "MIN_PREFILL", PREFILL_CHUNK)
     plain, undone = Decoder(model), Decoder(model)
     for decoder in (plain, undone):
-        decoder.feed(text[:150])
-    undone.feed(text[-rejected:])
-    undone.forget(rejected)
+        decoder.forward(text[:150])
+    undone.forward(text[-rejected:])
+    undone.rollback(rejected)
     for piece in (text[150:151], text[151:190]):
-        for ours, theirs in zip(undone.feed(piece), plain.feed(piece), strict=True):
+        for ours, theirs in zip(undone.forward(piece), plain.forward(piece), strict=True):
             np.testing.assert_array_equal(ours, theirs)
 
 
 def test_memory_does_not_grow(model, text):
     decoder = Decoder(model)
     for _ in range(3):
-        decoder.feed(text[:1])
-        decoder.feed(text)
+        decoder.forward(text[:1])
+        decoder.forward(text)
     before = GlobalCounters.mem_used
     for _ in range(5):
-        decoder.feed(text)
+        decoder.forward(text)
     assert GlobalCounters.mem_used == before
 
 
@@ -118,7 +119,7 @@ def test_logprob_is_that_of_the_distribution_sampled(model, shared):
     options = {"temperature": 0.7, "top_k": 9, "seed": 3, "decoder": shared}
     (record,) = generate(model, b"a", max_bytes=1, **options)
     shared.position = shared.selected = 0
-    logits = shared.feed(SEQ_START + b"a")[0][-1, 0]
+    logits = shared.forward(SEQ_START + b"a")[0][-1, 0]
     expected = Sampler(0.7, top_k=9).distribution(logits)[record.byte]
     assert np.exp(record.logprob) == pytest.approx(expected, rel=1e-6)
 
@@ -166,7 +167,7 @@ class Scripted:
         self.position, self.passes, self.fed = 0, 0, []
         self.last_decisions = np.zeros(0, bool)
 
-    def feed(self, data: bytes):
+    def forward(self, data: bytes):
         rows = len(data)
         if self.passes == 0:  # the prompt
             rows = 1
@@ -183,12 +184,12 @@ class Scripted:
         self.last_decisions = np.zeros(rows, bool)
         return logits, np.zeros(rows, np.float32)
 
-    def forget(self, count: int) -> None:
+    def rollback(self, count: int) -> None:
         self.position -= count
 
 
 def scripted(monkeypatch, script: bytes, max_bytes: int = 100, decoder=None, **options) -> bytes:
-    module = sys.modules["pico_tg.generate"]  # the name in the package is the function
+    module = sys.modules["pico_tg.generation"]  # the name in the package is the function
     decoder = decoder or Scripted(script)
     monkeypatch.setattr(module, "Decoder", lambda *_: decoder)
     heads = type("Model", (), {"config": Config(**(vars(CONFIG) | {"next_tokens": 8}))})
@@ -224,7 +225,7 @@ def test_drafts_that_are_always_right(monkeypatch):
 def test_more_heads_than_a_pass_has_rows(heads, monkeypatch):
     decoder = Scripted(SCRIPT, heads - 1)
     config = Config(**(vars(CONFIG) | {"next_tokens": heads}))
-    monkeypatch.setattr(sys.modules["pico_tg.generate"], "Decoder", lambda *_: decoder)
+    monkeypatch.setattr(sys.modules["pico_tg.generation"], "Decoder", lambda *_: decoder)
     records = generate(type("Model", (), {"config": config}), max_bytes=300)
     assert bytes(r.byte for r in records) == SCRIPT[:300]
     assert max(decoder.fed) == 8
@@ -244,7 +245,7 @@ def test_drafts_that_are_sometimes_right(monkeypatch):
     stats = Stats()
     heads = type("Model", (), {"config": Config(**(vars(CONFIG) | {"next_tokens": 8}))})
     decoder = Scripted(SCRIPT, 7, lambda at: at % 3 != 0)
-    monkeypatch.setattr(sys.modules["pico_tg.generate"], "Decoder", lambda *_: decoder)
+    monkeypatch.setattr(sys.modules["pico_tg.generation"], "Decoder", lambda *_: decoder)
     records = list(generate(heads, max_bytes=240, stats=stats))
     assert bytes(r.byte for r in records) == SCRIPT[:240]
     assert sum(r.drafted for r in records) == stats.accepted > 100
@@ -306,7 +307,7 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_speculation_changes_no_byte(options, repetitive, repetitive_decoder, monkeypatch):
     """The same uniforms are spent on the same bytes, however many a pass took in."""
-    monkeypatch.setattr(sys.modules["pico_tg.generate"], "DraftPolicy", Eager)
+    monkeypatch.setattr(sys.modules["pico_tg.generation"], "DraftPolicy", Eager)
     found = {}
     for speculative in (True, False):
         options = options | {"speculative": speculative, "decoder": repetitive_decoder}
@@ -328,10 +329,10 @@ def test_three_bytes_are_distributed_as_enumerated(
     options, repetitive, repetitive_decoder, monkeypatch
 ):
     """Pearson's chi-squared, against the product of byte-by-byte distributions."""
-    monkeypatch.setattr(sys.modules["pico_tg.generate"], "DraftPolicy", Eager)
+    monkeypatch.setattr(sys.modules["pico_tg.generation"], "DraftPolicy", Eager)
     sampler, decoder = Sampler(**options), repetitive_decoder
     decoder.position = decoder.selected = 0
-    start = decoder.feed(SEQ_START + b"bad ")[0][-1, 0]
+    start = decoder.forward(SEQ_START + b"bad ")[0][-1, 0]
 
     def enumerate_(logits, depth, text, chance, found):
         for byte, p in enumerate(sampler.distribution(logits)):
@@ -341,7 +342,7 @@ def test_three_bytes_are_distributed_as_enumerated(
                 found[text + bytes([byte])] = chance * p
                 continue
             before = decoder.position, decoder.selected
-            after = decoder.feed(bytes([byte]))[0][0, 0]
+            after = decoder.forward(bytes([byte]))[0][0, 0]
             enumerate_(after, depth - 1, text + bytes([byte]), chance * p, found)
             decoder.position, decoder.selected = before
         return found
@@ -413,7 +414,7 @@ def test_without_the_latent_blocks(model, weights):
     cut = {k: v * 0 if "latent.blocks" in k and "proj" in k else v for k, v in weights.items()}
     cut = {k: v * 0 if "latent.blocks" in k and "fc2" in k else v for k, v in cut.items()}
     data = SEQ_START + b"some text"
-    found = Decoder(model, use_latent=False).feed(data)[0]
+    found = Decoder(model, use_latent=False).forward(data)[0]
     x = np.frombuffer(data, np.uint8)[None]
     np.testing.assert_allclose(
         found, oracle.forward(cut, CONFIG, x, causal=True)[0][0], rtol=0, atol=2e-4
@@ -429,32 +430,32 @@ def test_twenty_thousand_bytes(model):
     data = np.random.default_rng(5).integers(0, 256, 20_000, np.uint8).tobytes()
     used = []
     for start in range(0, len(data), 1000):
-        decoder.feed(data[start : start + 990])
+        decoder.forward(data[start : start + 990])
         for byte in data[start + 990 : start + 1000]:
-            last = decoder.feed(bytes([byte]))[0]
+            last = decoder.forward(bytes([byte]))[0]
         used.append(GlobalCounters.mem_used)
     assert decoder.position == 20_000
     assert len(set(used[1:])) == 1
     # what is out of every window, of bytes or of selected bytes, does not matter
     tail = Decoder(model)
     reach = 400
-    tail.feed(data[-reach:-1])
-    again = tail.feed(data[-1:])[0]
+    tail.forward(data[-reach:-1])
+    again = tail.forward(data[-1:])[0]
     np.testing.assert_allclose(last, again, rtol=0, atol=2e-4)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 4, 8, CHUNK])
+@pytest.mark.parametrize("rows", [1, 2, 4, 8, PREFILL_CHUNK])
 def test_kernels_by_hand_are_the_plain_ones(rows, monkeypatch):
-    """Ring, scores, weighted values and packed products; before, at and beyond a full ring."""
-    if not kernels.by_hand(Device.DEFAULT):
+    """KVCache, scores, weighted values and packed products; before, at and beyond a full ring."""
+    if not has_cpu_kernels(Device.DEFAULT):
         pytest.skip(f"{Device.DEFAULT} has no kernels of ours")
     H, K, C, window = 6, 3, 7, 9
     rng = np.random.default_rng(rows)
     rings = {}
     for by_hand in (True, False):
         monkeypatch.setenv("PICO_KERNELS", "1" if by_hand else "0")
-        rings[by_hand] = kernels.Ring(H, K, C, window, CHUNK, alibi_slopes(H))
-        assert rings[by_hand].by_hand == by_hand
+        rings[by_hand] = kv_cache.KVCache(H, K, C, window, PREFILL_CHUNK, alibi_slopes(H))
+        assert rings[by_hand].has_cpu_kernels == by_hand
     for start in (0, rows, 40, 40 + rows, 90, 1000):
         qkv = rng.standard_normal((rows, (H + 2 * K) * C)).astype(np.float32)
         at = Tensor(np.array([start], np.int32)).realize()
@@ -467,7 +468,7 @@ def test_kernels_by_hand_are_the_plain_ones(rows, monkeypatch):
     expected = (x * scale) @ weight.T * s + residual[:, :50]
     for by_hand in ("1", "0"):
         monkeypatch.setenv("PICO_KERNELS", by_hand)
-        packed = kernels.Packed(tensors[0], tensors[1])
+        packed = kv_cache.PackedLinear(tensors[0], tensors[1])
         found = packed(tensors[2], tensors[3], tensors[4][:, : packed.width].contiguous())
         np.testing.assert_allclose(found.numpy()[:, :50], expected, rtol=0, atol=1e-4)
 

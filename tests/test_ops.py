@@ -5,8 +5,11 @@ import pytest
 from tinygrad import Device, GlobalCounters, Tensor, TinyJit
 from tinygrad.helpers import Context
 
-from pico_tg import kernels
-from pico_tg.kernels import linear, matmul, matmul_transposed, write_into
+from pico_tg import ops
+from pico_tg.cpu import loops
+from pico_tg.cpu import matmul as cpu_matmul
+from pico_tg.ops import linear, matmul, matmul_transposed
+from pico_tg.runtime import write_into
 
 SHAPES = [  # (leading, M, L, N)
     ((), 64, 32, 48),
@@ -23,8 +26,8 @@ FORMS = {"matmul": matmul, "matmul_transposed": matmul_transposed, "linear": lin
 
 @pytest.fixture
 def all_scheduled(monkeypatch):
-    monkeypatch.setattr(kernels, "SMALL", 0)
-    if not kernels._scheduled(Tensor.ones(8, 8), 8, 8, 8):
+    monkeypatch.setattr(ops, "SMALL", 0)
+    if not ops._scheduled(Tensor.ones(8, 8), 8, 8, 8):
         pytest.skip(f"{Device.DEFAULT} has no schedules of ours")
 
 
@@ -86,8 +89,8 @@ def test_against_numpy(form, shape, all_scheduled):
 @pytest.mark.parametrize("shape", [((), 37, 41, 29), ((), 100, 7, 50), ((3,), 16, 8, 16)], ids=str)
 def test_other_processors(shape, tall, cores, all_scheduled, monkeypatch):
     """Tiles of AVX2 and of AVX-512; rows and matrices that do not divide by the cores."""
-    monkeypatch.setattr(kernels, "tile_rows", lambda: tall)
-    monkeypatch.setattr(kernels, "PARALLEL", 0)
+    monkeypatch.setattr(cpu_matmul, "tile_m", lambda: tall)
+    monkeypatch.setattr(cpu_matmul, "PARALLEL", 0)
     with Context(CPU_COUNT=cores):
         test_against_numpy("linear", shape, all_scheduled)
 
@@ -96,13 +99,13 @@ def test_other_processors(shape, tall, cores, all_scheduled, monkeypatch):
 def test_other_numbers_become_float32(dtype, all_scheduled):
     a = (np.arange(64 * 64).reshape(64, 64) % 7 - 3).astype(np.float32)
     x = Tensor(a).cast(dtype).realize()
-    for out in (linear(x, x), matmul(x, x.T), kernels.product(x[None], x[None], b_turned=True)[0]):
+    for out in (linear(x, x), matmul(x, x.T), ops.bmm(x[None], x[None], trans_b=True)[0]):
         np.testing.assert_array_equal(out.numpy(), a @ a.T)
 
 
 def test_more_numbers_than_an_int_counts(all_scheduled, monkeypatch):
     """Addresses are of 64 bits then."""
-    monkeypatch.setattr(kernels, "INT", 1 << 10)
+    monkeypatch.setattr(loops, "INT", 1 << 10)
     test_against_numpy("linear", ((2,), 24, 20, 16), all_scheduled)
 
 
@@ -123,8 +126,8 @@ def test_lookup_and_swiglu(all_scheduled, monkeypatch):
     expected = found(plain, gate.silu() * value)
     for switch in "10":
         monkeypatch.setenv("PICO_KERNELS", switch)
-        ours = kernels.lookup(weight, index)
-        for a, b in zip(found(ours, kernels.swiglu(ours)), expected, strict=True):
+        ours = ops.lookup(weight, index)
+        for a, b in zip(found(ours, ops.swiglu(ours)), expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
 
 
@@ -148,7 +151,7 @@ def test_operands_keep_their_memory_in_a_jit(all_scheduled):
     def step(x):
         doubled = (x * 2).contiguous().realize()
         tripled = (x * 3).contiguous().realize()  # must not lie where `doubled` does
-        out = kernels.product(Tensor.stack(doubled), right).realize()
+        out = ops.bmm(Tensor.stack(doubled), right).realize()
         return out, tripled.sum().realize()
 
     for seed in range(4):
@@ -160,7 +163,7 @@ def test_operands_keep_their_memory_in_a_jit(all_scheduled):
 def test_the_switch_switches(all_scheduled, monkeypatch):
     x = Tensor.ones(16, 16)
     monkeypatch.setenv("PICO_KERNELS", "0")
-    assert not kernels._scheduled(x, 16, 16, 16)
+    assert not ops._scheduled(x, 16, 16, 16)
 
 
 def test_products_are_computed_once(all_scheduled):
@@ -172,13 +175,13 @@ def test_products_are_computed_once(all_scheduled):
 
 
 def test_small_or_foreign_products_are_left_to_tinygrad():
-    assert not kernels._scheduled(Tensor.ones(1, 512), 1, 512, 512)  # decoding one byte
-    assert not kernels._scheduled(Tensor.ones(64, 512, device="NULL"), 64, 512, 512)
+    assert not ops._scheduled(Tensor.ones(1, 512), 1, 512, 512)  # decoding one byte
+    assert not ops._scheduled(Tensor.ones(64, 512, device="NULL"), 64, 512, 512)
 
 
 def test_threads_share_evenly(monkeypatch):
-    monkeypatch.setattr(kernels, "CPU_COUNT", type("Count", (), {"value": 4}))
-    assert [kernels._threads(n) for n in (1, 2, 3, 8, 9, 10)] == [1, 2, 3, 4, 3, 2]
+    monkeypatch.setattr(loops, "CPU_COUNT", type("Count", (), {"value": 4}))
+    assert [loops.even_threads(n) for n in (1, 2, 3, 8, 9, 10)] == [1, 2, 3, 4, 3, 2]
 
 
 def test_write_into_is_seen_by_a_jit():

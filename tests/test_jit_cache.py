@@ -20,7 +20,7 @@ x = Tensor(np.arange(4096, dtype=np.float32).reshape(64, 64) / 4096).realize()
 GlobalCounters.reset()
 y = ((x @ x.T).contiguous() + 1).numpy().sum()
 # the gradient's function lies elsewhere in each process
-g = pico_tg.kernels.linear(x, (x * 2).contiguous()).sum().gradient(x)[0].numpy().sum()
+g = pico_tg.ops.linear(x, (x * 2).contiguous()).sum().gradient(x)[0].numpy().sum()
 halves = Tensor(np.arange(8, dtype=np.uint8).reshape(2, 4)).shard(("CPU:0", "CPU:1"), axis=0)
 print(len(made), GlobalCounters.global_ops, y, g, (halves + 1).tolist())
 """
@@ -39,7 +39,7 @@ def slowly(*given):
 tinygrad.codegen.do_to_program = slowly
 import pico_tg
 from tinygrad import Tensor
-pico_tg.programs.MANY = 4
+pico_tg.jit_cache.MANY = 4
 x = Tensor(np.arange(60, dtype=np.float32)).realize()
 Tensor.realize(*(parts := [(x[: 10 + i] * i + i).contiguous() for i in range(6)]))
 print(len(made), [part.tolist() for part in parts])
@@ -50,7 +50,7 @@ RECORDED = """
 import os, sqlite3, time
 import numpy as np, pico_tg
 from tinygrad import Tensor, TinyJit
-pico_tg.programs.MANY = 4
+pico_tg.jit_cache.MANY = 4
 
 def kept():
     with sqlite3.connect(os.environ["CACHEDB"]) as file:

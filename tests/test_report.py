@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pico_tg.generate import GeneratedByte
-from pico_tg.view import (
+from pico_tg.generation import GeneratedByte
+from pico_tg.tools.view import (
     RESET,
     characters,
-    coloured_text,
+    colored_text,
     decode_text,
     html_page,
     split_prompt,
@@ -112,25 +112,25 @@ SGR = re.compile(r"\x1b\[[\d;]*m")
 
 
 def test_coloured_text():
-    shown = list(coloured_text([record(97, 0.0), record(98, 0.9), record(99, 0.1, True)]))
+    shown = list(colored_text([record(97, 0.0), record(98, 0.9), record(99, 0.1, True)]))
     assert shown[0] == "a"
     assert re.fullmatch(r"\x1b\[48;5;\d+;38;5;\d+mb\x1b\[0m", shown[1])
     assert shown[2] == f"\x1b[4mc{RESET}"
     # each step of weight looks different, 0.5 like what is below it
-    steps = [next(coloured_text([record(97, (i + 0.5) / 8)])) for i in range(8)]
+    steps = [next(colored_text([record(97, (i + 0.5) / 8)])) for i in range(8)]
     assert len(set(steps)) == 8
-    assert next(coloured_text([record(97, 0.5)])) == steps[3]
-    assert next(coloured_text([record(97, 1.0)])) == steps[7]
+    assert next(colored_text([record(97, 0.5)])) == steps[3]
+    assert next(colored_text([record(97, 1.0)])) == steps[7]
 
 
 @given(st.binary(max_size=30), st.data())
 def test_colours_end_with_every_piece(data, draw):
     weights = [draw.draw(st.floats(0, 1)) for _ in data]
-    shown = list(coloured_text(records(data, weights), "_"))
+    shown = list(colored_text(records(data, weights), "_"))
     for piece in shown:
         codes = SGR.findall(piece)
         assert not codes or (len(codes) == 2 and codes[1] == RESET)
-        assert "\n" not in piece or piece.endswith("\n")  # the break itself is not coloured
+        assert "\n" not in piece or piece.endswith("\n")  # the break itself is not colored
         assert piece.count("\x1b") == len(codes)
     plain = SGR.sub("", "".join(shown)).replace(" \n", "\n").replace("_", "")
     assert plain == visible(data.decode(errors="replace")).replace(" \n", "\n").replace("_", "")

@@ -18,24 +18,24 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..backend import describe_backend, kernel_search, parse_devices
+from ..checkpoint import find_checkpoint, load, load_config
+from ..config import CHOICES as MODEL_CHOICES
+from ..config import PRESETS, Config
+from ..data import DataSpec, has_validation, load_data, load_whole
+from ..evaluation import SPLITS, check_options, evaluate
+from ..files import PicoError, atomic_write, check_writable
+from ..generation import GeneratedByte, Stats, generate
+from ..interrupts import as_usual
+from ..model import Pico
+from ..runs import find_description, read_metrics
+from ..training import CHOICES, TrainSettings, stored_spec, train
 from .bench import bench_decode, bench_train
-from .checkpoint import find_checkpoint, load, load_config
-from .config import CHOICES as MODEL_CHOICES
-from .config import PRESETS, Config
-from .data import DataSpec, has_validation, load_data, load_whole
-from .device import describe_backend, kernel_search, parse_devices
-from .evaluate import SPLITS, check_options, evaluate
-from .files import PicoError, atomic_write, check_writable
-from .generate import GeneratedByte, Stats, generate
 from .info import describe
-from .interrupts import as_usual
-from .model import Pico
 from .plot import training_chart
-from .runs import find_description, read_metrics
-from .train import CHOICES, TrainSettings, stored_spec, train
 from .view import (
     RESET,
-    coloured_text,
+    colored_text,
     decode_text,
     describe_evaluation,
     describe_model,
@@ -739,7 +739,7 @@ def show_samples(records: Iterator[GeneratedByte], prompt: bytes, args: argparse
     """Print the prompt and each sample after it, as they come."""
     terminal = sys.stdout.isatty()
     dumb = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    colour = args.color and terminal and not dumb
+    color = args.color and terminal and not dumb
     mark = "_" if args.show_router_decisions else ""
     text, begun = split_prompt(prompt)
     for number, sample in enumerate(split_samples(records, args.num_samples), 1):
@@ -747,10 +747,10 @@ def show_samples(records: Iterator[GeneratedByte], prompt: bytes, args: argparse
             put(f"--- sample {number} of {args.num_samples} ---\n")
         put(visible(text) if terminal else text)
         try:
-            for piece in (coloured_text if colour else decode_text)(sample, mark, begun):
-                put(visible(piece) if terminal and not colour else piece)
+            for piece in (colored_text if color else decode_text)(sample, mark, begun):
+                put(visible(piece) if terminal and not color else piece)
         finally:  # an interrupt may have cut a piece in two
-            put(f"{RESET if colour else ''}\n")
+            put(f"{RESET if color else ''}\n")
 
 
 def put(piece: str | bytes) -> None:

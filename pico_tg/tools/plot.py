@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from html import escape
 from unicodedata import east_asian_width
 
-# distinguishable also with the common colour deficiencies, and on white (Okabe and Ito, 2008)
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-DASHES = ("", "6 4", "2 3", "9 3 2 3")  # stroke-dasharray, for more lines than colours
+# distinguishable also with the common color deficiencies, and on white (Okabe and Ito, 2008)
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+DASHES = ("", "6 4", "2 3", "9 3 2 3")  # stroke-dasharray, for more lines than colors
 WIDTH = 760
 LEFT, TOP, BOTTOM = 80, 44, 48  # margins of a panel; the one on the right fits the names
 ROW = 17  # height of a name
@@ -22,7 +22,7 @@ class Line:
     name: str
     xs: list[float]
     ys: list[float]
-    colour: str
+    color: str
     dash: int = 0  # which of DASHES
     thin: bool = False
 
@@ -105,7 +105,7 @@ def _draw(panel: Panel, right: int, clip: str) -> list[str]:
         if len(place) == 1:
             parts.append(
                 f'<circle cx="{place[0][0]}" cy="{place[0][1]}" r="{2 if line.thin else 4}" '
-                f'fill="{line.colour}" clip-path="url(#{clip})"/>'
+                f'fill="{line.color}" clip-path="url(#{clip})"/>'
             )
         else:
             parts.append(
@@ -121,7 +121,7 @@ def _draw(panel: Panel, right: int, clip: str) -> list[str]:
         whole = "" if name == line.name else f"<title>{escape(line.name)}</title>"
         parts.append(
             f'<path d="M{right + 10} {y:.1f}h{SAMPLE}" {_style(line)}/>'
-            f'<text x="{right + 16 + SAMPLE}" y="{y + 4:.1f}" fill="{line.colour}">'
+            f'<text x="{right + 16 + SAMPLE}" y="{y + 4:.1f}" fill="{line.color}">'
             f"{escape(name)}{whole}</text>"
         )
     return parts
@@ -130,7 +130,7 @@ def _draw(panel: Panel, right: int, clip: str) -> list[str]:
 def _style(line: Line) -> str:
     dash = f' stroke-dasharray="{DASHES[line.dash]}"' if line.dash else ""
     look = 'stroke-width="1" stroke-opacity="0.5"' if line.thin else 'stroke-width="2"'
-    return f'stroke="{line.colour}" {look}{dash}'
+    return f'stroke="{line.color}" {look}{dash}'
 
 
 def _names_height(panel: Panel) -> int:
@@ -209,8 +209,8 @@ def training_chart(runs: dict[str, list[dict]]) -> str:
     """SVG of training runs by name: bits per byte, router rate and learning rate over bytes."""
     bits, rates, speeds = [], [], []
     for number, (name, records) in enumerate(runs.items()):
-        colour = COLOURS[number % len(COLOURS)]
-        dash = number // len(COLOURS) % len(DASHES)
+        color = COLORS[number % len(COLORS)]
+        dash = number // len(COLORS) % len(DASHES)
         seen = [record["bytes"] for record in records]
         measured = [r for r in records if "validation_bits_per_byte" in r]
         weight = min(1.0, 20 / len(records))
@@ -218,11 +218,11 @@ def training_chart(runs: dict[str, list[dict]]) -> str:
         routed = smoothed([r["router_rate"] for r in records], weight)
         validation = [r["validation_bits_per_byte"] for r in measured]
         bits += [
-            Line("" if measured else name, seen, train, colour, dash, thin=True),
-            Line(name, [r["bytes"] for r in measured], validation, colour, dash),
+            Line("" if measured else name, seen, train, color, dash, thin=True),
+            Line(name, [r["bytes"] for r in measured], validation, color, dash),
         ]
-        rates.append(Line(name, seen, routed, colour, dash))
-        speeds.append(Line(name, seen, [r["lr"] for r in records], colour, dash))
+        rates.append(Line(name, seen, routed, color, dash))
+        speeds.append(Line(name, seen, [r["lr"] for r in records], color, dash))
     # the first steps, at 8 bits, would leave no room for the rest
     values = [y for line in bits for y in line.ys if math.isfinite(y)] or [0.0, 8.0]
     ends = [line.ys[-1] for line in bits if line.ys] or [8.0]

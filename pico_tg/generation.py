@@ -19,13 +19,18 @@ from tinygrad import Tensor, TinyJit, dtypes
 from .attention import alibi_slopes, rotate
 from .data import SEQ_END, SEQ_START
 from .files import PicoError
-from .kernels import Packed, Ring, compiled, padded_width, read, write_into
+from .kv_cache import KVCache, PackedLinear, padded_width
 from .model import RMS_EPS, Block, Pico
 from .routing import next_decisions
+from .runtime import jit_method, read, write_into
 
-SIZES = (1, 4, 8)  # rows of the compiled passes; a row more costs little, a graph more seconds
-CHUNK = 64  # bytes of a long prompt that one pass takes in
-LONG = 4096  # bytes of a prompt that are worth compiling that pass for
+DECODE_ROWS = (
+    1,
+    4,
+    8,
+)  # rows of the compiled passes: a row costs little, a graph seconds
+PREFILL_CHUNK = 64  # bytes of a long prompt that one pass takes in
+MIN_PREFILL = 4096  # bytes of a prompt that are worth compiling that pass for
 
 
 class CachedBlock:
@@ -37,11 +42,13 @@ class CachedBlock:
         self.alibi = attention.position == "alibi"
         self.turned = heads + kv_heads, attention.head_dim
         slopes = alibi_slopes(heads, block.norm1.weight.device) * self.alibi
-        self.ring = Ring(heads, kv_heads, attention.head_dim, attention.window, CHUNK, slopes)
-        self.qkv = Packed(attention.fused_qkv.weight, block.norm1.weight)
-        self.proj = Packed(attention.proj.weight)
-        self.fc1 = Packed(block.glu.fc1.weight, block.norm2.weight)
-        self.fc2 = Packed(block.glu.fc2.weight)
+        self.ring = KVCache(
+            heads, kv_heads, attention.head_dim, attention.window, PREFILL_CHUNK, slopes
+        )
+        self.qkv = PackedLinear(attention.fused_qkv.weight, block.norm1.weight)
+        self.proj = PackedLinear(attention.proj.weight)
+        self.fc1 = PackedLinear(block.glu.fc1.weight, block.norm2.weight)
+        self.fc2 = PackedLinear(block.glu.fc2.weight)
 
     def __call__(self, h: Tensor, start: Tensor) -> Tensor:
         """Rows h [R, D…] at positions from `start` (int [1]) on; zeros beyond D stay zeros."""
@@ -89,19 +96,19 @@ class Decoder:
         padding = ((0, 0), (0, self.width - config.dim))
         self.embedding = model.embedding.weight.detach().pad(padding).contiguous().realize()
         self.router = model.latent.router.weight.detach().pad(padding).contiguous().realize()
-        self.unembedding = Packed(model.unembedding.weight, model.norm.weight)
+        self.unembedding = PackedLinear(model.unembedding.weight, model.norm.weight)
         self.bias = model.unembedding.bias.detach().reshape(1, -1)
         self.last_decisions = np.zeros(0, bool)
         self.recent = b""  # the bytes of the last pass, and before them the one that it followed
         # one row more than a pass has: where slots that are not needed write
-        hidden = Tensor.zeros(CHUNK + 1, self.width, device=self.router.device)
+        hidden = Tensor.zeros(PREFILL_CHUNK + 1, self.width, device=self.router.device)
         self.hidden = hidden.contiguous().realize()
         self.jits: dict[tuple, TinyJit] = {}
         self.controls: dict[tuple, Tensor] = {}
 
-    def feed(self, data: bytes) -> tuple[np.ndarray, np.ndarray]:
+    def forward(self, data: bytes) -> tuple[np.ndarray, np.ndarray]:
         """Feed at least one byte -> (logits float32 [n, T, 256], router logits float32 [n])."""
-        piece = CHUNK if len(data) >= LONG else SIZES[-1]
+        piece = PREFILL_CHUNK if len(data) >= MIN_PREFILL else DECODE_ROWS[-1]
         parts = [
             self._pass(np.frombuffer(data[start : start + piece], np.uint8))
             for start in range(0, len(data), piece)
@@ -109,7 +116,7 @@ class Decoder:
         logits, router_logits = zip(*parts, strict=True)
         return np.concatenate(logits), np.concatenate(router_logits)
 
-    def forget(self, count: int) -> None:
+    def rollback(self, count: int) -> None:
         """Take back the newest `count` bytes fed, at most as many as the last pass took in."""
         kept = len(self.last_decisions) - count
         assert kept >= 0, "more than the last pass"
@@ -118,7 +125,7 @@ class Decoder:
         self.last_decisions = self.last_decisions[:kept]
         self.recent = self.recent[: len(self.recent) - count]
 
-    def save(self) -> tuple:
+    def snapshot(self) -> tuple:
         """The state now, for `restore`."""
         rings = [read(ring).copy() for ring in self._rings()]
         return self.position, self.selected, self.recent[-1:], rings
@@ -146,7 +153,9 @@ class Decoder:
         if len(chosen):
             count = _graph_size(len(chosen))
             # the row that each slot reads, the row that it adds to (the spare one, if none), start
-            deeper = np.repeat(np.array([0, CHUNK, self.selected], np.int32), [count, count, 1])
+            deeper = np.repeat(
+                np.array([0, PREFILL_CHUNK, self.selected], np.int32), [count, count, 1]
+            )
             deeper[: len(chosen)] = deeper[count : count + len(chosen)] = chosen
             write_into(self._control(2 * count, "deeper"), deeper)
             self._run(self._deepen, count)
@@ -177,7 +186,7 @@ class Decoder:
         """A method of that size, compiled."""
         key = (function.__name__, size)
         if key not in self.jits:
-            self.jits[key] = compiled(function, size)
+            self.jits[key] = jit_method(function, size)
         return self.jits[key]()
 
     def _encode(self, rows: int) -> Tensor:
@@ -213,8 +222,8 @@ class Decoder:
 
 
 def _graph_size(rows: int) -> int:
-    """Rows of the compiled pass that takes `rows` in: one of SIZES, or a whole chunk."""
-    return next((size for size in SIZES if rows <= size), CHUNK)
+    """Rows of the compiled pass that takes `rows` in: one of DECODE_ROWS, or a whole chunk."""
+    return next((size for size in DECODE_ROWS if rows <= size), PREFILL_CHUNK)
 
 
 @dataclass(frozen=True)
@@ -399,8 +408,8 @@ def generate(
         own = decoder or Decoder(model)
         own.use_latent = latent
         own.position = own.selected = 0
-        heads = own.feed(start)[0][-1]
-        after_prompt = own.save() if num_samples > 1 else None
+        heads = own.forward(start)[0][-1]
+        after_prompt = own.snapshot() if num_samples > 1 else None
         for number in range(num_samples):
             if number > 0:
                 own.restore(after_prompt)
@@ -424,7 +433,7 @@ def _decode(
     began: float,
 ) -> Iterator[GeneratedByte]:
     """Rounds, given the logits [T, 256] of all heads at the last byte of the prompt."""
-    most_drafts = min(most_drafts, SIZES[-1] - 1)  # a round is one pass
+    most_drafts = min(most_drafts, DECODE_ROWS[-1] - 1)  # a round is one pass
     policy = DraftPolicy(most_drafts)
     made, drafted = 0, False
     byte, logprob = sampler(heads[0], rng)
@@ -432,7 +441,7 @@ def _decode(
         guesses = np.argmax(heads[1 : 1 + most_drafts], axis=1).tolist()
         policy.guess(guesses)
         drafts = guesses[: min(policy.choose(), max_bytes - made - 1)]
-        logits, router_logits = decoder.feed(bytes([byte, *drafts]))
+        logits, router_logits = decoder.forward(bytes([byte, *drafts]))
         stats.passes += 1
         stats.drafts += len(drafts)
         accepted = 0
@@ -454,7 +463,7 @@ def _decode(
             accepted += 1
             stats.accepted += 1
         heads = logits[accepted]
-        decoder.forget(len(drafts) - accepted)
+        decoder.rollback(len(drafts) - accepted)
 
 
 def _until_the_end_tag(records: Iterator[GeneratedByte]) -> Iterator[GeneratedByte]:

@@ -8,18 +8,18 @@ import sys
 
 import numpy as np
 import pytest
+from helpers import TINY as CONFIG
+from helpers import WINDOWS
 from oracle import forward
-from tiny import TINY as CONFIG
-from tiny import WINDOWS
 from tinygrad import Device, Tensor, TinyJit, nn
 from tinygrad.helpers import Context
 from tinygrad.uop.ops import Ops
 
 from pico_tg.data import SEQ_END, SEQ_START, DataSpec, load_data
 from pico_tg.files import PicoError
-from pico_tg.kernels import compiled
 from pico_tg.model import Pico, loss_fn
-from pico_tg.train import (
+from pico_tg.runtime import jit_method
+from pico_tg.training import (
     TrainSettings,
     TrainStep,
     Validation,
@@ -148,7 +148,7 @@ def test_a_lone_window_is_read_at_every_call(next_tokens):
             return ((x + 1).realize(), (targets + 1).realize())
 
     split = Split()
-    graph = compiled(split.both)
+    graph = jit_method(split.both)
     for value in range(4):
         windows = Tensor(np.full((1, 8 + next_tokens), value, np.uint8)).realize()
         assert all((part.numpy() == value + 1).all() for part in graph(windows))
@@ -158,7 +158,7 @@ def test_a_lone_window_is_read_at_every_call(next_tokens):
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_loss_that_is_not_finite_changes_nothing(optimizer, accumulation, monkeypatch):
     """Also where the gradients are."""
-    module = sys.modules["pico_tg.train"]
+    module = sys.modules["pico_tg.training"]
 
     def infinite(*args):
         loss, aux_loss, next_byte_loss = loss_fn(*args)

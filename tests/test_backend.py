@@ -8,7 +8,7 @@ import sys
 import pytest
 from tinygrad import Device
 
-from pico_tg.device import find_llvm, parse_devices
+from pico_tg.backend import find_llvm, parse_devices
 from pico_tg.files import PicoError
 
 NO_LLVM = """
@@ -22,7 +22,7 @@ ctypes.CDLL = Refusing
 """
 CHOICE = """
 import pico_tg
-from pico_tg.device import describe_backend
+from pico_tg.backend import describe_backend
 from tinygrad.helpers import DEV
 print(repr(DEV), describe_backend(), sep="|")
 """

@@ -1,0 +1,1 @@
+"""What reports: the command line, pages, charts and measurements. Nothing imports it."""
