@@ -7,7 +7,7 @@ import contextlib
 import sys
 
 import pico_tg
-from pico_tg.tools.view import decode_text
+from pico_tg.tools.terminal import decode_text
 
 if len(sys.argv) != 3:
     sys.exit("usage: python examples/chat.py PATH RUN")

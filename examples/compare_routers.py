@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 import pico_tg
 from pico_tg.config import CHOICES
+from pico_tg.decoder import Decoder
 from pico_tg.flops import training_operations
-from pico_tg.generation import Decoder
 from pico_tg.tools.plot import COLORS, Line, Panel, svg
 
 LENGTH, BATCH = 512, 4

@@ -11,15 +11,16 @@ choose_backend()  # before any module can make a Tensor
 jit_cache.install()
 
 from .checkpoint import load, load_weights, save_weights  # noqa: E402
-from .config import Config  # noqa: E402
+from .config import Config, TrainSettings  # noqa: E402
 from .data import DataSpec, load_data  # noqa: E402
+from .decoder import Decoder  # noqa: E402
 from .evaluation import Evaluation, evaluate  # noqa: E402
 from .files import PicoError  # noqa: E402
-from .generation import Decoder, GeneratedByte, Stats, generate  # noqa: E402
+from .generation import GeneratedByte, Stats, generate  # noqa: E402
 from .model import Pico, loss_fn  # noqa: E402
 from .soap import SOAP  # noqa: E402
 from .tools.info import describe  # noqa: E402
-from .training import TrainSettings, train  # noqa: E402
+from .training import train  # noqa: E402
 
 __all__ = [
     "SOAP",

@@ -7,6 +7,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from .files import PicoError, atomic_write
 
 PRESETS: dict[str, dict[str, int | float]] = {
@@ -26,7 +28,7 @@ PRESETS: dict[str, dict[str, int | float]] = {
 
 MOST_PARAMETERS = 10**11
 
-CHOICES = {
+MODEL_CHOICES = {
     "router": ("learned", "space", "stride", "all", "none"),
     "position": ("alibi", "rope"),
 }
@@ -67,9 +69,9 @@ class Config:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name in CHOICES:
-                if value not in CHOICES[field.name]:
-                    allowed = ", ".join(CHOICES[field.name])
+            if field.name in MODEL_CHOICES:
+                if value not in MODEL_CHOICES[field.name]:
+                    allowed = ", ".join(MODEL_CHOICES[field.name])
                     raise PicoError(f"{field.name} must be one of {allowed}, not {value!r}")
             elif field.type is float:
                 if isinstance(value, bool) or not isinstance(value, int | float):
@@ -156,7 +158,7 @@ class Config:
             if key not in known:
                 raise PicoError(f"{where}: unknown key {key!r}; the keys are {', '.join(known)}")
         for key in known:
-            if key not in values and key not in CHOICES:
+            if key not in values and key not in MODEL_CHOICES:
                 raise PicoError(f"{where}: the key {key!r} is missing")
         try:
             return cls(**values)
@@ -167,9 +169,76 @@ class Config:
         """What a file holds: all sizes, and the choices that are not the default."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         values = dataclasses.asdict(self)
-        return {k: v for k, v in values.items() if k not in CHOICES or v != defaults[k]}
+        return {k: v for k, v in values.items() if k not in MODEL_CHOICES or v != defaults[k]}
 
     def to_json(self, path: str | os.PathLike) -> None:
         """Write a model.json, atomically."""
         with atomic_write(path) as file:
             file.write((json.dumps(self.to_dict(), indent=2) + "\n").encode())
+
+
+TRAIN_CHOICES = {"optimizer": ("soap", "adamw"), "precision": ("auto", "fp32", "bf16")}
+
+
+MAY_BE_ZERO = ("learning_rate", "weight_decay", "warmup_steps", "seed", "keep_checkpoints")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How to train. Raises PicoError on an impossible value.
+
+    - context_len: bytes of one training window; batch_size: windows of one micro-batch
+    - learning_rate: its peak, after warmup_steps; weight_decay: on matrices only
+    - epochs, max_steps: training ends with whichever comes first
+    - grad_accumulation_steps: micro-batches whose gradients are averaged for one step
+    - validation_interval, checkpoint_interval: in steps; both also happen at the end
+    - validation_bytes: measure on at most this many held-out bytes, the same ones every time
+    - optimizer: soap or adamw
+    - precision: fp32; bf16 rounds the factors of matrix products to bfloat16, while weights, sums,
+      softmax, norms, router, loss and optimizer stay float32; auto is bf16 where the device has
+      matrix units for it, else fp32
+    - checkpoint_activations: keep only what passes between blocks, and compute what is inside them
+      again for the gradient: less memory, more operations
+    - keep_checkpoints: delete older ones, so that so many remain; 0 keeps all
+    - seed: order of the windows (and fresh weights, on the command line)
+    """
+
+    context_len: int = 6144
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.1
+    epochs: int = 1
+    max_steps: int = 3600
+    warmup_steps: int = 150
+    grad_accumulation_steps: int = 1
+    validation_interval: int = 100
+    checkpoint_interval: int = 500
+    validation_bytes: int = 1 << 18
+    optimizer: str = "soap"
+    precision: str = "auto"
+    checkpoint_activations: bool = False
+    keep_checkpoints: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in TRAIN_CHOICES:
+                if value not in TRAIN_CHOICES[field.name]:
+                    allowed = " or ".join(TRAIN_CHOICES[field.name])
+                    raise PicoError(f"{field.name} must be {allowed}, not {value!r}")
+                continue
+            if field.type is bool:
+                if not isinstance(value, bool):
+                    raise PicoError(f"{field.name} must be True or False, not {value!r}")
+                continue
+            if isinstance(value, np.generic):  # training.json takes Python's own numbers
+                object.__setattr__(self, field.name, value := value.item())
+            whole = field.type is int
+            least = 0 if field.name in MAY_BE_ZERO else 1
+            kinds = int if whole else (int, float)
+            if isinstance(value, bool) or not isinstance(value, kinds) or not value >= least:
+                kind = "a whole number" if whole else "a number"
+                raise PicoError(f"{field.name} must be {kind} of at least {least}, not {value!r}")
+            if not math.isfinite(value):
+                raise PicoError(f"{field.name} must be finite, not {value!r}")

@@ -12,6 +12,7 @@ every run.
 
 import dataclasses
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,12 +21,15 @@ from tinygrad import Tensor, dtypes
 from tinygrad.helpers import Context
 from tqdm import tqdm
 
+from .config import TRAIN_CHOICES, TrainSettings
 from .data import MOST_BYTES, Corpus, Data, DataSpec, load_data, load_whole
 from .files import PicoError
 from .generation import GeneratedByte
-from .model import Pico, cross_entropy
-from .runtime import jit_method
-from .training import CHOICES, choose_precision
+from .model import Pico, cross_entropy, inputs_and_targets
+from .precision import choose_precision
+from .remat import graph_context
+from .runs import Record
+from .runtime import jit_method, on_devices
 
 SPLITS = ("validation", "train", "all")
 WHITESPACE = np.isin(np.arange(256), list(b" \t\n\v\f\r"))
@@ -195,7 +199,7 @@ def check_options(
     """Raise PicoError unless `evaluate` could take these options."""
     for name, value, allowed in (
         ("split", split, SPLITS),
-        ("precision", precision, CHOICES["precision"]),
+        ("precision", precision, TRAIN_CHOICES["precision"]),
     ):
         if value not in allowed:
             raise PicoError(f"{name} must be {' or '.join(allowed)}, not {value!r}")
@@ -446,3 +450,96 @@ def _ratio(part: float, whole: float) -> float:
 
 def _match(precision: float, recall: float) -> PrecisionRecall:
     return PrecisionRecall(precision, recall, _ratio(2 * precision * recall, precision + recall))
+
+
+REAL, SCORED, WHOLE = 1, 2, 4  # flags of a byte: no padding, of a document's text, of a full window
+
+
+class Validation:
+    """Bits per byte on the same held-out windows every time, wrapper bytes left out.
+
+    Measured the way the model is used (causal routing) and, beside it, with the routing of
+    training, whose top-k may look ahead.
+    """
+
+    def __init__(
+        self,
+        model: Pico,
+        corpus: Corpus,
+        settings: TrainSettings,
+        devices: tuple[str, ...] = (),
+    ) -> None:
+        self.model, self.settings, self.devices = model, settings, devices
+        T = model.config.next_tokens
+        self.limit = settings.validation_bytes
+        held_out = corpus.bytes[: self.limit]
+        # a byte is scored when it has a byte before it and stands in a document's own text
+        scored = ~corpus.wrapper_mask(0, len(held_out))
+        length = min(settings.context_len, max(1, len(held_out) - 1))
+        count = math.ceil(max(1, len(held_out) - 1) / length)
+        self.batch_size = min(settings.batch_size, count)
+        if len(devices) > 1:  # each takes its share
+            self.batch_size = math.ceil(self.batch_size / len(devices)) * len(devices)
+        rounded = math.ceil(count / self.batch_size) * self.batch_size
+        padded = np.zeros(rounded * length + T, np.uint8)
+        padded[: len(held_out)] = held_out
+        flags = np.zeros(rounded * length + 1, np.uint8)
+        flags[: len(held_out)] = REAL + SCORED * scored
+        starts = np.arange(rounded)[:, None] * length
+        self.windows = padded[starts + np.arange(length + T)]  # (rounded, length + T)
+        self.flags = flags[starts + 1 + np.arange(length)]  # (rounded, length): of bytes predicted
+        # top-k routing looks at the whole window: where a part is padding, it means nothing
+        whole = (self.flags & REAL > 0).all(axis=1, keepdims=True) & (self.flags & SCORED > 0)
+        self.flags += (WHOLE * (whole if whole.any() else self.flags & SCORED > 0)).astype(np.uint8)
+        self.scored = [int((self.flags & flag > 0).sum()) for flag in (SCORED, WHOLE)]
+        if not self.scored[0]:
+            raise PicoError(
+                f"the validation data has {len(held_out)} bytes, too few to measure anything; "
+                "hold out more with --dataset-validation-size"
+            )
+        least = int(model.config.router != "none")
+        self.slots = min(length, 2 * max(least, model.config.capacity(length)))
+        self.length = length
+        self.measure = jit_method(self._measure)
+        self.measure_all = jit_method(self._measure_all)
+
+    def _measure(self, windows: Tensor, flags: Tensor) -> Tensor:
+        return self._sums(windows, flags, self.slots)
+
+    def _measure_all(self, windows: Tensor, flags: Tensor) -> Tensor:
+        return self._sums(windows, flags, self.length)
+
+    def _sums(self, windows: Tensor, flags: Tensor, count: int) -> Tensor:
+        x, targets = inputs_and_targets(windows, self.model.config.next_tokens)
+        real, scored, whole = ((flags & flag).cast(dtypes.bool) for flag in (REAL, SCORED, WHOLE))
+        causal, _, decisions = self.model(x, causal=True, count=count)
+        training, _, _ = self.model(x)
+        nats = [
+            mask.where(cross_entropy(logits[:, :, 0], targets[:, :, 0]), 0).sum()
+            for logits, mask in ((causal, scored), (training, whole))
+        ]
+        most = (decisions & real).sum(axis=1, dtype=dtypes.int32).max().cast(dtypes.float32)
+        chosen = (decisions & scored).cast(dtypes.float32).sum()
+        return Tensor.stack(*nats, chosen, most).realize()
+
+    def __call__(self) -> Record:
+        """Keys: validation_bits_per_byte, …_top_k, validation_router_rate, validation_seconds."""
+        start = time.perf_counter()
+        total = np.zeros(3, np.float64)
+        for first in range(0, len(self.windows), self.batch_size):
+            rows = slice(first, first + self.batch_size)
+            arrays = (self.windows[rows].copy(), self.flags[rows].copy())
+            inputs = [on_devices(array, self.devices, 0) for array in arrays]
+            with graph_context(self.settings, self.devices):
+                sums = self.measure(*inputs).numpy()
+                if sums[3] > self.slots:  # more bytes than there were slots: one for each
+                    sums = self.measure_all(*inputs).numpy()
+            total += sums[:3]
+        scored, whole = self.scored
+        bits = total / np.array([scored * math.log(2), max(1, whole) * math.log(2), scored])
+        return {
+            "validation_bits_per_byte": float(bits[0]),
+            "validation_bits_per_byte_top_k": float(bits[1]),
+            "validation_router_rate": float(bits[2]),
+            "validation_seconds": time.perf_counter() - start,
+        }

@@ -7,6 +7,8 @@ out, as is customary; so is the optimizer.
 """
 
 from .config import Config
+from .decoder import PREFILL_CHUNK
+from .kv_cache import cache_shape
 
 
 def forward_operations(config: Config, length: int, batch_size: int = 1) -> int:
@@ -65,3 +67,32 @@ def _block_weights(config: Config) -> int:
     heads = config.att_q_heads + 2 * config.att_kv_heads
     attention = config.dim * (heads + config.att_q_heads) * config.head_dim
     return attention + 3 * config.dim**2
+
+
+def parameters_by_part(config: Config) -> dict[str, int]:
+    """Weights of the embedding, the byte blocks, the router, the latent blocks, and the heads.
+
+    The heads are the last norm, and the unembedding with its bias.
+    """
+    outputs = config.next_tokens * 256
+    ends = 256 * config.dim + outputs * config.dim + outputs + 2 * config.dim
+    blocks = 2 * config.fb_num_blocks + config.latent_num_blocks
+    block = (config.parameters - ends) // blocks
+    return {
+        "embedding": 256 * config.dim,
+        "byte_blocks": 2 * config.fb_num_blocks * block,
+        "router": config.dim,
+        "latent_blocks": config.latent_num_blocks * block,
+        "heads": config.dim + outputs * config.dim + outputs,
+    }
+
+
+def cache_bytes(config: Config) -> int:
+    """Memory of the keys and values that a `Decoder` of this model keeps, in bytes."""
+
+    def ring(window: int) -> int:
+        slots, columns = cache_shape(config.head_dim, window, PREFILL_CHUNK)
+        return 4 * config.att_kv_heads * slots * (config.head_dim + columns)
+
+    byte_blocks = 2 * config.fb_num_blocks * ring(config.fb_att_window_size)
+    return byte_blocks + config.latent_num_blocks * ring(config.latent_att_window_size)

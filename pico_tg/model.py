@@ -269,3 +269,12 @@ def router_loss(router_logits: Tensor, router_decisions: Tensor) -> Tensor:
     """
     z, t = router_logits, router_decisions.cast(dtypes.float32).detach()
     return (z.maximum(0) - z * t + ((-z.abs()).exp() + 1).log()).mean()
+
+
+def inputs_and_targets(windows: Tensor, next_tokens: int) -> tuple[Tensor, Tensor]:
+    """Windows [B, N + T] of bytes -> inputs [B, N], targets [B, N, T]: byte n + 1 + k."""
+    N = windows.shape[1] - next_tokens
+    targets = Tensor.stack(*[windows[:, k : k + N] for k in range(1, next_tokens + 1)], dim=2)
+    # neither is contiguous: of a lone window that would be a view, and through a view 0.13's graphs
+    # read their first input for ever
+    return windows[:, :N], targets

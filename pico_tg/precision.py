@@ -40,3 +40,10 @@ def rounded_factor(x: Tensor, to_bf16: bool) -> Tensor:
     rounded = x.cast(dtypes.bfloat16)
     # added up so that a gradient is not rounded on its way back
     return x + (rounded.float() - x).detach() if has_cpu_kernels(x.device) else rounded
+
+
+def choose_precision(precision: str, devices: tuple[str, ...] = ()) -> str:
+    """fp32 or bf16, whatever `auto` means on these devices (none: the default one)."""
+    if precision != "auto":
+        return precision
+    return "bf16" if has_bf16_tensor_cores((devices or (Device.DEFAULT,))[0]) else "fp32"

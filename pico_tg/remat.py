@@ -5,9 +5,12 @@ from collections.abc import Callable
 
 from tinygrad import Tensor
 from tinygrad.function import pm_transform_unique_const
-from tinygrad.helpers import ContextVar
+from tinygrad.helpers import JIT, Context, ContextVar
 from tinygrad.schedule.rangeify import resolve_function
 from tinygrad.uop.ops import Ops, PatternMatcher, UOp, UPat, graph_rewrite
+
+from .config import TrainSettings
+from .precision import choose_precision
 
 RECOMPUTE = ContextVar("PICO_RECOMPUTE", 0)  # likewise: what is inside a block is not kept
 
@@ -127,3 +130,19 @@ def _shared(out: UOp, gradients: list[UOp]) -> list[UOp]:
 
     own = UOp.maketuple(*gradients).toposort(lambda uop: not is_shared(uop), enter_calls=False)
     return list(dict.fromkeys(source for uop in own for source in uop.src if is_shared(source)))
+
+
+def graph_context(settings: TrainSettings, devices: tuple[str, ...]) -> Context:
+    """How graphs are made and replayed: the precision of products, what is kept for the gradient,
+    and whether as one graph.
+
+    Not on several devices, since 0.13 does not order them there: measured on two CPU devices,
+    replayed graphs read weights from before the update.
+    """
+    options = {
+        "PICO_BF16": int(choose_precision(settings.precision, devices) == "bf16"),
+        "PICO_RECOMPUTE": int(settings.checkpoint_activations),
+    }
+    if len(devices) > 1 and JIT.value:
+        options["JIT"] = 2
+    return Context(**options)

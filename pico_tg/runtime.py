@@ -108,3 +108,9 @@ def count_kernels() -> Iterator[list[int]]:
         yield count
     finally:
         realize.estimate_uop = estimate
+
+
+def on_devices(values: np.ndarray, devices: tuple[str, ...], axis: int | None = None) -> Tensor:
+    """A realised tensor: split along `axis` over the devices, or whole on each."""
+    x = Tensor(values)
+    return (x.shard(devices, axis=axis) if len(devices) > 1 else x).realize()

@@ -9,87 +9,25 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tinygrad import Device, Tensor, dtypes, nn
-from tinygrad.helpers import JIT, Context
+from tinygrad import Tensor, dtypes, nn
 
 from .checkpoint import load_newest, load_weights, weights_of
-from .data import Corpus, Data, DataSpec, Windows, load_data
+from .config import TrainSettings
+from .data import Data, DataSpec, Windows, load_data
+from .evaluation import Validation
 from .files import PicoError
-from .model import Pico, cross_entropy, loss_fn
-from .precision import has_bf16_tensor_cores
+from .model import Pico, inputs_and_targets, loss_fn
+from .precision import choose_precision
+from .remat import graph_context
 from .runs import Record, Run, read_description
-from .runtime import jit_method, write_all
+from .runtime import jit_method, on_devices, write_all
 from .soap import SOAP, all_finite
 
-CHOICES = {"optimizer": ("soap", "adamw"), "precision": ("auto", "fp32", "bf16")}
 ADAMW_STATE = ("b1_t", "b2_t", "m", "v")
-MAY_BE_ZERO = ("learning_rate", "weight_decay", "warmup_steps", "seed", "keep_checkpoints")
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """How to train. Raises PicoError on an impossible value.
-
-    - context_len: bytes of one training window; batch_size: windows of one micro-batch
-    - learning_rate: its peak, after warmup_steps; weight_decay: on matrices only
-    - epochs, max_steps: training ends with whichever comes first
-    - grad_accumulation_steps: micro-batches whose gradients are averaged for one step
-    - validation_interval, checkpoint_interval: in steps; both also happen at the end
-    - validation_bytes: measure on at most this many held-out bytes, the same ones every time
-    - optimizer: soap or adamw
-    - precision: fp32; bf16 rounds the factors of matrix products to bfloat16, while weights, sums,
-      softmax, norms, router, loss and optimizer stay float32; auto is bf16 where the device has
-      matrix units for it, else fp32
-    - checkpoint_activations: keep only what passes between blocks, and compute what is inside them
-      again for the gradient: less memory, more operations
-    - keep_checkpoints: delete older ones, so that so many remain; 0 keeps all
-    - seed: order of the windows (and fresh weights, on the command line)
-    """
-
-    context_len: int = 6144
-    batch_size: int = 32
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.1
-    epochs: int = 1
-    max_steps: int = 3600
-    warmup_steps: int = 150
-    grad_accumulation_steps: int = 1
-    validation_interval: int = 100
-    checkpoint_interval: int = 500
-    validation_bytes: int = 1 << 18
-    optimizer: str = "soap"
-    precision: str = "auto"
-    checkpoint_activations: bool = False
-    keep_checkpoints: int = 0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name in CHOICES:
-                if value not in CHOICES[field.name]:
-                    allowed = " or ".join(CHOICES[field.name])
-                    raise PicoError(f"{field.name} must be {allowed}, not {value!r}")
-                continue
-            if field.type is bool:
-                if not isinstance(value, bool):
-                    raise PicoError(f"{field.name} must be True or False, not {value!r}")
-                continue
-            if isinstance(value, np.generic):  # training.json takes Python's own numbers
-                object.__setattr__(self, field.name, value := value.item())
-            whole = field.type is int
-            least = 0 if field.name in MAY_BE_ZERO else 1
-            kinds = int if whole else (int, float)
-            if isinstance(value, bool) or not isinstance(value, kinds) or not value >= least:
-                kind = "a whole number" if whole else "a number"
-                raise PicoError(f"{field.name} must be {kind} of at least {least}, not {value!r}")
-            if not math.isfinite(value):
-                raise PicoError(f"{field.name} must be finite, not {value!r}")
 
 
 def learning_rate(step: int, settings: TrainSettings, total_steps: int) -> float:
@@ -99,15 +37,6 @@ def learning_rate(step: int, settings: TrainSettings, total_steps: int) -> float
     remaining = max(1, total_steps - settings.warmup_steps)
     progress = min(1.0, (step - settings.warmup_steps) / remaining)
     return settings.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
-
-
-def inputs_and_targets(windows: Tensor, next_tokens: int) -> tuple[Tensor, Tensor]:
-    """Windows [B, N + T] of bytes -> inputs [B, N], targets [B, N, T]: byte n + 1 + k."""
-    N = windows.shape[1] - next_tokens
-    targets = Tensor.stack(*[windows[:, k : k + N] for k in range(1, next_tokens + 1)], dim=2)
-    # neither is contiguous: of a lone window that would be a view, and through a view 0.13's graphs
-    # read their first input for ever
-    return windows[:, :N], targets
 
 
 def adamw(parameters: list[Tensor], weight_decay: float) -> nn.optim.OptimizerGroup:
@@ -123,35 +52,6 @@ def adamw(parameters: list[Tensor], weight_decay: float) -> nn.optim.OptimizerGr
         for tensor in (part.b1_t, part.b2_t, *part.m, *part.v):
             tensor.replace(tensor.contiguous().realize())
     return group
-
-
-def on_devices(values: np.ndarray, devices: tuple[str, ...], axis: int | None = None) -> Tensor:
-    """A realised tensor: split along `axis` over the devices, or whole on each."""
-    x = Tensor(values)
-    return (x.shard(devices, axis=axis) if len(devices) > 1 else x).realize()
-
-
-def choose_precision(precision: str, devices: tuple[str, ...] = ()) -> str:
-    """fp32 or bf16, whatever `auto` means on these devices (none: the default one)."""
-    if precision != "auto":
-        return precision
-    return "bf16" if has_bf16_tensor_cores((devices or (Device.DEFAULT,))[0]) else "fp32"
-
-
-def graph_context(settings: TrainSettings, devices: tuple[str, ...]) -> Context:
-    """How graphs are made and replayed: the precision of products, what is kept for the gradient,
-    and whether as one graph.
-
-    Not on several devices, since 0.13 does not order them there: measured on two CPU devices,
-    replayed graphs read weights from before the update.
-    """
-    options = {
-        "PICO_BF16": int(choose_precision(settings.precision, devices) == "bf16"),
-        "PICO_RECOMPUTE": int(settings.checkpoint_activations),
-    }
-    if len(devices) > 1 and JIT.value:
-        options["JIT"] = 2
-    return Context(**options)
 
 
 def move(tensors: list[Tensor], devices: tuple[str, ...]) -> None:
@@ -272,99 +172,6 @@ class TrainStep:
             raise PicoError(
                 f"the optimizer's state beside {path} is not of this model: {error}"
             ) from error
-
-
-REAL, SCORED, WHOLE = 1, 2, 4  # flags of a byte: no padding, of a document's text, of a full window
-
-
-class Validation:
-    """Bits per byte on the same held-out windows every time, wrapper bytes left out.
-
-    Measured the way the model is used (causal routing) and, beside it, with the routing of
-    training, whose top-k may look ahead.
-    """
-
-    def __init__(
-        self,
-        model: Pico,
-        corpus: Corpus,
-        settings: TrainSettings,
-        devices: tuple[str, ...] = (),
-    ) -> None:
-        self.model, self.settings, self.devices = model, settings, devices
-        T = model.config.next_tokens
-        self.limit = settings.validation_bytes
-        held_out = corpus.bytes[: self.limit]
-        # a byte is scored when it has a byte before it and stands in a document's own text
-        scored = ~corpus.wrapper_mask(0, len(held_out))
-        length = min(settings.context_len, max(1, len(held_out) - 1))
-        count = math.ceil(max(1, len(held_out) - 1) / length)
-        self.batch_size = min(settings.batch_size, count)
-        if len(devices) > 1:  # each takes its share
-            self.batch_size = math.ceil(self.batch_size / len(devices)) * len(devices)
-        rounded = math.ceil(count / self.batch_size) * self.batch_size
-        padded = np.zeros(rounded * length + T, np.uint8)
-        padded[: len(held_out)] = held_out
-        flags = np.zeros(rounded * length + 1, np.uint8)
-        flags[: len(held_out)] = REAL + SCORED * scored
-        starts = np.arange(rounded)[:, None] * length
-        self.windows = padded[starts + np.arange(length + T)]  # (rounded, length + T)
-        self.flags = flags[starts + 1 + np.arange(length)]  # (rounded, length): of bytes predicted
-        # top-k routing looks at the whole window: where a part is padding, it means nothing
-        whole = (self.flags & REAL > 0).all(axis=1, keepdims=True) & (self.flags & SCORED > 0)
-        self.flags += (WHOLE * (whole if whole.any() else self.flags & SCORED > 0)).astype(np.uint8)
-        self.scored = [int((self.flags & flag > 0).sum()) for flag in (SCORED, WHOLE)]
-        if not self.scored[0]:
-            raise PicoError(
-                f"the validation data has {len(held_out)} bytes, too few to measure anything; "
-                "hold out more with --dataset-validation-size"
-            )
-        least = int(model.config.router != "none")
-        self.slots = min(length, 2 * max(least, model.config.capacity(length)))
-        self.length = length
-        self.measure = jit_method(self._measure)
-        self.measure_all = jit_method(self._measure_all)
-
-    def _measure(self, windows: Tensor, flags: Tensor) -> Tensor:
-        return self._sums(windows, flags, self.slots)
-
-    def _measure_all(self, windows: Tensor, flags: Tensor) -> Tensor:
-        return self._sums(windows, flags, self.length)
-
-    def _sums(self, windows: Tensor, flags: Tensor, count: int) -> Tensor:
-        x, targets = inputs_and_targets(windows, self.model.config.next_tokens)
-        real, scored, whole = ((flags & flag).cast(dtypes.bool) for flag in (REAL, SCORED, WHOLE))
-        causal, _, decisions = self.model(x, causal=True, count=count)
-        training, _, _ = self.model(x)
-        nats = [
-            mask.where(cross_entropy(logits[:, :, 0], targets[:, :, 0]), 0).sum()
-            for logits, mask in ((causal, scored), (training, whole))
-        ]
-        most = (decisions & real).sum(axis=1, dtype=dtypes.int32).max().cast(dtypes.float32)
-        chosen = (decisions & scored).cast(dtypes.float32).sum()
-        return Tensor.stack(*nats, chosen, most).realize()
-
-    def __call__(self) -> Record:
-        """Keys: validation_bits_per_byte, …_top_k, validation_router_rate, validation_seconds."""
-        start = time.perf_counter()
-        total = np.zeros(3, np.float64)
-        for first in range(0, len(self.windows), self.batch_size):
-            rows = slice(first, first + self.batch_size)
-            arrays = (self.windows[rows].copy(), self.flags[rows].copy())
-            inputs = [on_devices(array, self.devices, 0) for array in arrays]
-            with graph_context(self.settings, self.devices):
-                sums = self.measure(*inputs).numpy()
-                if sums[3] > self.slots:  # more bytes than there were slots: one for each
-                    sums = self.measure_all(*inputs).numpy()
-            total += sums[:3]
-        scored, whole = self.scored
-        bits = total / np.array([scored * math.log(2), max(1, whole) * math.log(2), scored])
-        return {
-            "validation_bits_per_byte": float(bits[0]),
-            "validation_bits_per_byte_top_k": float(bits[1]),
-            "validation_router_rate": float(bits[2]),
-            "validation_seconds": time.perf_counter() - start,
-        }
 
 
 def train(

@@ -9,7 +9,9 @@ from tinygrad import GlobalCounters, Tensor, TinyJit
 from tinygrad.helpers import Context
 
 from pico_tg.attention import alibi_slopes, banded_attention, block_sizes, tiles
-from pico_tg.cpu import band_attention, loops, matmul
+from pico_tg.cpu import loops
+from pico_tg.cpu.band_attention import band_attention
+from pico_tg.ops import matmul
 
 # (B, query heads, key/value heads, N, head_dim, window)
 SHAPES = [

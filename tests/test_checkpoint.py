@@ -24,13 +24,12 @@ from pico_tg.checkpoint import (
     load,
     load_config,
     load_weights,
-    read_safetensors,
     save_weights,
-    write_safetensors,
 )
 from pico_tg.config import Config
 from pico_tg.files import PicoError
 from pico_tg.model import Pico
+from pico_tg.safetensors import read_safetensors, write_safetensors
 
 GOLDEN = Path(__file__).parent / "golden" / "small.safetensors"
 CONFIG = Config.from_json(GOLDEN.with_suffix(".json"))

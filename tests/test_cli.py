@@ -11,21 +11,22 @@ import sys
 import time
 from pathlib import Path
 
+import helpers
 import numpy as np
 import pytest
-import tiny
 
-from pico_tg.checkpoint import load, read_safetensors, write_safetensors
+from pico_tg.checkpoint import load
 from pico_tg.config import Config
 from pico_tg.evaluation import evaluate
 from pico_tg.files import PicoError
 from pico_tg.generation import GeneratedByte, Stats, generate
 from pico_tg.model import Pico
-from pico_tg.tools import cli
+from pico_tg.safetensors import read_safetensors, write_safetensors
+from pico_tg.tools import cli, terminal
 
-TINY = tiny.TINY.to_dict()
-FLAGS = tiny.flags(TINY)
-SHORT = tiny.flags(tiny.WINDOWS | {"max_steps": 3, "warmup_steps": 1})
+TINY = helpers.TINY.to_dict()
+FLAGS = helpers.flags(TINY)
+SHORT = helpers.flags(helpers.WINDOWS | {"max_steps": 3, "warmup_steps": 1})
 
 
 @pytest.fixture
@@ -875,12 +876,12 @@ def test_time_left(first, monkeypatch, capsys):
     monkeypatch.setattr("tqdm.std.time", lambda: now)
     bars = []
 
-    class Bar(cli.tqdm):
+    class Bar(terminal.tqdm):
         def __init__(self, *args, **options):
             super().__init__(*args, **options)
             bars.append(self)
 
-    monkeypatch.setattr(cli, "tqdm", Bar)
+    monkeypatch.setattr(terminal, "tqdm", Bar)
     last, seen = first + 100, []
 
     def records():
@@ -893,7 +894,7 @@ def test_time_left(first, monkeypatch, capsys):
             }  # fmt: skip
             seen.append((step, bars[0].format_dict, str(bars[0])))
 
-    assert cli.show_training(records()) == f"{first + 50}"
+    assert terminal.show_training(records()) == f"{first + 50}"
     assert [state["n"] for _, state, _ in seen] == [step for step, _, _ in seen]
     assert [text.split(":")[0] for _, _, text in seen[:3]] == ["compiling", "training", "training"]
     for _, state, text in seen[:2]:

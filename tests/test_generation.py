@@ -17,7 +17,8 @@ from pico_tg import PicoError, Stats, kv_cache, train
 from pico_tg.attention import alibi_slopes
 from pico_tg.config import Config
 from pico_tg.data import SEQ_END, SEQ_START
-from pico_tg.generation import PREFILL_CHUNK, Decoder, Sampler, generate
+from pico_tg.decoder import PREFILL_CHUNK, Decoder
+from pico_tg.generation import Sampler, generate
 from pico_tg.model import Pico
 from pico_tg.runtime import has_cpu_kernels
 
@@ -51,7 +52,7 @@ def text() -> bytes:
 
 def test_rings_wrap_around(model, weights, text, monkeypatch):
     """Three times round the ring of 96 slots, by pieces of every kind, whole chunks among them."""
-    monkeypatch.setattr(sys.modules["pico_tg.generation"], "MIN_PREFILL", PREFILL_CHUNK)
+    monkeypatch.setattr(sys.modules["pico_tg.decoder"], "MIN_PREFILL", PREFILL_CHUNK)
     decoder = Decoder(model)
     pieces = [
         text[a:b] for a, b in itertools.pairwise([0, 1, 2, 66, 67, 130, 131, 200, 203, 209, 330])
@@ -65,7 +66,7 @@ def test_rings_wrap_around(model, weights, text, monkeypatch):
 
 @pytest.mark.parametrize("rejected", [1, 5, PREFILL_CHUNK])
 def test_setting_the_position_back_forgets(rejected, model, text, monkeypatch):
-    monkeypatch.setattr(sys.modules["pico_tg.generation"], "MIN_PREFILL", PREFILL_CHUNK)
+    monkeypatch.setattr(sys.modules["pico_tg.decoder"], "MIN_PREFILL", PREFILL_CHUNK)
     plain, undone = Decoder(model), Decoder(model)
     for decoder in (plain, undone):
         decoder.forward(text[:150])

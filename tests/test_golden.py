@@ -7,7 +7,7 @@ import pytest
 from tinygrad import Tensor, TinyJit, nn
 
 from pico_tg import Config, Pico, load_weights, loss_fn
-from pico_tg.generation import Decoder
+from pico_tg.decoder import Decoder
 
 GOLDEN = Path(__file__).parent / "golden"
 

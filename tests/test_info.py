@@ -7,10 +7,10 @@ import pytest
 from helpers import TINY
 from tinygrad import nn
 
-from pico_tg.flops import decoding_operations
-from pico_tg.generation import Decoder
+from pico_tg.decoder import Decoder
+from pico_tg.flops import cache_bytes, decoding_operations, parameters_by_part
 from pico_tg.model import Pico
-from pico_tg.tools.info import cache_bytes, describe, parameters_by_part
+from pico_tg.tools.info import describe
 
 CONFIG = dataclasses.replace(TINY, dim=26, latent_num_blocks=2, latent_att_window_size=40)
 

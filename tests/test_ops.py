@@ -7,8 +7,8 @@ from tinygrad.helpers import Context
 
 from pico_tg import ops
 from pico_tg.cpu import loops
-from pico_tg.cpu import matmul as cpu_matmul
 from pico_tg.ops import linear, matmul, matmul_transposed
+from pico_tg.ops import matmul as cpu_matmul
 from pico_tg.runtime import write_into
 
 SHAPES = [  # (leading, M, L, N)

@@ -11,10 +11,12 @@ from tinygrad import Device, Tensor, TinyJit, dtypes
 from tinygrad.helpers import Context
 
 from pico_tg import SOAP, ops, precision
-from pico_tg.config import Config
+from pico_tg.config import Config, TrainSettings
 from pico_tg.files import PicoError
 from pico_tg.model import Pico
-from pico_tg.training import TrainSettings, choose_precision, read_description, train
+from pico_tg.precision import choose_precision
+from pico_tg.runs import read_description
+from pico_tg.training import train
 
 CONFIG = Config(
     dim=48,

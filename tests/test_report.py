@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pico_tg.generation import GeneratedByte
-from pico_tg.tools.view import (
+from pico_tg.tools.html import html_page
+from pico_tg.tools.terminal import (
     RESET,
     characters,
     colored_text,
     decode_text,
-    html_page,
     split_prompt,
     split_samples,
     visible,

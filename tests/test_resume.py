@@ -26,17 +26,18 @@ from pico_tg.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     load_newest,
-    read_safetensors,
     remove_leftovers,
     save_checkpoint,
 )
-from pico_tg.config import Config
+from pico_tg.config import Config, TrainSettings
 from pico_tg.data import DataSpec, Windows, load_data
+from pico_tg.decoder import Decoder
+from pico_tg.evaluation import Validation
 from pico_tg.files import PicoError
-from pico_tg.generation import Decoder
 from pico_tg.model import Pico
 from pico_tg.runs import Run, read_description, read_metrics
-from pico_tg.training import TrainSettings, TrainStep, Validation, train
+from pico_tg.safetensors import read_safetensors
+from pico_tg.training import TrainStep, train
 
 QUICK = WINDOWS | {"warmup_steps": 2, "learning_rate": 1e-2, "epochs": 99}
 TEXT = "the cat sat on the mat; " * 19  # 11 windows: an epoch ends in the middle of a step

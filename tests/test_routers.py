@@ -13,10 +13,10 @@ from tinygrad import Tensor, nn
 
 from pico_tg import Config, PicoError, generate, train
 from pico_tg.attention import rotate
-from pico_tg.config import CHOICES
+from pico_tg.config import MODEL_CHOICES as CHOICES
 from pico_tg.data import SEQ_START
+from pico_tg.decoder import Decoder
 from pico_tg.flops import forward_operations
-from pico_tg.generation import Decoder
 from pico_tg.model import loss_fn
 from pico_tg.routing import next_decisions, rule_decisions
 

@@ -15,19 +15,14 @@ from tinygrad import Device, Tensor, TinyJit, nn
 from tinygrad.helpers import Context
 from tinygrad.uop.ops import Ops
 
+from pico_tg.config import TrainSettings
 from pico_tg.data import SEQ_END, SEQ_START, DataSpec, load_data
+from pico_tg.evaluation import Validation
 from pico_tg.files import PicoError
-from pico_tg.model import Pico, loss_fn
+from pico_tg.model import Pico, inputs_and_targets, loss_fn
+from pico_tg.remat import graph_context
 from pico_tg.runtime import jit_method
-from pico_tg.training import (
-    TrainSettings,
-    TrainStep,
-    Validation,
-    graph_context,
-    inputs_and_targets,
-    learning_rate,
-    train,
-)
+from pico_tg.training import TrainStep, learning_rate, train
 
 QUICK = WINDOWS | {"warmup_steps": 2, "learning_rate": 3e-3}
 

@@ -31,13 +31,15 @@ from tinygrad import Device, GlobalCounters, Tensor, TinyJit, dtypes, nn
 from tqdm import tqdm
 
 from ..backend import describe_backend
-from ..config import Config
+from ..config import Config, TrainSettings
+from ..decoder import DECODE_ROWS, Decoder
 from ..files import PicoError
 from ..flops import decoding_operations, training_operations
-from ..generation import DECODE_ROWS, Decoder, GeneratedByte, Stats, generate
-from ..model import Pico, loss_fn
-from ..runtime import count_kernels, jit_method
-from ..training import TrainSettings, TrainStep, graph_context, inputs_and_targets, on_devices
+from ..generation import GeneratedByte, Stats, generate
+from ..model import Pico, inputs_and_targets, loss_fn
+from ..remat import graph_context
+from ..runtime import count_kernels, jit_method, on_devices
+from ..training import TrainStep
 
 Record = dict[str, Any]
 IMPORTED = time.perf_counter()

@@ -7,21 +7,16 @@ import importlib
 import json
 import os
 import re
-import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tqdm import tqdm
-
 from ..backend import describe_backend, kernel_search, parse_devices
 from ..checkpoint import find_checkpoint, load, load_config
-from ..config import CHOICES as MODEL_CHOICES
-from ..config import PRESETS, Config
+from ..config import MODEL_CHOICES, PRESETS, TRAIN_CHOICES, Config, TrainSettings
 from ..data import DataSpec, has_validation, load_data, load_whole
 from ..evaluation import SPLITS, check_options, evaluate
 from ..files import PicoError, atomic_write, check_writable
@@ -29,17 +24,21 @@ from ..generation import GeneratedByte, Stats, generate
 from ..interrupts import as_usual
 from ..model import Pico
 from ..runs import find_description, read_metrics
-from ..training import CHOICES, TrainSettings, stored_spec, train
+from ..training import stored_spec, train
 from .bench import bench_decode, bench_train
+from .html import html_page
 from .info import describe
 from .plot import training_chart
-from .view import (
+from .report import describe_evaluation, describe_measured, describe_model, describe_stats
+from .terminal import (
     RESET,
+    StopSignals,
     colored_text,
     decode_text,
-    describe_evaluation,
-    describe_model,
-    html_page,
+    drop_output,
+    put,
+    say,
+    show_training,
     split_prompt,
     split_samples,
     visible,
@@ -107,7 +106,7 @@ def add_setting(parser: argparse.ArgumentParser, name: str, default: Any, only: 
     if isinstance(default, bool):
         kind = {"action": "store_true"}
     else:
-        kind = {"choices": CHOICES[name]} if name in CHOICES else {"metavar": "N"}
+        kind = {"choices": TRAIN_CHOICES[name]} if name in TRAIN_CHOICES else {"metavar": "N"}
         kind |= {"type": type(default)}
     end = "" if isinstance(default, bool) else f" (default: {default})"
     parser.add_argument(
@@ -217,7 +216,10 @@ def build_parser() -> Parser:
         help="windows of one pass (default: as many as make 16,384 bytes)",
     )  # fmt: skip
     evaluating.add_argument(
-        "--precision", choices=CHOICES["precision"], default="auto", help=TRAIN_HELP["precision"]
+        "--precision",
+        choices=TRAIN_CHOICES["precision"],
+        default="auto",
+        help=TRAIN_HELP["precision"],
     )
     evaluating.add_argument(
         "--json", action="store_true", help="print the figures as JSON instead of tables"
@@ -408,10 +410,6 @@ def add_checkpoint_flag(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def command_init(args: argparse.Namespace) -> int:
     """Describe a new model: writes PATH/model.json. Weights come into being with `train`."""
     config = Config.preset(args.preset, **chosen_sizes(args))
@@ -508,68 +506,6 @@ def logged(records: Iterator[dict], tracked: Any) -> Iterator[dict]:
     for record in records:
         tracked.log(record, step=record["step"])
         yield record
-
-
-class StopSignals:
-    """While it lasts, Ctrl-C and SIGTERM ask for a stop after the step; a second one is final.
-
-    Signals within a second are one: whoever forwards a signal often sends it twice.
-    """
-
-    asked_at: float | None = None
-
-    def __enter__(self) -> "StopSignals":
-        self.before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _handle(self, signum: int, frame: object) -> None:
-        now = time.monotonic()
-        if self.asked_at is None:
-            self.asked_at = now
-            say("\nstopping after this step (again: at once, without saving)")
-        elif now - self.asked_at > 1:
-            os._exit(130)
-
-    def __call__(self) -> bool:
-        return self.asked_at is not None
-
-    def __exit__(self, *exception: object) -> None:
-        for signum, handler in self.before.items():
-            signal.signal(signum, handler)
-
-
-def show_training(records: Iterator[dict]) -> str:
-    """A progress bar, and a line a validation; returns the last checkpoint's path."""
-    checkpoint, smoothed = "", None
-    with tqdm(unit="step", desc="compiling", dynamic_ncols=True) as bar:
-        for shown, record in enumerate(records, 1):
-            bits = record["bits_per_byte"]
-            smoothed = bits if smoothed is None else 0.9 * smoothed + 0.1 * bits
-            if shown <= 2:
-                # The first two steps compile, and the steps of a run that is resumed took no time
-                # here: the clock starts after them, or the time left would be theirs to say.
-                bar.reset(record["steps"])
-                bar.n = bar.last_print_n = bar.initial = record["step"]
-            else:
-                bar.update(1)
-            if shown == 2:
-                bar.set_description("training", refresh=False)
-            bar.set_postfix_str(
-                f"loss {record['loss']:.3f}, {smoothed:.3f} bits/byte, "
-                f"{record['router_rate']:.0%} routed, lr {record['lr']:.1e}, "
-                f"{record['bytes_per_second']:,.0f} bytes/s"
-            )
-            checkpoint = record.get("checkpoint", checkpoint)
-            if "validation_bits_per_byte" in record:
-                tqdm.write(
-                    f"step {record['step']}: validation "
-                    f"{record['validation_bits_per_byte']:.3f} bits/byte as used, "
-                    f"{record['validation_bits_per_byte_top_k']:.3f} with training's routing, "
-                    f"{record['validation_router_rate']:.0%} of the bytes routed "
-                    f"({record['validation_seconds']:.1f} s)",
-                    file=sys.stderr,
-                )
-    return checkpoint
 
 
 def command_plot(args: argparse.Namespace) -> int:
@@ -753,21 +689,6 @@ def show_samples(records: Iterator[GeneratedByte], prompt: bytes, args: argparse
             put(f"{RESET if color else ''}\n")
 
 
-def put(piece: str | bytes) -> None:
-    """Write to standard output, where it arrives at once."""
-    try:
-        if isinstance(piece, bytes):
-            sys.stdout.buffer.write(piece)
-        else:
-            sys.stdout.write(piece)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        drop_output()
-        raise PicoError(f"cannot write to standard output: {error.strerror}") from error
-
-
 def sample_page(prompt: bytes, kept: list[GeneratedByte], args: argparse.Namespace) -> str:
     """The page of --html, with the options that matter for the text."""
     facts = {"checkpoint": args.checkpoint} if args.checkpoint != -1 else {}
@@ -779,24 +700,6 @@ def sample_page(prompt: bytes, kept: list[GeneratedByte], args: argparse.Namespa
         facts["latent blocks"] = "left out"
     samples = [list(sample) for sample in split_samples(kept, args.num_samples)]
     return html_page(prompt, samples, f"{args.path.name}, run {args.run}", facts)
-
-
-def describe_stats(stats: Stats) -> str:
-    """The lines of --stats."""
-    passes, bytes_ = max(stats.passes, 1), max(stats.bytes, 1)
-    later = stats.seconds - stats.first_byte_seconds
-    afterwards = (stats.bytes - 1) / later if later > 0 else 0.0
-    lines = {
-        "bytes": f"{stats.bytes:,}",
-        "bytes/s": f"{stats.bytes / stats.seconds if stats.seconds else 0:.1f}"
-        f" ({afterwards:.1f} after the first byte)",
-        "time to the first byte": f"{stats.first_byte_seconds:.2f} s",
-        "passes": f"{stats.passes:,} ({stats.bytes / passes:.2f} bytes a pass)",
-        "accepted bytes a pass": f"{stats.accepted / passes:.2f}"
-        f" (of {stats.drafts / passes:.2f} drafts)",
-        "router rate": f"{stats.routed / bytes_:.1%}",
-    }
-    return "\n".join(f"{name}: {value}" for name, value in lines.items())
 
 
 def command_bench(args: argparse.Namespace) -> int:
@@ -823,50 +726,6 @@ def command_bench(args: argparse.Namespace) -> int:
     for record in records:
         print(json.dumps(record) if args.json else describe_measured(record), flush=True)
     return 0
-
-
-def describe_measured(record: dict) -> str:
-    """One or two lines for a record of `pico_tg.bench`."""
-    name = record["measured"]
-    if name == "machine":
-        of = f"; {len(record['devices'])} devices" if record["devices"] else ""
-        return (
-            f"{record['backend']}{of}; {record['precision']}; a matrix product alone reaches "
-            f"{record['gemm_gflops']:,.0f} GFLOPS; {record['parameters']:,} parameters\n"
-            f"{'':20}{'seconds':>10}{'bytes/s':>10}{'kernels':>9}{'GOP done':>10}{'needed':>10}"
-            f"{'GFLOPS':>9}{'of gemm':>9}"
-        )
-    if name == "start-up":
-        ends = (f"{key[:-8].replace('_', ' ')} {value:.1f} s" for key, value in record.items()
-                if key != "measured")  # fmt: skip
-        return f"from the start of the process to the end of the: {', '.join(ends)}"
-    if name == "memory":
-        return "most memory: " + ", ".join(
-            f"{key[:-7]} {value / 1e9:.2f} GB" for key, value in record.items() if key != "measured"
-        )
-    line = (
-        f"{name:20}{record['seconds']:>10.4f}{record['bytes_per_second']:>10,.0f}"
-        f"{record['kernels']:>9}{record['operations'] / 1e9:>10.4g}{record['needed'] / 1e9:>10.4g}"
-        f"{record['gflops']:>9.1f}{record['of_gemm']:>9.1%}"
-    )
-    if "router_rate" in record:
-        line += (
-            f"\n{'':20}{record['passes_per_second']:.1f} passes/s, "
-            f"{record['accepted_per_pass']:.2f} drafts accepted a pass, "
-            f"{record['router_rate']:.0%} of the bytes routed"
-        )
-    if "first_byte_seconds" in record:
-        line += f"\n{'':20}first byte after {record['first_byte_seconds']:.3f} s"
-    return line
-
-
-def drop_output() -> None:
-    """Keep Python's own flush at exit from complaining about output that nobody takes."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def main(arguments: list[str] | None = None) -> int:

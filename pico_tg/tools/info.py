@@ -5,13 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import list_checkpoints, load_config
-from ..config import Config
+from ..config import Config, TrainSettings
 from ..files import PicoError
-from ..flops import decoding_operations, forward_operations, training_operations
-from ..generation import PREFILL_CHUNK
-from ..kv_cache import cache_shape
+from ..flops import (
+    cache_bytes,
+    decoding_operations,
+    forward_operations,
+    parameters_by_part,
+    training_operations,
+)
 from ..runs import find_description, read_description, read_metrics
-from ..training import TrainSettings
 
 
 def describe(path: str | os.PathLike, run: str | None = None) -> dict[str, Any]:
@@ -58,35 +61,6 @@ def _decoding_rate(config: Config, checkpoints: list[dict[str, Any]]) -> float:
     if measured:
         return measured[-1]
     return 1 / config.stride if config.router == "stride" else config.capacity_share
-
-
-def parameters_by_part(config: Config) -> dict[str, int]:
-    """Weights of the embedding, the byte blocks, the router, the latent blocks, and the heads.
-
-    The heads are the last norm, and the unembedding with its bias.
-    """
-    outputs = config.next_tokens * 256
-    ends = 256 * config.dim + outputs * config.dim + outputs + 2 * config.dim
-    blocks = 2 * config.fb_num_blocks + config.latent_num_blocks
-    block = (config.parameters - ends) // blocks
-    return {
-        "embedding": 256 * config.dim,
-        "byte_blocks": 2 * config.fb_num_blocks * block,
-        "router": config.dim,
-        "latent_blocks": config.latent_num_blocks * block,
-        "heads": config.dim + outputs * config.dim + outputs,
-    }
-
-
-def cache_bytes(config: Config) -> int:
-    """Memory of the keys and values that a `Decoder` of this model keeps, in bytes."""
-
-    def ring(window: int) -> int:
-        slots, columns = cache_shape(config.head_dim, window, PREFILL_CHUNK)
-        return 4 * config.att_kv_heads * slots * (config.head_dim + columns)
-
-    byte_blocks = 2 * config.fb_num_blocks * ring(config.fb_att_window_size)
-    return byte_blocks + config.latent_num_blocks * ring(config.latent_att_window_size)
 
 
 def _describe_run(folder: Path) -> dict[str, Any]:

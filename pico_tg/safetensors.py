@@ -1,0 +1,141 @@
+"""The safetensors format: checked on reading, atomic on writing. Plain file I/O."""
+
+import json
+import math
+import os
+import struct
+
+import numpy as np
+
+from .files import PicoError, atomic_write
+
+MAX_HEADER = 100 << 20  # bytes; the limit of the safetensors package
+
+
+# BF16 has no NumPy type: it is read as the upper half of a float32, which is exact
+DTYPES = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U64": np.dtype("<u8"),
+    "U32": np.dtype("<u4"),
+    "U16": np.dtype("<u2"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+
+
+NAMES = {dtype: name for name, dtype in DTYPES.items() if name != "BF16"}
+
+
+def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """All tensors of a .safetensors file, and its metadata. BF16 becomes float32.
+
+    Raises PicoError, naming the file and the defect, unless the header is sound and the tensors
+    fill the rest of the file exactly, without overlaps or holes.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            entries, metadata, start = _read_header(file, size, path)
+            file.seek(start)
+            data = file.read(size - start)
+    except OSError as error:
+        raise PicoError(f"cannot read {path}: {error.strerror or error}") from error
+    if len(data) != size - start:
+        raise PicoError(f"{path} is broken: it changed while it was read")
+    tensors = {}
+    for name, (kind, shape, first, last) in entries.items():
+        array = np.frombuffer(data[first:last], DTYPES[kind])
+        if kind == "BF16":
+            array = (array.astype(np.uint32) << 16).view(np.float32)
+        tensors[name] = array.reshape(shape).copy()
+    return tensors, metadata
+
+
+def _read_header(file, size: int, path) -> tuple[dict[str, tuple], dict[str, str], int]:
+    """name -> (dtype, shape, first byte, last byte), the metadata, where the data start."""
+
+    def broken(why: str) -> PicoError:
+        return PicoError(f"{path} is not a sound safetensors file: {why}")
+
+    if size < 8:
+        raise broken("it is shorter than a header")
+    start = file.read(8)
+    if start.startswith(b"PK\3\4"):  # a zip archive
+        raise PicoError(
+            f"{path} is a file of torch.save, not safetensors; examples/interop.py takes it in"
+        )
+    (length,) = struct.unpack("<Q", start)
+    if length > min(size - 8, MAX_HEADER):
+        raise broken(f"its header claims {length} bytes, the file has {size} in all")
+
+    def unique(pairs: list[tuple]) -> dict:
+        if len(dict(pairs)) != len(pairs):
+            raise broken("a name stands twice in its header")
+        return dict(pairs)
+
+    try:
+        header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise broken("its header is not JSON") from error
+    if not isinstance(header, dict):
+        raise broken("its header is not an object")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise broken("its metadata are not text")
+    entries = {name: _check_entry(name, entry, broken) for name, entry in header.items()}
+    end = 0
+    for _, _, first, last in sorted(entries.values(), key=lambda entry: entry[2:]):
+        if first != end:
+            raise broken("its tensors overlap or leave holes")
+        end = last
+    if end != size - 8 - length:
+        raise broken(f"its tensors take {end} bytes, it has {size - 8 - length}: truncated?")
+    return entries, metadata, 8 + length
+
+
+def _check_entry(name: str, entry: object, broken) -> tuple[str, tuple[int, ...], int, int]:
+    def whole(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise broken(f"the entry {name!r} is not of the format")
+    kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(kind, str) or kind not in DTYPES:
+        raise broken(f"{name!r} has the unknown type {kind!r}")
+    if not isinstance(shape, list) or len(shape) > 32 or not all(map(whole, shape)):
+        raise broken(f"{name!r} has the shape {str(shape)[:80]}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(whole, offsets)):
+        raise broken(f"{name!r} has the offsets {str(offsets)[:80]}")
+    if offsets[1] - offsets[0] != math.prod(shape) * DTYPES[kind].itemsize:
+        raise broken(f"{name!r} has a shape that does not fit its bytes")
+    return kind, tuple(shape), *offsets
+
+
+def write_safetensors(
+    path: str | os.PathLike, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None
+) -> None:
+    """Write arrays as a .safetensors file, atomically. Raises PicoError if that fails."""
+    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    # the widest types first, so that each tensor is aligned to its own width
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    offset = 0
+    for name in order:
+        array = tensors[name]
+        end = offset + array.nbytes
+        kind = NAMES[array.dtype.newbyteorder("<")]
+        header[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_write(path) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            array = tensors[name]
+            file.write(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes())

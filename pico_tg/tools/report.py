@@ -1,0 +1,148 @@
+"""How a sample looks: as plain text, colored for a terminal, and as a page of its own.
+
+Pure functions from records to text. All of them take the bytes together to characters first, since
+only those can be shown; a character of several bytes has the highest weight of any of them, counts
+as routed if one of them was, and as drafted if all of them were.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..generation import Stats
+
+if TYPE_CHECKING:
+    from ..evaluation import Evaluation
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Lines of columns: the first one to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    return "\n".join(lines)
+
+
+def describe_evaluation(measured: "Evaluation") -> str:
+    """The figures of an evaluation as tables."""
+    heads = len(measured.head_accuracy)
+    head = [
+        ("bytes of text", f"{measured.bytes:,}"),
+        ("bytes before each, if there are", f"{measured.context_len:,}"),
+        ("bits per byte", f"{measured.bits_per_byte:.4f}"),
+        ("without the latent blocks", f"{measured.bits_per_byte_without_latent:.4f}"),
+        ("router rate", f"{measured.router_rate:.1%}"),
+        ("accepted drafts a pass, by the text", f"{measured.accepted_text:.2f} of {heads - 1}"),
+        ("accepted drafts a pass, greedily", f"{measured.accepted_greedy:.2f} of {heads - 1}"),
+    ]
+    guesses = [("byte", "right", "all drafts so far, by the text", "greedily")]
+    by_text, greedy = measured.drafts_right_text, measured.drafts_right_greedy
+    for k, right in enumerate(measured.head_accuracy):
+        drafts = (f"{by_text[k - 1]:.1%}", f"{greedy[k - 1]:.1%}") if k else ("", "")
+        guesses.append((f"{k + 1} ahead", f"{right:.1%}", *drafts))
+    places = [("where the router fires", "of bytes", "of decisions", "rate")]
+    for name, place in measured.places.items():
+        values = (place.share_of_bytes, place.share_of_decisions, place.rate)
+        places.append((_words(name), *(f"{value:.1%}" for value in values)))
+    matches = [("decisions as word boundaries", "precision", "recall", "F1")]
+    for name, match in (
+        ("router", measured.boundaries),
+        ("random, same rate", measured.boundaries_random),
+    ):
+        values = (match.precision, match.recall, match.f1)
+        matches.append((name, *(f"{value:.3f}" for value in values)))
+    return "\n\n".join(map(table, (head, guesses, places, matches)))
+
+
+def describe_model(facts: Mapping[str, Any]) -> str:
+    """What `pico_tg.describe` returned, as tables."""
+    parts, operations = facts["parameters"], facts["operations_a_byte"]
+    length = operations["context_len"]
+    sizes = [(name, str(value)) for name, value in facts["model"].items()]
+    parameters = [("parameters", ""), *((_words(name), f"{n:,}") for name, n in parts.items())]
+    routed = f"{operations['decoding_router_rate']:.0%} routed"
+    costs = [
+        (f"operations a byte, context {length:,}", ""),
+        ("forward", f"{operations['forward']:,.0f}"),
+        ("training", f"{operations['training']:,.0f}"),
+        (f"decoding, after {length:,} bytes, {routed}", f"{operations['decoding']:,.0f}"),
+        ("memory of decoding's caches", f"{facts['cache_bytes']:,} bytes"),
+    ]
+    parts = [sizes, parameters, costs]
+    if run := facts.get("run"):
+        data = [("data " + name, str(v)) for name, v in run["dataset"].items() if v is not None]
+        own = [(name, str(value)) for name, value in run["settings"].items()]
+        own += [("base_weights", run["base_weights"])] if run["base_weights"] else []
+        parts.append([("run", run["name"]), ("steps", f"{run['steps']:,}"), *data, *own])
+        rows = [("checkpoint", "MB", "bits/byte", "validation", "router rate")]
+        for checkpoint in run["checkpoints"]:
+            figures = [
+                format(checkpoint[name], style) if name in checkpoint else "-"
+                for name, style in (
+                    ("bits_per_byte", ".4f"),
+                    ("validation_bits_per_byte", ".4f"),
+                    ("router_rate", ".1%"),
+                )
+            ]
+            size = f"{checkpoint['bytes'] / 1e6:.2f}"
+            rows.append((f"step {checkpoint['step']}", size, *figures))
+        parts.append(rows)
+    return "\n\n".join(map(table, parts))
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def describe_stats(stats: Stats) -> str:
+    """The lines of --stats."""
+    passes, bytes_ = max(stats.passes, 1), max(stats.bytes, 1)
+    later = stats.seconds - stats.first_byte_seconds
+    afterwards = (stats.bytes - 1) / later if later > 0 else 0.0
+    lines = {
+        "bytes": f"{stats.bytes:,}",
+        "bytes/s": f"{stats.bytes / stats.seconds if stats.seconds else 0:.1f}"
+        f" ({afterwards:.1f} after the first byte)",
+        "time to the first byte": f"{stats.first_byte_seconds:.2f} s",
+        "passes": f"{stats.passes:,} ({stats.bytes / passes:.2f} bytes a pass)",
+        "accepted bytes a pass": f"{stats.accepted / passes:.2f}"
+        f" (of {stats.drafts / passes:.2f} drafts)",
+        "router rate": f"{stats.routed / bytes_:.1%}",
+    }
+    return "\n".join(f"{name}: {value}" for name, value in lines.items())
+
+
+def describe_measured(record: dict) -> str:
+    """One or two lines for a record of `pico_tg.bench`."""
+    name = record["measured"]
+    if name == "machine":
+        of = f"; {len(record['devices'])} devices" if record["devices"] else ""
+        return (
+            f"{record['backend']}{of}; {record['precision']}; a matrix product alone reaches "
+            f"{record['gemm_gflops']:,.0f} GFLOPS; {record['parameters']:,} parameters\n"
+            f"{'':20}{'seconds':>10}{'bytes/s':>10}{'kernels':>9}{'GOP done':>10}{'needed':>10}"
+            f"{'GFLOPS':>9}{'of gemm':>9}"
+        )
+    if name == "start-up":
+        ends = (f"{key[:-8].replace('_', ' ')} {value:.1f} s" for key, value in record.items()
+                if key != "measured")  # fmt: skip
+        return f"from the start of the process to the end of the: {', '.join(ends)}"
+    if name == "memory":
+        return "most memory: " + ", ".join(
+            f"{key[:-7]} {value / 1e9:.2f} GB" for key, value in record.items() if key != "measured"
+        )
+    line = (
+        f"{name:20}{record['seconds']:>10.4f}{record['bytes_per_second']:>10,.0f}"
+        f"{record['kernels']:>9}{record['operations'] / 1e9:>10.4g}{record['needed'] / 1e9:>10.4g}"
+        f"{record['gflops']:>9.1f}{record['of_gemm']:>9.1%}"
+    )
+    if "router_rate" in record:
+        line += (
+            f"\n{'':20}{record['passes_per_second']:.1f} passes/s, "
+            f"{record['accepted_per_pass']:.2f} drafts accepted a pass, "
+            f"{record['router_rate']:.0%} of the bytes routed"
+        )
+    if "first_byte_seconds" in record:
+        line += f"\n{'':20}first byte after {record['first_byte_seconds']:.3f} s"
+    return line
