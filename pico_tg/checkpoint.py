@@ -18,7 +18,7 @@ import numpy as np
 from tinygrad import Tensor, nn
 
 from .config import Config
-from .files import PicoError
+from .files import PicoError, command
 from .model import Pico
 from .safetensors import read_safetensors, write_safetensors
 
@@ -169,7 +169,7 @@ def load_config(path: str | os.PathLike) -> Config:
     """The configuration of the model folder PATH. Raises PicoError if it is none."""
     file = Path(path) / "model.json"
     if not file.exists():
-        raise PicoError(f"{path} is no model; make one with: python -m pico_tg init {path}")
+        raise PicoError(f"{path} is no model; make one with: {command('init', path)}")
     return Config.from_json(file)
 
 
@@ -193,7 +193,7 @@ def find_checkpoint(run_dir: str | os.PathLike, checkpoint: int = -1) -> Path:
     if not found:
         model, run = Path(run_dir).parent, Path(run_dir).name
         raise PicoError(
-            f"{run_dir} has no checkpoint; make one with: python -m pico_tg train {model} {run}"
+            f"{run_dir} has no checkpoint; make one with: {command('train', model, run)}"
         )
     if checkpoint < 0:
         if -checkpoint <= len(found):

@@ -24,9 +24,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from .files import PicoError, fsync_folder
+from .progress import Progress
 
 try:
     import fcntl
@@ -643,7 +643,7 @@ def _write(source: _Source, folder: Path, progress: bool) -> None:
     with (
         open(folder / "bytes", "wb") as data,
         open(folder / "offsets", "wb") as offsets,
-        tqdm(
+        Progress(
             total=source.size,
             desc=f"caching {source.label}",
             unit="B",

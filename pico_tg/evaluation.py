@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import numpy as np
 from tinygrad import Tensor, dtypes
 from tinygrad.helpers import Context
-from tqdm import tqdm
 
 from .config import TRAIN_CHOICES, TrainSettings
 from .data import MOST_BYTES, Corpus, Data, DataSpec, load_data, load_whole
@@ -27,6 +26,7 @@ from .files import PicoError
 from .generation import GeneratedByte
 from .model import Pico, cross_entropy, inputs_and_targets
 from .precision import choose_precision
+from .progress import Progress
 from .remat import graph_context
 from .runs import Record
 from .runtime import jit_method, on_devices
@@ -169,7 +169,7 @@ def evaluate(
         )
     measure = _Measure(model, length)
     bf16 = int(choose_precision(precision) == "bf16")
-    with tqdm(
+    with Progress(
         total=total, desc="evaluating", unit="B", unit_scale=True, disable=not progress
     ) as bar:
         for first in range(0, len(windows), batch_size):

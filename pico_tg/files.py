@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,11 @@ class PicoError(Exception):
 
     The command line prints it on stderr and exits with status 2; a script may catch it.
     """
+
+
+def command(*words: object) -> str:
+    """A pico_tg command for a message, quoted so that a shell takes it as it is."""
+    return f"python -m pico_tg {shlex.join(map(str, words))}"
 
 
 @contextlib.contextmanager

@@ -28,7 +28,6 @@ from typing import Any
 
 import numpy as np
 from tinygrad import Device, GlobalCounters, Tensor, TinyJit, dtypes, nn
-from tqdm import tqdm
 
 from ..backend import describe_backend
 from ..config import Config, TrainSettings
@@ -37,6 +36,7 @@ from ..files import PicoError
 from ..flops import decoding_operations, training_operations
 from ..generation import GeneratedByte, Stats, generate
 from ..model import Pico, inputs_and_targets, loss_fn
+from ..progress import Progress
 from ..remat import graph_context
 from ..runtime import count_kernels, jit_method, on_devices
 from ..training import TrainStep
@@ -86,7 +86,10 @@ def bench_train(
         train_step(rng.integers(0, 256, size).astype(np.uint8), LEARNING_RATE)
 
     ends = []
-    with memory, tqdm(total=WARM_UP, desc="compiling", unit="step", disable=not progress) as bar:
+    with (
+        memory,
+        Progress(total=WARM_UP, desc="compiling", unit="step", disable=not progress) as bar,
+    ):
         for _ in range(WARM_UP):
             step(train_step)
             ends.append(process_seconds() - calibrating)
@@ -117,7 +120,7 @@ def bench_train(
             for x in windows:
                 products(x)
 
-        with tqdm(total=2, desc="compiling", unit="step", disable=not progress) as bar:
+        with Progress(total=2, desc="compiling", unit="step", disable=not progress) as bar:
             for _ in range(2):
                 forward_backward()
                 bar.update()
@@ -173,7 +176,7 @@ def bench_decode(
         return generate(decoder.model, prompt, seed=seed, stats=stats, decoder=decoder, **options)
 
     total = 1 + (len(DECODE_ROWS) + 1) * WARM_UP
-    with memory, tqdm(total=total, desc="compiling", unit="pass", disable=not progress) as bar:
+    with memory, Progress(total=total, desc="compiling", unit="pass", disable=not progress) as bar:
         next(text(0, Stats()))
         first_byte = process_seconds() - calibrating
         bar.update()

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..checkpoint import list_checkpoints, load_config
 from ..config import Config, TrainSettings
-from ..files import PicoError
+from ..files import PicoError, command
 from ..flops import (
     cache_bytes,
     decoding_operations,
@@ -66,9 +66,7 @@ def _decoding_rate(config: Config, checkpoints: list[dict[str, Any]]) -> float:
 def _describe_run(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         model, run = folder.parent, folder.name
-        raise PicoError(
-            f"there is no run {folder}; train it: python -m pico_tg train {model} {run}"
-        )
+        raise PicoError(f"there is no run {folder}; train it: {command('train', model, run)}")
     stored = find_description(folder)
     if stored is None and list_checkpoints(folder):  # weights from elsewhere
         stored = {"settings": {}, "dataset": {}}

@@ -1,0 +1,69 @@
+"""Messages and progress on stderr: a bar on a terminal, plain lines in a pipe or a log.
+
+Neither ever ends the work that is reported: where stderr is gone (a closed terminal, a full disk),
+the messages are dropped.
+"""
+
+import os
+import sys
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+LINE_SECONDS = 10.0  # at most one plain line in this time, apart from the last one
+LINE = "{desc}: {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+
+
+def say(text: str) -> None:
+    """Print a line on stderr."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        drop_output()
+
+
+def drop_output() -> None:
+    """Send standard streams that cannot be written to the null device from now on.
+
+    Otherwise Python's flush at exit would fail again.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class Progress(tqdm):
+    """A tqdm bar; where stderr is no terminal, a line every LINE_SECONDS and one at the end."""
+
+    def __init__(self, **options: Any) -> None:
+        self.has_bar = sys.stderr.isatty()
+        self.last_line = time.monotonic()
+        plain = {} if self.has_bar else {"bar_format": LINE}
+        super().__init__(file=sys.stderr, dynamic_ncols=True, **plain, **options)
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        with self.external_write_mode(file=sys.stderr):
+            say(text)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        if self.has_bar:
+            return super().display(msg, pos)
+        now = time.monotonic()
+        if now - self.last_line >= LINE_SECONDS:
+            self.last_line = now
+            say(str(self))
+        return True
+
+    def clear(self, nolock: bool = False) -> None:
+        if self.has_bar:
+            super().clear(nolock)
+
+    def close(self) -> None:
+        if not self.disable and not self.has_bar:
+            say(str(self))
+            self.disable = True  # tqdm's own last lines are for a bar
+        super().close()

@@ -1,0 +1,79 @@
+"""Progress: a bar on a terminal, plain lines elsewhere, and never the end of the work."""
+
+import io
+import os
+import sys
+
+import pytest
+
+from pico_tg import progress
+from pico_tg.progress import Progress, say
+
+
+class Stream(io.StringIO):
+    """Standard error; a terminal or not."""
+
+    def __init__(self, terminal: bool) -> None:
+        super().__init__()
+        self.terminal = terminal
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The seconds of both clocks that a bar reads."""
+    now = [1000.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    return now
+
+
+def work(clock, monkeypatch, terminal: bool) -> str:
+    stream = Stream(terminal)
+    monkeypatch.setattr(sys, "stderr", stream)
+    with Progress(total=60, desc="evaluating", unit="step") as bar:
+        for second in range(60):
+            clock[0] += 1
+            bar.update()
+            if second == 30:
+                bar.say("half")
+    return stream.getvalue()
+
+
+def test_plain_lines(clock, monkeypatch):
+    """One every ten seconds and one at the end, without control characters."""
+    lines = work(clock, monkeypatch, False).split("\n")
+    assert lines.pop() == ""
+    assert lines.pop(3) == "half"
+    assert [line.split()[1] for line in lines] == [f"{n}/60" for n in (10, 20, 30, 40, 50, 60, 60)]
+    assert lines[2] == "evaluating: 30/60 step [00:30<00:30,  1.00step/s]"
+    assert all(line.isprintable() for line in lines)
+
+
+def test_bar(clock, monkeypatch):
+    text = work(clock, monkeypatch, True)
+    assert "\revaluating: 100%|" in text
+    assert "half\n" in text
+    assert text.count("\n") == 2  # after the message and after the bar
+
+
+def test_nothing_where_it_is_disabled(monkeypatch):
+    for terminal in (True, False):
+        stream = Stream(terminal)
+        monkeypatch.setattr(sys, "stderr", stream)
+        with Progress(total=2, desc="evaluating", disable=True) as bar:
+            bar.update()
+        assert stream.getvalue() == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_an_error_stream_that_fails_ends_nothing(monkeypatch):
+    """As a closed terminal or a full disk does; later messages are dropped."""
+    with open("/dev/full", "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        say("a message")
+        with Progress(total=1, desc="training") as bar:
+            bar.update()
+            bar.say("a message")
