@@ -21,7 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import pico_tg
-from pico_tg.config import CHOICES
+from pico_tg.config import ROUTERS
 from pico_tg.decoder import Decoder
 from pico_tg.flops import training_operations
 from pico_tg.tools.plot import COLORS, Line, Panel, svg
@@ -39,7 +39,7 @@ parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
 parser.add_argument("dataset", nargs="?", default="python-docs")
 parser.add_argument("--steps", type=int, default=200, help="of the learned router: the budget")
 parser.add_argument("--seeds", type=numbers, default=[0, 1, 2], metavar="N,…")
-parser.add_argument("--routers", default=",".join(CHOICES["router"]), metavar="NAME,…")
+parser.add_argument("--routers", default=",".join(ROUTERS), metavar="NAME,…")
 parser.add_argument("--positions", action="store_true", help="the learned router with rope as well")
 parser.add_argument(
     "--next-tokens", type=numbers, default=[], metavar="N,…",

@@ -1,11 +1,16 @@
-"""The shape of a model: one frozen dataclass, written as model.json beside the weights."""
+"""Config, the sizes of a model (model.json), and TrainSettings, how a run trains it.
+
+Each field's help, limits and choices stand once, in the field's metadata: `check_fields` enforces
+them, the command line makes its flags of them, and the class docstrings list them.
+"""
 
 import dataclasses
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,60 +29,102 @@ PRESETS: dict[str, dict[str, int | float]] = {
         "latent_att_window_size": 512,
     },
 }
+ROUTERS = ("learned", "space", "stride", "all", "none")
+POSITIONS = ("alibi", "rope")
+OPTIMIZERS = ("soap", "adamw")
+PRECISIONS = ("auto", "fp32", "bf16")
+MAX_PARAMETERS = 10**11  # more is taken for a mistake
 
 
-MOST_PARAMETERS = 10**11
+def setting(
+    help: str,
+    default: Any = MISSING,
+    minimum: int | None = 1,
+    choices: tuple[str, ...] | None = None,
+) -> Any:
+    """A dataclass field whose metadata holds `help`, `minimum` and `choices`."""
+    metadata = {"help": help, "minimum": minimum, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
 
-MODEL_CHOICES = {
-    "router": ("learned", "space", "stride", "all", "none"),
-    "position": ("alibi", "rope"),
-}
+
+def check_fields(instance: Any) -> None:
+    """Raise PicoError, naming the field, unless every field has its type and is within its limits.
+
+    NumPy's scalars become Python's own numbers, which JSON takes.
+    """
+    for field in dataclasses.fields(instance):
+        value, name = getattr(instance, field.name), field.name
+        if isinstance(value, np.generic):
+            value = value.item()
+            object.__setattr__(instance, name, value)  # the dataclass is frozen
+        choices, minimum = field.metadata["choices"], field.metadata["minimum"]
+        number = not isinstance(value, bool) and isinstance(
+            value, int if field.type is int else int | float
+        )
+        if choices is not None:
+            if value not in choices:
+                raise PicoError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+        elif field.type is bool:
+            if not isinstance(value, bool):
+                raise PicoError(f"{name} must be True or False, not {value!r}")
+        elif not number or (minimum is not None and not value >= minimum):
+            kind = "a whole number" if field.type is int else "a number"
+            limit = "" if minimum is None else f" of at least {minimum}"
+            raise PicoError(f"{name} must be {kind}{limit}, not {value!r}")
+        elif not math.isfinite(value):
+            raise PicoError(f"{name} must be finite, not {value!r}")
 
 
+def field_help(cls: type) -> dict[str, str]:
+    """The help of each field of Config or TrainSettings, by name."""
+    return {field.name: field.metadata["help"] for field in dataclasses.fields(cls)}
+
+
+def documented(cls: type) -> type:
+    """Class decorator: append the help of each field to the docstring."""
+    lines = [f"    - {name}: {text}" for name, text in field_help(cls).items()]
+    cls.__doc__ = "\n".join([(cls.__doc__ or "").rstrip() + "\n", *lines])
+    return cls
+
+
+@documented
 @dataclass(frozen=True)
 class Config:
-    """The shape of a Pico. Raises PicoError on an impossible size, with the way out.
+    """The sizes of a Pico. Raises PicoError on an impossible one, with the way out.
 
-    - dim: width of the residual stream
-    - next_tokens: how many next bytes are predicted at once, one head each
-    - att_q_heads, att_kv_heads: query heads, and the key/value heads that they share
-    - fb_num_blocks: full-bandwidth blocks, before *and* after the latent ones, on every byte
-    - fb_att_window_size: they see this many bytes back, and their own
-    - latent_capacity_factor: the fraction of the bytes that training sends to the latent blocks
-    - latent_num_blocks: latent blocks, on the selected bytes only
-    - latent_att_window_size: they see this many *selected* bytes back, and their own
-    - router: which bytes are selected, see `pico_tg.routing`: learned, or by a rule: space, stride,
-      all or none; the last two have no use for latent_capacity_factor
-    - position: alibi (arXiv 2108.12409) or rope (arXiv 2104.09864), in every block
-
-    router and position are written to a file only where they are not the default, so that it holds
-    the published keys otherwise.
+    router and position are written to model.json only where they are not the default, so that the
+    file otherwise holds the published keys.
     """
 
-    dim: int
-    next_tokens: int
-    att_q_heads: int
-    att_kv_heads: int
-    fb_num_blocks: int
-    fb_att_window_size: int
-    latent_capacity_factor: float
-    latent_num_blocks: int
-    latent_att_window_size: int
-    router: str = "learned"
-    position: str = "alibi"
+    dim: int = setting("width of the residual stream")
+    next_tokens: int = setting("number of next bytes predicted at once, one head each")
+    att_q_heads: int = setting("query heads of each attention")
+    att_kv_heads: int = setting("key/value heads, each shared by equally many query heads")
+    fb_num_blocks: int = setting(
+        "full-bandwidth blocks before the latent ones, and again after them"
+    )
+    fb_att_window_size: int = setting("bytes before its own that a full-bandwidth block attends to")
+    latent_capacity_factor: float = setting(
+        "fraction of the bytes that training sends to the latent blocks", minimum=None
+    )
+    latent_num_blocks: int = setting("latent blocks, which run on the selected bytes only")
+    latent_att_window_size: int = setting(
+        "selected bytes before its own that a latent block attends to"
+    )
+    router: str = setting(
+        "how bytes are selected: learned, or a rule (space, stride, all, none) to compare with; "
+        "all and none ignore latent_capacity_factor",
+        "learned",
+        choices=ROUTERS,
+    )
+    position: str = setting(
+        "position encoding of attention: alibi (arXiv 2108.12409) or rope (arXiv 2104.09864)",
+        "alibi",
+        choices=POSITIONS,
+    )
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name in MODEL_CHOICES:
-                if value not in MODEL_CHOICES[field.name]:
-                    allowed = ", ".join(MODEL_CHOICES[field.name])
-                    raise PicoError(f"{field.name} must be one of {allowed}, not {value!r}")
-            elif field.type is float:
-                if isinstance(value, bool) or not isinstance(value, int | float):
-                    raise PicoError(f"{field.name} must be a number, not {value!r}")
-            elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise PicoError(f"{field.name} must be a whole number of at least 1, not {value!r}")
+        check_fields(self)
         if not 0 < self.latent_capacity_factor <= 1:
             raise PicoError(
                 "latent_capacity_factor must be above 0 and at most 1, "
@@ -93,22 +140,20 @@ class Config:
                 f"att_q_heads ({self.att_q_heads}) is not a multiple of att_kv_heads "
                 f"({self.att_kv_heads}): every key/value head must serve equally many query heads"
             )
-
-        if self.parameters > MOST_PARAMETERS:
+        if self.parameters > MAX_PARAMETERS:
             raise PicoError(
-                f"these sizes make {self.parameters:,} parameters, more than the "
-                f"{MOST_PARAMETERS:,} that are taken for a mistake; take a smaller dim or fewer "
-                "blocks"
+                f"these sizes make {self.parameters:,} parameters, more than the limit of "
+                f"{MAX_PARAMETERS:,}; take a smaller dim or fewer blocks"
             )
 
     @property
     def head_dim(self) -> int:
-        """Width of one head; q_heads * head_dim may be less than dim."""
+        """Width of one head; att_q_heads * head_dim may be less than dim."""
         return self.dim // self.att_q_heads
 
     @property
     def parameters(self) -> int:
-        """How many weights a model of these sizes has."""
+        """Number of weights of a model of these sizes."""
         heads = self.att_q_heads + 2 * self.att_kv_heads
         attention = self.dim * (heads + self.att_q_heads) * self.head_dim
         block = attention + 3 * self.dim**2 + 2 * self.dim  # SwiGLU, two norms
@@ -118,17 +163,17 @@ class Config:
         return embeddings + blocks * block + 2 * self.dim  # the router, the last norm
 
     def capacity(self, length: int) -> int:
-        """How many bytes of a sequence of `length` bytes training selects, at the most."""
+        """The most bytes of a sequence of `length` bytes that training selects."""
         return int(length * self.capacity_share)
 
     @property
     def capacity_share(self) -> float:
-        """The share of the bytes that training selects, at the most."""
+        """The largest share of the bytes that training selects."""
         return {"all": 1.0, "none": 0.0}.get(self.router, self.latent_capacity_factor)
 
     @property
     def stride(self) -> int:
-        """The router `stride` selects every so manyth byte: 1 / capacity, rounded up."""
+        """The router `stride` selects one byte in this many: 1 / capacity, rounded up."""
         return math.ceil(1 / self.latent_capacity_factor - 1e-9)
 
     @classmethod
@@ -153,12 +198,13 @@ class Config:
 
     @classmethod
     def _from_dict(cls, values: dict, where: str) -> "Config":
-        known = [field.name for field in dataclasses.fields(cls)]
+        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
         for key in values:
-            if key not in known:
-                raise PicoError(f"{where}: unknown key {key!r}; the keys are {', '.join(known)}")
-        for key in known:
-            if key not in values and key not in MODEL_CHOICES:
+            if key not in defaults:
+                known = ", ".join(defaults)
+                raise PicoError(f"{where}: unknown key {key!r}; the keys are {known}")
+        for key, default in defaults.items():
+            if key not in values and default is MISSING:
                 raise PicoError(f"{where}: the key {key!r} is missing")
         try:
             return cls(**values)
@@ -166,10 +212,9 @@ class Config:
             raise PicoError(f"{where}: {error}") from None
 
     def to_dict(self) -> dict[str, int | float | str]:
-        """What a file holds: all sizes, and the choices that are not the default."""
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        values = dataclasses.asdict(self)
-        return {k: v for k, v in values.items() if k not in MODEL_CHOICES or v != defaults[k]}
+        """What model.json holds: all keys but those that have their default."""
+        pairs = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)]
+        return {field.name: value for field, value in pairs if value != field.default}
 
     def to_json(self, path: str | os.PathLike) -> None:
         """Write a model.json, atomically."""
@@ -177,68 +222,55 @@ class Config:
             file.write((json.dumps(self.to_dict(), indent=2) + "\n").encode())
 
 
-TRAIN_CHOICES = {"optimizer": ("soap", "adamw"), "precision": ("auto", "fp32", "bf16")}
-
-
-MAY_BE_ZERO = ("learning_rate", "weight_decay", "warmup_steps", "seed", "keep_checkpoints")
-
-
+@documented
 @dataclass(frozen=True)
 class TrainSettings:
     """How to train. Raises PicoError on an impossible value.
 
-    - context_len: bytes of one training window; batch_size: windows of one micro-batch
-    - learning_rate: its peak, after warmup_steps; weight_decay: on matrices only
-    - epochs, max_steps: training ends with whichever comes first
-    - grad_accumulation_steps: micro-batches whose gradients are averaged for one step
-    - validation_interval, checkpoint_interval: in steps; both also happen at the end
-    - validation_bytes: measure on at most this many held-out bytes, the same ones every time
-    - optimizer: soap or adamw
-    - precision: fp32; bf16 rounds the factors of matrix products to bfloat16, while weights, sums,
-      softmax, norms, router, loss and optimizer stay float32; auto is bf16 where the device has
-      matrix units for it, else fp32
-    - checkpoint_activations: keep only what passes between blocks, and compute what is inside them
-      again for the gradient: less memory, more operations
-    - keep_checkpoints: delete older ones, so that so many remain; 0 keeps all
-    - seed: order of the windows (and fresh weights, on the command line)
+    The defaults are those of the published implementation, which trains on a GPU.
     """
 
-    context_len: int = 6144
-    batch_size: int = 32
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.1
-    epochs: int = 1
-    max_steps: int = 3600
-    warmup_steps: int = 150
-    grad_accumulation_steps: int = 1
-    validation_interval: int = 100
-    checkpoint_interval: int = 500
-    validation_bytes: int = 1 << 18
-    optimizer: str = "soap"
-    precision: str = "auto"
-    checkpoint_activations: bool = False
-    keep_checkpoints: int = 0
-    seed: int = 0
+    context_len: int = setting("bytes of one training window", 6144)
+    batch_size: int = setting("windows of one micro-batch", 32)
+    learning_rate: float = setting(
+        "peak of the learning rate, which warms up linearly, then falls along a cosine to a tenth",
+        1e-3,
+        minimum=0,
+    )
+    weight_decay: float = setting("decoupled weight decay, on matrices only", 0.1, minimum=0)
+    epochs: int = setting("passes over the data; training ends earlier if max_steps is reached", 1)
+    max_steps: int = setting("number of steps after which training ends", 3600)
+    warmup_steps: int = setting("steps until the learning rate is at its peak", 150, minimum=0)
+    grad_accumulation_steps: int = setting(
+        "micro-batches whose gradients are averaged for one step", 1
+    )
+    validation_interval: int = setting(
+        "steps between measurements on the held-out data; the last step always measures", 100
+    )
+    checkpoint_interval: int = setting(
+        "steps between checkpoints; the last step always writes one", 500
+    )
+    validation_bytes: int = setting(
+        "held-out bytes that a validation measures at most, always the same ones", 1 << 18
+    )
+    optimizer: str = setting("soap or adamw", "soap", choices=OPTIMIZERS)
+    precision: str = setting(
+        "of the factors of matrix products: fp32, or bf16 (sums, weights, softmax, norms, router, "
+        "loss and optimizer stay float32); auto: bf16 where the device has tensor cores for it",
+        "auto",
+        choices=PRECISIONS,
+    )
+    checkpoint_activations: bool = setting(
+        "recompute the activations inside each block for its gradient instead of keeping them: "
+        "less memory, more operations",
+        False,
+    )
+    keep_checkpoints: int = setting(
+        "number of newest checkpoints to keep, the older ones are deleted; 0 keeps all",
+        0,
+        minimum=0,
+    )
+    seed: int = setting("seed of the order of the windows, and of fresh weights", 0, minimum=0)
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name in TRAIN_CHOICES:
-                if value not in TRAIN_CHOICES[field.name]:
-                    allowed = " or ".join(TRAIN_CHOICES[field.name])
-                    raise PicoError(f"{field.name} must be {allowed}, not {value!r}")
-                continue
-            if field.type is bool:
-                if not isinstance(value, bool):
-                    raise PicoError(f"{field.name} must be True or False, not {value!r}")
-                continue
-            if isinstance(value, np.generic):  # training.json takes Python's own numbers
-                object.__setattr__(self, field.name, value := value.item())
-            whole = field.type is int
-            least = 0 if field.name in MAY_BE_ZERO else 1
-            kinds = int if whole else (int, float)
-            if isinstance(value, bool) or not isinstance(value, kinds) or not value >= least:
-                kind = "a whole number" if whole else "a number"
-                raise PicoError(f"{field.name} must be {kind} of at least {least}, not {value!r}")
-            if not math.isfinite(value):
-                raise PicoError(f"{field.name} must be finite, not {value!r}")
+        check_fields(self)

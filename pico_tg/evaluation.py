@@ -20,7 +20,7 @@ import numpy as np
 from tinygrad import Tensor, dtypes
 from tinygrad.helpers import Context
 
-from .config import TRAIN_CHOICES, TrainSettings
+from .config import PRECISIONS, TrainSettings
 from .data import MOST_BYTES, Corpus, Data, DataSpec, load_data, load_whole
 from .files import PicoError
 from .generation import GeneratedByte
@@ -199,7 +199,7 @@ def check_options(
     """Raise PicoError unless `evaluate` could take these options."""
     for name, value, allowed in (
         ("split", split, SPLITS),
-        ("precision", precision, TRAIN_CHOICES["precision"]),
+        ("precision", precision, PRECISIONS),
     ):
         if value not in allowed:
             raise PicoError(f"{name} must be {' or '.join(allowed)}, not {value!r}")

@@ -1,11 +1,13 @@
-"""Configurations: what is refused, and what is counted."""
+"""Config and TrainSettings: what is refused, what is counted, where the help stands."""
 
 import dataclasses
 import json
+import math
 
+import numpy as np
 import pytest
 
-from pico_tg.config import PRESETS, Config
+from pico_tg.config import PRESETS, Config, TrainSettings, field_help
 from pico_tg.files import PicoError
 
 
@@ -32,6 +34,7 @@ def test_preset_and_file(tmp_path):
         ({"latent_capacity_factor": float("nan")}, "latent_capacity_factor"),
         ({"latent_capacity_factor": "0.5"}, "latent_capacity_factor"),
         ({"latent_num_blocks": -1}, "latent_num_blocks"),
+        ({"router": "random"}, "router must be one of learned, space, stride"),
         ({"depth": 3}, "depth"),
     ],
     ids=str,
@@ -66,3 +69,34 @@ def test_broken_files(content, words, tmp_path):
 def test_capacity_rounds_down():
     config = Config.preset("xs", latent_capacity_factor=0.25)
     assert [config.capacity(n) for n in (3, 4, 7, 8, 1024)] == [0, 1, 1, 2, 256]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, not 0"),
+        ({"max_steps": 1.5}, "max_steps must be a whole number"),
+        ({"learning_rate": math.nan}, "learning_rate must be a number of at least 0, not nan"),
+        ({"learning_rate": math.inf}, "learning_rate must be finite"),
+        ({"weight_decay": "0.1"}, "weight_decay must be a number"),
+        ({"optimizer": "sgd"}, "optimizer must be one of soap, adamw, not 'sgd'"),
+        ({"checkpoint_activations": 1}, "checkpoint_activations must be True or False, not 1"),
+    ],
+    ids=str,
+)
+def test_impossible_settings(changes, words):
+    with pytest.raises(PicoError, match=words):
+        TrainSettings(**changes)
+
+
+def test_numbers_of_numpy_become_python_s():
+    settings = TrainSettings(batch_size=np.int64(3), learning_rate=np.float32(0.5))
+    assert json.loads(json.dumps(dataclasses.asdict(settings)))["batch_size"] == 3
+    assert isinstance(Config.preset("xs", dim=np.int32(64)).to_dict()["dim"], int)
+
+
+@pytest.mark.parametrize("cls", [Config, TrainSettings])
+def test_each_field_has_a_help_that_the_docstring_shows(cls):
+    helps = field_help(cls)
+    assert helps.keys() == {field.name for field in dataclasses.fields(cls)}
+    assert all(f"- {name}: {text}" in cls.__doc__ for name, text in helps.items())

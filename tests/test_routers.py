@@ -13,7 +13,7 @@ from tinygrad import Tensor, nn
 
 from pico_tg import Config, PicoError, generate, train
 from pico_tg.attention import rotate
-from pico_tg.config import MODEL_CHOICES as CHOICES
+from pico_tg.config import ROUTERS
 from pico_tg.data import SEQ_START
 from pico_tg.decoder import Decoder
 from pico_tg.flops import forward_operations
@@ -178,7 +178,7 @@ def test_rings_at_a_million():
     close(ends[1], ends[0], 1e-4)
 
 
-@pytest.mark.parametrize("router", CHOICES["router"])
+@pytest.mark.parametrize("router", ROUTERS)
 def test_operations(router):
     config = dataclasses.replace(TINY, router=router)
     dense = dataclasses.replace(config, router="all")
@@ -205,7 +205,7 @@ def test_only_what_differs_is_written(tmp_path):
     for config in VARIANTS:
         config.to_json(tmp_path / "b.json")
         assert Config.from_json(tmp_path / "b.json") == config
-    for name in CHOICES:
+    for name in ("router", "position"):
         with pytest.raises(PicoError, match=name):
             dataclasses.replace(TINY, **{name: "best"})
 

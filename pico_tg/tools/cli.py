@@ -16,7 +16,7 @@ from typing import Any
 
 from ..backend import describe_backend, kernel_search, parse_devices
 from ..checkpoint import find_checkpoint, load, load_config
-from ..config import MODEL_CHOICES, PRESETS, TRAIN_CHOICES, Config, TrainSettings
+from ..config import PRECISIONS, PRESETS, Config, TrainSettings, field_help
 from ..data import DataSpec, has_validation, load_data, load_whole
 from ..evaluation import SPLITS, check_options, evaluate
 from ..files import PicoError, atomic_write, check_writable
@@ -44,38 +44,6 @@ from .terminal import (
     visible,
 )
 
-CONFIG_HELP = {
-    "dim": "width of the residual stream",
-    "next_tokens": "how many next bytes are predicted at once, one head each",
-    "att_q_heads": "query heads of every attention",
-    "att_kv_heads": "key/value heads, each shared by equally many query heads",
-    "fb_num_blocks": "full-bandwidth blocks before, and again after, the latent ones",
-    "fb_att_window_size": "how many bytes back a full-bandwidth block sees",
-    "latent_capacity_factor": "fraction of the bytes that training sends to the latent blocks",
-    "latent_num_blocks": "latent blocks, which run on the selected bytes only",
-    "latent_att_window_size": "how many selected bytes back a latent block sees",
-    "router": "how bytes are selected: learned, or by a rule to compare it with",
-    "position": "how attention knows where a byte is",
-}
-TRAIN_HELP = {
-    "context_len": "bytes of one training window",
-    "batch_size": "windows of one (micro-)batch",
-    "learning_rate": "its peak; warms up linearly, then falls along a cosine to a tenth",
-    "weight_decay": "decay of the weights, matrices only",
-    "epochs": "passes over the data; training ends at --max-steps if that comes first",
-    "max_steps": "steps after which training ends",
-    "warmup_steps": "steps until the learning rate is at its peak",
-    "grad_accumulation_steps": "batches whose gradients are averaged for one step",
-    "validation_interval": "measure on the held-out data every so many steps, and at the end",
-    "checkpoint_interval": "write the weights every so many steps, and at the end",
-    "validation_bytes": "measure on at most so many held-out bytes",
-    "optimizer": "SOAP, or AdamW",
-    "precision": "of the factors of matrix products; auto: bf16 where the device has units for it",
-    "checkpoint_activations": "compute what is inside each block again for its gradient instead of "
-    "keeping it: less memory, more operations",
-    "keep_checkpoints": "delete older checkpoints, so that so many remain; 0 keeps all",
-    "seed": "decides the fresh weights and the order of the data",
-}
 BENCH_SETTINGS = (
     "batch_size", "grad_accumulation_steps", "optimizer", "precision", "checkpoint_activations",
 )  # fmt: skip
@@ -101,17 +69,19 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def add_setting(parser: argparse.ArgumentParser, name: str, default: Any, only: str = "") -> None:
+def add_setting(
+    parser: argparse.ArgumentParser, field: dataclasses.Field, default: Any, only: str = ""
+) -> None:
     """The flag of a setting of training; only a flag that is given gets into the options."""
-    if isinstance(default, bool):
+    choices = field.metadata["choices"]
+    if field.type is bool:
         kind = {"action": "store_true"}
     else:
-        kind = {"choices": TRAIN_CHOICES[name]} if name in TRAIN_CHOICES else {"metavar": "N"}
-        kind |= {"type": type(default)}
-    end = "" if isinstance(default, bool) else f" (default: {default})"
-    parser.add_argument(
-        flag(name), default=argparse.SUPPRESS, help=only + TRAIN_HELP[name] + end, **kind
-    )
+        kind = {"choices": choices} if choices else {"metavar": "N"}
+        kind |= {"type": field.type}
+    end = "" if field.type is bool else f" (default: {default})"
+    text = only + field.metadata["help"] + end
+    parser.add_argument(flag(field.name), default=argparse.SUPPRESS, help=text, **kind)
 
 
 def number(text: str) -> int | float:
@@ -154,7 +124,7 @@ def build_parser() -> Parser:
         help="start from these weights (.safetensors) instead of fresh ones",
     )  # fmt: skip
     for field in dataclasses.fields(TrainSettings):
-        add_setting(training, field.name, field.default)
+        add_setting(training, field, field.default)
     training.add_argument(
         "--resume", action="store_true",
         help="continue RUN from its newest valid checkpoint, with the settings that it had",
@@ -217,9 +187,9 @@ def build_parser() -> Parser:
     )  # fmt: skip
     evaluating.add_argument(
         "--precision",
-        choices=TRAIN_CHOICES["precision"],
+        choices=PRECISIONS,
         default="auto",
-        help=TRAIN_HELP["precision"],
+        help=field_help(TrainSettings)["precision"],
     )
     evaluating.add_argument(
         "--json", action="store_true", help="print the figures as JSON instead of tables"
@@ -344,9 +314,10 @@ def build_parser() -> Parser:
         "--context-len", type=int, default=1024, metavar="N",
         help="bytes of a training window, or of the prompt (default: 1024)",
     )  # fmt: skip
-    for name in BENCH_SETTINGS:
-        default = 1 if name == "batch_size" else getattr(TrainSettings, name)
-        add_setting(measuring, name, default, "train: ")
+    for field in dataclasses.fields(TrainSettings):
+        if field.name in BENCH_SETTINGS:
+            default = 1 if field.name == "batch_size" else field.default
+            add_setting(measuring, field, default, "train: ")
     measuring.add_argument(
         "--devices", default="", metavar="N",
         help="train: share each batch among so many devices, or among these: CUDA:0,CUDA:1",
@@ -364,8 +335,8 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
     """The flags of a model's sizes."""
     for field in dataclasses.fields(Config):
         default = PRESETS["xs"].get(field.name, field.default)
-        text = f"{CONFIG_HELP[field.name]} (xs: {default})"
-        choices = MODEL_CHOICES.get(field.name)
+        text = f"{field.metadata['help']} (xs: {default})"
+        choices = field.metadata["choices"]
         kind = {"choices": choices} if choices else {"metavar": "N"}
         parser.add_argument(flag(field.name), type=field.type, help=text, **kind)
 
