@@ -1,8 +1,9 @@
-"""Kernels written as the loops and vectors that are to run."""
+"""A builder for CPU kernels that spells out their loops, vectors and threads."""
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 from tinygrad import Tensor, dtypes
 from tinygrad.dtype import AddrSpace
@@ -10,116 +11,154 @@ from tinygrad.helpers import CPU_COUNT
 from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
-TILE_N = 16  # of a tile in registers: a vector, or several
-INT = 1 << 31  # addresses from here on take 64 bits
+TILE_N = 16  # columns of a register tile; the renderer splits them into the CPU's vectors
+INT = 1 << 31  # tensors with this many elements need 64-bit addresses
 VECTOR = dtypes.float32.vec(TILE_N)
 
 
 class LoopNest:
-    """A kernel as the loops and vectors that are to run: tinygrad's renderer only writes it down.
+    """A kernel under construction; each Python `with` block is one loop of the kernel.
 
-    From the sums alone tinygrad would make the same, in 0.3 to 1 s for each size. All tensors are
-    float32, the first one is written, and places are counted in numbers from a tensor's start.
+        nest = LoopNest(out, x, threads=1)
+        with nest.loop(8) as i:
+            nest.store(i * TILE_N, nest.load(1, i * TILE_N))
+        program = nest.program("copy")
+
+    The result is already in the form that tinygrad's renderer prints. tinygrad's optimizer would
+    derive the same loops from the bare sums, but takes 0.3 to 1 s for each shape.
+
+    All tensors are float32. Tensor 0 is the output. Addresses count elements from a tensor's start.
     """
 
     def __init__(self, *tensors: Tensor, threads: int) -> None:
         self.threads = threads
         assert all(tensor.dtype == dtypes.float32 for tensor in tensors)
         sizes = [tensor.numel() for tensor in tensors]
-        self.index = dtypes.int if max(sizes) < INT else dtypes.long
+        self.index_dtype = dtypes.int if max(sizes) < INT else dtypes.long
         self.buffers = [UOp(Ops.PARAM, dtypes.float32.ptr(n), arg=i) for i, n in enumerate(sizes)]
         self.device, self.bytes = tensors[0].device.split(":")[0], 4 * sum(sizes)
-        self.numbers = itertools.count()
-        self.open: list[UOp] = []  # the loops that what comes next is in
-        self.done: list[UOp] = []  # what has ended, and comes before them
+        self.ids = itertools.count()  # one for each loop and each register file
+        self.open_loops: list[UOp] = []
+        self.stores: list[UOp] = []  # the last statements of the innermost open loop
+        self.order: list[UOp] = []  # what must precede a read of memory written by this kernel
 
-    def number(self, n: int) -> UOp:
-        return UOp.const(self.index, n)
+    def const(self, n: int) -> UOp:
+        return UOp.const(self.index_dtype, n)
 
-    def loop(self, turns: UOp | int, after: Sequence[UOp] = ()) -> UOp:
-        """A loop inside those that are open; itself open until `end`."""
-        turns = turns if isinstance(turns, UOp) else self.number(turns)
-        before = turns, *(self.open or self.done), *after
-        loop = UOp(Ops.RANGE, self.index, before, (next(self.numbers), AxisType.LOOP))
-        self.open.append(loop)
-        return loop
+    @contextlib.contextmanager
+    def loop(self, iterations: UOp | int) -> Iterator[UOp]:
+        """`with nest.loop(n) as i`: a loop after all statements so far; yields its counter."""
+        n = iterations if isinstance(iterations, UOp) else self.const(iterations)
+        source = n, *self.open_loops, *self.stores
+        counter = UOp(Ops.RANGE, self.index_dtype, source, (next(self.ids), AxisType.LOOP))
+        self.open_loops.append(counter)
+        self.stores, self.order = [], [*self.stores, counter]
+        yield counter
+        body = UOp.group(*self.stores).end(self.open_loops.pop())
+        self.stores = self.order = [body]
 
-    def loops(self, sizes: tuple[int, ...], shared: int) -> list[UOp]:
-        """One inside the other; threads share out the one numbered `shared`."""
-        return [self._turns(n, i == shared) for i, n in enumerate(sizes)]
+    @contextlib.contextmanager
+    def loops(self, sizes: tuple[int, ...], shared: int) -> Iterator[list[UOp]]:
+        """Nested loops, the first outermost; the threads split the loop with index `shared`."""
+        with contextlib.ExitStack() as stack:
+            yield [
+                stack.enter_context(self._split(n) if i == shared else self._whole(n))
+                for i, n in enumerate(sizes)
+            ]
 
-    def _turns(self, n: int, shared: bool) -> UOp:
+    @contextlib.contextmanager
+    def _whole(self, n: int) -> Iterator[UOp]:
         if n == 1:
-            assert not shared or self.threads == 1, "every thread would do the same, at once"
-            return self.number(0)
-        if not shared or self.threads == 1:
-            return self.loop(n)
-        core = UOp.variable("core_id", 0, self.threads - 1, dtypes.int).cast(self.index)
+            yield self.const(0)
+        else:
+            with self.loop(n) as i:
+                yield i
+
+    @contextlib.contextmanager
+    def _split(self, n: int) -> Iterator[UOp]:
+        """This thread's iterations of a loop of n."""
+        if self.threads == 1:
+            with self._whole(n) as i:
+                yield i
+            return
+        assert n > 1, "every thread would execute the only iteration"
+        core = UOp.variable("core_id", 0, self.threads - 1, dtypes.int).cast(self.index_dtype)
         ends = ((core + i) * n for i in range(2))
-        start, stop = (UOp(Ops.CDIV, self.index, (x, self.number(self.threads))) for x in ends)
-        return self.loop(stop - start) + start
+        start, stop = (
+            UOp(Ops.CDIV, self.index_dtype, (end, self.const(self.threads))) for end in ends
+        )
+        with self.loop(stop - start) as i:
+            yield i + start
 
-    def end(self, *stores: UOp, leave: int = 0) -> UOp:
-        """All open loops but so many end; if all do, the next ones come after them."""
-        body = UOp.group(*stores)
-        while len(self.open) > leave:
-            body = body.end(self.open.pop())
-        if not leave:
-            self.done.append(body)
-        return body
+    def _pointer(self, buffer: UOp, address: UOp, width: int) -> UOp:
+        pointer = UOp(Ops.INDEX, buffer.dtype, (buffer, address))
+        if width == 1:
+            return pointer
+        vector = dtypes.float32.vec(width)
+        return pointer.cast(vector.ptr(buffer.dtype.size, buffer.dtype.addrspace))
 
-    def _at(self, buffer: UOp, place: UOp, wide: int) -> UOp:
-        where = UOp(Ops.INDEX, buffer.dtype, (buffer, place))
-        if wide == 1:
-            return where
-        vector = dtypes.float32.vec(wide)
-        return where.cast(vector.ptr(buffer.dtype.size, buffer.dtype.addrspace))
+    def load(self, tensor: int, address: UOp, width: int = TILE_N) -> UOp:
+        """`width` elements of an input tensor."""
+        pointer = self._pointer(self.buffers[tensor], address, width)
+        return UOp(Ops.LOAD, dtypes.float32.vec(width), (pointer,))
 
-    def load(self, tensor: int, place: UOp, wide: int = TILE_N) -> UOp:
-        where = self._at(self.buffers[tensor], place, wide)
-        return UOp(Ops.LOAD, dtypes.float32.vec(wide), (where,))
+    def load_output(self, address: UOp) -> UOp:
+        """TILE_N elements that an earlier loop or iteration has stored."""
+        pointer = self._pointer(self.buffers[0].after(*self.order), address, TILE_N)
+        return UOp(Ops.LOAD, VECTOR, (pointer,))
 
-    def load_so_far(self, place: UOp) -> UOp:
-        """What the last turn of the loops that are open has materialize."""
-        return UOp(Ops.LOAD, VECTOR, (self._at(self.buffers[0].after(*self.open), place, TILE_N),))
-
-    def store(self, place: UOp, vector: UOp) -> UOp:
-        return self._at(self.buffers[0], place, TILE_N).store(vector)
+    def store(self, address: UOp, vector: UOp) -> None:
+        self._add(self._pointer(self.buffers[0], address, TILE_N).store(vector))
 
     def registers(self, vectors: int) -> UOp:
-        size = dtypes.float32.ptr(vectors * TILE_N, AddrSpace.REG)
-        return UOp(Ops.DEFINE_REG, size, arg=next(self.numbers))
+        """An array of vectors that lives in registers, for values carried from one iteration to
+        the next."""
+        dtype = dtypes.float32.ptr(vectors * TILE_N, AddrSpace.REG)
+        return UOp(Ops.DEFINE_REG, dtype, arg=next(self.ids))
 
-    def get(self, registers: UOp, i: int) -> UOp:
-        return UOp(Ops.LOAD, VECTOR, (self._at(registers, self.number(i * TILE_N), TILE_N),))
+    def _register(self, registers: UOp, i: int) -> UOp:
+        return self._pointer(registers.after(*self.order), self.const(i * TILE_N), TILE_N)
 
-    def put(self, registers: UOp, i: int, vector: UOp) -> UOp:
-        return self._at(registers, self.number(i * TILE_N), TILE_N).store(vector)
+    def load_reg(self, registers: UOp, i: int) -> UOp:
+        return UOp(Ops.LOAD, VECTOR, (self._register(registers, i),))
+
+    def store_reg(self, registers: UOp, i: int, vector: UOp) -> None:
+        self._add(self._register(registers, i).store(vector))
+
+    def _add(self, store: UOp) -> None:
+        # what the store reads already orders it after a loop that has ended
+        self.stores = [s for s in self.stores if s.op is not Ops.END] + [store]
 
     def broadcast(self, x: UOp | float) -> UOp:
+        """A vector whose elements all are x."""
         x = x if isinstance(x, UOp) else UOp.const(dtypes.float32, x)
         return UOp(Ops.STACK, VECTOR, (x,) * TILE_N)
 
     def program(self, name: str, operations: int = 0) -> UOp:
-        # tinygrad counts nothing here: it takes all that precedes an address for part of it
+        """The finished kernel; `operations`: additions and multiplications of one run."""
+        # 0.13's own estimate is 0 here: it takes the whole kernel for address arithmetic
         info = KernelInfo(name=name, estimates=Estimates(operations, mem=self.bytes))
-        target = UOp(Ops.DEVICE, arg=self.device)
-        return UOp(Ops.PROGRAM, src=(UOp.sink(*self.done, arg=info), target))
+        device = UOp(Ops.DEVICE, arg=self.device)
+        return UOp(Ops.PROGRAM, src=(UOp.sink(*self.stores, arg=info), device))
 
 
-def share_threads(sizes: tuple[int, ...]) -> tuple[int, int]:
-    """Which of these loops threads share out most evenly, the outermost first; how many threads."""
+def choose_shared_loop(sizes: tuple[int, ...]) -> tuple[int, int]:
+    """(index of the loop that threads split most evenly, number of threads); outer loops first."""
 
-    def longest(i: int) -> float:
+    def longest_share(i: int) -> float:
         return -(-sizes[i] // min(CPU_COUNT.value, sizes[i])) / sizes[i]
 
-    best = min(range(len(sizes)), key=longest)
+    best = min(range(len(sizes)), key=longest_share)
     return best, min(CPU_COUNT.value, sizes[best])
 
 
 @functools.cache
 def tile_m() -> int:
-    """Rows of a tile: 8 vectors of 512 bits; else 6, which 16 registers of 256 bits can hold."""
+    """Rows of a register tile of TILE_N columns: 8 with AVX-512, else 6.
+
+    Without AVX-512 there are 16 registers of 256 bits: 12 hold 6 rows of two vectors, 4 the
+    factors.
+    """
     try:
         with open("/proc/cpuinfo") as file:
             return 8 if " avx512f " in file.read() else 6
@@ -127,9 +166,9 @@ def tile_m() -> int:
         return 6
 
 
-def even_threads(outer: int) -> int:
-    """The most threads, up to the cores, that share the outermost axis evenly."""
-    return next(t for t in range(CPU_COUNT.value, 0, -1) if outer % t == 0)
+def even_threads(iterations: int) -> int:
+    """The largest number of threads, up to the cores, that divides `iterations`."""
+    return next(t for t in range(CPU_COUNT.value, 0, -1) if iterations % t == 0)
 
 
 def round_up(size: int, multiple: int) -> int:

@@ -1,4 +1,4 @@
-"""Matrix products in tiles that stay in vector registers."""
+"""Matrix products in tiles whose sums stay in vector registers."""
 
 import math
 from collections.abc import Callable
@@ -6,10 +6,10 @@ from collections.abc import Callable
 from tinygrad import Tensor
 from tinygrad.uop.ops import Ops, UOp
 
-from .loops import TILE_N, VECTOR, LoopNest, round_up, share_threads, tile_m
+from .loops import TILE_N, VECTOR, LoopNest, choose_shared_loop, round_up, tile_m
 
-PARALLEL = 1 << 19  # numbers from which on cores share a copy: to start one takes some time
-UNROLL = 4  # terms of a sum in one turn of its loop
+PARALLEL = 1 << 19  # elements from which on a copy gains from threads, which take time to start
+UNROLL = 4  # terms of a sum that one iteration adds
 
 
 def gemm(
@@ -21,18 +21,18 @@ def gemm(
     trans_a: bool = False,
     trans_b: bool = False,
 ) -> Tensor:
-    """[Z, M, L] @ [Z, L, N]; materialize as [Z, L, M] if `trans_a`, as [Z, N, L] if `trans_b`.
+    """a [Z, M, L] @ b [Z, L, N] -> [Z, M, N], float32.
 
-    The buffers are padded to whole tiles, as is the result; M, N and L say how much of them is
-    meant. What the padding holds does not matter: it is summed over by nobody.
+    `trans_a`: a is stored as [Z, L, M]; `trans_b`: b is stored as [Z, N, L]. All three buffers are
+    padded to multiples of TILE_N; M, N and L are the sizes without padding. The padding is never
+    part of a sum.
 
-    A tile reads a few rows of `a` and one panel of `b` front to back, so that each core's loads
-    come from where the last ones did. In a matrix of rows each step of a column would touch a new
-    line, and every few steps a new page (110 GFLOPS where panels reach 180). Both factors are
-    copied into that order first: a percent or two of the time.
+    Both factors are first copied into the order in which a tile reads them, rows of a and panels of
+    b, which takes 1 to 2 % of the time. Without the copy each term of a sum lies in another cache
+    line, and every few terms in another page: 110 GFLOPS instead of 180.
     """
     a = transpose(a) if trans_a else a
-    b = pack_panels(b.transpose(1, 2) if trans_b else b)
+    b = pack_panels(b.transpose(1, 2) if trans_b else b)  # (Z, N / TILE_N, L, TILE_N)
     Z, height, depth = a.shape
     rows, columns, terms = round_up(M, TILE_N), b.shape[1] * TILE_N, b.shape[2]
     return tiled_matmul(
@@ -41,35 +41,32 @@ def gemm(
         f"gemm_{Z}_{M}_{N}_{L}",
         (Z,),
         (rows, columns, L),
-        left=lambda z, m, l: (z * height + m) * depth + l,
-        right=lambda z, l, n: (z * columns + n) * terms + l * TILE_N,
-        target=lambda z, m, n: (z * rows + m) * columns + n,
+        a_index=lambda z, m, l: (z * height + m) * depth + l,
+        b_index=lambda z, l, n: (z * columns + n) * terms + l * TILE_N,
+        c_index=lambda z, m, n: (z * rows + m) * columns + n,
     )
 
 
 def pack_panels(x: Tensor) -> Tensor:
     """[Z, L, n * TILE_N] -> [Z, n, L, TILE_N]."""
     Z, L, _ = x.shape
-    return x.reshape(Z, L, -1, TILE_N).transpose(1, 2).contiguous()
+    return x.reshape(Z, L, -1, TILE_N).transpose(1, 2).contiguous()  # (Z, n, L, TILE_N)
 
 
 def transpose(x: Tensor) -> Tensor:
-    """[Z, M, N] -> [Z, N, M], both multiples of TILE_N, in rectangles that stay in registers."""
+    """[Z, M, N] -> [Z, N, M], M and N multiples of TILE_N, by blocks of TILE_N x 8 in registers."""
     Z, M, N = x.shape
     out = Tensor.empty(Z, N, M, device=x.device)
-    wide = 8
-    sizes = (Z, M // TILE_N, N // wide)
-    shared, threads = share_threads(sizes[:2]) if x.numel() >= PARALLEL else (0, 1)
-    code = LoopNest(out, x, threads=threads)
-    z, m, n = code.loops(sizes, shared)
-    m, n = m * TILE_N, n * wide
-    stores = []
-    for j in range(wide):
-        column = [code.load(1, (z * M + m + i) * N + n + j, 1) for i in range(TILE_N)]
-        place = (z * N + n + j) * M + m
-        stores.append(code.store(place, UOp(Ops.STACK, VECTOR, tuple(column))))
-    code.end(*stores)
-    program = code.program(f"transposed_{Z}_{M}_{N}")
+    width = 8
+    sizes = (Z, M // TILE_N, N // width)
+    shared, threads = choose_shared_loop(sizes[:2]) if x.numel() >= PARALLEL else (0, 1)
+    nest = LoopNest(out, x, threads=threads)
+    with nest.loops(sizes, shared) as (z, m, n):
+        m, n = m * TILE_N, n * width
+        for j in range(width):
+            column = [nest.load(1, (z * M + m + i) * N + n + j, 1) for i in range(TILE_N)]
+            nest.store((z * N + n + j) * M + m, UOp(Ops.STACK, VECTOR, tuple(column)))
+    program = nest.program(f"transposed_{Z}_{M}_{N}")
     return out.custom_kernel(x, fxn=lambda *_: program)[0]
 
 
@@ -79,73 +76,86 @@ def tiled_matmul(
     name: str,
     outer: tuple[int, ...],
     sizes: tuple[int, int, int],
-    left: Callable[..., UOp],
-    right: Callable[..., UOp],
-    target: Callable[..., UOp],
-    finish: Callable[..., UOp] | None = None,
-    again: Callable[..., UOp] | None = None,
+    a_index: Callable[..., UOp],
+    b_index: Callable[..., UOp],
+    c_index: Callable[..., UOp],
+    epilogue: Callable[..., UOp] | None = None,
+    accumulate_over: Callable[..., UOp] | None = None,
     products: int | None = None,
 ) -> Tensor:
-    """For each turn of the `outer` loops a product of `sizes` (M, N, L), in tiles in registers.
+    """c = a @ b, (M, L) @ (L, N), for each iteration of the `outer` loops; `sizes` is (M, N, L).
 
-    `left(*outer, m, l)` says where a factor is in the first input, `right(*outer, l, n)` where
-    TILE_N others are in the second, `target(*outer, m, n)` where as many results go. M and N are
-    multiples of TILE_N. `finish(code, total, *outer, m, n)` turns a vector of sums into one of
-    results. `again(*outer)` adds an innermost loop of so many turns to the outer ones, whose
-    products are summed up in `out`, without its number; `products` says how many there are in all.
+    inputs: a, b, and whatever else the epilogue loads. M and N are multiples of TILE_N.
+
+    - a_index(*outer, m, l): the address of one element of a
+    - b_index(*outer, l, n): the address of TILE_N consecutive elements of b
+    - c_index(*outer, m, n): the address of TILE_N consecutive elements of `out`
+    - epilogue(nest, sums, *outer, m, n): the vector to store, from the vector of sums
+    - accumulate_over(*outer): the iterations of one more loop, inside the outer ones, over whose
+      products c is summed. Its counter is an argument of a_index and b_index after the outer ones,
+      and none of c_index
+    - products: how many products are computed in all, where accumulate_over varies
     """
     M, N, L = sizes
-    # what is left is a multiple of 4, so that there is one smaller size, and not one tile alone: no
-    # thread could be told to leave it to another
     tall = tile_m()
-    lefts = ((n, M - n * tall) for n in range(M // tall, -1, -1))
-    main, left_rows = next((n, rows) for n, rows in lefts if rows % 4 == 0 and rows != 4)
-    shared, threads = share_threads((*outer, max(main, left_rows // 4)))
-    code = LoopNest(out, *inputs, threads=threads)
-    zero = code.broadcast(0.0)
-    looped = L - L % UNROLL if L >= 2 * UNROLL else 0  # a loop of one turn would be none
+    # tiles of tile_m() rows, then tiles of 4: at least two of these, since the threads may have to
+    # split them
+    splits = ((n, M - n * tall) for n in range(M // tall, -1, -1))
+    tall_tiles, rest = next((n, rows) for n, rows in splits if rows % 4 == 0 and rows != 4)
+    shared, threads = choose_shared_loop((*outer, max(tall_tiles, rest // 4)))
+    nest = LoopNest(out, *inputs, threads=threads)
+    zero = nest.broadcast(0.0)
+    looped = L - L % UNROLL if L >= 2 * UNROLL else 0  # 0.13 renders no loop of one iteration
 
-    def tiles(first: int, turns: int, height: int) -> None:
-        where = matrix = code.loops(outer, shared)
+    def add_tiles(first: int, iterations: int, height: int) -> None:
+        """The tiles of `height` rows, from row `first` on."""
 
-        def tile() -> tuple[UOp, UOp, list[UOp]]:
-            m, n = code.loops((turns, N // TILE_N), shared - len(outer))
-            m, n = m * height + first, n * TILE_N
-            return m, n, [target(*matrix, m + i, n) for i in range(height)]
+        def tiles():
+            return nest.loops((iterations, N // TILE_N), shared - len(outer))
 
-        if again:
-            around = len(code.open)
-            _, _, places = tile()
-            cleared = code.end(*[code.store(place, zero) for place in places], leave=around)
-            where = [*matrix, code.loop(again(*matrix), [cleared])]
-        m, n, places = tile()
+        def compute(outer_c: list[UOp], outer_ab: list[UOp]) -> None:
+            with tiles() as (m, n):
+                m, n = m * height + first, n * TILE_N
+                c = [c_index(*outer_c, m + i, n) for i in range(height)]
 
-        def add(totals: list[UOp], l: UOp) -> list[UOp]:
-            b = code.load(2, right(*where, l, n))
-            a = [code.load(1, left(*where, m + i, l), 1) for i in range(height)]
-            return [total + code.broadcast(x) * b for total, x in zip(totals, a, strict=True)]
+                def add_term(sums: list[UOp], l: UOp) -> list[UOp]:
+                    b = nest.load(2, b_index(*outer_ab, l, n))
+                    a = [nest.load(1, a_index(*outer_ab, m + i, l), 1) for i in range(height)]
+                    return [s + nest.broadcast(x) * b for s, x in zip(sums, a, strict=True)]
 
-        totals = [code.load_so_far(place) if again else zero for place in places]
-        if looped:
-            sums, before = code.registers(height), code.open or code.done
-            filled = [code.put(sums.after(*before), i, total) for i, total in enumerate(totals)]
-            l = code.loop(looped // UNROLL, filled)
-            inside = sums.after(*filled, l)
-            totals = [code.get(inside, i) for i in range(height)]
-            for u in range(UNROLL):
-                totals = add(totals, l * UNROLL + u)
-            kept = [code.put(inside, i, total) for i, total in enumerate(totals)]
-            summed = sums.after(code.end(*kept, leave=len(code.open) - 1))
-            totals = [code.get(summed, i) for i in range(height)]
-        for last in range(looped, L):
-            totals = add(totals, code.number(last))
-        if finish:
-            totals = [finish(code, total, *where, m + i, n) for i, total in enumerate(totals)]
-        code.end(*[code.store(place, t) for place, t in zip(places, totals, strict=True)])
+                sums = [nest.load_output(address) if accumulate_over else zero for address in c]
+                if looped:
+                    registers = nest.registers(height)
+                    for i in range(height):
+                        nest.store_reg(registers, i, sums[i])
+                    with nest.loop(looped // UNROLL) as l:
+                        sums = [nest.load_reg(registers, i) for i in range(height)]
+                        for u in range(UNROLL):
+                            sums = add_term(sums, l * UNROLL + u)
+                        for i in range(height):
+                            nest.store_reg(registers, i, sums[i])
+                    sums = [nest.load_reg(registers, i) for i in range(height)]
+                for l in range(looped, L):
+                    sums = add_term(sums, nest.const(l))
+                for i in range(height):
+                    result = sums[i]
+                    if epilogue:
+                        result = epilogue(nest, result, *outer_ab, m + i, n)
+                    nest.store(c[i], result)
 
-    if main:
-        tiles(0, main, tall)
-    if left_rows:
-        tiles(main * tall, left_rows // 4, 4)
-    program = code.program(name, 2 * M * N * L * (products or math.prod(outer)))
+        with nest.loops(outer, shared) as matrix:
+            if not accumulate_over:
+                compute(matrix, matrix)
+                return
+            with tiles() as (m, n):
+                for i in range(height):
+                    nest.store(c_index(*matrix, m * height + first + i, n * TILE_N), zero)
+            with nest.loop(accumulate_over(*matrix)) as t:
+                compute(matrix, [*matrix, t])
+
+    if tall_tiles:
+        add_tiles(0, tall_tiles, tall)
+    if rest:
+        add_tiles(tall_tiles * tall, rest // 4, 4)
+    program = nest.program(name, 2 * M * N * L * (products or math.prod(outer)))
     return out.custom_kernel(*inputs, fxn=lambda *_: program)[0]
