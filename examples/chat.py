@@ -1,4 +1,4 @@
-"""Continues each line that is typed, as it is made, until the input ends (Ctrl-D) or Ctrl-C.
+"""Continue each line that is typed, byte by byte; end with Ctrl-D or Ctrl-C.
 
 python examples/chat.py PATH RUN
 """
@@ -15,7 +15,7 @@ try:
     model = pico_tg.load(*sys.argv[1:])
 except pico_tg.PicoError as error:
     sys.exit(f"chat.py: {error}")
-decoder = pico_tg.Decoder(model)  # made once: what it compiles serves every line
+decoder = pico_tg.Decoder(model)  # one for all lines: its compiled graphs are reused
 with contextlib.suppress(KeyboardInterrupt):
     print("> ", end="", flush=True)
     for line in sys.stdin.buffer:

@@ -1,9 +1,10 @@
-"""Weights to and from the published PyTorch implementation, five lines each way.
+"""Convert weights from the published PyTorch implementation of Pico, and back.
 
-It keeps a model as we do, DIR/model.json beside DIR/RUN/NNNNNNNN.safetensors, with the same names,
-shapes and layouts: `python -m pico_tg run DIR RUN` writes with its checkpoints as they are, and it
-loads ours (of a learned router and ALiBi, which is all it has). What is here is for a PyTorch
-Pico in memory, or a state_dict in a file of torch.save; it needs pip install -e '.[bench]'.
+The published implementation stores a model as pico_tg does: DIR/model.json beside
+DIR/RUN/NNNNNNNN.safetensors, with the same names, shapes and layouts. `python -m pico_tg run DIR
+RUN` therefore reads its checkpoints without conversion, and it reads checkpoints of pico_tg that
+use the learned router and ALiBi. This script converts the other form, a state_dict in memory or in
+a file of torch.save. It needs pip install -e '.[bench]'.
 
 python examples/interop.py from-torch WEIGHTS.pt DIR RUN
 python examples/interop.py to-torch DIR RUN WEIGHTS.pt
@@ -21,16 +22,16 @@ from pico_tg.checkpoint import find_checkpoint
 
 
 def from_torch(state: dict[str, torch.Tensor], folder: str, run: str) -> pico_tg.Pico:
-    """A PyTorch Pico's state_dict becomes the run RUN of the model in DIR, and is loaded."""
+    """Write the state_dict of a PyTorch Pico as a new run of the model in `folder`, and load it."""
     checkpoint = Path(folder, run, "00000000.safetensors")
-    checkpoint.parent.mkdir(parents=True)  # a new RUN: what is there is kept
+    checkpoint.parent.mkdir(parents=True)  # fails if the run exists: nothing is overwritten
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, checkpoint)
     return pico_tg.load(folder, run, 0)
 
 
 def to_torch(folder: str, run: str) -> dict[str, torch.Tensor]:
-    """The newest weights of RUN, for load_state_dict of a PyTorch Pico."""
-    pico_tg.load(folder, run)  # says so if they are not whole, or do not fit model.json
+    """Return the newest weights of `run`, for load_state_dict of a PyTorch Pico."""
+    pico_tg.load(folder, run)  # raises PicoError if they are damaged or do not fit model.json
     return load_file(find_checkpoint(Path(folder, run)))
 
 

@@ -1,4 +1,4 @@
-"""A small Pico learns from the documentation that comes with Python, then writes some.
+"""Train a small Pico on the documentation that comes with Python, then generate text with it.
 
 python examples/quickstart.py        (about two minutes on two CPU cores, compiling included)
 """
@@ -20,12 +20,10 @@ for record in (bar := tqdm(records, total=500, unit="step")):
     bar.set_postfix_str(f"{record['bits_per_byte']:.2f} bits/byte")
     if "validation_bits_per_byte" in record:
         bits = record["validation_bits_per_byte"]
-        tqdm.write(f"step {record['step']}: {bits:.2f} bits a byte of text it has not seen")
+        tqdm.write(f"step {record['step']}: {bits:.2f} bits per byte of held-out text")
 
-print("\nThe class statement", end="")
-text = b""
-for record in pico_tg.generate(
-    model, b"The class statement", max_bytes=400, temperature=0.7, seed=1
-):
+prompt = b"The class statement"
+text = prompt
+for record in pico_tg.generate(model, prompt, max_bytes=400, temperature=0.7, seed=1):
     text += bytes([record.byte])
-print(text.decode(errors="replace"), f"\n\n{time.perf_counter() - START:.0f} seconds in all")
+print(f"\n{text.decode(errors='replace')}\n\n{time.perf_counter() - START:.0f} seconds in all")

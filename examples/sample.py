@@ -1,6 +1,6 @@
-"""Writes a sample with a trained model.
+"""Generate text with a trained model.
 
-python examples/sample.py PATH RUN        (what `init` and `train` were given)
+python examples/sample.py PATH RUN        (the PATH and RUN given to `train`)
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""SOAP on a model that is not Pico: a small network learns to multiply two numbers."""
+"""Train a model that is not Pico with SOAP: a small network learns to multiply two numbers."""
 
 from tinygrad import Tensor, TinyJit, nn
 
@@ -19,6 +19,6 @@ def train_step(x: Tensor) -> Tensor:
 with Tensor.train():
     for step in range(301):
         loss = train_step(Tensor.uniform(256, 2, low=-1, high=1).realize()).item()
-        optimizer.refresh()  # on the host, every 10 steps: the bases that Adam runs in
+        optimizer.refresh()  # every 10th call updates the eigenbases, on the host
         if step % 100 == 0:
             print(f"step {step}: mean squared error {loss:.5f}")
