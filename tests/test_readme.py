@@ -1,27 +1,36 @@
-"""The README is the product's face: its commands are run, its script too."""
+"""Run the commands and the script of both READMEs, and check the files and flags they name."""
 
 import os
 import re
 import shutil
 import subprocess
 import sys
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
 from helpers import TINY, flags
 
 from pico_tg import Pico, save_weights
+from pico_tg.tools import cli
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
+STUDIES = (ROOT / "examples" / "studies" / "README.md").read_text("utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return [block.strip() for block in re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)]
+
+
+def command_of(script: str) -> str:
+    """The first command of the studies' README that runs this script."""
+    lines = [line for block in blocks("bash", STUDIES) for line in block.splitlines()]
+    return next(line for line in lines if f"examples/studies/{script}" in line)
 
 
 def run(command: str, folder: Path) -> str:
-    """Run one line of the README in `folder`, with this Python as `python`."""
+    """Run one command of a README in `folder`, with this interpreter as `python`."""
     bin_folder = folder / "bin"
     bin_folder.mkdir(exist_ok=True)
     python = bin_folder / "python"
@@ -29,6 +38,7 @@ def run(command: str, folder: Path) -> str:
         python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
         python.chmod(0o755)
     env = os.environ | {"PATH": f"{bin_folder}:{os.environ['PATH']}"}
+    command = command.replace("python examples/", f"python {ROOT}/examples/")
     done = subprocess.run(command, shell=True, cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stderr}"
     return done.stdout
@@ -37,19 +47,19 @@ def run(command: str, folder: Path) -> str:
 def test_set_up_is_two_commands():
     setup, tests = blocks("bash")[:2]
     assert len(setup.splitlines()) == len(tests.splitlines()) == 1
-    # what .ci/run does is what the README says
     ci = (ROOT / ".ci" / "run").read_text()
     assert "pip install -q -e '.[cpu,dev]'" in ci
     assert "pip install -e '.[cpu,dev]'" in setup
-    assert "python -m pytest" in ci
-    assert tests.strip() == ".venv/bin/python -m pytest"
+    assert tests == ".venv/bin/python -m pytest"
+    # .ci/run adds the tests that the default run deselects
+    assert re.search(r"^python -m pytest -q.*\npython -m pytest -q.* -m slow$", ci, re.MULTILINE)
 
 
 @pytest.mark.slow
 def test_quickstart_writes_words(tmp_path):
-    """Shortened by nothing: what the first command runs, and recognisable words come out."""
+    """The quickstart in full length: most of what the model writes are words of its data."""
     assert "examples/quickstart.py" in blocks("bash")[0]
-    out = run(f"python {ROOT / 'examples' / 'quickstart.py'}", tmp_path)
+    out = run("python examples/quickstart.py", tmp_path)
     words = re.findall(r"[a-z]+", out.split("seconds in all")[0].lower())
     from pydoc_data.topics import topics
 
@@ -61,8 +71,8 @@ def test_quickstart_writes_words(tmp_path):
 
 @pytest.mark.slow
 def test_command_line_of_the_readme(tmp_path):
-    """As written but for the number of steps, which would take minutes."""
-    init, train, plot, sample = blocks("bash")[2].strip().splitlines()
+    """The quick tour, with few steps."""
+    init, train, plot, sample = blocks("bash")[2].splitlines()
     run(init, tmp_path)
     run(train + " --max-steps 3", tmp_path)
     assert (tmp_path / run(plot, tmp_path).strip()).read_text().startswith("<svg")
@@ -70,19 +80,29 @@ def test_command_line_of_the_readme(tmp_path):
     assert out.startswith("The import statement")
 
 
+def test_flags_in_the_table_exist(capsys):
+    rows = re.findall(r"^\| `(\w+) ?[^`]*` \|.*\| (.*) \|$", README, re.MULTILINE)
+    assert {"init", "train", "plot", "eval", "info", "run", "bench"} == {name for name, _ in rows}
+    for name, cell in rows:
+        with pytest.raises(SystemExit, match="0"):
+            cli.main([name, "--help"])
+        described = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+        assert set(re.findall(r"--[\w-]+", cell)) <= described, name
+
+
 @pytest.mark.slow
 def test_script_of_the_readme(tmp_path):
-    script = blocks("python")[0].replace("max_steps=100", "max_steps=3")
-    (tmp_path / "script.py").write_text(script)
+    (script,) = blocks("python")
+    (tmp_path / "script.py").write_text(script.replace("max_steps=100", "max_steps=3"))
     out = run("python script.py", tmp_path)
     assert re.match(r"1 [\d.]+\n2 [\d.]+\n3 [\d.]+\n", out)
 
 
 @pytest.mark.slow
 def test_benchmarks_of_the_readme(tmp_path):
-    """As written but for sizes."""
+    """The benchmarks, with small sizes."""
     sizes = " ".join(flags(TINY.to_dict()))
-    for command in blocks("bash")[3].strip().splitlines():
+    for command in blocks("bash")[3].splitlines():
         batch = " --batch-size 2" if "bench train" in command else ""
         out = run(f"{command} {sizes} --context-len 40 --repeats 1{batch}", tmp_path)
         assert "from the start of the process" in out
@@ -90,8 +110,8 @@ def test_benchmarks_of_the_readme(tmp_path):
 
 @pytest.mark.slow
 def test_comparison_of_optimizers(tmp_path):
-    """As written but for fewer steps and learning rates, and where the picture goes."""
-    command = blocks("bash")[4].strip().replace("examples/", f"{ROOT}/examples/")
+    """The study, with 2 steps and one learning rate each."""
+    command = command_of("compare_optimizers.py")
     out = run(f"{command} --steps 2 --rates 1 --svg {tmp_path}/optimizers.svg", tmp_path)
     assert len(re.findall(r"^\| (?:adamw|soap) \| [\d.]+ \| [\d.]+ \|$", out, re.MULTILINE)) == 2
     assert "AdamW ends at" in out
@@ -100,8 +120,8 @@ def test_comparison_of_optimizers(tmp_path):
 
 @pytest.mark.slow
 def test_comparison_of_routers(tmp_path):
-    """As written but for one router, sizes and steps; what is there is not trained again."""
-    command = blocks("bash")[5].strip().replace("examples/", f"{ROOT}/examples/")
+    """The study, with one router, small sizes and 2 steps; stored results are not trained again."""
+    command = command_of("compare_routers.py")
     command = command.replace("--positions --next-tokens 1,2,4,8", "--routers none")
     sizes = "--dim 12 --latent-blocks 1 --sample-bytes 9 --evaluation-bytes 600"
     files = f"--results {tmp_path}/r.jsonl --svg {tmp_path}/r.svg"
@@ -113,44 +133,63 @@ def test_comparison_of_routers(tmp_path):
     assert int(rows[0][1]) >= 2
     assert (tmp_path / "r.svg").read_text().startswith("<svg")
     results = (tmp_path / "r.jsonl").read_text()
-    assert len(results.splitlines()) == 2  # what training gave, and the speed of decoding
+    assert len(results.splitlines()) == 2  # one of training, one of decoding speed
     shutil.rmtree(tmp_path / "r")  # the weights
     assert run(command, tmp_path) == out
     assert (tmp_path / "r.jsonl").read_text() == results
 
 
+@pytest.mark.slow
 def test_soap_elsewhere(tmp_path):
-    out = run(f"python {ROOT / 'examples' / 'soap_elsewhere.py'}", tmp_path)
+    out = run("python examples/soap_elsewhere.py", tmp_path)
     errors = [float(error) for error in re.findall(r"error ([\d.]+)", out)]
     assert len(errors) == 4
     assert errors[-1] < errors[0] / 50
 
 
-@pytest.mark.slow
-def test_examples_that_write(tmp_path):
-    """With a model of random weights, which write bytes of any kind."""
+@pytest.fixture
+def trained(tmp_path) -> Path:
+    """A folder that holds `model` with the run `a`, of random weights."""
     (tmp_path / "model" / "a").mkdir(parents=True)
     TINY.to_json(tmp_path / "model" / "model.json")
     save_weights(Pico(TINY), tmp_path / "model" / "a" / "00000001.safetensors")
-    out = run(f"python {ROOT / 'examples' / 'sample.py'} model a", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_sample_and_chat(trained):
+    """Random weights write arbitrary bytes, which are no valid UTF-8."""
+    out = run("python examples/sample.py model a", trained)
     assert out.startswith("The ")
     assert len(out) > 50
-    chat = f"printf 'One\\n\\377two' | python {ROOT / 'examples' / 'chat.py'} model a"
-    out = run(chat, tmp_path)
+    out = run("printf 'One\\n\\377two' | python examples/chat.py model a", trained)
     assert out.startswith("> ")
     assert out.endswith("\n> \n")
     assert len(out) > 200
-    for example in ("sample.py", "chat.py"):
-        command = [sys.executable, ROOT / "examples" / example]
-        for arguments, named in (([], "PATH RUN"), (["model", "b"], "b")):
-            done = subprocess.run(
-                [*command, *arguments], cwd=tmp_path, capture_output=True, text=True
-            )
-            assert done.returncode == 1
-            (line,) = done.stderr.splitlines()
-            assert named in line
 
 
-def test_files_named_exist():
-    for name in re.findall(r"`([\w/]+\.py)`", README):
-        assert (ROOT / name).exists() or (ROOT / "pico_tg" / name).exists(), name
+@pytest.mark.slow
+@pytest.mark.parametrize("example", ["sample.py", "chat.py"])
+@pytest.mark.parametrize(("arguments", "named"), [([], "PATH RUN"), (["model", "b"], "b")])
+def test_errors_of_sample_and_chat(example, arguments, named, trained):
+    command = [sys.executable, ROOT / "examples" / example, *arguments]
+    done = subprocess.run(command, cwd=trained, capture_output=True, text=True)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert named in line
+
+
+@pytest.mark.parametrize(("text", "folder"), [(README, ROOT), (STUDIES, ROOT / "examples/studies")])
+def test_files_and_links_exist(text, folder):
+    for name in re.findall(r"`([\w/]+\.py|[a-z_/]+/)`", text):
+        assert any((base / name).exists() for base in (ROOT, ROOT / "pico_tg", folder)), name
+    for link in re.findall(r"\]\(([^)#]*)(?:#[\w-]*)?\)", text):
+        assert link.startswith("https://") or (folder / link).exists(), link
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.svg")), ids=lambda p: p.name)
+def test_pictures_are_svg(path):
+    """They are well-formed, and load nothing from elsewhere."""
+    root = ET.parse(path).getroot()
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert "href" not in path.read_text()
