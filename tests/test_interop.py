@@ -131,7 +131,8 @@ def test_through_torch(published, tmp_path):
     torch = pytest.importorskip("torch")
     pytest.importorskip("safetensors.torch")
     peers, example = (
-        imported(ROOT / name) for name in ("tests/bench_torch_peer.py", "examples/interop.py")
+        imported(ROOT / name)
+        for name in ("examples/studies/bench_torch_peer.py", "examples/interop.py")
     )
     peer = peers.Pico(pico_tg.Config.from_json(GOLDEN / "small.json"), peers.dense)
     golden = np.load(GOLDEN / "small.npz")
