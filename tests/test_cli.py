@@ -19,10 +19,10 @@ from pico_tg.checkpoint import load
 from pico_tg.config import Config
 from pico_tg.evaluation import evaluate
 from pico_tg.files import PicoError
-from pico_tg.generation import GeneratedByte, Stats, generate
+from pico_tg.generation import GeneratedByte, generate
 from pico_tg.model import Pico
 from pico_tg.safetensors import read_safetensors, write_safetensors
-from pico_tg.tools import cli, terminal
+from pico_tg.tools import cli
 
 TINY = helpers.TINY.to_dict()
 FLAGS = helpers.flags(TINY)
@@ -101,16 +101,6 @@ def test_checkpoint_activations_change_no_loss(trained, text):
     # SOAP's first update also moves where the gradient is but rounding
     assert losses[0][2] == pytest.approx(losses[1][2], rel=1e-2)
     shutil.rmtree(again)
-
-
-def test_run_writes_the_same_text_for_a_seed(trained, capsys):
-    out = []
-    for _ in range(2):
-        arguments = ["run", str(trained), "run", "--prompt", "The", "--max-bytes", "30"]
-        assert cli.main([*arguments, "--seed", "3"]) == 0
-        out.append(capsys.readouterr().out)
-    assert out[0] == out[1]
-    assert out[0].startswith("The")
 
 
 def test_base_weights(trained, text):
@@ -283,7 +273,7 @@ def test_info(trained, capsys):
         "context_len +40",
     ):
         assert re.search(text, out), text
-    for flags, named in ((["none"], "train"), (["../model"], "training.json")):
+    for flags, named in ((["none"], "train"), (["../model"], "no name of a run")):
         assert status(["info", str(trained), *flags]) == 2
         assert named in one_line(capsys)
     assert status(["info", str(trained / "none")]) == 2
@@ -575,13 +565,6 @@ def test_no_prompt_on_stdin(stdin, written, monkeypatch, capsys):
     assert "standard input is empty; leave --prompt out" in one_line(capsys)
 
 
-def test_a_prompt_may_end_within_a_character(written, tmp_path, capsys):
-    (tmp_path / "prompt").write_bytes(b"caf\xc3")
-    written.add(b"\xa9!")
-    assert run_it("--prompt-file", str(tmp_path / "prompt")) == 0
-    assert capsys.readouterr().out == "café!\n"
-
-
 def test_raw_output(written, capsysbinary):
     """The bytes of the model and nothing else."""
     data = bytes(range(256))
@@ -610,50 +593,6 @@ def test_output_streams(written, monkeypatch):
     out.seek(0)
     assert run_it("--output", "raw") == 0
     assert seen == [b"", b"a", b"a\xc3", b"a\xc3\xa9"]
-
-
-def test_show_router_decisions(written, capsys):
-    written.add(b"a", 0.9)
-    written.add(b"b")
-    assert run_it("--show-router-decisions") == 0
-    assert capsys.readouterr().out == "_ab\n"
-
-
-def test_samples_are_told_apart(written, capsys):
-    written.add(b"a\xc3")
-    written.add(b"b", sample=2)
-    assert run_it("--num-samples", "3", "--prompt", "> ") == 0
-    assert capsys.readouterr().out == (
-        "--- sample 1 of 3 ---\n> a\ufffd\n--- sample 2 of 3 ---\n> \n--- sample 3 of 3 ---\n> b\n"
-    )
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-@pytest.mark.parametrize("variables", [{}, {"NO_COLOR": "1"}, {"NO_COLOR": ""}, {"TERM": "dumb"}])
-@pytest.mark.parametrize("flags", [["--color"], []])
-def test_colours(flags, variables, terminal, written, monkeypatch, capsys):
-    for name, value in ({"TERM": "xterm"} | variables).items():
-        monkeypatch.setenv(name, value)
-    if "NO_COLOR" not in variables:
-        monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
-    written.add(b"a", 0.9, drafted=True)
-    assert run_it(*flags) == 0
-    out = capsys.readouterr().out
-    if flags and terminal and not any(variables.values()):
-        assert out == "\x1b[4;48;5;208;38;5;16ma\x1b[0m\x1b[0m\n"
-    else:
-        assert out == "a\n"
-
-
-def test_a_terminal_is_not_at_the_model_s_command(written, monkeypatch, capsys):
-    """Escape sequences in the text are shown on a terminal, but left alone in a file."""
-    written.add(b"\x1b[31m")
-    assert run_it("--prompt", "\a") == 0
-    assert capsys.readouterr().out == "\a\x1b[31m\n"
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    assert run_it("--prompt", "\a") == 0
-    assert capsys.readouterr().out == "\\x07\\x1b[31m\n"
 
 
 def test_html(written, tmp_path, capsys):
@@ -696,27 +635,6 @@ def test_what_there_is_is_kept(error, expected, written, tmp_path, monkeypatch, 
     assert "0 bytes" in (tmp_path / "page.html").read_text()
 
 
-def test_stats():
-    stats = Stats(
-        bytes=101,
-        passes=50,
-        routed=20,
-        drafts=150,
-        accepted=51,
-        first_byte_seconds=2.0,
-        seconds=4.0,
-    )
-    assert cli.describe_stats(stats).splitlines() == [
-        "bytes: 101",
-        "bytes/s: 25.2 (50.0 after the first byte)",
-        "time to the first byte: 2.00 s",
-        "passes: 50 (2.02 bytes a pass)",
-        "accepted bytes a pass: 1.02 (of 3.00 drafts)",
-        "router rate: 19.8%",
-    ]
-    assert "bytes/s: 0.0" in cli.describe_stats(Stats())  # nothing made
-
-
 def test_run_for_real(trained, tmp_path, capsysbinary):
     """The command line's bytes are the library's; page and figures agree with them."""
     options = {"max_bytes": 12, "seed": 5, "top_k": 50, "ignore_end": True}
@@ -754,26 +672,6 @@ def test_interrupt_saves(model, text):
     assert "Traceback" not in err
     steps = metrics.read_text().count("\n")
     assert (model / "r" / f"{steps:08d}.safetensors").exists()
-
-
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_signals_ask_first(signum, monkeypatch, capsys):
-    """The first one asks for a stop, a second one leaves at once; then they are as before."""
-    left = []
-    monkeypatch.setattr(os, "_exit", left.append)
-    before = signal.getsignal(signum)
-    with cli.StopSignals() as stopping:
-        assert not stopping()
-        os.kill(os.getpid(), signum)
-        assert stopping()
-        assert left == []
-        os.kill(os.getpid(), signum)  # the same one, forwarded
-        assert left == []
-        stopping.asked_at -= 2
-        os.kill(os.getpid(), signum)
-        assert left == [130]
-    assert signal.getsignal(signum) is before
-    assert "stopping after this step" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -867,45 +765,6 @@ def test_resume_of_a_complete_run(trained, capsys):
     assert cli.main(["train", str(trained), "nothing", "--resume"]) == 2
     assert "no training run to resume" in capsys.readouterr().err
     assert not (trained / "nothing").exists()
-
-
-@pytest.mark.parametrize("first", [0, 1500])
-def test_time_left(first, monkeypatch, capsys):
-    """The bar's rate is that of the steps after compilation, also where a run is resumed."""
-    now = 1000.0
-    monkeypatch.setattr("tqdm.std.time", lambda: now)
-    bars = []
-
-    class Bar(terminal.tqdm):
-        def __init__(self, *args, **options):
-            super().__init__(*args, **options)
-            bars.append(self)
-
-    monkeypatch.setattr(terminal, "tqdm", Bar)
-    last, seen = first + 100, []
-
-    def records():
-        nonlocal now
-        for step in range(first + 1, first + 51):
-            now += 30 if step <= first + 2 else 0.125
-            yield {
-                "step": step, "steps": last, "bits_per_byte": 2.0, "loss": 1.4, "lr": 1e-3,
-                "router_rate": 0.5, "bytes_per_second": 1e5, "checkpoint": f"{step}",
-            }  # fmt: skip
-            seen.append((step, bars[0].format_dict, str(bars[0])))
-
-    assert terminal.show_training(records()) == f"{first + 50}"
-    assert [state["n"] for _, state, _ in seen] == [step for step, _, _ in seen]
-    assert [text.split(":")[0] for _, _, text in seen[:3]] == ["compiling", "training", "training"]
-    for _, state, text in seen[:2]:
-        assert state["elapsed"] == 0
-        assert "[00:00<?" in text  # nothing is known yet
-    for step, state, _ in seen[2:]:
-        assert state["elapsed"] == pytest.approx((step - first - 2) / 8)
-        rate = state["rate"] or (state["n"] - state["initial"]) / state["elapsed"]
-        assert rate == pytest.approx(8)
-    assert f"{first + 50}/{last} [00:06<00:06,  8.00" in seen[-1][2]
-    assert f"{first + 50}/{last} [00:06<00:06,  8.00" in capsys.readouterr().err
 
 
 def test_plot(trained, tmp_path, capsys):

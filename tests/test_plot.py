@@ -133,7 +133,7 @@ def test_many_names_do_not_overlap():
     assert heights[-1] < float(root.get("height"))
 
 
-def test_runs_differ_in_colour_or_dash():
+def test_runs_differ_in_color_or_dash():
     records = [
         {"bytes": b, "bits_per_byte": 3.0, "router_rate": 0.5, "lr": 1e-3} for b in range(1, 4)
     ]

@@ -5,13 +5,9 @@ import math
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING
 
+from ..generation import GeneratedByte
 from .terminal import Character, characters, escape_code, split_prompt
-
-if TYPE_CHECKING:
-    from ..generation import GeneratedByte
-
 
 STYLE = """
 :root {
@@ -80,7 +76,7 @@ i { font-style: normal; font-size: .75em }
 
 def html_page(
     prompt: bytes,
-    samples: Sequence[Sequence["GeneratedByte"]],
+    samples: Sequence[Sequence[GeneratedByte]],
     title: str,
     facts: Mapping[str, object],
     name: str = "Sample",
@@ -118,7 +114,7 @@ def html_page(
     return "\n".join(filter(None, parts)) + "\n"
 
 
-def _shares(records: Sequence["GeneratedByte"]) -> str:
+def _shares(records: Sequence[GeneratedByte]) -> str:
     if not records:
         return "0 bytes"
     routed = sum(record.router_decision for record in records) / len(records)

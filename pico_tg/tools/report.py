@@ -1,17 +1,21 @@
-"""How a sample looks: as plain text, colored for a terminal, and as a page of its own.
+"""What eval, info, run --stats and bench print: pure functions from records to text."""
 
-Pure functions from records to text. All of them take the bytes together to characters first, since
-only those can be shown; a character of several bytes has the highest weight of any of them, counts
-as routed if one of them was, and as drafted if all of them were.
-"""
-
+import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..evaluation import Evaluation
 from ..generation import Stats
 
-if TYPE_CHECKING:
-    from ..evaluation import Evaluation
+
+def printable(text: str) -> str:
+    """The text as a page can hold it, in UTF-8 and in XML.
+
+    A file's name may hold bytes that are not UTF-8 (Python's surrogates) and control characters:
+    bytes are decoded as UTF-8, and what no page can hold becomes U+FFFD.
+    """
+    text = re.sub("[\0-\b\v\f\x0e-\x1f\ud800-\udc7f\udd00-\udfff]", "\ufffd", text)
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -24,7 +28,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def describe_evaluation(measured: "Evaluation") -> str:
+def describe_evaluation(measured: Evaluation) -> str:
     """The figures of an evaluation as tables."""
     heads = len(measured.head_accuracy)
     head = [

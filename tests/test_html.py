@@ -1,0 +1,109 @@
+"""Pages of samples: what each byte's details are, and that nothing in a text breaks the page."""
+
+import math
+from html.parser import HTMLParser
+
+from helpers import record, records
+
+from pico_tg.tools.html import html_page
+
+
+class Page(HTMLParser):
+    """The text of a page by where it is, its tips, and whether its tags fit together."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[tuple[str, dict]] = []
+        self.samples: list[list[tuple[str, dict]]] = []  # (text, attributes of its element)
+        self.headings: list[str] = []
+        self.feed(page)
+        self.close()
+        assert [tag for tag, _ in self.open if tag not in ("html", "li")] == []
+
+    def handle_starttag(self, tag, attrs):
+        assert not {"src", "href", "onclick"} & dict(attrs).keys()
+        assert tag not in ("script", "link", "img", "iframe")
+        if dict(attrs).get("class") == "text" and tag == "div":
+            self.samples.append([])
+        if tag != "meta":
+            self.open.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        while self.open[-1][0] == "li" != tag:  # whose end tag may be left out
+            self.open.pop()
+        assert self.open.pop()[0] == tag
+
+    def handle_data(self, data):
+        tags = [tag for tag, _ in self.open]
+        if "div" in tags and self.samples:
+            within = next(a for tag, a in reversed(self.open) if tag in ("b", "span", "div"))
+            self.samples[-1].append((data, within))
+        if tags[-1:] == ["h1"]:
+            self.headings.append(data)
+
+    def text(self, number: int = 0) -> str:
+        return "".join(text for text, _ in self.samples[number])
+
+
+def test_html_page():
+    sample = [
+        record(ord("<"), 0.25, logprob=math.log(0.5)),
+        record(ord("\n"), 0.75, drafted=True),
+        record(0xC3, 0.125),
+        record(0xA9, 0.75, drafted=True),
+        record(0xFF, 0.0),
+        record(0x1B, 0.0),
+    ]
+    source = html_page(b'The\t  "<b>"\n', [sample], "<small>, run a", {"seed": 3, "a&b": "<i>"})
+    assert "http" not in source
+    assert "@import" not in source
+    assert "url(" not in source
+    assert "prefers-color-scheme: dark" in source
+    assert "white-space: break-spaces" in source
+    page = Page(source)
+    assert page.headings == ["<small>, run a"]
+    assert page.text() == 'The\t  "<b>"\n<\né\\xff\\x1b'
+    assert page.samples[0][0] == ('The\t  "<b>"\n', {"class": "prompt"})
+    less, newline, accented, bad, escape = (attributes for _, attributes in page.samples[0][1:])
+    assert less == {
+        "style": "--w:0.25",
+        "data-tip": "“<” U+003C · byte 0x3c · router weight 0.25, not routed · probability 50 % · "
+        "not drafted",
+    }
+    assert newline["class"].split() == ["r", "d", "n"]
+    assert "line feed · byte 0x0a · router weight 0.75, routed" in newline["data-tip"]
+    assert "accepted draft" in newline["data-tip"]
+    assert accented["class"] == "r"
+    assert accented["style"] == "--w:0.75"
+    first, second = accented["data-tip"].split("\n")
+    assert first.startswith("“é” U+00E9 · byte 1 of 2 0xc3 · router weight 0.12, not routed")
+    assert second.startswith("“é” U+00E9 · byte 2 of 2 0xa9 · router weight 0.75, routed")
+    assert bad["data-tip"].startswith("not UTF-8 · byte 0xff")
+    assert escape["data-tip"].startswith("“\\x1b” U+001B · byte 0x1b")
+    assert "6 bytes, 33% routed, 33% accepted drafts" in source
+
+
+def test_html_page_of_several_samples():
+    """Each after the prompt, empty ones too; a character may begin in the prompt."""
+    page = html_page(b"caf\xc3", [records(b"\xa9!"), [], records(b"a")], "t", {})
+    parsed = Page(page)
+    assert [parsed.text(i) for i in range(3)] == ["café!", "caf\\xc3", "caf\\xc3a"]
+    assert all(f"Sample {i} of 3" in page for i in (1, 2, 3))
+    assert "0 bytes" in page
+    assert "byte 2 of 2 0xa9" in parsed.samples[0][1][1]["data-tip"]
+    assert "data-tip" not in parsed.samples[1][1][1]
+
+
+def test_html_page_without_a_prompt():
+    page = html_page(b"", [records(b"a")], "t", {})
+    assert "prompt</span>" not in page
+    assert Page(page).text() == "a"
+    assert "prompt</span>" in html_page(b"b", [records(b"a")], "t", {})
+
+
+def test_nothing_is_hidden_in_a_page():
+    """What shows nothing, or could turn the text around, is written as an escape."""
+    text = "a\u202eb\u200dc\u2028d\0e\r\nf\u00a0g\u3000h\ue000i\x85"
+    page = Page(html_page(text.encode(), [records(text.encode())], "t", {}))
+    shown = "a\\u202eb\\u200dc\\u2028d\\x00e\\r\nf\u00a0g\u3000h\\ue000i\\x85"
+    assert page.text() == shown * 2
