@@ -21,7 +21,7 @@ from tinygrad import Tensor, dtypes
 from tinygrad.helpers import Context
 
 from .config import PRECISIONS, TrainSettings
-from .data import MOST_BYTES, Corpus, Data, DataSpec, load_data, load_whole
+from .data import MAX_BATCH_BYTES, Corpus, Data, DataSpec, load_data, load_whole
 from .files import PicoError
 from .generation import GeneratedByte
 from .model import Pico, cross_entropy, inputs_and_targets
@@ -155,10 +155,10 @@ def evaluate(
     batch_size = batch_size or max(1, BATCH_POSITIONS // length)
     windows = list(_windows(total, length, min(stride, length)))
     batch_size = min(batch_size, len(windows))
-    if batch_size * length > MOST_BYTES:
+    if batch_size * length > MAX_BATCH_BYTES:
         raise PicoError(
-            f"{batch_size} windows of {length:,} bytes are more than the {MOST_BYTES:,} bytes that "
-            "are taken for a mistake; take a smaller context_len, stride or batch_size"
+            f"{batch_size} windows of {length:,} bytes are more than the {MAX_BATCH_BYTES:,} bytes "
+            "that are taken for a mistake; take a smaller context_len, stride or batch_size"
         )
     tally = Metrics(corpus, total, model.config.next_tokens, passage)
     if not tally.has_targets():

@@ -307,6 +307,6 @@ def test_other_parts(model, data, tmp_path, monkeypatch):
 def test_bad_data(model, data, monkeypatch):
     with pytest.raises(PicoError, match="first 10 bytes of the validation data hold no byte"):
         evaluate(model, data, max_bytes=10)
-    monkeypatch.setattr(sys.modules["pico_tg.evaluation"], "MOST_BYTES", 2 * CONTEXT)
+    monkeypatch.setattr(sys.modules["pico_tg.evaluation"], "MAX_BATCH_BYTES", 2 * CONTEXT)
     with pytest.raises(PicoError, match=r"2 windows of 40 bytes .* smaller context_len"):
         evaluate(model, data, **OPTIONS)

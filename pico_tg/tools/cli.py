@@ -42,15 +42,6 @@ PASSAGE = 4000  # bytes of text on the page of eval --html
 BENCH_SETTINGS = (
     "batch_size", "grad_accumulation_steps", "optimizer", "precision", "checkpoint_activations",
 )  # fmt: skip
-DATA_HELP = {
-    "column_name": "column that holds the text (default: text, else bytes)",
-    "train_file": "file of the data set to train on",
-    "validation_file": "file of the data set to validate on",
-    "train_split": "split to train on (default: train if there is one, else the only one)",
-    "validation_split": "split to validate on (default: validation if there is one)",
-    "validation_size": "without one, hold out the last documents: a fraction of the bytes below 1, "
-    "or a number of documents (default: 0.05)",
-}
 
 # ---------------------------------------------------------------------------------------- options
 
@@ -341,7 +332,9 @@ def add_fields(
 
 
 def add_data_options(parser: Parser) -> None:
-    for name, text in DATA_HELP.items():
+    for name, text in field_help(DataSpec).items():
+        if name == "dataset":
+            continue
         kind = number if name == "validation_size" else str
         parser.add_argument(option_of("dataset_" + name), type=kind, metavar="X", help=text)
 

@@ -1,0 +1,279 @@
+"""A DATASET string becomes two flat byte corpora, train and validation, read by memory map.
+
+- spec.py: DataSpec, which data to train and validate on
+- sources.py and hub.py: which files those are, and which split each belongs to
+- formats.py: files become documents; cache.py: documents become a corpus
+- here: training and validation data without a document in common
+- windows.py: a corpus becomes batches
+"""
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..files import PicoError
+from .cache import SEQ_END, SEQ_START, Corpus, cached, digest
+from .formats import reason
+from .hub import hub_splits
+from .sources import (
+    HUB,
+    Source,
+    Splits,
+    file_source,
+    listed,
+    local_archive,
+    local_folder,
+    one_file,
+    python_docs,
+    without,
+)
+from .spec import DataSpec
+from .windows import MAX_BATCH_BYTES, Windows
+
+__all__ = [
+    "MAX_BATCH_BYTES",
+    "SEQ_END",
+    "SEQ_START",
+    "Corpus",
+    "Data",
+    "DataSpec",
+    "Windows",
+    "has_validation",
+    "load_data",
+    "load_whole",
+]
+
+HELD_OUT = 0.05  # of the bytes, by default
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """What `load_data` found.
+
+    - note: what is trained on, what is validated on, and what is not used and why; one to few lines
+    - spec: the given one, with the revision of hub data
+    """
+
+    train: Corpus
+    validation: Corpus
+    note: str
+    spec: DataSpec
+
+
+def load_data(spec: DataSpec, progress: bool = True) -> Data:
+    """Open the data of `spec`, streaming it into the cache first if this is the first time.
+
+    progress: show a bar on stderr while building the cache. Raises PicoError, and leaves nothing
+    behind, on data that is not there, cannot be read or is empty, on a column or split that does
+    not exist, and on a full disk.
+    """
+    found = _find(spec)
+    folder, train = cached(found.train, progress)
+    remarks = list(train.remarks)
+    if found.validation is None:
+        label = found.train.label
+        train, validation, origin = _hold_out(label, folder, train, spec.validation_size)
+        held_out = _sizes(validation, None)
+    else:
+        _, validation = cached(found.validation, progress)
+        origin = found.validation.label
+        held_out = _sizes(validation, found.validation)
+        remarks += validation.remarks
+        if spec.validation_size is not None:
+            origin += " (so validation_size is not used)"
+    if train.fingerprint == validation.fingerprint:
+        raise _both(found.train.label)
+    note = f"training on {_sizes(train, found.train)}; validating on {origin}: {held_out}"
+    if found.unused:
+        note = f"{note}\nnot used: {'; '.join(found.unused)}"
+    return Data(train, validation, "\n".join([note, *remarks]), found.spec)
+
+
+def load_whole(spec: DataSpec, progress: bool = True) -> Corpus:
+    """What `load_data` would train on, together with what it would hold out of that.
+
+    So one document of one byte will do. Raises PicoError as `load_data` does.
+    """
+    return cached(_find(spec).train, progress)[1]
+
+
+def has_validation(spec: DataSpec) -> bool:
+    """Whether validation data are named or a split of their own; else some are held out."""
+    return spec.validation_size is not None or _find(spec).validation is not None
+
+
+def _sizes(corpus: Corpus, source: Source | None) -> str:
+    documents = "1 document" if corpus.documents == 1 else f"{corpus.documents:,} documents"
+    sizes = f"{len(corpus.bytes):,} bytes in {documents}"
+    names = [file.name for file in source.files] if source is not None else []
+    if len(names) > 1:
+        return f"{sizes} from {len(names)} files ({listed(names)})"
+    return f"{sizes} from {names[0]}" if names else sizes
+
+
+def _both(label: str) -> PicoError:
+    return PicoError(
+        f"{label} is to be both the training and the validation data; leave the validation file "
+        "or split out, and the end of the data is held out"
+    )
+
+
+# What a DataSpec names ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Sources without a file in common; validation is None if it is to be held out of train."""
+
+    train: Source
+    validation: Source | None
+    unused: list[str]
+    spec: DataSpec
+
+
+def _find(spec: DataSpec) -> _Found:
+    splits = _splits(spec, spec.train_file)
+    # validation data come from the same revision
+    spec = dataclasses.replace(spec, revision=splits.revision)
+    train = splits.pick(spec.train_split, spec.train_file or spec.dataset)
+    if spec.validation_file is not None:
+        file = spec.validation_file
+        validation = _splits(spec, file).pick(None, file)
+    elif spec.validation_split is not None:
+        splits = splits if spec.train_file is None else _splits(spec, None)
+        validation = splits.pick(spec.validation_split, spec.dataset)
+    else:
+        validation = splits.find("validation")
+        validation = None if validation is train else validation
+    unused = list(splits.unused) if spec.train_file is None else []
+    used = [train, *([] if validation is None else [validation])]
+    if validation is not None:
+        if not train.files and validation.files and validation.files[0].path.startswith(HUB):
+            raise PicoError(
+                f"{spec.validation_file} may be a part of {train.label}, which is not read file by "
+                "file; name a train_file too"
+            )
+        left = without(train, validation.files, spec.column_name)
+        if left is None or train is validation:
+            raise _both(train.label)
+        train = left
+    for name, source in splits.sources.items() if spec.train_file is None else ():
+        left = without(source, validation.files if validation else (), spec.column_name)
+        if left is not None and all(source is not other for other in used):
+            names = f"{listed(file.name for file in left.files)} " if left.files else ""
+            unused.append(f"{names}(split {name})")
+    return _Found(train, validation, unused, spec)
+
+
+def _splits(spec: DataSpec, file: str | None) -> Splits:
+    """The splits of the dataset, or of one file that belongs to it."""
+    path, column = os.path.expanduser(spec.dataset), spec.column_name
+    embedded = spec.dataset == "python-docs" and spec.revision is None
+    config = None
+    if not os.path.exists(path) and os.path.isdir(path.rpartition(":")[0]):
+        path, _, config = path.rpartition(":")
+    try:
+        if spec.revision is not None:
+            pass  # only data on the hub have one
+        elif file is not None:
+            beside = path if os.path.isdir(path) else os.path.dirname(path)
+            for candidate in (os.path.join(beside, file), os.path.expanduser(file)):
+                if os.path.isfile(candidate):
+                    return Splits({"train": file_source(candidate, one_file(candidate), column)})
+            if embedded or os.path.exists(path):
+                raise PicoError(f"there is no file {file!r}, neither in {spec.dataset} nor here")
+        elif embedded:
+            if column is not None:
+                raise PicoError(f"python-docs has no column {column!r}, nor any; leave it out")
+            return python_docs()
+        elif os.path.isdir(path):
+            return local_folder(path, config, column)
+        elif os.path.exists(path):
+            if path.lower().endswith(".zip"):
+                return local_archive(path, column)
+            return Splits({"train": file_source(path, one_file(path), column)})
+    except OSError as error:
+        raise PicoError(f"cannot read {error.filename or path}: {reason(error)}") from error
+
+    looks_local = spec.dataset.startswith((".", "/", "~")) or spec.dataset.count("/") > 1
+    known = (".txt", ".jsonl", ".json", ".csv", ".parquet", ".zip")
+    if looks_local or os.path.splitext(path.lower())[1] in known:
+        raise PicoError(f"there is no file or folder {spec.dataset}")
+    return hub_splits(spec.dataset, spec.revision, file, column)
+
+
+# Holding out validation data ----------------------------------------------------------------------
+
+
+def _hold_out(
+    label: str, folder: Path, corpus: Corpus, size: float | int | None
+) -> tuple[Corpus, Corpus, str]:
+    """Cut the end off `corpus`: (train, validation, where validation comes from)."""
+    if corpus.documents == 1:
+        if isinstance(size, int):
+            raise PicoError(
+                f"{label} is one document, so validation_size must be a fraction of it, not {size}"
+            )
+        train, validation = _cut_document(label, folder, corpus, size or HELD_OUT)
+        return train, validation, f"the end of {label}, which is one document"
+
+    if isinstance(size, int):
+        if size >= corpus.documents:
+            raise PicoError(
+                f"validation_size ({size}) leaves nothing to train on: {label} has "
+                f"{corpus.documents} documents"
+            )
+        first = corpus.documents - size
+    else:
+        # the start of a document that comes nearest to the wanted cut
+        wanted = len(corpus.bytes) * (1 - (size or HELD_OUT))
+        first = int(np.searchsorted(corpus.offsets, wanted))
+        if wanted - corpus.offsets[first - 1] < corpus.offsets[first] - wanted:
+            first -= 1
+        first = min(max(first, 1), corpus.documents - 1)
+    cut = int(corpus.offsets[first])
+    train = Corpus(
+        corpus.bytes[:cut],
+        corpus.offsets[: first + 1],
+        digest(f"{corpus.fingerprint} to {cut}"),
+    )
+    validation = Corpus(
+        corpus.bytes[cut:],
+        corpus.offsets[first:] - cut,
+        digest(f"{corpus.fingerprint} from {cut}"),
+    )
+    return train, validation, f"the end of {label}"
+
+
+def _cut_document(
+    label: str, folder: Path, corpus: Corpus, fraction: float
+) -> tuple[Corpus, Corpus]:
+    """Cut a lone document in two that are both wrapped, without another copy on disk.
+
+    The two are private maps of the cached file, in which the tag at the cut is written over the
+    other part's text: that changes a page in memory, and never the file.
+    """
+    length = len(corpus.bytes) - len(SEQ_START) - len(SEQ_END)
+    held_out = max(1, round(length * fraction))
+    if held_out >= length:
+        raise PicoError(f"{label} is too small to hold validation data out: {length} bytes")
+    cut = len(SEQ_START) + length - held_out
+    try:
+        train = np.memmap(folder / "bytes", np.uint8, "c", shape=(cut + len(SEQ_END),))
+        validation = np.memmap(folder / "bytes", np.uint8, "c", offset=cut - len(SEQ_START))
+    except OSError as error:
+        raise PicoError(f"cannot map {folder / 'bytes'}: {reason(error)}") from error
+    train[cut:] = np.frombuffer(SEQ_END, np.uint8)
+    validation[: len(SEQ_START)] = np.frombuffer(SEQ_START, np.uint8)
+    return (
+        _lone_document(train, f"{corpus.fingerprint} to {cut}"),
+        _lone_document(validation, f"{corpus.fingerprint} from {cut}"),
+    )
+
+
+def _lone_document(data: np.memmap, identity: str) -> Corpus:
+    data.flags.writeable = False
+    return Corpus(np.asarray(data), np.array([0, len(data)], np.int64), digest(identity))

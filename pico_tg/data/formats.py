@@ -1,0 +1,299 @@
+"""Readers of data files: each turns an open file into documents, a few of them in memory at a time.
+
+`READERS` maps a suffix to the reader. A reader takes (file, label, column, remark): `label` names
+the file in messages, and `remark` takes a sentence that the user should read.
+"""
+
+import bz2
+import csv
+import gzip
+import io
+import itertools
+import json
+import lzma
+import os
+import re
+from collections.abc import Callable, Iterator
+from typing import BinaryIO
+
+from ..files import PicoError
+
+# A document may be larger than memory, so it comes in pieces, each with: does a document end here?
+Pieces = Iterator[tuple[bytes, bool]]
+Remark = Callable[[str], None]
+
+COMPRESSIONS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+CHUNK = 1 << 20  # bytes read at a time
+MARKER = b"<|endoftext|>"  # between the documents of a .txt
+NEWLINES = b"\r\n"
+PARQUET_ROWS = 4  # decoded at a time: few, since rows may be long
+MAX_CSV_FIELD = 1 << 26  # characters; Python's csv module needs 4 bytes for each
+MAX_JSON_RECORD = 1 << 28  # characters of a record that is not on one line
+COLUMN_WITHIN = 1000  # rows of JSON, one of which must have the column
+
+
+class MissingColumn(PicoError):
+    """A file has no column of the wanted name, so it holds no text."""
+
+
+def format_of(name: str) -> str | None:
+    """The suffix in READERS that tells how to read a file of this name, compressed or not."""
+    stem, suffix = os.path.splitext(name.lower())
+    if suffix in COMPRESSIONS:
+        suffix = os.path.splitext(stem)[1]
+    return suffix if suffix in READERS else None
+
+
+def decompress(file: BinaryIO, name: str) -> BinaryIO:
+    """`file` itself, or a stream of what it holds if its name ends in .gz, .bz2 or .xz."""
+    opener = COMPRESSIONS.get(os.path.splitext(name.lower())[1])
+    return opener(file) if opener else file
+
+
+def reason(error: Exception) -> str:
+    """The error in one line; names the file that the system refused."""
+    if isinstance(error, UnicodeDecodeError):
+        byte = error.object[error.start]
+        return f"byte {byte:#04x} is not valid UTF-8; convert the file to UTF-8"
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror + (f": {error.filename}" if error.filename else "")
+    return " ".join(text.split()) or type(error).__name__
+
+
+# Plain text ---------------------------------------------------------------------------------------
+
+
+def read_text(file: BinaryIO, label: str, column: str | None, remark: Remark) -> Pieces:
+    """The documents of a .txt file: all of it, or what stands between markers.
+
+    Between markers, surrounding newlines are no part of the document, and a document of nothing
+    else is left out. A file without a marker is taken as it is, to the byte. Memory stays bounded
+    whatever the bytes are: newlines beyond a chunk of nothing but newlines count as text.
+    """
+    if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+        remark(f"{label} is UTF-16 and is read byte by byte; convert the file to UTF-8")
+    file.seek(0)
+    # The first document's leading newlines go only if a marker follows, perhaps gigabytes later.
+    split = file.read(1) in (b"\r", b"\n") and _has_marker(file)
+    file.seek(0)
+    started = False  # has a part of the present document been yielded?
+    rest = b""
+    while block := file.read(CHUNK):
+        *ended, rest = (rest + block).split(MARKER)
+        for text in ended:
+            text = text.rstrip(NEWLINES) if started else text.strip(NEWLINES)
+            if started or text:
+                yield text, True
+            started = False
+            split = True
+        if split and not started:
+            rest = rest.lstrip(NEWLINES)
+        # Hold back what may be the head of a marker, and the newlines that may precede a marker.
+        safe = max(0, len(rest) - len(MARKER) + 1)
+        safe = len(rest[:safe].rstrip(NEWLINES)) or (safe if safe > CHUNK else 0)
+        if safe:
+            yield rest[:safe], False
+            rest = rest[safe:]
+            started = True
+    if split:
+        rest = rest.rstrip(NEWLINES) if started else rest.strip(NEWLINES)
+    if started or rest:
+        yield rest, True
+
+
+def _has_marker(file: BinaryIO) -> bool:
+    tail = b""
+    while block := file.read(CHUNK):
+        tail += block
+        if MARKER in tail:
+            return True
+        tail = tail[1 - len(MARKER) :]
+    return False
+
+
+# Rows: JSON, CSV, Parquet -------------------------------------------------------------------------
+
+
+def wanted_columns(column: str | None) -> list[str]:
+    """The names that the column of text may have, the preferred one first."""
+    return ["text", "bytes"] if column is None else [column]
+
+
+def find_column(label: str, columns: list[str], column: str | None) -> str:
+    """The column of text. Raises MissingColumn, and PicoError if two columns have its name."""
+    for name in wanted_columns(column):
+        if columns.count(name) > 1:
+            raise PicoError(f"{label} has {columns.count(name)} columns named {name!r}; rename one")
+        if name in columns:
+            return name
+    missing = "neither a column 'text' nor 'bytes'" if column is None else f"no column {column!r}"
+    raise MissingColumn(f"{label} has {missing}; the columns are {_listed(columns)}")
+
+
+def _listed(columns: list[str]) -> str:
+    """The columns in a line; a file without a header has long texts in their place."""
+    short = [name if len(name) <= 40 else name[:40] + "…" for name in columns[:20]]
+    text = " ".join(", ".join(short).split()) or "none"
+    return text + (", …" if len(columns) > 20 else "")
+
+
+def document(label: str, name: str, value: object, columns: list[str]) -> bytes | None:
+    """The text of a row; None or b"" if it is empty."""
+    if isinstance(value, str):
+        return value.encode()
+    if value is None or isinstance(value, bytes):
+        return value
+    raise PicoError(
+        f"{label}: column {name!r} must hold text or bytes, but holds {type(value).__name__}; "
+        f"the columns are {_listed(columns)}"
+    )
+
+
+def read_json(file: BinaryIO, label: str, column: str | None, remark: Remark) -> Pieces:
+    """The rows of JSON Lines, or of a JSON list of objects. A row has to fit into memory."""
+    name, columns, number = None, {}, 0
+    for number, row in enumerate(_json_rows(file), 1):
+        if name is None:
+            columns |= dict.fromkeys(row)
+            name = next((name for name in wanted_columns(column) if name in row), None)
+        if name is not None and (text := document(label, name, row.get(name), list(row))):
+            yield text, True
+        if name is None and number == COLUMN_WITHIN:
+            break
+    if name is None and number:
+        find_column(label, list(columns), column)
+
+
+def _json_rows(file: BinaryIO) -> Iterator[dict]:
+    start = 3 if file.read(3) == b"\xef\xbb\xbf" else 0  # a byte order mark
+    file.seek(start)
+    try:
+        lines = _is_json_lines(file)
+        file.seek(start)
+        for place, row in _json_lines(file) if lines else _json_values(file):
+            if not isinstance(row, dict):
+                raise ValueError(f"JSON parse error in {place}: it is no object")
+            yield row
+    except RecursionError:
+        raise ValueError("JSON parse error: a row is nested too deeply") from None
+
+
+def _is_json_lines(file: BinaryIO) -> bool:
+    """Whether the first line is an object of its own, and not the head of a longer one."""
+    while (head := file.read(1)).isspace():
+        pass
+    if head != b"{":  # a list may be a single line of any length
+        return False
+    try:
+        return isinstance(json.loads(head + file.readline()), dict)
+    except ValueError:
+        return False
+
+
+def _json_lines(file: BinaryIO) -> Iterator[tuple[str, object]]:
+    for number, line in enumerate(file, 1):
+        if line.isspace():
+            continue
+        try:
+            yield f"line {number}", json.loads(line.decode())
+        except ValueError as error:
+            raise ValueError(f"JSON parse error in line {number}: {reason(error)}") from error
+
+
+def _json_values(file: BinaryIO) -> Iterator[tuple[str, object]]:
+    """The members of a list, or the values of a file that holds several, in any layout."""
+    text = io.TextIOWrapper(file, "utf-8", newline="")
+    decode, blank = json.JSONDecoder().raw_decode, re.compile(r"[ \t\r\n]*")
+    buffer = text.read(CHUNK).lstrip()
+    in_list = buffer.startswith("[")
+    at, number, after_comma, at_end = int(in_list), 1, True, False
+    while True:
+        at = blank.match(buffer, at).end()
+        if in_list and buffer.startswith("]", at):
+            if (buffer[at + 1 :] + text.read(CHUNK)).strip():
+                raise ValueError("JSON parse error: text after the list")
+            return
+        if in_list and not after_comma and buffer.startswith(",", at):
+            at, after_comma = at + 1, True
+            continue
+        if at < len(buffer):
+            if in_list and not after_comma:
+                raise ValueError(f"JSON parse error after record {number - 1}: expected a comma")
+            try:
+                value, at = decode(buffer, at)
+            except json.JSONDecodeError as error:
+                # an error at the end of the buffer may be one of a record that goes on
+                cut = error.msg.startswith("Unterminated string") or error.pos > len(buffer) - 32
+                if at_end or not cut or len(buffer) > MAX_JSON_RECORD:
+                    raise ValueError(f"JSON parse error in record {number}: {error.msg}") from error
+            else:
+                yield f"record {number}", value
+                number, after_comma = number + 1, False
+                continue
+        elif at_end:
+            break
+        more = text.read(max(CHUNK, len(buffer) - at))
+        buffer, at, at_end = buffer[at:] + more, 0, not more
+    if in_list:
+        raise ValueError("JSON parse error: the list has no end")
+
+
+def read_csv(file: BinaryIO, label: str, column: str | None, remark: Remark) -> Pieces:
+    """The rows of a CSV file with a header. Every value is text: 007, NA and null too.
+
+    Fields are separated by what separates the header's: comma, semicolon or tab. More fields than
+    the header has are an error, unless they are empty: an unquoted comma would cut the text.
+    """
+    text = io.TextIOWrapper(file, "utf-8-sig", newline="")
+    first = next((line for line in text if line.strip()), "")
+    separator = max(",", ";", "\t", key=first.count)  # the comma, if none is there
+    rows = csv.reader(itertools.chain([first], text), delimiter=separator, strict=True)
+    limit = csv.field_size_limit(MAX_CSV_FIELD)  # one for the whole process
+    try:
+        header = [name.strip() for name in next(rows, [])]
+        index = header.index(find_column(label, header, column))
+        for row in rows:
+            if any(row[len(header) :]):
+                raise ValueError(
+                    f"line {rows.line_num} has {len(row)} fields, but the header has "
+                    f"{len(header)}; a text with {separator!r} in it must be quoted"
+                )
+            if len(row) > index and row[index]:
+                yield row[index].encode(), True
+    except csv.Error as error:
+        raise ValueError(f"line {rows.line_num}: {error}; is a quote not closed?") from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def read_parquet(file: BinaryIO, label: str, column: str | None, remark: Remark) -> Pieces:
+    """The rows of a Parquet file.
+
+    The unit of reading is the page, whatever the size of the row group, and a page has to fit into
+    memory twice: at worst as it is in the file, and decompressed. Writers make pages of about 1 MB,
+    but some look at the size only once in 1024 rows: 40 rows of 5 MB in one page took 650 MB.
+    """
+    import pyarrow.parquet
+
+    # a buffer: without one, pyarrow would read a row group's column whole
+    options = {"pre_buffer": False, "buffer_size": CHUNK}
+    source = file.name if isinstance(file, io.BufferedReader) else file  # a path is read faster
+    with pyarrow.parquet.ParquetFile(source, **options) as parquet:
+        columns = parquet.schema_arrow.names
+        name = find_column(label, columns, column)
+        for batch in parquet.iter_batches(PARQUET_ROWS, columns=[name], use_threads=False):
+            for scalar in batch.column(name):
+                if text := document(label, name, scalar.as_py(), columns):
+                    yield text, True
+
+
+READERS: dict[str, Callable[[BinaryIO, str, str | None, Remark], Pieces]] = {
+    ".txt": read_text,
+    ".jsonl": read_json,
+    ".ndjson": read_json,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": read_csv,
+    ".parquet": read_parquet,
+}

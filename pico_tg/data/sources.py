@@ -1,0 +1,439 @@
+"""Sources: which files a local data set holds, which split each belongs to, and their documents.
+
+Whatever a folder or an archive holds is read, or `Splits.unused` names it and says why not.
+"""
+
+import glob
+import os
+import re
+import zipfile
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+from ..files import PicoError
+from .formats import (
+    READERS,
+    MissingColumn,
+    Pieces,
+    Remark,
+    decompress,
+    document,
+    find_column,
+    format_of,
+    reason,
+)
+
+SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+SPLITS = ["train", "validation", "test"]
+HUB = "hf://"
+KNOWN = f"{', '.join(READERS)}, each also compressed (.gz, .bz2, .xz) or in a .zip"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of a data set.
+
+    - name: the path within the data set, which tells format and split
+    - path: where it is: a local path, or hf://datasets/owner/name@revision/path
+    - member: the name within the archive `path`, if that is a .zip
+    """
+
+    name: str
+    path: str
+    member: str | None = None
+
+    def open(self, stack: ExitStack) -> BinaryIO:
+        """The content, decompressed, as a stream that seeks; `stack` closes it."""
+        if self.path.startswith(HUB):
+            from huggingface_hub import HfFileSystem
+
+            file = stack.enter_context(HfFileSystem().open(self.path.removeprefix(HUB), "rb"))
+        else:
+            file = stack.enter_context(open(self.path, "rb"))  # noqa: SIM115
+        if self.member is not None:
+            archive = stack.enter_context(zipfile.ZipFile(file))
+            file = stack.enter_context(archive.open(self.member))
+        elif file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise PicoError(f"{self.path} is a pointer of Git LFS; run: git lfs pull")
+        else:
+            file.seek(0)
+        return decompress(file, self.name)
+
+    def stamp(self) -> list:
+        """What changes whenever the content might: [path, member, size, time of change in ns]."""
+        if self.path.startswith(HUB):  # a revision never changes
+            return [self.path, self.member]
+        stat = os.stat(self.path)
+        return [os.path.abspath(self.path), self.member, stat.st_size, stat.st_mtime_ns]
+
+    def key(self) -> tuple:
+        """Equal for two names of one file, links included."""
+        if self.path.startswith(HUB):
+            return self.path, self.member
+        stat = os.stat(self.path)
+        return stat.st_dev, stat.st_ino, self.member
+
+
+@dataclass(frozen=True)
+class Source:
+    """One split, not yet read.
+
+    - label: for messages
+    - identity: JSON that changes whenever the text might, so that a cache is found by it
+    - read: the documents; raises PicoError and nothing else
+    - size: bytes, if known beforehand, for the progress bar
+    - files: what is read, in this order; none where `datasets` reads the rows
+    """
+
+    label: str
+    identity: list
+    read: Callable[[Remark], Pieces]
+    size: int | None = None
+    files: tuple[File, ...] = ()
+
+
+@dataclass
+class Splits:
+    """The splits of a data set by name, and sentences on what no split holds."""
+
+    sources: dict[str, Source] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
+    revision: str | None = None
+
+    def pick(self, name: str | None, dataset: str) -> Source:
+        """The split `name`; None is `train` if there is one, otherwise the only split."""
+        if name is None:
+            name = next(iter(self.sources)) if len(self.sources) == 1 else "train"
+        found = self.find(name)
+        if found is None:
+            raise PicoError(f"{dataset} has no split {name!r}; there is: {', '.join(self.sources)}")
+        return found
+
+    def find(self, name: str) -> Source | None:
+        """The split `name`, or the one that means the same, such as dev for validation."""
+        same = [n for n in self.sources if SPLIT_WORDS.get(n, n) == SPLIT_WORDS.get(name, name)]
+        return self.sources.get(name, self.sources[same[0]] if same else None)
+
+
+def split_of(name: str) -> str:
+    """The split that a path within a data set belongs to; the file's own name counts first.
+
+    Where one name holds the words of several splits, it is not training data.
+    """
+    for part in reversed(name.lower().split("/")):
+        found = {SPLIT_WORDS[word] for word in re.split(r"[\W\d_]+", part) if word in SPLIT_WORDS}
+        if found:
+            return max(found, key=SPLITS.index)
+    return "train"
+
+
+def _split_order(item: tuple[str, object]) -> int:
+    return SPLITS.index(item[0]) if item[0] in SPLITS else len(SPLITS)
+
+
+def listed(names: Iterable[str], limit: int = 5) -> str:
+    """Names in a line: the first ones, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+# Files --------------------------------------------------------------------------------------------
+
+
+def file_source(label: str, files: Iterable[File], column: str | None) -> Source:
+    """The documents of `files`, one file after another."""
+    files = tuple(files)
+    stamps = [file.stamp() for file in files]
+    only_text = all(os.path.splitext(file.name.lower())[1] == ".txt" for file in files)
+    known = only_text and all(len(stamp) == 4 and stamp[1] is None for stamp in stamps)
+    return Source(
+        label,
+        ["files", column, stamps],
+        partial(_read_files, label, files, column),
+        sum(stamp[2] for stamp in stamps) if known else None,
+        files,
+    )
+
+
+def _read_files(label: str, files: tuple[File, ...], column: str | None, remark: Remark) -> Pieces:
+    missing = []
+    for file in files:
+        name = label if len(files) == 1 else f"{file.name} in {label}"
+        try:
+            with ExitStack() as stack:
+                reader = READERS[format_of(file.name)]
+                yield from reader(file.open(stack), name, column, remark)
+        except MissingColumn as error:
+            missing.append(error)
+            remark(f"left out: {error}")
+        except PicoError:
+            raise
+        except Exception as error:  # OSError, ValueError; pyarrow, zlib and the hub have their own
+            raise PicoError(f"cannot read {name}: {reason(error)}") from error
+    if len(missing) == len(files):
+        raise missing[0]
+
+
+def without(source: Source, files: Iterable[File], column: str | None) -> Source | None:
+    """`source` without `files`; None if nothing is left."""
+    keys = {file.key() for file in files}
+    left = [file for file in source.files if file.key() not in keys]
+    if len(left) == len(source.files):
+        return source
+    return file_source(source.label, left, column) if left else None
+
+
+def one_file(path: str) -> list[File]:
+    """The file `path`, or what an archive of that name holds."""
+    files, _ = expand_archives([File(os.path.basename(path), path)])
+    if not files:
+        raise PicoError(f"cannot tell what {path} is by its name; the formats are {KNOWN}")
+    return files
+
+
+def expand_archives(found: Iterable[File]) -> tuple[list[File], dict[str, str]]:
+    """The files that have a reader, those of archives too; and why each of the others has none."""
+    files, unused = [], {}
+    for file in found:
+        if file.name.lower().endswith(".zip"):
+            inner = [File(f"{file.name}/{name}", file.path, name) for name in _members(file)]
+        else:
+            inner = [file]
+        for member in inner:
+            if format_of(member.name):
+                files.append(member)
+            else:
+                unused[member.name] = "no format that is read"
+    return files, unused
+
+
+def _members(archive: File) -> list[str]:
+    try:
+        with ExitStack() as stack:
+            file = stack.enter_context(zipfile.ZipFile(archive.open(stack)))
+            names = [info.filename for info in file.infolist() if not info.is_dir()]
+    except (zipfile.BadZipFile, ValueError, OSError) as error:
+        raise PicoError(f"cannot read {archive.path}: {reason(error)}") from error
+    return sorted(name for name in names if not _hidden(name) and "__MACOSX/" not in name)
+
+
+def _hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))
+
+
+# Folders ------------------------------------------------------------------------------------------
+
+
+def local_folder(path: str, config: str | None, column: str | None) -> Splits:
+    """The splits of a folder: a saved dataset, a clone with configurations, or files by name."""
+    folder = Path(path)
+    names = {entry.name for entry in folder.iterdir()}
+    if "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= names:
+        return _saved(folder, column)
+    configs = _configurations(folder)
+    if config is not None and config not in configs and (folder / config).is_dir():
+        return local_folder(str(folder / config), None, column)
+    about = _choose(path, configs, config)
+    found, unused = _list_files(folder)
+    if not found:
+        raise PicoError(f"the folder {path} holds no files")
+    files, unread = expand_archives(found)
+    splits: dict[str, list[File]] = {}
+    if about is None:
+        for file in files:
+            if os.path.getsize(file.path) == 0 and len(files) > 1:
+                unused[file.name] = "empty"
+            else:
+                splits.setdefault(split_of(file.name), []).append(file)
+    else:
+        unread.pop("README.md", None)
+        for split, patterns in _patterns(about).items():
+            names = {n for p in patterns for n in glob.iglob(p, root_dir=folder, recursive=True)}
+            paths = {str(folder / name) for name in names}
+            splits[split] = [file for file in files if file.path in paths]
+        chosen = {file.name for members in splits.values() for file in members}
+        unused |= {f.name: "not in the configuration" for f in files if f.name not in chosen}
+    return _file_splits(path, splits, unused | unread, column)
+
+
+def local_archive(path: str, column: str | None) -> Splits:
+    """The splits of a .zip, by the names of its files."""
+    files, unused = expand_archives([File(os.path.basename(path), path)])
+    splits: dict[str, list[File]] = {}
+    for file in files:
+        splits.setdefault(split_of(file.member), []).append(file)
+    return _file_splits(path, splits, unused, column)
+
+
+def _file_splits(
+    path: str, splits: dict[str, list[File]], unused: dict[str, str], column: str | None
+) -> Splits:
+    splits = {name: files for name, files in splits.items() if files}
+    if not splits:
+        raise PicoError(f"{path} holds no data that can be read; the formats are {KNOWN}")
+    sources = {
+        name: file_source(path if len(splits) == 1 else f"{path}, split {name}", files, column)
+        for name, files in sorted(splits.items(), key=_split_order)
+    }
+    return Splits(sources, unused_sentences(unused))
+
+
+def _list_files(folder: Path) -> tuple[list[File], dict[str, str]]:
+    """The files in a folder and below, sorted, and why other things are none. Skips hidden names.
+
+    Raises OSError on a folder that cannot be listed.
+    """
+    found, unused = [], {}
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for root, folders, names in os.walk(folder, onerror=fail):
+        for path in (Path(root, name) for name in [*folders, *names]):
+            name = path.relative_to(folder).as_posix()
+            if _hidden(name):
+                continue
+            if path.is_file():
+                found.append(path)
+            elif path.is_symlink() or not path.is_dir():
+                unused[name] = "a link to a folder, or no file"
+    return [File(path.relative_to(folder).as_posix(), str(path)) for path in sorted(found)], unused
+
+
+def _choose(path: str, configs: dict[str, dict], name: str | None) -> dict | None:
+    """The configuration `name`, or the one that is the default; None if there are none."""
+    if name is None:
+        defaults = [n for n in configs if configs[n].get("default") or n == "default"]
+        if len(configs) > 1 and not defaults:
+            raise PicoError(
+                f"{path} has the configurations {', '.join(configs)}; name one, as in "
+                f"{path}:{next(iter(configs))}"
+            )
+        name = next(iter(defaults or configs), None)
+    elif name not in configs:
+        there = ", ".join(configs) or "none"
+        raise PicoError(f"{path} has no configuration {name!r}; there is: {there}")
+    return configs.get(name)
+
+
+def unused_sentences(unused: dict[str, str]) -> list[str]:
+    reasons: dict[str, list[str]] = {}
+    for name, why in unused.items():
+        reasons.setdefault(why, []).append(name)
+    return [f"{listed(names)} ({why})" for why, names in reasons.items()]
+
+
+def _configurations(folder: Path) -> dict[str, dict]:
+    """The configurations that the README.md of a hub data set declares, by name."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return {}
+    header = re.match(r"---\s*\n(.*?\n)---\s*(\n|$)", text, re.DOTALL)
+    if header is None or not re.search(r"^configs:", header[1], re.MULTILINE):
+        return {}
+    import yaml
+
+    try:
+        configs = yaml.safe_load(header[1])["configs"]
+        configs = {about["config_name"]: about for about in configs}
+        for about in configs.values():
+            _patterns(about)
+    except (yaml.YAMLError, TypeError, KeyError) as error:
+        raise PicoError(
+            f"cannot read the configs in {folder}/README.md: {reason(error)}"
+        ) from error
+    return configs
+
+
+def _patterns(about: dict) -> dict[str, list[str]]:
+    """The patterns of the files of each split of a configuration."""
+    files, base = about.get("data_files"), about.get("data_dir", "")
+    if files is None:
+        files = [f"{glob.escape(base)}/**" if base else "**"]
+        base = ""
+    if isinstance(files, dict):
+        files = [{"split": split, "path": path} for split, path in files.items()]
+    splits: dict[str, list[str]] = {}
+    for entry in [files] if isinstance(files, str) else files:
+        if isinstance(entry, str):
+            entry = {"split": "train", "path": entry}
+        paths = [entry["path"]] if isinstance(entry["path"], str) else entry["path"]
+        splits.setdefault(entry["split"], []).extend(os.path.join(base, path) for path in paths)
+    return splits
+
+
+# Data that is not in files of ours ----------------------------------------------------------------
+
+
+def python_docs() -> Splits:
+    """The texts of Python's own help."""
+    from pydoc_data.topics import topics
+
+    documents = [topics[name].encode() for name in sorted(topics) if topics[name]]
+
+    def read(remark: Remark) -> Pieces:
+        return ((text, True) for text in documents)
+
+    size = sum(map(len, documents))
+    identity = ["python-docs", [text.decode() for text in documents]]
+    return Splits({"train": Source("python-docs", identity, read, size)})
+
+
+def _saved(folder: Path, column: str | None) -> Splits:
+    files = [File(str(file), str(file)) for file in sorted(folder.rglob("*")) if file.is_file()]
+    identity = ["saved", column, [file.stamp() for file in files]]
+    try:
+        loaded = quiet_datasets().load_from_disk(str(folder))
+    except Exception as error:  # pyarrow and datasets each raise their own
+        raise PicoError(f"cannot read the dataset in {folder}: {reason(error)}") from error
+    return Splits(row_sources(str(folder), identity, loaded, column))
+
+
+def quiet_datasets():
+    """The `datasets` module. Its import takes seconds, so it waits until it is needed."""
+    import logging
+
+    import datasets
+    import huggingface_hub
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what goes wrong is raised as well
+    huggingface_hub.logging.set_verbosity(logging.ERROR)
+    return datasets
+
+
+def row_sources(label: str, identity: list, loaded, column: str | None) -> dict[str, Source]:
+    """The splits of what `datasets` has loaded, one document a row."""
+    splits = loaded if isinstance(loaded, dict) else {"train": loaded}
+    sources = {}
+    for name, split in splits.items():
+        text = label if len(splits) == 1 else f"{label}, split {name}"
+        read = partial(read_rows, text, split, column)
+        sources[str(name)] = Source(text, [*identity, str(name)], read)
+    return sources
+
+
+def read_rows(label: str, dataset, column: str | None, remark: Remark) -> Pieces:
+    try:
+        # Arrow batches are far faster than rows, and each text is copied only when it is yielded;
+        # few rows a batch, since `datasets` collects them in memory, and they may be long
+        for batch in dataset.with_format("arrow").iter(batch_size=16):
+            name = find_column(label, batch.column_names, column)
+            for scalar in batch.column(name):
+                if text := document(label, name, scalar.as_py(), batch.column_names):
+                    yield text, True
+    except PicoError:
+        raise
+    except Exception as error:  # pyarrow, fsspec and datasets each raise their own
+        raise PicoError(f"cannot read {label}: {reason(error)}") from error

@@ -1,0 +1,79 @@
+"""DataSpec: which data to train and validate on."""
+
+import dataclasses
+import os
+from dataclasses import dataclass
+
+from ..config import documented, setting
+from ..files import PicoError
+
+
+def _option(help: str) -> str | None:
+    return setting(help, None, minimum=None)
+
+
+@documented
+@dataclass(frozen=True)
+class DataSpec:
+    """What to train and validate on. Raises PicoError on options that cannot be.
+
+    A path may be a pathlib.Path. Names of files and folders tell splits as in Hugging Face
+    `datasets`: a name with the word train or training is training data; valid, validation, val or
+    dev is validation data; test, testing, eval or evaluation is left out unless it is asked for.
+    Files without such a word are training data.
+    """
+
+    dataset: str = setting(
+        "python-docs (in Python itself); a file (.txt, .jsonl, .json, .csv, .tsv or .parquet, "
+        "possibly compressed: .gz, .bz2, .xz), or a .zip or a folder of such files; a saved "
+        "Hugging Face dataset; or a name on the Hugging Face hub, owner/name. A .txt is one "
+        "document, or several with <|endoftext|> between them. PATH:CONFIG and owner/name:CONFIG "
+        "name one of several configurations",
+        "python-docs",
+        minimum=None,
+    )
+    column_name: str | None = _option("column that holds the text (default: text, else bytes)")
+    train_file: str | None = _option("file to train on, in the data set or anywhere")
+    validation_file: str | None = _option(
+        "file to validate on, in the data set or anywhere; never trained on"
+    )
+    train_split: str | None = _option(
+        "split to train on (default: train if there is one, else the only one)"
+    )
+    validation_split: str | None = _option(
+        "split to validate on (default: validation if there is one)"
+    )
+    validation_size: float | int | None = _option(
+        "without validation data, hold out the end: a fraction of the bytes below 1, or a number "
+        "of documents (default 0.05)"
+    )
+    revision: str | None = _option(
+        "revision of a data set on the hub: a commit, tag or branch (default: the newest, which a "
+        "run records)"
+    )
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if name == "validation_size" or (value is None and name != "dataset"):
+                continue
+            if not isinstance(value, str | os.PathLike) or isinstance(os.fspath(value), bytes):
+                raise PicoError(f"{name} must be a str or a path, not {value!r}")
+            if not os.fspath(value):
+                raise PicoError(
+                    "the dataset has no name; python-docs needs no download"
+                    if name == "dataset"
+                    else f"{name} is empty; leave it out or name one"
+                )
+            object.__setattr__(self, name, os.fspath(value))  # the dataclass is frozen
+        if self.validation_file is not None and self.validation_split is not None:
+            raise PicoError("give a validation_file or a validation_split, not both")
+        size = self.validation_size
+        if size is None:
+            return
+        whole = isinstance(size, int) and not isinstance(size, bool) and size >= 1
+        if not whole and not (isinstance(size, float) and 0 < size < 1):
+            raise PicoError(
+                "validation_size must be a fraction between 0 and 1, or a whole number of "
+                f"documents, not {size!r}"
+            )
