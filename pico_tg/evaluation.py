@@ -1,13 +1,14 @@
-"""Evaluation: bits per byte of a whole split, what each head knows, where the router fires.
+"""Evaluation: bits per byte of a text, the accuracy of each head, where the router fires.
 
-The split is read as one stream of bytes, in overlapping windows of context_len + stride bytes. Each
-window after the first scores its last `stride` positions, so that every position is scored once and
-has at least context_len bytes before it, or all there are. Attention in the blocks may reach
-further (their windows add up, and the latent ones count selected bytes), so more context can change
-the figures a little; less would measure the cold start of each window.
+`Validation` (during training) and `evaluate` (a report) run the same pass, `CausalPass`: the model
+with the routing of decoding, over windows of the text, so that every byte is predicted once.
 
-All sums are made on the host in float64, in the order of the text: the figures are the same on
-every run.
+- `Validation` cuts the text into windows that do not overlap, as training does.
+- `evaluate` takes overlapping windows of context_len + stride bytes. Each window after the first
+  scores its last `stride` positions, so that every position has at least context_len bytes before
+  it, or all that exist. Attention windows add up over the blocks, and latent windows count selected
+  bytes, so more context can still change the figures a little; less context would measure the
+  cold start of each window.
 """
 
 import dataclasses
@@ -18,30 +19,138 @@ from dataclasses import dataclass
 
 import numpy as np
 from tinygrad import Tensor, dtypes
-from tinygrad.helpers import Context
 
 from .config import PRECISIONS, TrainSettings
 from .data import MAX_BATCH_BYTES, Corpus, Data, DataSpec, load_data, load_whole
 from .files import PicoError
 from .generation import GeneratedByte
 from .model import Pico, cross_entropy, inputs_and_targets
-from .precision import choose_precision
 from .progress import Progress
 from .remat import graph_context
-from .runs import Record
 from .runtime import jit_method, on_devices
 
 SPLITS = ("validation", "train", "all")
 WHITESPACE = np.isin(np.arange(256), list(b" \t\n\v\f\r"))
-CONTINUATION = (np.arange(256) & 0xC0) == 0x80  # UTF-8: a byte within a character
+CONTINUATION = (np.arange(256) & 0xC0) == 0x80  # bytes 2 to 4 of a UTF-8 character
 WORD = np.array([chr(b).isalnum() or b == ord("_") if b < 128 else True for b in range(256)])
-PLACES = ("word_start", "word_inside", "whitespace", "punctuation", "continuation")
-BATCH_POSITIONS = 1 << 14  # of the windows of one pass, where nobody says otherwise
+BATCH_POSITIONS = 1 << 14  # positions of one pass of `evaluate` unless batch_size is given
+
+# flags of a position, about the byte that it predicts
+REAL = 1  # within the data, not padding
+SCORED = 2  # text of a document, not a wrapper tag
+WHOLE = 4  # scored, in a window without padding
+
+
+class CausalPass:
+    """One compiled pass over a batch of windows, with causal routing.
+
+    The latent blocks get twice the capacity in slots, which keeps them cheap. A batch in which a
+    window routes more bytes than that is computed again with one slot a byte.
+    """
+
+    def __init__(
+        self, model: Pico, length: int, settings: TrainSettings, devices: tuple[str, ...] = ()
+    ) -> None:
+        self.model, self.length, self.settings, self.devices = model, length, settings, devices
+        self.slots = min(length, 2 * max(1, model.config.capacity(length)))
+        self.few_slots = jit_method(self._graph, self.slots)
+        self.all_slots = jit_method(self._graph, length)
+
+    def _graph(self, count: int, windows: Tensor, flags: Tensor) -> tuple[Tensor, ...]:
+        x, targets = inputs_and_targets(windows, 1)
+        logits, router_logits, decisions = self.model(x, causal=True, count=count)
+        figures = self.figures(x, targets[:, :, 0], flags, logits, router_logits, decisions)
+        routed = (decisions & _has(flags, REAL)).sum(axis=1, dtype=dtypes.int32).max()
+        results = tuple(t.contiguous() for t in (*figures, routed))
+        Tensor.realize(*results)
+        return results
+
+    def figures(
+        self,
+        x: Tensor,
+        targets: Tensor,
+        flags: Tensor,
+        logits: Tensor,
+        router_logits: Tensor,
+        decisions: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """What a pass returns: a function of what `Pico` made of x [B, N]; flags uint8 [B, N]."""
+        raise NotImplementedError
+
+    def run(self, windows: np.ndarray, flags: np.ndarray) -> list[np.ndarray]:
+        """The figures of windows uint8 [B, N + 1], with flags uint8 [B, N] of their positions."""
+        inputs = [on_devices(array, self.devices, 0) for array in (windows, flags)]
+        with graph_context(self.settings, self.devices):
+            *figures, routed = self.few_slots(*inputs)
+            if routed.item() > self.slots:
+                *figures, routed = self.all_slots(*inputs)
+            return [figure.numpy() for figure in figures]
+
+
+class Validation(CausalPass):
+    """Bits per byte of the same held-out windows every time, wrapper bytes left out.
+
+    Measured with causal routing, as decoding routes, and with the routing of training, whose top-k
+    sees the whole window. Raises PicoError if the corpus holds no byte to predict.
+    """
+
+    def __init__(
+        self,
+        model: Pico,
+        corpus: Corpus,
+        settings: TrainSettings,
+        devices: tuple[str, ...] = (),
+    ) -> None:
+        data = corpus.bytes[: settings.validation_bytes]
+        total = max(1, len(data) - 1)  # positions that have a next byte
+        length = min(settings.context_len, total)
+        super().__init__(model, length, settings, devices)
+        count = math.ceil(total / length)
+        share = max(1, len(devices))  # each device takes as many windows as the others
+        self.batch_size = math.ceil(min(settings.batch_size, count) / share) * share
+        count = math.ceil(count / self.batch_size) * self.batch_size
+        starts = np.arange(count) * length
+        self.windows = _windows_at(data, starts, length)
+        real = _windows_at(np.ones(len(data), bool), starts, length)[:, 1:]
+        scored = _windows_at(~corpus.wrapper_mask(0, len(data)), starts, length)[:, 1:]
+        # which bytes top-k selects depends on the whole window, so padding would change the figure
+        whole = scored & real.all(axis=1, keepdims=True)
+        whole = whole if whole.any() else scored
+        self.flags = (REAL * real + SCORED * scored + WHOLE * whole).astype(np.uint8)
+        self.scored, self.whole = int(scored.sum()), int(whole.sum())
+        if not self.scored:
+            raise PicoError(
+                f"the validation data has {len(data)} bytes, too few to measure anything; "
+                "hold out more with --dataset-validation-size"
+            )
+
+    def figures(self, x, targets, flags, logits, router_logits, decisions) -> tuple[Tensor]:
+        """float32 [3]: nats of scored bytes; nats of whole ones, by top-k; scored bytes routed."""
+        scored, whole = _has(flags, SCORED), _has(flags, WHOLE)
+        top_k, _, _ = self.model(x)
+        nats = scored.where(cross_entropy(logits[:, :, 0], targets), 0).sum()
+        nats_top_k = whole.where(cross_entropy(top_k[:, :, 0], targets), 0).sum()
+        return (Tensor.stack(nats, nats_top_k, (decisions & scored).cast(dtypes.float32).sum()),)
+
+    def __call__(self) -> dict[str, float]:
+        """Keys: validation_bits_per_byte, …_top_k, validation_router_rate, validation_seconds."""
+        start = time.perf_counter()
+        sums = np.zeros(3, np.float64)
+        for first in range(0, len(self.windows), self.batch_size):
+            rows = slice(first, first + self.batch_size)
+            sums += self.run(self.windows[rows], self.flags[rows])[0]
+        nats, nats_top_k, routed = sums.tolist()
+        return {
+            "validation_bits_per_byte": nats / (self.scored * math.log(2)),
+            "validation_bits_per_byte_top_k": nats_top_k / (self.whole * math.log(2)),
+            "validation_router_rate": routed / self.scored,
+            "validation_seconds": time.perf_counter() - start,
+        }
 
 
 @dataclass(frozen=True)
-class Place:
-    """One kind of byte: its share of all bytes and of the routed ones, and how many were routed."""
+class ByteKind:
+    """Router decisions of one kind of byte: shares of all and of the routed bytes, routed rate."""
 
     share_of_bytes: float
     share_of_decisions: float
@@ -50,7 +159,7 @@ class Place:
 
 @dataclass(frozen=True)
 class PrecisionRecall:
-    """Routed bytes taken for word boundaries: how many are, how many are found, and the F1."""
+    """Routed bytes as predictions of word boundaries: precision, recall, and their F1."""
 
     precision: float
     recall: float
@@ -59,30 +168,30 @@ class PrecisionRecall:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` measured. Only the documents' own text counts, never a wrapper tag.
+    """What `evaluate` measured. Only the text of the documents counts, never a wrapper tag.
 
     - bytes: of the text, each of them predicted once
-    - context_len, stride: see the module
-    - bits_per_byte: of head 0, routed causally; bits_per_byte_without_latent: the latent blocks
-      left out
+    - context_len, stride: of the windows, see `pico_tg.evaluation`
+    - bits_per_byte: of head 0, with causal routing; bits_per_byte_without_latent: the same without
+      the latent blocks
     - head_accuracy [T]: how often the likeliest byte of head k at position i is byte i + 1 + k
     - drafts_right_text, drafts_right_greedy [T - 1]: how often the first j drafts of a pass are all
-      right. A draft is the likeliest byte of head j at position i. By the text it is right if it is
-      byte i + 1 + j; greedily if it is the likeliest byte of head 0 at position i + j, given the
-      text before it
-    - accepted_text, accepted_greedy: accepted drafts a pass with T - 1 drafts in each, where the
-      next pass begins behind the bytes that the last one made. The first is what decoding sees that
-      writes this very text; the second estimates decoding at temperature 0 (which sees its own
-      text, likelier than this one)
+      accepted. Draft j at position i is the likeliest byte of head j. Against the text it is
+      accepted if it equals byte i + 1 + j; greedily, if it equals the likeliest byte of head 0 at
+      position i + j, given the text up to there
+    - accepted_text, accepted_greedy: mean number of accepted drafts of a pass with T - 1 drafts,
+      where each pass begins after the bytes that the former pass produced. The first is the figure
+      of a decoder that writes this very text; the second estimates decoding at temperature 0
+      (whose own text is likelier than this one)
     - router_rate: share of the bytes that went through the latent blocks
-    - places: by kind of byte. word_start is the first byte of a word (ASCII letters, digits, _ and
-      all characters beyond ASCII), word_inside its other characters' first bytes, whitespace,
-      punctuation (other ASCII), continuation (later bytes of a UTF-8 character): each byte is one
-      of these; and, once more, after_whitespace
-    - boundaries: routed bytes against after_whitespace, bytes of text whose predecessor in the
-      document is whitespace while they are not; boundaries_random: the expectation of routing every
-      byte with probability router_rate (the F1 is that of the expected precision and recall)
-    - passage: of the first bytes of the text, for each document one list of records
+    - places: router decisions by kind of byte. Each byte is one of: word_start, the first byte of a
+      word (ASCII letters, digits, _ and all characters beyond ASCII); word_inside, the first byte
+      of a later character of a word; whitespace; punctuation (other ASCII); continuation (byte 2 to
+      4 of a UTF-8 character). In addition: after_whitespace
+    - boundaries: routed bytes against after_whitespace, the bytes that are not whitespace while
+      their predecessor in the document is; boundaries_random: the expectation if every byte were
+      routed with probability router_rate (F1 of the expected precision and recall)
+    - passage: records of the first bytes, one list for each document
     """
 
     bytes: int
@@ -96,7 +205,7 @@ class Evaluation:
     accepted_text: float
     accepted_greedy: float
     router_rate: float
-    places: dict[str, Place]
+    places: dict[str, ByteKind]
     boundaries: PrecisionRecall
     boundaries_random: PrecisionRecall
     passage: list[list[GeneratedByte]] = dataclasses.field(repr=False)
@@ -121,21 +230,22 @@ def evaluate(
     passage: int = 0,
     progress: bool = False,
 ) -> Evaluation:
-    """Measure `model` on a split of a data set.
+    """Measure `model` on a split of a data set. The result is the same on every run.
 
-    - dataset: what `pico_tg.DataSpec` takes, or its `dataset` alone, or loaded data; None is
-      `python-docs`. A corpus is measured as it is
-    - split: validation (held out if the data set has none); train; or all, train together with
-      what is held out of it
-    - context_len: bytes that each byte has before it, or all there are; stride: new bytes a window
-      (default: context_len, which takes in every byte twice)
+    - dataset: what `pico_tg.DataSpec` takes, or only its `dataset`, or loaded data; None is
+      `python-docs`. A corpus is measured whole
+    - split: validation (held out if the data set has none), train, or all (train together with
+      what is held out of it)
+    - context_len: bytes before each predicted byte, where the text has them; stride: new bytes of a
+      window (default: context_len, so that every byte is computed twice)
     - batch_size: windows of one pass (default: as many as make 16,384 positions)
-    - max_bytes: only the first so many bytes of the split, wrapper tags included
+    - max_bytes: only the first max_bytes bytes of the split, wrapper tags included
     - precision: see `pico_tg.TrainSettings`
-    - passage: return records of the text among the first so many bytes
+    - passage: return records of the first `passage` bytes
     - progress: show a bar on stderr
 
-    Raises PicoError on a bad option, and on data with no byte to predict.
+    Memory: about 25 + T bytes for each byte of the split. Raises PicoError on a bad option, and on
+    data with no byte to predict.
     """
     stride = context_len if stride is None else stride
     options = {"context_len": context_len, "stride": stride, "batch_size": batch_size}
@@ -150,42 +260,36 @@ def evaluate(
         data = spec if isinstance(spec, Data) else load_data(spec, progress=progress)
         corpus = data.validation if split == "validation" else data.train
     total = min(len(corpus.bytes), max_bytes or len(corpus.bytes))
-
-    length = min(context_len + stride, total)
-    batch_size = batch_size or max(1, BATCH_POSITIONS // length)
-    windows = list(_windows(total, length, min(stride, length)))
-    batch_size = min(batch_size, len(windows))
-    if batch_size * length > MAX_BATCH_BYTES:
-        raise PicoError(
-            f"{batch_size} windows of {length:,} bytes are more than the {MAX_BATCH_BYTES:,} bytes "
-            "that are taken for a mistake; take a smaller context_len, stride or batch_size"
-        )
-    tally = Metrics(corpus, total, model.config.next_tokens, passage)
-    if not tally.has_targets():
+    text = ~corpus.wrapper_mask(0, total)
+    if not text[1:].any():
         part = "data" if split == "all" else f"{split} data"
         raise PicoError(
             f"the first {total:,} bytes of the {part} hold no byte to predict; take more of them, "
             "or other data"
         )
-    measure = _Measure(model, length)
-    bf16 = int(choose_precision(precision) == "bf16")
-    with Progress(
-        total=total, desc="evaluating", unit="B", unit_scale=True, disable=not progress
-    ) as bar:
+    length = min(context_len + stride, total)
+    windows = list(_windows(total, length, min(stride, length)))
+    batch_size = min(batch_size or max(1, BATCH_POSITIONS // length), len(windows))
+    if batch_size * length > MAX_BATCH_BYTES:
+        raise PicoError(
+            f"{batch_size} windows of {length:,} bytes are more than the {MAX_BATCH_BYTES:,} bytes "
+            "that are taken for a mistake; take a smaller context_len, stride or batch_size"
+        )
+    measured = _Measured(corpus, text, model.config.next_tokens)
+    run = _TextPass(model, length, TrainSettings(precision=precision)).run
+    bar = Progress(total=total, desc="evaluating", unit="B", unit_scale=True, disable=not progress)
+    with bar:
         for first in range(0, len(windows), batch_size):
             rows = windows[first : first + batch_size]
-            inputs = np.zeros((batch_size, length + 1), np.uint8)
-            for row, (start, _, _) in enumerate(rows):
-                piece = corpus.bytes[start : min(start + length + 1, total)]
-                inputs[row, : len(piece)] = piece
-            real = np.array([min(length, total - start) for start, _, _ in rows])
-            with Context(PICO_BF16=bf16):
-                results = measure(inputs, real)
+            # rows that the last batch lacks lie after the end: padding
+            starts = np.array([start for start, _, _ in rows] + [total] * (batch_size - len(rows)))
+            real = starts[:, None] + np.arange(1, length + 1) < total
+            figures = run(_windows_at(measured.data, starts, length), real.astype(np.uint8))
             for row, (start, begin, end) in enumerate(rows):
-                scored = slice(begin - start, end - start)
-                tally.add(begin, *(result[row, scored] for result in results))
+                for array, figure in zip(measured.arrays, figures, strict=True):
+                    array[begin:end] = figure[row, begin - start : end - start]
                 bar.update(end - begin)
-    return tally.result(context_len, stride)
+    return measured.evaluation(context_len, stride, passage)
 
 
 def check_options(
@@ -215,331 +319,158 @@ def check_options(
 
 
 def _windows(total: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """(where a window starts, the first position that it scores, behind the last one)."""
+    """(start of a window, first position that it scores, end of those positions)."""
     yield 0, 0, length
     for begin in range(length, total, stride):
         yield begin + stride - length, begin, min(begin + stride, total)
 
 
-class _Measure:
-    """One pass over a batch of windows: arrays of what the model says at each position."""
+def _windows_at(values: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
+    """values [N] at starts [B] and the `length` places after each: [B, length + 1], 0 after N."""
+    at = starts[:, None] + np.arange(length + 1)  # (B, length + 1)
+    return np.where(at < len(values), values[np.minimum(at, len(values) - 1)], values.dtype.type(0))
 
-    def __init__(self, model: Pico, length: int) -> None:
-        self.model, self.length = model, length
-        # few slots make latent blocks cheap; where they do not suffice there is one for each byte
-        self.slots = min(length, 2 * max(1, model.config.capacity(length)))
-        self.some = jit_method(self._pass, self.slots)
-        self.all = jit_method(self._pass, length)
-        self.without = jit_method(self._without)
 
-    def _pass(self, count: int, windows: Tensor) -> tuple[Tensor, ...]:
-        x, targets = windows[:, :-1], windows[:, 1:]  # not contiguous: see inputs_and_targets
-        logits, z, decisions = self.model(x, causal=True, count=count)
+def _has(flags: Tensor, flag: int) -> Tensor:
+    return (flags & flag).cast(dtypes.bool)
+
+
+class _TextPass(CausalPass):
+    def figures(self, x, targets, flags, logits, router_logits, decisions) -> tuple[Tensor, ...]:
+        """The arrays of `_Measured`, of each position [B, N, …]."""
+        without, _, _ = self.model(x, causal=True, count=0)
+        nats, nats_without = (cross_entropy(y[:, :, 0], targets) for y in (logits, without))
         guesses = logits.argmax(axis=-1).cast(dtypes.uint8)
-        nats = cross_entropy(logits[:, :, 0], targets)
-        results = tuple(t.contiguous() for t in (nats, guesses, z, decisions))
-        Tensor.realize(*results)
-        return results
-
-    def _without(self, windows: Tensor) -> Tensor:
-        x, targets = windows[:, :-1], windows[:, 1:]  # not contiguous: see inputs_and_targets
-        logits, _, _ = self.model(x, causal=True, count=0)
-        return cross_entropy(logits[:, :, 0], targets).contiguous().realize()
-
-    def __call__(self, windows: np.ndarray, real: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Bytes [B, L + 1], and how many of each row's L inputs are no padding -> arrays.
-
-        Nats of head 0 [B, L], the same without latent blocks [B, L], the likeliest byte of each
-        head [B, L, T], router logits [B, L], decisions [B, L].
-        """
-        x = Tensor(windows).realize()
-        nats, guesses, z, decisions = (t.numpy() for t in self._graph()(x))
-        most = max(int(row[:n].sum()) for row, n in zip(decisions, real, strict=False))
-        if most > self.slots:  # from here on: text like this has more of them
-            self.slots = self.length
-            nats, guesses, z, decisions = (t.numpy() for t in self._graph()(x))
-        return nats, self.without(x).numpy(), guesses, z, decisions
-
-    def _graph(self):
-        return self.all if self.slots == self.length else self.some
+        return nats, nats_without, guesses, router_logits, decisions
 
 
-class Metrics:
-    """The figures, summed over pieces of the text that come in order."""
+class _Measured:
+    """A text of N bytes, what the model says at each position, and the figures made of that."""
 
-    def __init__(self, corpus: Corpus, total: int, next_tokens: int, passage: int) -> None:
-        self.corpus, self.total, self.heads = corpus, total, next_tokens
-        self.nats = np.zeros(2)  # with the latent blocks, without
-        self.right, self.asked = np.zeros(next_tokens, np.int64), np.zeros(next_tokens, np.int64)
-        self.places = {name: np.zeros(2, np.int64) for name in (*PLACES, "after_whitespace")}
-        self.counted = np.zeros(2, np.int64)  # bytes of text, routed ones
-        self.drafts = [_Drafts(next_tokens - 1) for _ in range(2)]  # by the text, greedily
-        # the newest positions wait for what head 0 says at those after them
-        self.waiting, self.waiting_from = np.zeros((0, next_tokens), np.uint8), 0
-        self.passage = np.zeros((min(passage, total), 4))  # nats, router logit, decision, drafted
+    def __init__(self, corpus: Corpus, text: np.ndarray, next_tokens: int) -> None:
+        N = len(text)
+        self.corpus, self.data = corpus, corpus.bytes[:N]
+        self.text = text  # bool [N]: not of a wrapper tag
+        self.nats = np.zeros(N, np.float32)  # of head 0, at position i for byte i + 1
+        self.nats_without = np.zeros(N, np.float32)  # likewise, without latent blocks
+        self.guesses = np.zeros((N, next_tokens), np.uint8)  # the likeliest byte of each head
+        self.router_logits = np.zeros(N, np.float32)
+        self.decisions = np.zeros(N, bool)
+        self.arrays = (
+            self.nats, self.nats_without, self.guesses, self.router_logits, self.decisions,
+        )  # fmt: skip
 
-    def has_targets(self) -> bool:
-        """Whether any byte of text has a byte before it."""
-        step = 1 << 20
-        pieces = (self._text(first, first + step)[1] for first in range(1, self.total, step))
-        return any(own.any() for own in pieces)
-
-    def _text(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Bytes [start, stop), and which of them are a document's own text; zeros elsewhere."""
-        data, own = np.zeros(stop - start, np.uint8), np.zeros(stop - start, bool)
-        first, last = max(start, 0), min(stop, self.total)
-        if first < last:
-            inside = slice(first - start, last - start)
-            data[inside] = self.corpus.bytes[first:last]
-            own[inside] = ~self.corpus.wrapper_mask(first, last)
-        return data, own
-
-    def add(
-        self,
-        start: int,
-        nats: np.ndarray,
-        nats_without: np.ndarray,
-        guesses: np.ndarray,
-        z: np.ndarray,
-        decisions: np.ndarray,
-    ) -> None:
-        """What was measured at the positions from `start` on: [n], guesses [n, T]."""
-        n = len(nats)
-        data, own = self._text(start - 1, start + n + self.heads)
-        for which, values in enumerate((nats, nats_without)):
-            self.nats[which] += values[own[2 : 2 + n]].sum(dtype=np.float64)
-        for k in range(self.heads):
-            target, asked = data[2 + k : 2 + k + n], own[2 + k : 2 + k + n]
-            self.right[k] += int((asked & (guesses[:, k] == target)).sum())
-            self.asked[k] += int(asked.sum())
-        self._add_decisions(data[: n + 1], own[: n + 1], decisions.astype(bool))
-        if start < len(self.passage):
-            self._keep(start, nats, z, decisions)
-        self.waiting = np.concatenate([self.waiting, guesses])
-        self._settle(start + n == self.total)
-
-    def _add_decisions(self, data: np.ndarray, own: np.ndarray, decisions: np.ndarray) -> None:
-        """`data` and `own` begin one byte earlier than `decisions`."""
-        before, byte, own_before, counts = data[:-1], data[1:], own[:-1], own[1:]
-        inside = own_before & WORD[before]
-        plain = ~WHITESPACE[byte] & ~CONTINUATION[byte]
-        kinds = {
-            "word_start": plain & WORD[byte] & ~inside,
-            "word_inside": plain & WORD[byte] & inside,
-            "whitespace": WHITESPACE[byte],
-            "punctuation": plain & ~WORD[byte],
-            "continuation": CONTINUATION[byte],
-            "after_whitespace": ~WHITESPACE[byte] & own_before & WHITESPACE[before],
-        }
-        for name, kind in kinds.items():
-            kind = kind & counts
-            self.places[name] += (kind.sum(), (kind & decisions).sum())
-        self.counted += (counts.sum(), (counts & decisions).sum())
-
-    def _keep(self, start: int, nats: np.ndarray, z: np.ndarray, decisions: np.ndarray) -> None:
-        kept = self.passage[start : start + len(z)]
-        kept[:, 1], kept[:, 2] = z[: len(kept)], decisions[: len(kept)]
-        later = self.passage[start + 1 : start + 1 + len(nats)]  # nats are of the next byte
-        later[:, 0] = nats[: len(later)]
-
-    def _settle(self, end: bool) -> None:
-        """Count the drafts of positions behind which enough is known, or all at the end."""
-        reach = self.heads - 1
-        count = len(self.waiting) if end else max(0, len(self.waiting) - reach)
-        if not count:
-            return
-        start = self.waiting_from
-        data, own = self._text(start, start + count + 1 + reach)
-        ahead = np.zeros((count + reach, self.heads), np.uint8)
-        ahead[: min(len(self.waiting), count + reach)] = self.waiting[: count + reach]
-        column = np.arange(1, reach + 1)
-        at = np.arange(count)[:, None]
-        drafts, counts = ahead[:count, 1:], own[at + 1 + column]
-        by_text = counts & (drafts == data[at + 1 + column])
-        greedy = counts & (drafts == ahead[at + column, 0])
-        accepted = self.drafts[0].add(start, by_text, own[1 : count + 1])
-        self.drafts[1].add(start, greedy, own[1 : count + 1])
-        for first, number in accepted:
-            self.passage[first : first + number, 3] = 1
-        self.waiting, self.waiting_from = self.waiting[count:], start + count
-
-    def result(self, context_len: int, stride: int) -> Evaluation:
-        count, routed = (int(n) for n in self.counted)
-        bits = self.nats / (count * math.log(2))
-        if not np.isfinite(bits).all():
+    def evaluation(self, context_len: int, stride: int, passage: int) -> Evaluation:
+        count, routed = int(self.text.sum()), int((self.text & self.decisions).sum())
+        bits, bits_without = (
+            nats[:-1][self.text[1:]].sum(dtype=np.float64) / (count * math.log(2))
+            for nats in (self.nats, self.nats_without)
+        )
+        if not np.isfinite([bits, bits_without]).all():
             raise PicoError("the model's loss on these data is not finite; try --precision fp32")
         rate = routed / count
-        places = {
-            name: Place(int(n) / count, _ratio(int(hits), routed), _ratio(int(hits), int(n)))
-            for name, (n, hits) in self.places.items()
-        }
+        places = {}
+        for name, kind in self._kinds():
+            size, hits = int(kind.sum()), int((kind & self.decisions).sum())
+            places[name] = ByteKind(size / count, _ratio(hits, routed), _ratio(hits, size))
         boundary = places["after_whitespace"]
+        right_text, accepted_text, drafted = self._drafts(self.data)
+        # the byte that head 0 prefers, at the place of the byte that it predicts
+        greedy = np.concatenate([self.data[:1], self.guesses[:-1, 0]])
+        right_greedy, accepted_greedy, _ = self._drafts(greedy)
         return Evaluation(
             bytes=count,
             context_len=context_len,
             stride=stride,
-            bits_per_byte=float(bits[0]),
-            bits_per_byte_without_latent=float(bits[1]),
-            head_accuracy=[
-                _ratio(int(right), int(asked))
-                for right, asked in zip(self.right, self.asked, strict=True)
-            ],
-            drafts_right_text=self.drafts[0].shares(),
-            drafts_right_greedy=self.drafts[1].shares(),
-            accepted_text=self.drafts[0].a_pass(),
-            accepted_greedy=self.drafts[1].a_pass(),
+            bits_per_byte=float(bits),
+            bits_per_byte_without_latent=float(bits_without),
+            head_accuracy=self._head_accuracy(),
+            drafts_right_text=right_text,
+            drafts_right_greedy=right_greedy,
+            accepted_text=accepted_text,
+            accepted_greedy=accepted_greedy,
             router_rate=rate,
             places=places,
-            boundaries=_match(boundary.share_of_decisions, boundary.rate),
-            boundaries_random=_match(boundary.share_of_bytes if rate else 0.0, rate),
-            passage=self._records(),
+            boundaries=_precision_recall(boundary.share_of_decisions, boundary.rate),
+            boundaries_random=_precision_recall(boundary.share_of_bytes if rate else 0.0, rate),
+            passage=self._records(passage, drafted),
         )
 
-    def _records(self) -> list[list[GeneratedByte]]:
-        size = len(self.passage)
-        data, own = self._text(0, size)
-        documents = np.searchsorted(self.corpus.offsets, np.arange(size), "right") - 1
-        weights = np.exp(-np.logaddexp(0, -self.passage[:, 1]))
+    def _head_accuracy(self) -> list[float]:
+        accuracy = []
+        for k in range(self.guesses.shape[1]):
+            text = self.text[1 + k :]
+            right = text & (self.guesses[: len(text), k] == self.data[1 + k :])
+            accuracy.append(_ratio(int(right.sum()), int(text.sum())))
+        return accuracy
+
+    def _drafts(self, truth: np.ndarray) -> tuple[list[float], float, np.ndarray]:
+        """Drafts against the bytes `truth` [N].
+
+        Returns how often the first j drafts are all right [T - 1], the mean number of accepted
+        drafts of a pass, and which bytes are accepted drafts, bool [N].
+        """
+        N, T = self.guesses.shape
+        starts = np.append(self.text[1:], False)  # positions at which a pass may begin
+        right, accepted, shares = starts.copy(), np.zeros(N, np.uint32), []
+        for j in range(1, T):
+            later = slice(min(1 + j, N), None)  # the byte that draft j of each position predicts
+            rest = N - later.start
+            right[:rest] &= self.text[later] & (self.guesses[:rest, j] == truth[later])
+            right[rest:] = False
+            accepted += right
+            shares.append(_ratio(int(right.sum()), int(starts.sum())))
+        # a pass at position i produces byte i + 1 and the accepted drafts after it
+        drafted, position, passes = np.zeros(N, bool), 0, 0
+        for position in _visited(1 + accepted):
+            if starts[position]:
+                passes += 1
+                drafted[position + 2 : position + 2 + accepted[position]] = True
+        return shares, _ratio(int(drafted.sum()), passes), drafted
+
+    def _kinds(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Names of the kinds of bytes, and which bytes of the text are of that kind, bool [N]."""
+        before = np.zeros(len(self.data), np.uint8)
+        before[1:] = self.data[:-1]
+        follows = np.append(False, self.text[:-1])  # the byte before is text as well
+        space, later, word = (table[self.data] for table in (WHITESPACE, CONTINUATION, WORD))
+        first = self.text & ~space & ~later
+        in_word = follows & WORD[before]
+        yield "word_start", first & word & ~in_word
+        yield "word_inside", first & word & in_word
+        yield "whitespace", self.text & space
+        yield "punctuation", first & ~word
+        yield "continuation", self.text & later
+        yield "after_whitespace", self.text & ~space & follows & WHITESPACE[before]
+
+    def _records(self, limit: int, drafted: np.ndarray) -> list[list[GeneratedByte]]:
+        at = np.flatnonzero(self.text[:limit])
+        documents = np.searchsorted(self.corpus.offsets, at, "right")
+        weights = np.exp(-np.logaddexp(0, -self.router_logits[at].astype(np.float64)))
         records: dict[int, list[GeneratedByte]] = {}
-        for p in np.flatnonzero(own):
-            nats, _, decision, drafted = self.passage[p]
+        for i, document, weight in zip(at, documents, weights, strict=True):
             record = GeneratedByte(
-                int(data[p]), float(weights[p]), bool(decision), -float(nats), bool(drafted)
+                int(self.data[i]),
+                float(weight),
+                bool(self.decisions[i]),
+                -float(self.nats[i - 1]),
+                bool(drafted[i]),
             )
-            records.setdefault(int(documents[p]), []).append(record)
+            records.setdefault(int(document), []).append(record)
         return list(records.values())
 
 
-class _Drafts:
-    """How many drafts of a pass are right, at every position and along the passes of a decoder."""
-
-    def __init__(self, most: int) -> None:
-        self.runs = np.zeros(most + 1, np.int64)  # positions with at least so many right drafts
-        self.passes = self.accepted = 0
-        self.next = 0  # the position at which the next pass gets its drafts
-
-    def add(self, start: int, right: np.ndarray, counts: np.ndarray) -> list[tuple[int, int]]:
-        """Positions from `start` on: right bool [n, T - 1]; counts [n]: the next byte is text.
-
-        Returns where drafts were accepted: (the first such byte, how many).
-        """
-        runs = np.cumprod(right, axis=1, dtype=np.int64).sum(axis=1)
-        for least in range(len(self.runs)):
-            self.runs[least] += int((counts & (runs >= least)).sum())
-        found = []
-        while self.next < start + len(runs):
-            run = int(runs[self.next - start])
-            if counts[self.next - start]:
-                self.passes += 1
-                self.accepted += run
-                found.append((self.next + 2, run))
-                self.next += run
-            self.next += 1
-        return found
-
-    def shares(self) -> list[float]:
-        return [_ratio(int(n), int(self.runs[0])) for n in self.runs[1:]]
-
-    def a_pass(self) -> float:
-        return _ratio(self.accepted, self.passes)
+def _visited(steps: np.ndarray) -> Iterator[int]:
+    """Positions from 0 on, each followed by the position steps[position] after it."""
+    steps, position = memoryview(steps), 0  # a memoryview yields Python's integers, and is faster
+    while position < len(steps):
+        yield position
+        position += steps[position]
 
 
 def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
-def _match(precision: float, recall: float) -> PrecisionRecall:
+def _precision_recall(precision: float, recall: float) -> PrecisionRecall:
     return PrecisionRecall(precision, recall, _ratio(2 * precision * recall, precision + recall))
-
-
-REAL, SCORED, WHOLE = 1, 2, 4  # flags of a byte: no padding, of a document's text, of a full window
-
-
-class Validation:
-    """Bits per byte on the same held-out windows every time, wrapper bytes left out.
-
-    Measured the way the model is used (causal routing) and, beside it, with the routing of
-    training, whose top-k may look ahead.
-    """
-
-    def __init__(
-        self,
-        model: Pico,
-        corpus: Corpus,
-        settings: TrainSettings,
-        devices: tuple[str, ...] = (),
-    ) -> None:
-        self.model, self.settings, self.devices = model, settings, devices
-        T = model.config.next_tokens
-        self.limit = settings.validation_bytes
-        held_out = corpus.bytes[: self.limit]
-        # a byte is scored when it has a byte before it and stands in a document's own text
-        scored = ~corpus.wrapper_mask(0, len(held_out))
-        length = min(settings.context_len, max(1, len(held_out) - 1))
-        count = math.ceil(max(1, len(held_out) - 1) / length)
-        self.batch_size = min(settings.batch_size, count)
-        if len(devices) > 1:  # each takes its share
-            self.batch_size = math.ceil(self.batch_size / len(devices)) * len(devices)
-        rounded = math.ceil(count / self.batch_size) * self.batch_size
-        padded = np.zeros(rounded * length + T, np.uint8)
-        padded[: len(held_out)] = held_out
-        flags = np.zeros(rounded * length + 1, np.uint8)
-        flags[: len(held_out)] = REAL + SCORED * scored
-        starts = np.arange(rounded)[:, None] * length
-        self.windows = padded[starts + np.arange(length + T)]  # (rounded, length + T)
-        self.flags = flags[starts + 1 + np.arange(length)]  # (rounded, length): of bytes predicted
-        # top-k routing looks at the whole window: where a part is padding, it means nothing
-        whole = (self.flags & REAL > 0).all(axis=1, keepdims=True) & (self.flags & SCORED > 0)
-        self.flags += (WHOLE * (whole if whole.any() else self.flags & SCORED > 0)).astype(np.uint8)
-        self.scored = [int((self.flags & flag > 0).sum()) for flag in (SCORED, WHOLE)]
-        if not self.scored[0]:
-            raise PicoError(
-                f"the validation data has {len(held_out)} bytes, too few to measure anything; "
-                "hold out more with --dataset-validation-size"
-            )
-        least = int(model.config.router != "none")
-        self.slots = min(length, 2 * max(least, model.config.capacity(length)))
-        self.length = length
-        self.measure = jit_method(self._measure)
-        self.measure_all = jit_method(self._measure_all)
-
-    def _measure(self, windows: Tensor, flags: Tensor) -> Tensor:
-        return self._sums(windows, flags, self.slots)
-
-    def _measure_all(self, windows: Tensor, flags: Tensor) -> Tensor:
-        return self._sums(windows, flags, self.length)
-
-    def _sums(self, windows: Tensor, flags: Tensor, count: int) -> Tensor:
-        x, targets = inputs_and_targets(windows, self.model.config.next_tokens)
-        real, scored, whole = ((flags & flag).cast(dtypes.bool) for flag in (REAL, SCORED, WHOLE))
-        causal, _, decisions = self.model(x, causal=True, count=count)
-        training, _, _ = self.model(x)
-        nats = [
-            mask.where(cross_entropy(logits[:, :, 0], targets[:, :, 0]), 0).sum()
-            for logits, mask in ((causal, scored), (training, whole))
-        ]
-        most = (decisions & real).sum(axis=1, dtype=dtypes.int32).max().cast(dtypes.float32)
-        chosen = (decisions & scored).cast(dtypes.float32).sum()
-        return Tensor.stack(*nats, chosen, most).realize()
-
-    def __call__(self) -> Record:
-        """Keys: validation_bits_per_byte, …_top_k, validation_router_rate, validation_seconds."""
-        start = time.perf_counter()
-        total = np.zeros(3, np.float64)
-        for first in range(0, len(self.windows), self.batch_size):
-            rows = slice(first, first + self.batch_size)
-            arrays = (self.windows[rows].copy(), self.flags[rows].copy())
-            inputs = [on_devices(array, self.devices, 0) for array in arrays]
-            with graph_context(self.settings, self.devices):
-                sums = self.measure(*inputs).numpy()
-                if sums[3] > self.slots:  # more bytes than there were slots: one for each
-                    sums = self.measure_all(*inputs).numpy()
-            total += sums[:3]
-        scored, whole = self.scored
-        bits = total / np.array([scored * math.log(2), max(1, whole) * math.log(2), scored])
-        return {
-            "validation_bits_per_byte": float(bits[0]),
-            "validation_bits_per_byte_top_k": float(bits[1]),
-            "validation_router_rate": float(bits[2]),
-            "validation_seconds": time.perf_counter() - start,
-        }

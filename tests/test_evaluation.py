@@ -3,16 +3,17 @@
 import dataclasses
 import json
 import math
-import sys
 
 import numpy as np
 import pytest
 from helpers import TINY as CONFIG
 from oracle import forward
-from tinygrad import Tensor, nn
+from tinygrad import Tensor, dtypes, nn
 
+from pico_tg import evaluation
+from pico_tg.config import TrainSettings
 from pico_tg.data import DataSpec, load_data, load_whole
-from pico_tg.evaluation import Evaluation, _Measure, _windows, check_options, evaluate
+from pico_tg.evaluation import CausalPass, Evaluation, _windows, check_options, evaluate
 from pico_tg.files import PicoError
 from pico_tg.model import Pico
 
@@ -217,11 +218,15 @@ def test_passage(found, read):
         assert record.router_decision == (read.router[p] > 0)
 
 
-def test_it_is_deterministic_and_json(found, data, model):
+@pytest.mark.slow
+def test_the_same_on_every_run_and_for_any_batch_size(found, data, model):
     assert evaluate(model, data, passage=60, **OPTIONS) == found
     one = evaluate(model, data, passage=60, **OPTIONS | {"batch_size": 1})
     assert one.bits_per_byte == pytest.approx(found.bits_per_byte)
     assert (one.head_accuracy, one.router_rate) == (found.head_accuracy, found.router_rate)
+
+
+def test_as_dict_is_json(found):
     values = json.loads(json.dumps(found.as_dict()))
     assert values["places"]["whitespace"]["rate"] == found.places["whitespace"].rate
     assert "passage" not in values
@@ -240,31 +245,34 @@ def test_windows_score_every_position_once(total, stride):
 
 
 def test_slots(read, data, model):
-    """The first batch has slots for all routed bytes of a window, the second has not."""
-    slots = _Measure(model, CONTEXT + STRIDE).slots
-    starts = [start for start, _, _ in _windows(len(read.data), CONTEXT + STRIDE, STRIDE)]
+    """The windows of the first batch fit twice the capacity, one of the second does not."""
+    length = CONTEXT + STRIDE
+    slots = CausalPass(model, length, TrainSettings()).slots
     named = {name: t.numpy() for name, t in nn.state.get_state_dict(model).items()}
-    most = []
-    for start in starts:
-        x = read.data[None, start : start + CONTEXT + STRIDE]
-        most.append(int(forward(named, CONFIG, x, causal=True)[2].sum()))
-    assert max(most[:2]) <= slots < max(most[2:4])
+    routed = []
+    for start, _, _ in _windows(len(read.data), length, STRIDE):
+        x = read.data[None, start : start + length]
+        routed.append(int(forward(named, CONFIG, x, causal=True)[2].sum()))
+    assert max(routed[:2]) <= slots < max(routed[2:4])
+
+
+class Decided(CausalPass):
+    """Returns the number of slots of the pass."""
+
+    def _graph(self, count, windows, flags):
+        decisions = windows[:, :-1].cast(dtypes.bool)
+        return Tensor([count]), (decisions & flags.cast(dtypes.bool)).sum(axis=1).max()
 
 
 def test_routed_padding_takes_no_slots(model):
-    """What a window has behind the end of the text may be routed too, and need not be served."""
-    decisions = np.zeros((2, 40), bool)
-    decisions[0, :20] = decisions[1, 5:35] = True
-    results = tuple(Tensor(a) for a in (np.zeros((2, 40)), np.zeros((2, 40, 3)), np.zeros((2, 40))))
-    measure = _Measure(model, 40)
+    """Bytes after the end of the text may be routed as well, and need no slot."""
+    decisions = np.zeros((2, 41), np.uint8)
+    decisions[0, :20] = decisions[1, 5:35] = 1
+    measure = Decided(model, 40, TrainSettings())
     assert measure.slots == 20
-    measure.some = measure.all = lambda x: (*results, Tensor(decisions))
-    measure.without = lambda x: results[0]
-    windows = np.zeros((2, 41), np.uint8)
-    measure(windows, np.array([40, 25]))
-    assert measure.slots == 20
-    measure(windows, np.array([40, 26]))
-    assert measure.slots == 40
+    for length, slots in ((25, 20), (26, 40)):
+        real = np.arange(40) < np.array([[40], [length]])
+        assert measure.run(decisions, real.astype(np.uint8))[0] == [slots]
 
 
 @pytest.mark.parametrize(
@@ -292,7 +300,7 @@ def test_other_parts(model, data, tmp_path, monkeypatch):
         measured.append(bytes(corpus.bytes))
         raise InterruptedError
 
-    monkeypatch.setattr(sys.modules["pico_tg.evaluation"], "Metrics", kept)
+    monkeypatch.setattr(evaluation, "_Measured", kept)
     whole = load_whole(data.spec, progress=False)
     for part, options in ((data, {"split": "train"}), (data.spec, {"split": "all"}), (whole, {})):
         with pytest.raises(InterruptedError):
@@ -307,6 +315,6 @@ def test_other_parts(model, data, tmp_path, monkeypatch):
 def test_bad_data(model, data, monkeypatch):
     with pytest.raises(PicoError, match="first 10 bytes of the validation data hold no byte"):
         evaluate(model, data, max_bytes=10)
-    monkeypatch.setattr(sys.modules["pico_tg.evaluation"], "MAX_BATCH_BYTES", 2 * CONTEXT)
+    monkeypatch.setattr(evaluation, "MAX_BATCH_BYTES", 2 * CONTEXT)
     with pytest.raises(PicoError, match=r"2 windows of 40 bytes .* smaller context_len"):
         evaluate(model, data, **OPTIONS)
