@@ -1,10 +1,10 @@
-"""The command line end to end, and every mistake: one line, status 2, nothing written."""
+"""The command line end to end; every mistake is one line, status 2, and nothing is written."""
 
+import contextlib
 import io
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,45 +14,69 @@ from pathlib import Path
 import helpers
 import numpy as np
 import pytest
+from helpers import FLAGS, FOX, SHORT, error_line, start, status
 
 from pico_tg.checkpoint import load
 from pico_tg.config import Config
 from pico_tg.evaluation import evaluate
 from pico_tg.files import PicoError
 from pico_tg.generation import GeneratedByte, generate
-from pico_tg.model import Pico
 from pico_tg.safetensors import read_safetensors, write_safetensors
 from pico_tg.tools import cli
 
 TINY = helpers.TINY.to_dict()
-FLAGS = helpers.flags(TINY)
-SHORT = helpers.flags(helpers.WINDOWS | {"max_steps": 3, "warmup_steps": 1})
+SCRIPTS = Path(__file__).parent / "scripts"
 
 
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "text.txt"
-    path.write_text("The quick brown fox jumps over the lazy dog. " * 50)
+    path.write_text(FOX)
     return path
 
 
 @pytest.fixture
 def model(tmp_path):
-    assert cli.main(["init", str(tmp_path / "model"), *FLAGS]) == 0
-    return tmp_path / "model"
+    path = tmp_path / "model"
+    path.mkdir()
+    helpers.TINY.to_json(path / "model.json")
+    return path
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
+    """A model with one run of three steps; tests must leave both as they are."""
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PICO_CACHE", str(folder / "cache"))
-        (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 50)
+        (folder / "text.txt").write_text(FOX)
         assert cli.main(["init", str(folder / "model"), *FLAGS]) == 0
-        assert (
-            cli.main(["train", str(folder / "model"), "run", str(folder / "text.txt"), *SHORT]) == 0
-        )
+        train = ["train", str(folder / "model"), "run", str(folder / "text.txt")]
+        assert cli.main([*train, *SHORT]) == 0
     return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def measured(trained):
+    """What evaluating the run of `trained` gives."""
+    text = str(trained.parent / "text.txt")
+    return evaluate(load(trained, "run"), text, context_len=40, passage=4000)
+
+
+@pytest.fixture
+def weights(model, trained):
+    """`model` with a run of weights alone, without a training.json."""
+    (model / "run").mkdir()
+    data = (trained / "run" / "00000003.safetensors").read_bytes()
+    (model / "run" / "00000003.safetensors").write_bytes(data)
+    return model
+
+
+def contents(folder: Path) -> list[tuple[str, bytes]]:
+    return sorted((path.name, path.read_bytes()) for path in folder.iterdir())
+
+
+# ------------------------------------------------------------------------------------------- init
 
 
 def test_init_describes_the_model(tmp_path, capsys):
@@ -64,11 +88,36 @@ def test_init_describes_the_model(tmp_path, capsys):
     assert f"{config.parameters:,} parameters" in capsys.readouterr().out
 
 
-def test_parameter_count_is_the_model_s():
-    from tinygrad import nn
+def test_init_takes_an_empty_folder_only(model, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert status(["init", str(tmp_path / "empty")]) == 0
+    assert (tmp_path / "empty" / "model.json").exists()
+    capsys.readouterr()
+    before = contents(model)
+    (tmp_path / "file").touch()
+    for path in (model, tmp_path / "file"):
+        assert status(["init", str(path)]) == 2
+        assert "exists" in error_line(capsys)
+    assert contents(model) == before
 
-    config = Config(**TINY)
-    assert config.parameters == sum(p.numel() for p in nn.state.get_parameters(Pico(config)))
+
+BAD_INIT = {
+    "impossible": (["--dim", "3"], "att_q_heads"),
+    "no number": (["--dim", "many"], "--dim"),
+    "unknown flag": (["--depth", "3"], "--depth"),
+    "unknown preset": (["--preset", "huge"], "huge"),
+    "no effect": (["--router", "all"], "--latent-capacity-factor has no effect"),
+}
+
+
+@pytest.mark.parametrize(("flags", "named"), BAD_INIT.values(), ids=BAD_INIT)
+def test_bad_init(flags, named, tmp_path, capsys):
+    assert status(["init", str(tmp_path / "m"), *FLAGS, *flags]) == 2
+    assert named in error_line(capsys)
+    assert not (tmp_path / "m").exists()
+
+
+# ------------------------------------------------------------------------------------------ train
 
 
 def test_train_writes_a_run(trained):
@@ -85,78 +134,265 @@ def test_train_writes_a_run(trained):
     assert lines[-1]["validation_bits_per_byte"] > 0
 
 
-def test_checkpoint_activations_change_no_loss(trained, text):
+@pytest.mark.slow
+def test_checkpoint_activations_change_no_loss(trained, text, tmp_path):
     """The same weights and windows as those of `trained`."""
+    model = tmp_path / "model"
+    assert cli.main(["init", str(model), *FLAGS]) == 0
     assert (
-        cli.main(["train", str(trained), "again", str(text), *SHORT, "--checkpoint-activations"])
-        == 0
+        cli.main(["train", str(model), "run", str(text), *SHORT, "--checkpoint-activations"]) == 0
     )
-    again = trained / "again"
-    assert json.loads((again / "training.json").read_text())["settings"]["checkpoint_activations"]
+    settings = json.loads((model / "run" / "training.json").read_text())["settings"]
+    assert settings["checkpoint_activations"]
     losses = []
-    for run in (trained / "run", again):
+    for run in (trained / "run", model / "run"):
         lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
         losses.append([line["loss"] for line in lines])
     assert losses[0][:2] == pytest.approx(losses[1][:2], rel=1e-6)
     # SOAP's first update also moves where the gradient is but rounding
     assert losses[0][2] == pytest.approx(losses[1][2], rel=1e-2)
-    shutil.rmtree(again)
 
 
-def test_base_weights(trained, text):
+@pytest.mark.slow
+def test_base_weights(weights, text):
     """Training may start from another run's weights."""
-    weights = trained / "run" / "00000003.safetensors"
-    arguments = ["train", str(trained), "more", str(text), *SHORT, "--learning-rate", "0"]
-    assert cli.main([*arguments, "--base-weights", str(weights)]) == 0
-    before, _ = read_safetensors(weights)
-    after, _ = read_safetensors(trained / "more" / "00000003.safetensors")
+    file = weights / "run" / "00000003.safetensors"
+    arguments = ["train", str(weights), "more", str(text), *SHORT, "--learning-rate", "0"]
+    assert cli.main([*arguments, "--base-weights", str(file)]) == 0
+    before, _ = read_safetensors(file)
+    after, _ = read_safetensors(weights / "more" / "00000003.safetensors")
     assert all(np.array_equal(before[name], after[name]) for name in before)
-    description = json.loads((trained / "more" / "training.json").read_text())
-    assert description["base_weights"] == str(weights)
-    more = ["train", str(trained), "more", "--resume", "--max-steps", "3"]
-    assert cli.main(more) == 0
-    assert json.loads((trained / "more" / "training.json").read_text()) == description
-    shutil.rmtree(trained / "more")
+    description = json.loads((weights / "more" / "training.json").read_text())
+    assert description["base_weights"] == str(file)
+    assert cli.main(["train", str(weights), "more", "--resume", "--max-steps", "3"]) == 0
+    assert json.loads((weights / "more" / "training.json").read_text()) == description
 
 
 @pytest.mark.parametrize("damage", ["truncated", "foreign"])
-def test_broken_base_weights(damage, model, trained, text, tmp_path, capsys):
+def test_broken_base_weights(damage, weights, text, tmp_path, capsys):
     path = tmp_path / "base.safetensors"
     if damage == "truncated":
-        path.write_bytes((trained / "run" / "00000003.safetensors").read_bytes()[:-4])
+        path.write_bytes((weights / "run" / "00000003.safetensors").read_bytes()[:-4])
     else:
         write_safetensors(path, {"other.weight": np.zeros((2, 2), np.float32)})
-    arguments = ["train", str(model), "r", str(text), *SHORT, "--base-weights", str(path)]
+    arguments = ["train", str(weights), "r", str(text), *SHORT, "--base-weights", str(path)]
     assert status(arguments) == 2
     err = capsys.readouterr().err
     assert "Traceback" not in err
     (line,) = [line for line in err.splitlines() if "error" in line]
     assert "base.safetensors" in line
     assert ("sound" if damage == "truncated" else "does not fit the model") in line
+    assert not (weights / "r").exists()
+
+
+BAD_TRAIN = {
+    "context too short": (["--context-len", "3"], "context_len"),
+    "data shorter than one window": (["--context-len", "100000"], "window"),
+    "learning rate": (["--learning-rate", "nan"], "learning_rate"),
+    "no number": (["--max-steps", "x"], "--max-steps"),
+    "missing weights": (["--base-weights", "nowhere.safetensors"], "nowhere.safetensors"),
+    "split": (["--dataset-train-split", "nope"], "nope"),
+    "validation size": (["--dataset-validation-size", "-0.5"], "validation"),
+    "forced for nothing": (["--force"], "--resume"),
+    "device": (["--devices", ""], "--devices"),
+}
+
+
+@pytest.mark.parametrize(("flags", "named"), BAD_TRAIN.values(), ids=BAD_TRAIN)
+def test_bad_train(flags, named, model, text, capsys):
+    assert status(["train", str(model), "r", str(text), *SHORT, *flags]) == 2
+    assert named in error_line(capsys)
     assert not (model / "r").exists()
 
 
-def test_a_column_that_is_not_there(model, tmp_path, capsys):
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"story": "once", "title": "a"}\n')
-    flags = ["--dataset-column-name", "plot"]
-    assert status(["train", str(model), "r", str(path), *SHORT, *flags]) == 2
-    line = one_line(capsys)
-    assert all(name in line for name in ("plot", "story", "title"))
+@pytest.mark.parametrize(
+    ("dataset", "flags", "named"),
+    [
+        ("rows.jsonl", ["--dataset-column-name", "plot"], ("plot", "story", "title")),
+        ("missing.txt", [], ("missing.txt",)),
+        ("", [], ("DATASET",)),  # an unset variable of the shell
+    ],
+    ids=["column", "missing", "empty"],
+)
+def test_bad_data(dataset, flags, named, trained, model, tmp_path, monkeypatch, capsys):
+    """In training and in evaluation."""
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"story": "once", "title": "a"}\n')
+    for arguments in (["train", str(model), "r"], ["eval", str(trained), "run"]):
+        assert status([*arguments, dataset, *flags]) == 2
+        line = error_line(capsys)
+        assert all(name.lower() in line.lower() for name in named), line
     assert not (model / "r").exists()
 
 
-def test_eval(trained, tmp_path, monkeypatch, capsys):
+def test_train_without_a_model(tmp_path, text, capsys):
+    path = tmp_path / "no model"
+    assert status(["train", str(path), "r", str(text)]) == 2
+    assert f"init '{path}'" in error_line(capsys)  # quoted for the shell
+    assert not path.exists()
+
+
+def test_train_refuses_an_existing_run(trained, text, capsys):
+    before = contents(trained / "run")
+    assert status(["train", str(trained), "run", str(text), *SHORT]) == 2
+    assert "exists" in error_line(capsys)
+    assert contents(trained / "run") == before
+
+
+BAD_RESUME = {
+    "fresh weights": (["--base-weights", "x"], "--base-weights"),
+    "data options alone": (["--dataset-train-split", "a"], "DATASET"),
+    "another learning rate": (["--learning-rate", "0.5"], "learning_rate was"),
+}
+
+
+@pytest.mark.parametrize(("flags", "named"), BAD_RESUME.values(), ids=BAD_RESUME)
+def test_bad_resume(flags, named, trained, capsys):
+    before = contents(trained / "run")
+    assert status(["train", str(trained), "run", "--resume", *flags]) == 2
+    assert named in error_line(capsys)
+    assert contents(trained / "run") == before
+
+
+def test_resume_of_a_complete_run(trained, capsys):
+    assert cli.main(["train", str(trained), "run", "--resume"]) == 0
+    assert "nothing left to train" in capsys.readouterr().err
+    assert cli.main(["train", str(trained), "nothing", "--resume"]) == 2
+    assert "no training run to resume" in capsys.readouterr().err
+    assert not (trained / "nothing").exists()
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a/../../x", "..", ".", ""])
+@pytest.mark.parametrize("command", ["train", "eval", "run", "info", "plot"])
+def test_a_run_lies_within_its_model(command, name, model, text, capsys):
+    assert status([command, str(model), name]) == 2
+    assert "no name of a run" in error_line(capsys)
+    assert [path.name for path in model.iterdir()] == ["model.json"]
+
+
+class Wandb:
+    """A tracker's package. `broken`: what raises, and at which step."""
+
+    id = "x7"
+
+    def __init__(self, broken: tuple = ()) -> None:
+        self.calls, self.broken = [], broken
+
+    def init(self, **options):
+        if "init" in self.broken:
+            raise RuntimeError("not logged in\nuse wandb login")
+        self.calls.append(options)
+        return self
+
+    def log(self, record, step):
+        if step in self.broken:
+            raise RuntimeError("the connection timed out\nretry later")
+        self.calls.append(step)
+
+    def finish(self):
+        if "finish" in self.broken:
+            raise RuntimeError("cannot finish")
+        self.calls.append("finished")
+
+
+@pytest.fixture
+def tracked(model, text, monkeypatch):
+    """Trains four fake steps with a tracker; returns the status and the options of `train`."""
+
+    def run(tracker: Wandb | None, *flags: str) -> tuple[int, dict]:
+        seen = {}
+
+        def four_steps(model, data, run_dir, **options):
+            seen.update(options)
+            for step in range(1, 5):
+                yield {
+                    "step": step, "steps": 4, "bits_per_byte": 8.0, "loss": 5.5, "lr": 1e-3,
+                    "router_rate": 0.5, "bytes_per_second": 1e3,
+                } | ({"checkpoint": "last"} if step == 4 else {})  # fmt: skip
+
+        monkeypatch.setitem(sys.modules, "wandb", tracker)
+        monkeypatch.setattr(cli, "train", four_steps)
+        arguments = ["train", str(model), "r", *(flags or [str(text)]), "--tracker", "wandb"]
+        return status(arguments), seen
+
+    return run
+
+
+def test_tracker(tracked, model, monkeypatch, capsys):
+    """It receives every record; a resumed run is the same run there."""
+    wandb = Wandb()
+    done, options = tracked(wandb)
+    assert done == 0
+    first, *logs = wandb.calls
+    assert (first["project"], first["name"]) == ("pico_tg", "model/r")
+    assert first["config"]["dim"] == TINY["dim"]
+    assert "id" not in first
+    assert logs == [1, 2, 3, 4, "finished"]
+    assert options["tracker"] == {"wandb": "x7"}
+    wandb = Wandb()
+    monkeypatch.setattr(cli, "find_description", lambda folder: {"tracker": {"wandb": "x6"}})
+    done, options = tracked(wandb, "--resume")
+    assert done == 0
+    assert (wandb.calls[0]["id"], wandb.calls[0]["resume"]) == ("x6", "allow")
+
+
+@pytest.mark.parametrize("broken", [(2, 3, "finish"), ("finish",)])
+def test_a_tracker_that_fails_ends_nothing(broken, tracked, capsys):
+    wandb = Wandb(broken)
+    assert tracked(wandb)[0] == 0
+    assert wandb.calls[1:] == [step for step in (1, 2, 3, 4) if step not in broken]
+    lines = capsys.readouterr().err.splitlines()
+    (warning,) = [line for line in lines if "warning" in line]
+    assert "--tracker wandb" in warning
+    assert ("timed out retry later" if 2 in broken else "cannot finish") in warning
+    assert lines[-1].startswith("wrote last")
+
+
+@pytest.mark.parametrize(
+    ("tracker", "named"), [(None, "pip install wandb"), (Wandb(("init",)), "not logged in")]
+)
+def test_a_tracker_that_cannot_start(tracker, named, tracked, model, capsys):
+    assert tracked(tracker)[0] == 2
+    assert named in error_line(capsys)
+    assert not (model / "r").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_interrupt_saves(name, model, text):
+    """A signal ends training after the step, with a checkpoint; status 130."""
+    arguments = [str(model), "r", str(text), *SHORT, "--max-steps", "100000", "--epochs", "10000"]
+    process = start(
+        "train", *arguments, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    )  # fmt: skip
+    metrics = model / "r" / "metrics.jsonl"
+    deadline = time.monotonic() + 600
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(getattr(signal, name))
+    err = process.communicate(timeout=600)[1]
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    steps = metrics.read_text().count("\n")
+    assert (model / "r" / f"{steps:08d}.safetensors").exists()
+
+
+# ------------------------------------------------------------------------------------------- eval
+
+
+def test_eval(trained, measured, tmp_path, monkeypatch, capsys):
     """Tables, JSON and a page, which say the same of one evaluation; and what of the data it is."""
-    calls, measured = [], []
+    calls = []
 
-    def once(model, data, **options):
+    def evaluated(model, data, **options):
         whole = options["split"] == "all"
         calls.append((data.bytes.tobytes() if whole else data.spec.dataset, options))
-        measured.append(measured[0] if measured else evaluate(model, data, **options))
-        return measured[0]
+        return measured
 
-    monkeypatch.setattr(cli, "evaluate", once)
+    monkeypatch.setattr(cli, "evaluate", evaluated)
     page = tmp_path / "page.html"
     arguments = ["eval", str(trained), "run"]
     assert cli.main([*arguments, "--html", str(page)]) == 0
@@ -212,12 +448,8 @@ def test_eval(trained, tmp_path, monkeypatch, capsys):
 BAD_EVAL = {
     "no run": (["nothing"], "train"),
     "no checkpoint": (["run", "--checkpoint", "77"], "3"),
-    "no dataset": (["run", "nowhere.txt"], "nowhere.txt"),
-    "empty": (["run", "empty.txt"], "empty.txt holds no text"),
     "flags without data": (["run", "--dataset-column-name", "a"], "DATASET"),
-    "column": (["run", "rows.jsonl", "--dataset-column-name", "plot"], "story"),
     "split": (["run", "--split", "test"], "test"),
-    "max bytes": (["run", "--max-bytes", "0"], "max_bytes"),
     "stride": (["run", "--stride", "0"], "stride"),
     "nothing to predict": (["run", "--max-bytes", "9"], "9 bytes"),
     "page in no folder": (["run", "--html", "no/where.html"], "no folder"),
@@ -225,27 +457,19 @@ BAD_EVAL = {
 
 
 @pytest.mark.parametrize(("flags", "named"), BAD_EVAL.values(), ids=BAD_EVAL)
-def test_bad_eval(flags, named, trained, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "rows.jsonl").write_text('{"story": "once"}\n' * 3)
-    (tmp_path / "empty.txt").write_text("")
-    monkeypatch.setattr(cli, "describe_backend", lambda: "backend")
+def test_bad_eval(flags, named, trained, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "say", lambda text: "error" in text and print(text, file=sys.stderr))
     assert status(["eval", str(trained), *flags]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    lines = [line for line in captured.err.splitlines() if "error" in line]
-    assert len(lines) == 1
-    assert named in lines[0]
-    assert "Traceback" not in captured.err
+    assert named in error_line(capsys)
 
 
-def test_eval_of_weights_alone(model, trained, text, capsys):
+def test_eval_of_weights_alone(weights, capsys):
     """A run that only has weights, from elsewhere say, needs a DATASET."""
-    (model / "r").mkdir()
-    weights = (trained / "run" / "00000003.safetensors").read_bytes()
-    (model / "r" / "00000001.safetensors").write_bytes(weights)
-    assert status(["eval", str(model), "r"]) == 2
-    assert "give a DATASET" in one_line(capsys)
+    assert status(["eval", str(weights), "run"]) == 2
+    assert "give a DATASET" in error_line(capsys)
+
+
+# --------------------------------------------------------------------------------- info and plot
 
 
 def test_info(trained, capsys):
@@ -273,165 +497,62 @@ def test_info(trained, capsys):
         "context_len +40",
     ):
         assert re.search(text, out), text
-    for flags, named in ((["none"], "train"), (["../model"], "no name of a run")):
-        assert status(["info", str(trained), *flags]) == 2
-        assert named in one_line(capsys)
+    assert status(["info", str(trained), "none"]) == 2
+    assert "train" in error_line(capsys)
     assert status(["info", str(trained / "none")]) == 2
-    assert "init" in one_line(capsys)
+    assert "init" in error_line(capsys)
 
 
-def one_line(capsys) -> str:
-    """The one line on stderr that names the mistake, without what was said before it."""
-    err = capsys.readouterr().err
-    assert "Traceback" not in err
-    # but for the bar of the cache, which is built before the data are known to be too short, say
-    lines = [line for line in err.splitlines() if line.strip() and "caching" not in line]
-    assert len(lines) == 1, err
-    return lines[0]
+def test_plot(trained, weights, tmp_path, capsys):
+    """Of runs; also of those in folders of their own, and with a slash from completion."""
+    metrics = (trained / "run" / "metrics.jsonl").read_bytes()
+    for name in ("run", "sub/a", "sub/b"):
+        (weights / name).mkdir(parents=True, exist_ok=True)
+        (weights / name / "metrics.jsonl").write_bytes(metrics)
+    assert cli.main(["plot", str(weights), "run"]) == 0
+    written = Path(capsys.readouterr().out.strip())
+    assert written == weights / "run.svg"
+    text = written.read_text()
+    assert ">run</text>" in text
+    assert "Learning rate" in text
+    assert "http" not in text.replace("http://www.w3.org/2000/svg", "")  # self-contained
+    output = tmp_path / "two.svg"
+    assert cli.main(["plot", str(weights), "run", "run", "--output", str(output)]) == 0
+    assert output.exists()
+    capsys.readouterr()
+    assert cli.main(["plot", str(weights), "sub/a", "sub/b/"]) == 0
+    assert Path(capsys.readouterr().out.strip()) == weights / "sub-a-sub-b.svg"
+    assert ">sub/a</text>" in (weights / "sub-a-sub-b.svg").read_text()
+    assert status(["plot", str(weights), "missing"]) == 2
+    assert "metrics.jsonl" in error_line(capsys)
+    assert status(["plot", str(tmp_path / "none"), "run"]) == 2
+    assert "init" in error_line(capsys)
 
 
-def status(arguments: list[str]) -> int:
-    try:
-        return cli.main(arguments)
-    except SystemExit as done:  # argparse's own
-        return done.code
+# -------------------------------------------------------------------------------------------- run
 
 
-BAD_INIT = {
-    "dim < heads": (["--dim", "3"], "att_q_heads"),
-    "heads no multiple": (["--att-q-heads", "5"], "multiple"),
-    "capacity 0": (["--latent-capacity-factor", "0"], "latent_capacity_factor"),
-    "capacity > 1": (["--latent-capacity-factor", "1.5"], "latent_capacity_factor"),
-    "capacity nan": (["--latent-capacity-factor", "nan"], "latent_capacity_factor"),
-    "no number": (["--dim", "many"], "--dim"),
-    "zero": (["--next-tokens", "0"], "next_tokens"),
-    "unknown flag": (["--depth", "3"], "--depth"),
-    "unknown preset": (["--preset", "huge"], "huge"),
-}
-
-
-@pytest.mark.parametrize(("flags", "named"), BAD_INIT.values(), ids=BAD_INIT)
-def test_bad_init(flags, named, tmp_path, capsys):
-    assert status(["init", str(tmp_path / "m"), *FLAGS, *flags]) == 2
-    assert named in one_line(capsys)
-    assert not (tmp_path / "m").exists()
-
-
-def test_init_refuses_an_existing_path(model, capsys):
-    before = (model / "model.json").read_bytes()
-    assert status(["init", str(model)]) == 2
-    assert "exists" in one_line(capsys)
-    assert (model / "model.json").read_bytes() == before
-
-
-def broken_model(model: Path, content: str) -> None:
-    (model / "model.json").write_text(content)
-
-
-@pytest.mark.parametrize(
-    ("content", "named"),
-    [
-        ("{", "JSON"),
-        ("[]", "object"),
-        (json.dumps(TINY | {"depth": 3}), "depth"),
-        (json.dumps({k: v for k, v in TINY.items() if k != "dim"}), "dim"),
-        (json.dumps(TINY | {"dim": "wide"}), "dim"),
-    ],
-)
-@pytest.mark.parametrize("command", ["train", "run"])
-def test_bad_model_json(command, content, named, model, text, capsys):
-    (model / "model.json").write_text(content)
-    extra = [str(text)] if command == "train" else []
-    assert status([command, str(model), "r", *extra]) == 2
-    assert named in one_line(capsys)
-    assert not (model / "r").exists()
-
-
-BAD_TRAIN = {
-    "context too short": (["--context-len", "3"], "context_len"),
-    "data shorter than one window": (["--context-len", "100000"], "window"),
-    "batch size": (["--batch-size", "0"], "batch_size"),
-    "learning rate": (["--learning-rate", "-1"], "learning_rate"),
-    "learning rate nan": (["--learning-rate", "nan"], "learning_rate"),
-    "no number": (["--max-steps", "x"], "--max-steps"),
-    "missing weights": (["--base-weights", "nowhere.safetensors"], "nowhere.safetensors"),
-    "split": (["--dataset-train-split", "nope"], "nope"),
-    "validation size": (["--dataset-validation-size", "-0.5"], "validation"),
-}
-
-
-@pytest.mark.parametrize(("flags", "named"), BAD_TRAIN.values(), ids=BAD_TRAIN)
-def test_bad_train(flags, named, model, text, capsys):
-    assert status(["train", str(model), "r", str(text), *SHORT, *flags]) == 2
-    assert named in one_line(capsys)
-    assert not (model / "r").exists()
-
-
-def bad_data(folder: Path, kind: str) -> Path:
-    if kind == "empty":
-        path = folder / "empty.txt"
-        path.write_text("")
-    elif kind == "column":
-        path = folder / "rows.jsonl"
-        path.write_text('{"story": "once", "title": "a"}\n')
-    elif kind == "json":
-        path = folder / "rows.jsonl"
-        path.write_text('{"text": \n')
-    elif kind == "parquet":
-        path = folder / "rows.parquet"
-        path.write_bytes(b"not parquet")
-    else:
-        path = folder / "missing.txt"
-    return path
-
-
-@pytest.mark.parametrize("kind", ["empty", "column", "json", "parquet", "missing"])
-def test_bad_data(kind, model, tmp_path, capsys):
-    path = bad_data(tmp_path, kind)
-    assert status(["train", str(model), "r", str(path), *SHORT]) == 2
-    line = one_line(capsys)
-    assert path.name in line
-    if kind == "column":
-        assert "story" in line
-        assert "title" in line
-    assert not (model / "r").exists()
-
-
-def test_train_without_a_model(tmp_path, text, capsys):
-    assert status(["train", str(tmp_path / "none"), "r", str(text)]) == 2
-    assert "init" in one_line(capsys)
-    assert not (tmp_path / "none").exists()
-
-
-def test_train_refuses_an_existing_run(trained, text, capsys):
-    before = sorted((p.name, p.read_bytes()) for p in (trained / "run").iterdir())
-    assert status(["train", str(trained), "run", str(text), *SHORT]) == 2
-    assert "exists" in one_line(capsys)
-    assert sorted((p.name, p.read_bytes()) for p in (trained / "run").iterdir()) == before
-
-
-def test_run_without_a_run(model, capsys):
-    assert status(["run", str(model), "nothing"]) == 2
-    assert "train" in one_line(capsys)
-
-
-def test_run_with_a_wrong_checkpoint(trained, capsys):
-    assert status(["run", str(trained), "run", "--checkpoint", "77"]) == 2
-    assert "3" in one_line(capsys)
+def test_run_for_real(trained, tmp_path, capsysbinary):
+    """The command line's bytes are the library's; page and figures agree with them."""
+    options = {"max_bytes": 12, "seed": 5, "top_k": 50, "ignore_end": True}
+    expected = list(generate(load(trained, "run"), b"The \xff", **options))
+    page = tmp_path / "page.html"
+    arguments = ["--max-bytes", "12", "--seed", "5", "--top-k", "50", "--ignore-end", "--stats"]
+    arguments += ["--prompt", os.fsdecode(b"The \xff"), "--html", str(page), "--output", "raw"]
+    assert cli.main(["run", str(trained), "run", *arguments]) == 0
+    out, err = capsysbinary.readouterr()
+    assert out == bytes(record.byte for record in expected)
+    tips = page.read_text()
+    assert [int(b, 16) for b in re.findall(r" 0x(\w\w) · router", tips)] == list(out)
+    assert tips.count(", routed · ") == sum(record.router_decision for record in expected)
+    assert b"bytes: 12\n" in err
 
 
 BAD_RUN = {
-    "temperature": (["--temperature", "-1"], "temperature"),
-    "temperature nan": (["--temperature", "nan"], "temperature"),
-    "max bytes": (["--max-bytes", "-1"], "max_bytes"),
-    "top k": (["--top-k", "-1"], "top_k"),
-    "top p 0": (["--top-p", "0"], "top_p"),
-    "top p > 1": (["--top-p", "1.5"], "top_p"),
-    "min p": (["--min-p", "2"], "min_p"),
-    "seed": (["--seed", "-1"], "seed"),
-    "no samples": (["--num-samples", "0"], "num_samples"),
+    "temperature": (["--temperature", "nan"], "temperature"),
     "no number": (["--top-k", "few"], "--top-k"),
     "nothing to continue": (["--raw-prompt"], "raw prompt"),
+    "no checkpoint": (["--checkpoint", "77"], "3"),
     "two prompts": (["--prompt", "a", "--prompt-file", "b"], "--prompt-file"),
     "empty prompt file": (["--prompt-file", os.devnull], os.devnull + " is empty; leave"),
     "no prompt file": (["--prompt-file", "nowhere.txt"], "nowhere.txt"),
@@ -456,29 +577,24 @@ def test_bad_run(flags, named, trained, capsys):
     assert "error" in line
 
 
-@pytest.mark.parametrize("damage", ["truncated", "foreign"])
-def test_run_with_broken_weights(damage, model, trained, capsys):
-    run = model / "r"
-    run.mkdir()
-    data = (trained / "run" / "00000003.safetensors").read_bytes()
-    path = run / "00000003.safetensors"
-    if damage == "truncated":
-        path.write_bytes(data[: len(data) // 2])
-    else:
-        write_safetensors(path, {"other.weight": np.zeros((2, 2), np.float32)})
-    assert status(["run", str(model), "r"]) == 2
-    assert "00000003.safetensors" in one_line(capsys)
+def test_run_without_a_run(model, capsys):
+    assert status(["run", str(model), "nothing"]) == 2
+    assert "train" in error_line(capsys)
 
 
-def test_help_and_version(capsys):
-    for arguments in (
-        ["--help"],
-        *([c, "--help"] for c in ("init", "train", "run", "eval", "info")),
-    ):
-        assert status(arguments) == 0
-        assert "usage" in capsys.readouterr().out
-    assert status(["--version"]) == 0
-    assert "pico_tg 0" in capsys.readouterr().out
+@pytest.mark.parametrize("command", ["train", "run"])
+def test_bad_model_json(command, model, text, capsys):
+    (model / "model.json").write_text(json.dumps(TINY | {"dim": "wide"}))
+    assert status([command, str(model), "r", *([str(text)] if command == "train" else [])]) == 2
+    assert "dim" in error_line(capsys)
+    assert not (model / "r").exists()
+
+
+def test_run_with_broken_weights(weights, capsys):
+    path = weights / "run" / "00000003.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    assert status(["run", str(weights), "run"]) == 2
+    assert "00000003.safetensors" in error_line(capsys)
 
 
 @pytest.fixture
@@ -536,7 +652,11 @@ def test_options_of_run(written, capsys):
     }.items():
         assert run_it(*flags.split()) == 0
         assert written.options == default | changed
+    written.add(b"a", 0.9)
+    written.add(b"b", sample=1)
     capsys.readouterr()
+    assert run_it("--show-router-decisions", "--num-samples", "2", "--prompt", ">") == 0
+    assert capsys.readouterr().out == "--- sample 1 of 2 ---\n>_a\n--- sample 2 of 2 ---\n>b\n"
 
 
 def stdin_of(data: bytes) -> io.TextIOWrapper:
@@ -562,7 +682,7 @@ def test_prompts_are_bytes(written, tmp_path, monkeypatch, capsys):
 def test_no_prompt_on_stdin(stdin, written, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", stdin)
     assert run_it("--prompt", "-") == 2
-    assert "standard input is empty; leave --prompt out" in one_line(capsys)
+    assert "standard input is empty; leave --prompt out" in error_line(capsys)
 
 
 def test_raw_output(written, capsysbinary):
@@ -615,7 +735,7 @@ def test_html(written, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("error", "expected"), [(KeyboardInterrupt(), 130), (PicoError("broken"), 2)]
 )
-def test_what_there_is_is_kept(error, expected, written, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_sample_is_kept(error, expected, written, tmp_path, monkeypatch, capsys):
     """An interrupt ends the line, leaves no color behind, and page and figures are written."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
@@ -635,43 +755,80 @@ def test_what_there_is_is_kept(error, expected, written, tmp_path, monkeypatch, 
     assert "0 bytes" in (tmp_path / "page.html").read_text()
 
 
-def test_run_for_real(trained, tmp_path, capsysbinary):
-    """The command line's bytes are the library's; page and figures agree with them."""
-    options = {"max_bytes": 12, "seed": 5, "top_k": 50, "ignore_end": True}
-    expected = list(generate(load(trained, "run"), b"The \xff", **options))
+# ----------------------------------------------------------------------------- names and streams
+
+
+def test_the_model_of_the_current_folder_has_a_name(weights, written, monkeypatch):
+    monkeypatch.chdir(weights)
+    assert cli.main(["run", ".", "run", "--html", "page.html"]) == 0
+    assert "<title>model, run run</title>" in Path("page.html").read_text()
+
+
+def test_names_that_are_not_utf8(trained, measured, written, tmp_path, monkeypatch, capsys):
+    """Pages, tables and JSON are valid UTF-8 whatever the bytes of a path are."""
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/mod\xe8le")
+    run, data = f"{path}/r\udcfcn", f"{path}/t\udce9xt.txt"
+    os.makedirs(run)
+    helpers.TINY.to_json(f"{path}/model.json")
+    for file in (trained / "run").iterdir():
+        Path(run, file.name).write_bytes(file.read_bytes())
+    Path(data).write_text(FOX)
+    written.add(b"a")
     page = tmp_path / "page.html"
-    arguments = ["--max-bytes", "12", "--seed", "5", "--top-k", "50", "--ignore-end", "--stats"]
-    arguments += ["--prompt", os.fsdecode(b"The \xff"), "--html", str(page), "--output", "raw"]
-    assert cli.main(["run", str(trained), "run", *arguments]) == 0
-    out, err = capsysbinary.readouterr()
-    assert out == bytes(record.byte for record in expected)
-    tips = page.read_text()
-    assert [int(b, 16) for b in re.findall(r" 0x(\w\w) · router", tips)] == list(out)
-    assert tips.count(", routed · ") == sum(record.router_decision for record in expected)
-    assert b"bytes: 12\n" in err
+    monkeypatch.setattr(cli, "evaluate", lambda *_, **__: measured)
+    for arguments in (
+        ["run", path, "r\udcfcn", "--html", str(page)],
+        ["eval", path, "r\udcfcn", data, "--html", str(page)],
+        ["plot", path, "r\udcfcn", "--output", str(page)],
+    ):
+        assert cli.main(arguments) == 0, arguments
+        assert "r\ufffdn" in page.read_text("utf-8")
+    assert cli.main(["plot", path, "r\udcfcn"]) == 0
+    capsys.readouterr()
+    for arguments in (
+        ["eval", path, "r\udcfcn", data, "--json"],
+        ["info", path, "r\udcfcn", "--json"],
+    ):
+        assert cli.main(arguments) == 0
+        out = capsys.readouterr().out
+        assert out.isascii()
+        json.loads(out)
+    assert cli.main(["info", path, "r\udcfcn"]) == 0
+    assert cli.main(["eval", path, "r\udcfcn", data]) == 0
 
 
-def start(*arguments: str, **options) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-m", "pico_tg", *arguments], **options)
+class NotebookStream(io.TextIOBase):
+    """As a notebook's kernel replaces standard output: text only, no buffer, no reconfigure."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def write(self, text: str) -> int:
+        self.text += text
+        return len(text)
 
 
-@pytest.mark.slow
-def test_interrupt_saves(model, text):
-    """A signal ends training after the step, with a checkpoint; status 130."""
-    arguments = [str(model), "r", str(text), *SHORT, "--max-steps", "100000", "--epochs", "10000"]
-    process = start("train", *arguments, stderr=subprocess.PIPE, text=True)
-    metrics = model / "r" / "metrics.jsonl"
-    deadline = time.monotonic() + 600
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    err = process.communicate(timeout=600)[1]
-    assert process.returncode == 130, err
-    assert "Traceback" not in err
-    steps = metrics.read_text().count("\n")
-    assert (model / "r" / f"{steps:08d}.safetensors").exists()
+def test_main_in_a_notebook(written, monkeypatch):
+    written.add("é\n".encode())
+    out, err, text = NotebookStream(), NotebookStream(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        assert run_it("--prompt", "a", "--color") == 0
+        assert run_it("--output", "raw") == 2
+    assert out.text == "aé\n\n"
+    assert "--output raw cannot write to this standard output" in err.text
+    monkeypatch.setattr(sys, "stdin", io.StringIO("b"))
+    with contextlib.redirect_stdout(text):
+        assert run_it("--prompt", "-") == 0
+    assert text.getvalue() == "bé\n\n"
+
+
+def test_help_and_version(capsys):
+    commands = ("init", "train", "run", "eval", "info", "plot", "bench")
+    for arguments in (["--help"], *([command, "--help"] for command in commands)):
+        assert status(arguments) == 0
+        assert "usage" in capsys.readouterr().out
+    assert status(["--version"]) == 0
+    assert "pico_tg 0" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -690,18 +847,10 @@ def test_broken_pipe_is_quiet(output, trained):
 
 
 @pytest.mark.parametrize("module", ["pico_tg.model", "pico_tg.tools.cli"])
-def test_ctrl_c_during_the_imports(module, tmp_path):
+def test_ctrl_c_during_the_imports(module):
     """A finder of modules presses it when `module` is looked for."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os, signal, sys\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "class Finder:\n"
-        "    def find_spec(name, path=None, target=None):\n"
-        f"        if name == {module!r}: os.kill(os.getpid(), signal.SIGINT)\n"
-        "sys.meta_path.insert(0, Finder)\n"
-    )
-    paths = [str(tmp_path), str(Path(cli.__file__).parent.parent)]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    paths = [str(SCRIPTS / "press_ctrl_c"), str(Path(cli.__file__).parents[2])]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PRESS_CTRL_C_AT": module}
     done = subprocess.run(
         [sys.executable, "-m", "pico_tg", "--version"], env=env, capture_output=True, text=True
     )
@@ -743,89 +892,17 @@ def test_output_that_goes_nowhere(redirection, expected, trained):
     assert len(errors) == (expected == 2), done.stderr
 
 
-RESUME = {
-    "fresh weights": (["--resume", "--base-weights", "x"], "--base-weights"),
-    "forced for nothing": (["--force"], "--resume"),
-    "data options alone": (["--resume", "--dataset-train-split", "a"], "DATASET"),
-    "another learning rate": (["--resume", "--learning-rate", "0.5"], "learning_rate was"),
-}
-
-
-@pytest.mark.parametrize(("flags", "named"), RESUME.values(), ids=RESUME)
-def test_bad_resume(flags, named, trained, capsys):
-    before = sorted((p.name, p.read_bytes()) for p in (trained / "run").iterdir())
-    assert status(["train", str(trained), "run", *flags]) == 2
-    assert named in one_line(capsys)
-    assert sorted((p.name, p.read_bytes()) for p in (trained / "run").iterdir()) == before
-
-
-def test_resume_of_a_complete_run(trained, capsys):
-    assert cli.main(["train", str(trained), "run", "--resume"]) == 0
-    assert "nothing left to train" in capsys.readouterr().err
-    assert cli.main(["train", str(trained), "nothing", "--resume"]) == 2
-    assert "no training run to resume" in capsys.readouterr().err
-    assert not (trained / "nothing").exists()
-
-
-def test_plot(trained, tmp_path, capsys):
-    assert cli.main(["plot", str(trained), "run"]) == 0
-    written = Path(capsys.readouterr().out.strip())
-    assert written == trained / "run.svg"
-    text = written.read_text()
-    assert ">run</text>" in text
-    assert "Learning rate" in text
-    assert "http" not in text.replace("http://www.w3.org/2000/svg", "")  # self-contained
-    output = tmp_path / "two.svg"
-    assert cli.main(["plot", str(trained), "run", "run", "--output", str(output)]) == 0
-    assert output.exists()
-    capsys.readouterr()
-    # runs in folders of their own; a slash at the end comes with completion by the shell
-    for name in ("a", "b"):
-        (trained / "sub" / name).mkdir(parents=True)
-        metrics = (trained / "run" / "metrics.jsonl").read_bytes()
-        (trained / "sub" / name / "metrics.jsonl").write_bytes(metrics)
-    assert cli.main(["plot", str(trained), "sub/a", "sub/b/"]) == 0
-    assert Path(capsys.readouterr().out.strip()) == trained / "sub-a-sub-b.svg"
-    assert ">sub/a</text>" in (trained / "sub-a-sub-b.svg").read_text()
-    assert status(["plot", str(trained), "missing"]) == 2
-    assert "metrics.jsonl" in one_line(capsys)
-    assert status(["plot", str(tmp_path / "none"), "run"]) == 2
-    assert "init" in one_line(capsys)
-
-
-def test_tracker(trained, text, tmp_path, monkeypatch, capsys):
-    """A package of that name gets every record; without one, how to install it is said."""
-    monkeypatch.setitem(sys.modules, "wandb", None)  # an import of it fails
-    arguments = ["train", str(trained), "tracked", str(text), *SHORT, "--tracker", "wandb"]
-    assert status(arguments) == 2
-    assert "pip install wandb" in one_line(capsys)
-    assert not (trained / "tracked").exists()
-
-    (tmp_path / "wandb.py").write_text(
-        "calls = []\n"
-        "class Run:\n"
-        "    id = 'x7'\n"
-        "    def log(self, record, step): calls.append((step, record['loss']))\n"
-        "    def finish(self): calls.append('finished')\n"
-        "def init(**options): calls.append(options); return Run()\n"
-    )
-    monkeypatch.delitem(sys.modules, "wandb")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    assert cli.main(arguments) == 0
-    calls = sys.modules["wandb"].calls
-    first, *logs = calls
-    assert (first["project"], first["name"]) == ("pico_tg", "model/tracked")
-    assert first["config"]["dim"] == TINY["dim"]
-    assert first["config"]["max_steps"] == 3
-    assert "id" not in first
-    assert [step for step, _ in logs[:-1]] == [1, 2, 3]
-    assert logs[-1] == "finished"
-
-    # resumed, it is the same run there, which is also remembered while nothing is tracked
-    calls.clear()
-    again = ["train", str(trained), "tracked", "--resume"]
-    assert cli.main(again) == 0
-    assert cli.main([*again, "--tracker", "wandb"]) == 0
-    first, last = calls
-    assert (first["id"], first["resume"], last) == ("x7", "allow", "finished")
-    monkeypatch.delitem(sys.modules, "wandb")
+@pytest.mark.slow
+def test_a_name_in_an_ascii_locale(trained, tmp_path):
+    """Without UTF-8 in the locale, Python reads ü as two surrogates; the page still shows it."""
+    (tmp_path / "modell-ü" / "lauf").mkdir(parents=True)
+    helpers.TINY.to_json(tmp_path / "modell-ü" / "model.json")
+    metrics = (trained / "run" / "metrics.jsonl").read_bytes()
+    for name in ("lauf", "läufe"):
+        (tmp_path / "modell-ü" / name).mkdir(exist_ok=True)
+        (tmp_path / "modell-ü" / name / "metrics.jsonl").write_bytes(metrics)
+    env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    process = start("plot", "modell-ü", "läufe", cwd=tmp_path, env=env, stderr=subprocess.PIPE)
+    err = process.communicate()[1]
+    assert process.returncode == 0, err
+    assert ">läufe</text>" in (tmp_path / "modell-ü" / "läufe.svg").read_text("utf-8")
