@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pico_tg
-from pico_tg.checkpoint import find_checkpoint
+from pico_tg.runs import find_checkpoint
 
 
 def from_torch(state: dict[str, torch.Tensor], folder: str, run: str) -> pico_tg.Pico:

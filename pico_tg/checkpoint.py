@@ -1,10 +1,8 @@
-"""Weights on disk: safetensors, checked on reading and atomic on writing; and the runs' folders.
+"""Checkpoints: the weights of a model, and what training needs to continue, as .safetensors.
 
-Plain file I/O, not tinygrad's: its writer is not atomic, and its reader trusts the header.
-
-A checkpoint of a run is a pair: NNNNNNNN.state.safetensors, what training needs to go on, is
-written first; NNNNNNNN.safetensors, the weights alone, completes it. The first holds a digest of
-the second, so that a pair is either of one moment or not valid.
+A checkpoint of step N is a pair of files. NNNNNNNN.state.safetensors, the optimizer's state and
+the progress, is written first; NNNNNNNN.safetensors, the weights alone, completes the pair. Each
+file holds a digest of the other's tensors, so a pair whose files are not of one moment is invalid.
 """
 
 import contextlib
@@ -13,6 +11,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tinygrad import Tensor, nn
@@ -20,7 +19,7 @@ from tinygrad import Tensor, nn
 from .config import Config
 from .files import PicoError, command
 from .model import Pico
-from .safetensors import read_safetensors, write_safetensors
+from .safetensors import read_header, read_safetensors, write_safetensors
 
 
 def save_weights(model: Pico, path: str | os.PathLike) -> None:
@@ -36,7 +35,8 @@ def weights_of(model: Pico) -> dict[str, np.ndarray]:
 def load_weights(model: Pico, path: str | os.PathLike) -> None:
     """Read weights into the model, in place; F64, F32, F16 and BF16 become the model's dtype.
 
-    Names and shapes must be the model's, all of them; otherwise PicoError, and nothing is changed.
+    Raises PicoError, and changes nothing, unless the file holds exactly the model's names and
+    shapes, and finite numbers.
     """
     _set_weights(model, read_safetensors(path)[0], path)
 
@@ -56,7 +56,7 @@ def _set_weights(model: Pico, arrays: dict[str, np.ndarray], path: str | os.Path
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise PicoError(f"{path} does not fit the model: {'; '.join(problems[:3])}{more}")
     for name, tensor in named.items():
-        # in place: compiled graphs hold on to these buffers
+        # in place, since compiled graphs refer to these buffers
         value = Tensor(arrays[name].astype(np.float32)).to(tensor.device).cast(tensor.dtype)
         tensor.assign(value.contiguous()).realize()
 
@@ -64,24 +64,23 @@ def _set_weights(model: Pico, arrays: dict[str, np.ndarray], path: str | os.Path
 def save_checkpoint(
     weights: dict[str, np.ndarray],
     state: dict[str, np.ndarray],
-    progress: dict,
+    progress: dict[str, Any],
     run_dir: str | os.PathLike,
-    step: int,
 ) -> Path:
-    """Write a checkpoint; returns the path of its weights.
+    """Write the checkpoint of step progress["step"]; returns the path of its weights.
 
-    `state` is the optimizer's, `progress` any JSON. The new weights complete the checkpoint, so
-    whatever goes wrong (PicoError), the older ones stay as they are.
+    `state` is the optimizer's, `progress` any JSON. Raises PicoError if a file cannot be written;
+    older checkpoints stay as they are.
     """
-    path = checkpoint_path(run_dir, step)
-    with contextlib.suppress(OSError):  # a broken one of that step: never beside a new state
+    path = checkpoint_path(run_dir, progress["step"])
+    with contextlib.suppress(OSError):  # an invalid one of that step must not meet a new state
         path.unlink()
     notes = {"progress": json.dumps(progress), "weights": _digest(weights)}
     write_safetensors(_state_path(path), state, notes)
     try:
         write_safetensors(path, weights, {"state": _digest(state)})
     except PicoError:
-        with contextlib.suppress(OSError):  # on a full disk its room is needed
+        with contextlib.suppress(OSError):  # on a full disk others need the room
             _state_path(path).unlink()
         raise
     return path
@@ -90,8 +89,8 @@ def save_checkpoint(
 def load_checkpoint(model: Pico, path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict]:
     """Read a checkpoint's weights into the model; returns the optimizer's state and `progress`.
 
-    Raises PicoError, and changes nothing, if a file is missing or broken or they do not belong
-    together.
+    Raises PicoError, and changes nothing, if a file is missing or broken, or if the two files do
+    not belong together.
     """
     path = Path(path)
     state_path = _state_path(path)
@@ -108,12 +107,23 @@ def load_checkpoint(model: Pico, path: str | os.PathLike) -> tuple[dict[str, np.
     return state, progress
 
 
+def check(path: str | os.PathLike) -> None:
+    """Raise PicoError if a checkpoint's file is missing, truncated or no safetensors file.
+
+    Only headers and sizes are read. Weights from elsewhere have no state beside them.
+    """
+    _, notes = read_header(path)
+    if "state" in notes:
+        read_header(_state_path(Path(path)))
+
+
 def load_newest(
     model: Pico, run_dir: str | os.PathLike
 ) -> tuple[Path, dict[str, np.ndarray], dict, list[str]]:
-    """`load_checkpoint` of the newest valid one: its path, state, progress, and why newer were not.
+    """`load_checkpoint` of the newest valid one.
 
-    Raises PicoError if there is none.
+    Returns its path, state and progress, and why each newer one is invalid. Raises PicoError if no
+    checkpoint is valid.
     """
     refused: list[str] = []
     for _, path in reversed(list_checkpoints(run_dir)):
@@ -127,24 +137,29 @@ def load_newest(
     )
 
 
-def delete_older(run_dir: str | os.PathLike, step: int, keep: int) -> None:
-    """Delete all checkpoints before `step`'s but the newest, so that `keep` remain with it."""
-    older = [path for at, path in list_checkpoints(run_dir) if at < step]
+def delete_older(
+    run_dir: str | os.PathLike, step: int, keep: int, spared: int | None = None
+) -> None:
+    """Delete checkpoints before `step`, oldest first, until `keep` remain together with `step`'s.
+
+    The checkpoint of the step `spared` is not deleted and does not count.
+    """
+    older = [path for at, path in list_checkpoints(run_dir) if at < step and at != spared]
     for path in older[: max(0, len(older) - (keep - 1))]:
-        with contextlib.suppress(OSError):  # a read-only folder: they stay, nothing is lost
-            path.unlink()  # from here on it is not complete, and never chosen
+        with contextlib.suppress(OSError):  # in a read-only folder they stay, nothing is lost
+            path.unlink()  # without weights, the checkpoint does not exist any more
             _state_path(path).unlink(missing_ok=True)
 
 
 def quarantine(path: Path) -> None:
-    """Rename a checkpoint that is not valid, so that nobody takes it for one."""
+    """Rename an invalid checkpoint's files to *.broken."""
     for file in (path, _state_path(path)):
         with contextlib.suppress(OSError):
             file.rename(f"{file}.broken")
 
 
 def remove_leftovers(run_dir: str | os.PathLike) -> None:
-    """Remove what killed processes left: half-written files, and states without weights."""
+    """Remove what killed processes leave: half-written files, and states without weights."""
     for file in Path(run_dir).iterdir():
         half = re.fullmatch(r"\.(\d{8,}\.|training\.|metrics\.).*\.tmp", file.name)
         state = re.fullmatch(r"(\d{8,})\.state\.safetensors", file.name)
@@ -166,7 +181,7 @@ def _digest(arrays: dict[str, np.ndarray]) -> str:
 
 
 def load_config(path: str | os.PathLike) -> Config:
-    """The configuration of the model folder PATH. Raises PicoError if it is none."""
+    """The Config of the model folder PATH. Raises PicoError if it has no valid model.json."""
     file = Path(path) / "model.json"
     if not file.exists():
         raise PicoError(f"{path} is no model; make one with: {command('init', path)}")
@@ -174,40 +189,14 @@ def load_config(path: str | os.PathLike) -> Config:
 
 
 def checkpoint_path(run_dir: str | os.PathLike, step: int) -> Path:
-    """Where the weights after `step` steps are: run_dir/NNNNNNNN.safetensors."""
+    """Path of the weights after `step` steps: run_dir/NNNNNNNN.safetensors."""
     return Path(run_dir) / f"{step:08d}.safetensors"
 
 
 def list_checkpoints(run_dir: str | os.PathLike) -> list[tuple[int, Path]]:
-    """(step, path) of the checkpoints of a run, oldest first; empty if there is no such folder."""
+    """(step, path of the weights) of a run's checkpoints, oldest first; none without the folder."""
     found = []
     for path in Path(run_dir).glob("*.safetensors"):
         if match := re.fullmatch(r"(\d{8,})\.safetensors", path.name):
             found.append((int(match[1]), path))
     return sorted(found)
-
-
-def find_checkpoint(run_dir: str | os.PathLike, checkpoint: int = -1) -> Path:
-    """The checkpoint of a step, or, if negative, counted from the newest, -1."""
-    found = list_checkpoints(run_dir)
-    if not found:
-        model, run = Path(run_dir).parent, Path(run_dir).name
-        raise PicoError(
-            f"{run_dir} has no checkpoint; make one with: {command('train', model, run)}"
-        )
-    if checkpoint < 0:
-        if -checkpoint <= len(found):
-            return found[checkpoint][1]
-    elif checkpoint in dict(found):
-        return dict(found)[checkpoint]
-    steps = ", ".join(str(step) for step, _ in found)
-    raise PicoError(f"{run_dir} has no checkpoint {checkpoint}; there are those of steps {steps}")
-
-
-def load(path: str | os.PathLike, run: str, checkpoint: int = -1) -> Pico:
-    """The model PATH with the weights of RUN: those of a step, or the newest (-1, -2, …)."""
-    config = load_config(path)
-    weights = find_checkpoint(Path(path) / run, checkpoint)
-    model = Pico(config, fresh=False)
-    load_weights(model, weights)
-    return model

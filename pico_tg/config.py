@@ -181,7 +181,7 @@ class Config:
         """A named configuration with some keys changed: `Config.preset("xs", dim=372)`."""
         if name not in PRESETS:
             raise PicoError(f"no preset named {name!r}; there is: {', '.join(PRESETS)}")
-        return cls._from_dict(PRESETS[name] | changes, f"preset {name!r}")
+        return cls.from_dict(PRESETS[name] | changes, f"preset {name!r}")
 
     @classmethod
     def from_json(cls, path: str | os.PathLike) -> "Config":
@@ -194,10 +194,11 @@ class Config:
             raise PicoError(f"{path} is not valid JSON ({error})") from error
         if not isinstance(values, dict):
             raise PicoError(f"{path} must hold a JSON object of the model's sizes")
-        return cls._from_dict(values, str(path))
+        return cls.from_dict(values, str(path))
 
     @classmethod
-    def _from_dict(cls, values: dict, where: str) -> "Config":
+    def from_dict(cls, values: dict, where: str) -> "Config":
+        """The Config of what `to_dict` gave. Raises PicoError, which starts with `where`."""
         defaults = {field.name: field.default for field in dataclasses.fields(cls)}
         for key in values:
             if key not in defaults:
@@ -240,6 +241,12 @@ class TrainSettings:
     weight_decay: float = setting("decoupled weight decay, on matrices only", 0.1, minimum=0)
     epochs: int = setting("passes over the data; training ends earlier if max_steps is reached", 1)
     max_steps: int = setting("number of steps after which training ends", 3600)
+    max_minutes: float = setting(
+        "end training after this many minutes, compiling and validations left out, and let the "
+        "learning rate follow that time; 0: no limit",
+        0.0,
+        minimum=0,
+    )
     warmup_steps: int = setting("steps until the learning rate is at its peak", 150, minimum=0)
     grad_accumulation_steps: int = setting(
         "micro-batches whose gradients are averaged for one step", 1
@@ -269,6 +276,9 @@ class TrainSettings:
         "number of newest checkpoints to keep, the older ones are deleted; 0 keeps all",
         0,
         minimum=0,
+    )
+    keep_best: bool = setting(
+        "write a checkpoint after the best validation so far, and never delete it", False
     )
     seed: int = setting("seed of the order of the windows, and of fresh weights", 0, minimum=0)
 

@@ -1,45 +1,88 @@
-"""The folder of one training run: training.json, metrics.jsonl and the checkpoints."""
+"""The folder of a training run: training.json, metrics.jsonl and the checkpoints.
+
+- training.json: settings, data, model and devices of the run, and the names of its checkpoints
+- metrics.jsonl: one record a step
+- NNNNNNNN.safetensors, NNNNNNNN.state.safetensors: see `pico_tg.checkpoint`
+"""
 
 import contextlib
+import dataclasses
 import json
+import math
 import os
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .checkpoint import (
-    checkpoint_path,
     delete_older,
     list_checkpoints,
+    load_config,
+    load_weights,
     quarantine,
     remove_leftovers,
     save_checkpoint,
 )
-from .files import PicoError, atomic_write
+from .config import Config, TrainSettings
+from .data import Data, DataSpec, load_data
+from .files import PicoError, atomic_write, command
+from .model import Pico
 
 try:
     import fcntl
-except ImportError:  # Windows: nobody watches that a run is trained once at a time
+except ImportError:  # Windows: nothing prevents two processes from training one run
     fcntl = None
 
 Record = dict[str, Any]
-DESCRIBED = {"settings", "dataset", "model", "devices", "fingerprints"}
+DESCRIBED = {"settings", "dataset", "model", "devices", "fingerprints"}  # keys of training.json
+BITS = "validation_bits_per_byte"  # the figure that decides which checkpoint is the best
+MAY_CHANGE = (
+    "max_steps", "max_minutes", "validation_interval", "checkpoint_interval", "keep_checkpoints",
+    "keep_best",
+)  # fmt: skip
+
+
+@dataclass
+class Progress:
+    """How far a run has got; a checkpoint holds it as JSON.
+
+    - step: complete steps; steps: number of steps at which training ends
+    - windows: position in the order of the windows; bytes: bytes trained on
+    - validated: the step was measured on the held-out data
+    - seconds: time spent in steps, without compiling
+    """
+
+    step: int = 0
+    bytes: int = 0
+    windows: int = 0
+    steps: int = 0
+    validated: bool = False
+    seconds: float = 0.0
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Progress":
+        """What a checkpoint of this or an earlier version holds; keys that it lacks are 0."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in names})
 
 
 class Run:
-    """A run that is being trained, by this process alone until `close`.
+    """A run that this process alone trains, until `close`.
 
     Raises PicoError if another process trains it, or if the folder cannot be written.
     """
 
     def __init__(self, folder: Path, resumed: bool) -> None:
-        """A new run's folder is made."""
+        """Make the folder of a new run, or open that of a run to resume."""
         self.folder = folder
         self.last_checkpoint: Path | None = None  # the one written or loaded last
+        self.saved_step = 0  # the step of the last checkpoint, also of one that failed
+        self.best = (math.inf, 0)  # bits per byte of the best validation, and its step
         try:
-            if not resumed:
-                folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(folder / ".lock", "ab")  # noqa: SIM115
         except OSError as error:
             raise PicoError(f"cannot write to {folder}: {error.strerror or error}") from error
@@ -52,9 +95,12 @@ class Run:
         except OSError:
             pass  # a file system without locks
         remove_leftovers(folder)
+        if not resumed:  # the records of a run that ended before its first checkpoint
+            with contextlib.suppress(OSError):
+                (folder / "metrics.jsonl").unlink()
 
     def close(self) -> None:
-        """Let others train it."""
+        """Allow other processes to train the run."""
         self.lock.close()
 
     def describe(self, description: dict[str, Any]) -> None:
@@ -69,18 +115,20 @@ class Run:
         self,
         weights: dict[str, np.ndarray],
         state: dict[str, np.ndarray],
-        progress: dict[str, Any],
-        keep: int,
+        progress: Progress,
+        settings: TrainSettings,
     ) -> None:
-        """Write a checkpoint, list it in training.json, delete older ones so that `keep` remain."""
-        step = progress["step"]
-        self.last_checkpoint = save_checkpoint(weights, state, progress, self.folder, step)
-        if keep:
-            delete_older(self.folder, step, keep)
+        """Write a checkpoint, list it in training.json, delete those that are not to be kept."""
+        self.saved_step = step = progress.step
+        values = dataclasses.asdict(progress)
+        self.last_checkpoint = save_checkpoint(weights, state, values, self.folder)
+        if settings.keep_checkpoints:
+            spared = self.best[1] if settings.keep_best else None
+            delete_older(self.folder, step, settings.keep_checkpoints, spared)
         self.describe(self.description)
 
     def log(self, record: Record, durable: bool = False) -> None:
-        """Append one line to metrics.jsonl, readable at once by others."""
+        """Append one line to metrics.jsonl; other processes can read it immediately."""
         path = self.folder / "metrics.jsonl"
         try:
             with open(path, "a", encoding="utf-8") as file:
@@ -91,28 +139,84 @@ class Run:
         except OSError as error:
             raise PicoError(f"cannot write {path}: {error.strerror or error}") from error
 
-    def truncate_to(self, step: int) -> list[Record]:
-        """Forget what came after `step`: its records, and checkpoints, which were not valid.
+    def is_best(self, record: Record) -> bool:
+        """Whether the record holds the best validation so far, which is then the one to beat."""
+        found = (record.get(BITS, math.inf), record["step"])
+        better = found[0] < self.best[0]
+        self.best = found if better else self.best
+        return better
 
-        Returns the records that are left.
+    def truncate_to(self, step: int) -> list[Record]:
+        """Remove records after `step`, quarantine later checkpoints; returns what records remain.
+
+        Later checkpoints exist only where they are not valid.
         """
-        for at, path in list_checkpoints(self.folder):
-            if at > step:
-                quarantine(path)
+        checkpoints = dict(list_checkpoints(self.folder))
+        for later in (path for at, path in checkpoints.items() if at > step):
+            quarantine(later)
         path = self.folder / "metrics.jsonl"
         records = read_metrics(self.folder) if path.exists() else []
         records = [record for record in records if record["step"] <= step]
         self.rewrite(records)
+        for record in records:
+            if record["step"] in checkpoints:
+                self.is_best(record)
+        self.saved_step = step
         return records
 
     def rewrite(self, records: list[Record]) -> None:
-        """Write metrics.jsonl anew."""
+        """Replace metrics.jsonl."""
         with atomic_write(self.folder / "metrics.jsonl") as file:
             for record in records:
                 file.write((json.dumps(record) + "\n").encode())
 
-    def checkpoint_path(self, step: int) -> str:
-        return str(checkpoint_path(self.folder, step))
+
+# Reading a run ----------------------------------------------------------------------------------
+
+
+def run_folder(path: str | os.PathLike, run: str | os.PathLike) -> Path:
+    """The folder of RUN in the model folder PATH. Raises PicoError if RUN leads out of PATH."""
+    name = Path(run)
+    if name.is_absolute() or ".." in name.parts or name == Path():
+        raise PicoError(f"RUN must name a run of {path}, not {os.fspath(run)!r}")
+    return Path(path) / name
+
+
+def find_checkpoint(run_dir: str | os.PathLike, checkpoint: int | str = -1) -> Path:
+    """The checkpoint of a step; negative counts from the newest, -1; "best" validated best.
+
+    Raises PicoError if there is none, naming those that exist.
+    """
+    found = dict(list_checkpoints(run_dir))
+    if not found:
+        model, run = Path(run_dir).parent, Path(run_dir).name
+        raise PicoError(
+            f"{run_dir} has no checkpoint; make one with: {command('train', model, run)}"
+        )
+    if checkpoint == "best":
+        records = read_metrics(Path(run_dir))
+        measured = {r["step"]: r[BITS] for r in records if r["step"] in found and BITS in r}
+        if not measured:
+            raise PicoError(f"no checkpoint of {run_dir} was validated; name one by its step")
+        return found[min(measured, key=lambda step: measured[step])]
+    if checkpoint in found:
+        return found[checkpoint]
+    if isinstance(checkpoint, int) and 0 < -checkpoint <= len(found):
+        return list(found.values())[checkpoint]
+    steps = ", ".join(map(str, found))
+    raise PicoError(f"{run_dir} has no checkpoint {checkpoint}; there are those of steps {steps}")
+
+
+def load(path: str | os.PathLike, run: str, checkpoint: int | str = -1) -> Pico:
+    """The model PATH with weights of RUN: the newest (-1), an older one (-2, …), a step or "best".
+
+    Raises PicoError if there is no such model, run or checkpoint, or if it is broken.
+    """
+    config = load_config(path)
+    weights = find_checkpoint(run_folder(path, run), checkpoint)
+    model = Pico(config, fresh=False)
+    load_weights(model, weights)
+    return model
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -124,12 +228,15 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise PicoError(
             f"{folder} is no training run to resume: cannot read {path} ({error.strerror})"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PicoError(f"{path} is broken ({error})") from error
     if isinstance(description, dict) and not description.keys() & DESCRIBED:
         raise _Foreign(f"{path} was not written by pico_tg; the run cannot go on from it")
     if not isinstance(description, dict) or not description.keys() >= DESCRIBED:
         raise PicoError(f"{path} is broken: it must hold {', '.join(sorted(DESCRIBED))}")
+    for key in ("settings", "dataset", "model"):
+        if not isinstance(description[key], dict):
+            raise PicoError(f"{path} is broken: {key} must be an object")
     return description
 
 
@@ -148,7 +255,7 @@ def find_description(folder: Path) -> dict[str, Any] | None:
 
 
 def read_metrics(folder: Path) -> list[Record]:
-    """The records in a run's metrics.jsonl; a line still being written is left out.
+    """The records in a run's metrics.jsonl, without a line that is still being written.
 
     Raises PicoError if there is none.
     """
@@ -161,6 +268,105 @@ def read_metrics(folder: Path) -> list[Record]:
         ) from error
     records = []
     for line in lines:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             records.append(json.loads(line))
     return [r for r in records if isinstance(r, dict) and isinstance(r.get("step"), int)]
+
+
+# Starting and resuming --------------------------------------------------------------------------
+
+
+def check_startable(folder: Path) -> None:
+    """Raise PicoError unless a new run may be trained in `folder`.
+
+    It must not exist, or hold only what a run leaves that ended before its first checkpoint.
+    """
+    left = r"\.lock|training\.json|metrics\.jsonl|\d{8,}\.state\.safetensors|\..*\.tmp"
+    if not folder.exists() or (
+        folder.is_dir()
+        and all(re.fullmatch(left, entry.name) for entry in folder.iterdir())
+        and not list_checkpoints(folder)
+    ):
+        return
+    raise PicoError(f"{folder} exists; continue it with --resume, choose another RUN, or delete it")
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What changed, in words, among the keys of both: "dim was 24, now 48, router was …"."""
+    both = [(name, before[name], now[name]) for name in now if name in before]
+    return ", ".join(f"{name} was {old}, now {new}" for name, old, new in both if old != new)
+
+
+def resumed_settings(
+    given: dict[str, Any], stored: dict[str, Any], force: bool, run: Path
+) -> TrainSettings:
+    """The settings of a run that is resumed: the stored ones, changed to those given.
+
+    Raises PicoError if a setting is given that may not change; batch_size may with `force`.
+    """
+    known = {field.name for field in dataclasses.fields(TrainSettings)}
+    if unknown := ", ".join(sorted(stored["settings"].keys() - known)):
+        raise PicoError(f"{run}/training.json has settings that are unknown here: {unknown}")
+    settings = TrainSettings(**stored["settings"])
+    free = (*MAY_CHANGE, "batch_size") if force else MAY_CHANGE
+    fixed = {name: value for name, value in given.items() if name not in free}
+    if changed := differences(dataclasses.asdict(settings), fixed):
+        hint = "; --force allows another batch_size" if "batch_size was" in changed else ""
+        raise PicoError(
+            f"{run} was trained otherwise: {changed}; leave these out to resume with what it had, "
+            f"or train a new RUN{hint}"
+        )
+    return dataclasses.replace(settings, **given)
+
+
+def check_model(config: Config, stored: dict[str, Any], run: Path) -> None:
+    """Raise PicoError unless the run trained a model of this config."""
+    before = dataclasses.asdict(Config.from_dict(stored["model"], f"{run}/training.json: model"))
+    if changed := differences(before, dataclasses.asdict(config)):
+        raise PicoError(
+            f"{run} was trained with another model.json: {changed}; restore it, or train a new RUN"
+        )
+
+
+def stored_spec(stored: dict[str, Any], run: Path) -> DataSpec:
+    """The data of a run, from its training.json. Raises PicoError if that is broken."""
+    try:
+        return DataSpec(**stored["dataset"])
+    except TypeError as error:
+        raise PicoError(f"{run}/training.json is broken: dataset: {error}") from error
+
+
+def open_data(
+    dataset: str | os.PathLike | DataSpec | Data | None,
+    stored: dict[str, Any],
+    run: Path | None,
+    progress: bool,
+) -> Data:
+    """The data to train on; those of a run to resume (`stored`) by default.
+
+    Raises PicoError if that run was trained on other data; the same data may have moved.
+    """
+    if isinstance(dataset, str | os.PathLike):
+        dataset = DataSpec(dataset)
+    before = stored_spec(stored, run) if stored else DataSpec()
+    if dataset is None:
+        dataset = before
+    elif isinstance(dataset, DataSpec) and dataset.dataset == before.dataset:
+        revision = dataset.revision or before.revision  # the hub may have a newer one
+        dataset = dataclasses.replace(dataset, revision=revision)
+    data = dataset if isinstance(dataset, Data) else load_data(dataset, progress=progress)
+    described = describe_data(data)
+    if not stored or described["fingerprints"] == stored["fingerprints"]:
+        return data
+    if changed := differences(stored["dataset"], described["dataset"]):
+        raise PicoError(f"{run} was trained on other data: {changed}")
+    raise PicoError(f"the data of {run} have changed since; train a new RUN on them")
+
+
+def describe_data(data: Data) -> dict[str, Any]:
+    """What training.json says of the data."""
+    spec = dataclasses.asdict(data.spec)
+    if os.path.exists(data.spec.dataset):  # so that the run can be resumed from any folder
+        spec["dataset"] = os.path.abspath(data.spec.dataset)
+    fingerprints = [data.train.fingerprint, data.validation.fingerprint]
+    return {"dataset": spec, "data": data.note, "fingerprints": fingerprints}

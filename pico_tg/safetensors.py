@@ -1,9 +1,13 @@
-"""The safetensors format: checked on reading, atomic on writing. Plain file I/O."""
+"""The safetensors format: every header is checked, every file is written atomically.
+
+Plain file I/O instead of tinygrad's, whose writer is not atomic and whose reader trusts the header.
+"""
 
 import json
 import math
 import os
 import struct
+from typing import BinaryIO
 
 import numpy as np
 
@@ -11,8 +15,7 @@ from .files import PicoError, atomic_write
 
 MAX_HEADER = 100 << 20  # bytes; the limit of the safetensors package
 
-
-# BF16 has no NumPy type: it is read as the upper half of a float32, which is exact
+# NumPy has no BF16: it is read as the upper half of a float32, which is exact
 DTYPES = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
@@ -28,48 +31,57 @@ DTYPES = {
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }
-
-
 NAMES = {dtype: name for name, dtype in DTYPES.items() if name != "BF16"}
+
+# name -> (dtype's name, shape, first byte, end), counted from where the data start
+Entries = dict[str, tuple[str, tuple[int, ...], int, int]]
 
 
 def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """All tensors of a .safetensors file, and its metadata. BF16 becomes float32.
 
-    Raises PicoError, naming the file and the defect, unless the header is sound and the tensors
+    Raises PicoError, naming the file and the defect, unless the header is valid and the tensors
     fill the rest of the file exactly, without overlaps or holes.
     """
     try:
         with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            entries, metadata, start = _read_header(file, size, path)
-            file.seek(start)
-            data = file.read(size - start)
+            entries, metadata, size = _parse_header(file, path)
+            data = file.read(size)
     except OSError as error:
         raise PicoError(f"cannot read {path}: {error.strerror or error}") from error
-    if len(data) != size - start:
+    if len(data) != size:
         raise PicoError(f"{path} is broken: it changed while it was read")
     tensors = {}
-    for name, (kind, shape, first, last) in entries.items():
-        array = np.frombuffer(data[first:last], DTYPES[kind])
+    for name, (kind, shape, first, end) in entries.items():
+        array = np.frombuffer(data[first:end], DTYPES[kind])
         if kind == "BF16":
             array = (array.astype(np.uint32) << 16).view(np.float32)
         tensors[name] = array.reshape(shape).copy()
     return tensors, metadata
 
 
-def _read_header(file, size: int, path) -> tuple[dict[str, tuple], dict[str, str], int]:
-    """name -> (dtype, shape, first byte, last byte), the metadata, where the data start."""
+def read_header(path: str | os.PathLike) -> tuple[Entries, dict[str, str]]:
+    """The tensors' entries and the metadata; checked as by `read_safetensors`, data not read."""
+    try:
+        with open(path, "rb") as file:
+            return _parse_header(file, path)[:2]
+    except OSError as error:
+        raise PicoError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _parse_header(file: BinaryIO, path: str | os.PathLike) -> tuple[Entries, dict[str, str], int]:
+    """The entries, the metadata and the number of bytes of data, which the file then stands at."""
 
     def broken(why: str) -> PicoError:
-        return PicoError(f"{path} is not a sound safetensors file: {why}")
+        return PicoError(f"{path} is not a valid safetensors file: {why}")
 
+    size = os.fstat(file.fileno()).st_size
     if size < 8:
         raise broken("it is shorter than a header")
     start = file.read(8)
     if start.startswith(b"PK\3\4"):  # a zip archive
         raise PicoError(
-            f"{path} is a file of torch.save, not safetensors; examples/interop.py takes it in"
+            f"{path} is a file of torch.save, not safetensors; examples/interop.py converts it"
         )
     (length,) = struct.unpack("<Q", start)
     if length > min(size - 8, MAX_HEADER):
@@ -97,7 +109,7 @@ def _read_header(file, size: int, path) -> tuple[dict[str, tuple], dict[str, str
         end = last
     if end != size - 8 - length:
         raise broken(f"its tensors take {end} bytes, it has {size - 8 - length}: truncated?")
-    return entries, metadata, 8 + length
+    return entries, metadata, end
 
 
 def _check_entry(name: str, entry: object, broken) -> tuple[str, tuple[int, ...], int, int]:

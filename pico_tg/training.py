@@ -1,9 +1,13 @@
-"""Training: a generator that yields one record a step; nothing here prints.
+"""Training: a generator that yields one record a step. Nothing here prints.
 
 for record in train(model, "python-docs", max_steps=200, context_len=512, batch_size=4):
     print(record["step"], record["bits_per_byte"])
+
+In the order of reading: `learning_rate`, `TrainStep` (one optimizer step), `train` (opens or
+resumes a run), `_loop` (the steps).
 """
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -15,39 +19,60 @@ from typing import Any
 import numpy as np
 from tinygrad import Tensor, dtypes, nn
 
-from .checkpoint import load_newest, load_weights, weights_of
-from .config import TrainSettings
-from .data import Data, DataSpec, Windows, load_data
+from .checkpoint import (
+    checkpoint_path,
+    list_checkpoints,
+    load_newest,
+    load_weights,
+    weights_of,
+)
+from .config import Config, TrainSettings, field_help
+from .data import Data, DataSpec, Windows
 from .evaluation import Validation
 from .files import PicoError
 from .model import Pico, inputs_and_targets, loss_fn
 from .precision import choose_precision
 from .remat import graph_context
-from .runs import Record, Run, read_description
-from .runtime import jit_method, on_devices, write_all
+from .runs import (
+    Progress,
+    Record,
+    Run,
+    check_model,
+    check_startable,
+    describe_data,
+    differences,
+    open_data,
+    read_description,
+    read_metrics,
+    resumed_settings,
+)
+from .runtime import jit_method, on_devices, write_all, write_into
 from .soap import SOAP, all_finite
 
 ADAMW_STATE = ("b1_t", "b2_t", "m", "v")
 
 
-def learning_rate(step: int, settings: TrainSettings, total_steps: int) -> float:
-    """The rate of step 0, 1, …: linear warm-up, then a cosine down to 10 % at `total_steps`."""
-    if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / settings.warmup_steps
+def learning_rate(position: float, settings: TrainSettings, total_steps: int) -> float:
+    """The learning rate at step 0, 1, …: linear warm-up, then a cosine to 10 % at `total_steps`.
+
+    With max_minutes the position is not whole: it follows the time.
+    """
+    if position < settings.warmup_steps:
+        return settings.learning_rate * min(1.0, (position + 1) / settings.warmup_steps)
     remaining = max(1, total_steps - settings.warmup_steps)
-    progress = min(1.0, (step - settings.warmup_steps) / remaining)
-    return settings.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+    fraction = min(1.0, (position - settings.warmup_steps) / remaining)
+    return settings.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * fraction)))
 
 
 def adamw(parameters: list[Tensor], weight_decay: float) -> nn.optim.OptimizerGroup:
-    """AdamW with decay on matrices only."""
+    """AdamW with weight decay on matrices only."""
     matrices = [p for p in parameters if p.ndim >= 2]
     vectors = [p for p in parameters if p.ndim < 2]
     group = nn.optim.OptimizerGroup(
         nn.optim.AdamW(matrices, lr=0.0, weight_decay=weight_decay),
         nn.optim.AdamW(vectors, lr=0.0, weight_decay=0.0),
     )
-    # its state begins as constants; resuming overwrites it, which takes memory
+    # tinygrad makes the state of constants, which have no memory that resuming could overwrite
     for part in group.optimizers:
         for tensor in (part.b1_t, part.b2_t, *part.m, *part.v):
             tensor.replace(tensor.contiguous().realize())
@@ -63,10 +88,11 @@ def move(tensors: list[Tensor], devices: tuple[str, ...]) -> None:
 
 
 class TrainStep:
-    """One optimizer step on [A, B, N + T] bytes, compiled: A micro-batches, averaged.
+    """One optimizer step on uint8 [A, B, N + T] bytes, compiled; A micro-batches are averaged.
 
-    Returns float32 [5]: loss, aux loss, next-byte loss (nats), share of bytes that causal routing
-    selects, and 1 if every gradient was finite; where it is 0 no weight was changed.
+    Returns float32 [5]: loss, aux loss, next-byte loss (nats), share of the bytes that causal
+    routing selects, and 1 if every gradient is finite; if it is 0, no weight has changed.
+    `consistent` is False while weights and optimizer state are being updated.
     """
 
     def __init__(self, model: Pico, settings: TrainSettings, devices: tuple[str, ...] = ()) -> None:
@@ -89,6 +115,7 @@ class TrainStep:
         self.sums: list[Tensor] = []
         if settings.grad_accumulation_steps > 1:
             self.sums = [p.zeros_like().contiguous().realize() for p in self.parameters]
+        self.consistent = True
         self.whole_step = jit_method(self._whole_step)
         self.accumulate = jit_method(self._accumulate)
         self.update = jit_method(self._update)
@@ -102,15 +129,15 @@ class TrainStep:
         rate = self.model.decide(x, z, causal=True).cast(dtypes.float32).mean()
         gradients = loss.gradient(*self.parameters)
         losses = Tensor.stack(loss, aux_loss, next_byte_loss, rate).detach().contiguous()
-        # if a loss is not finite, then neither is a gradient, and nothing is updated
+        # a loss that is not finite makes a gradient NaN, so that nothing is updated
         smallest = min(range(len(gradients)), key=lambda i: gradients[i].numel())
         finite = losses.sum().isfinite()
         gradients[smallest] = finite.where(gradients[smallest], math.nan)
         return losses, gradients
 
     def _apply(self, gradients: list[Tensor], lr: Tensor) -> Tensor:
-        """Update the parameters; float32 [1]: 1 if the gradients were finite, else 0."""
-        if isinstance(self.optimizer, SOAP):  # leaves everything as it is if they are not
+        """Update the parameters; float32 [1]: 1 if the gradients are finite, else 0."""
+        if isinstance(self.optimizer, SOAP):  # changes nothing if they are not
             finite = self.optimizer.finite
         else:
             finite = all_finite(gradients)
@@ -141,24 +168,43 @@ class TrainStep:
         Tensor.realize(*[total.assign(total.zeros_like()) for total in self.sums])
         return finite
 
-    def __call__(self, batches: np.ndarray, lr: float) -> np.ndarray:
+    def __call__(
+        self,
+        batches: np.ndarray,
+        lr: float,
+        interrupt: Callable[[int], bool] = lambda done: False,
+    ) -> np.ndarray | None:
+        """Take the step. `interrupt(done)` is called after each of several micro-batches.
+
+        If it returns True before the last one, the gradients are discarded: the result is None,
+        and weights and optimizer are those of the step before.
+        """
         rate = on_devices(np.array([lr], np.float32), self.devices)
         with Tensor.train(), graph_context(self.settings, self.devices):
             if len(batches) == 1:
-                losses = self.whole_step(on_devices(batches[0], self.devices, 0), rate).numpy()
+                windows = on_devices(batches[0], self.devices, 0)
+                self.consistent = False
+                losses = self.whole_step(windows, rate).numpy()
             else:
-                inputs = (on_devices(batch, self.devices, 0) for batch in batches)
-                parts = [self.accumulate(x).numpy() for x in inputs]
+                parts = []
+                for done, batch in enumerate(batches, 1):
+                    parts.append(self.accumulate(on_devices(batch, self.devices, 0)).numpy())
+                    if interrupt(done) and done < len(batches):
+                        for total in self.sums:
+                            write_into(total, np.zeros(total.shape, np.float32))
+                        return None
+                self.consistent = False
                 losses = np.concatenate([np.mean(parts, axis=0), self.update(rate).numpy()])
         if isinstance(self.optimizer, SOAP):
             self.optimizer.refresh()
+        self.consistent = True
         return losses
 
     def _state(self) -> dict[str, Tensor]:
         if isinstance(self.optimizer, SOAP):
             return self.optimizer.state_dict()
-        own = nn.state.get_state_dict(self.optimizer)
-        return {name: t for name, t in own.items() if {*name.split(".")} & {*ADAMW_STATE}}
+        named = nn.state.get_state_dict(self.optimizer)
+        return {name: t for name, t in named.items() if {*name.split(".")} & {*ADAMW_STATE}}
 
     def state(self) -> dict[str, np.ndarray]:
         """The optimizer's state, by name."""
@@ -176,7 +222,7 @@ class TrainStep:
 
 def train(
     model: Pico,
-    dataset: str | DataSpec | Data | None = None,
+    dataset: str | os.PathLike | DataSpec | Data | None = None,
     run_dir: str | os.PathLike | None = None,
     *,
     devices: tuple[str, ...] = (),
@@ -184,6 +230,7 @@ def train(
     force: bool = False,
     base_weights: str | os.PathLike | None = None,
     stop: Callable[[], bool] = lambda: False,
+    on_micro_batch: Callable[[int, int], None] = lambda done, total: None,
     progress: bool = False,
     say: Callable[[str], None] = lambda text: None,
     tracker: dict[str, str] | None = None,
@@ -191,280 +238,269 @@ def train(
 ) -> Iterator[Record]:
     """Train `model` in place, yielding one record (a dict that is valid JSON) a step.
 
-    dataset: what `pico_tg.DataSpec` takes, or its `dataset` alone, or loaded data; None is
-    `python-docs`. `settings` are the fields of `pico_tg.TrainSettings`. With `run_dir` (which must
-    not exist yet), it receives training.json, metrics.jsonl (the records) and checkpoints: weights
-    as NNNNNNNN.safetensors, and beside them what resuming needs.
-    `base_weights`, a .safetensors file, replaces the model's weights first; its path is recorded.
-    `tracker`, a package's name and the id of its run that logs this one, is recorded as well.
-    `stop()` is asked after every step: True saves and ends training.
-    Several `devices` (`("CUDA:0", "CUDA:1")`) share each batch; the model is on all of them until
-    training ends, and then on the first.
-
-    `resume` continues the run in `run_dir` from its newest valid checkpoint as if nothing had
-    happened. Data and settings not given are the run's; those given must be the run's, except
-    max_steps, validation_interval, checkpoint_interval and keep_checkpoints, and with `force`
-    batch_size; the model's config must be the run's too. The same data may have moved. Another
-    max_steps bends the learning rate's curve from here on. `say` is told in one line where it
-    continues, and whatever else is worth knowing.
+    - dataset: `pico_tg.DataSpec`, its `dataset` alone, or loaded data; None is `python-docs`
+    - run_dir: receives training.json, metrics.jsonl (the records) and checkpoints, see
+      `pico_tg.runs`; must be new, or of a run that ended before its first checkpoint
+    - devices: several, ("CUDA:0", "CUDA:1"), share each batch; afterwards the model is on the first
+    - resume: continue the run in run_dir from its newest valid checkpoint, bit for bit. Data and
+      settings default to the run's; only those in `pico_tg.runs.MAY_CHANGE` may differ, and with
+      `force` batch_size. The same data may have moved
+    - base_weights: .safetensors to start from; tracker: {package: id of its run}; both are recorded
+    - stop: asked after every micro-batch; True saves the last complete step and ends training
+    - on_micro_batch: called with (done, total) after each of several micro-batches of a step
+    - progress: show a bar while data are read; say: receives remarks, one line each
+    - settings: the fields of `pico_tg.TrainSettings`
 
     A record has: step (from 1), steps (in all), epoch (from 0), loss, next_byte_loss, aux_loss
     (nats), bits_per_byte (of the next byte, training routing), router_rate (share of bytes that
-    causal routing selects), lr, bytes (seen so far), bytes_per_second; after a validation also its
-    keys (see `Validation`), after a checkpoint `checkpoint`, its path.
+    causal routing selects), lr, bytes (trained on so far), bytes_per_second; with max_minutes also
+    minutes (used so far), after a validation its keys (see `Validation`), and with a checkpoint its
+    path, `checkpoint`. If the caller closes the generator or raises, the last step is saved.
 
     Raises PicoError on bad settings or data before anything is written, and when a loss or gradient
     is not finite; the weights are then those before that step.
     """
-    if resume and base_weights is not None:
-        raise PicoError("base_weights start a run; a run that is resumed has its own")
-    known = {field.name for field in dataclasses.fields(TrainSettings)}
-    if wrong := ", ".join(sorted(set(settings) - known)):
-        raise PicoError(f"unknown setting {wrong}; there are: {', '.join(sorted(known))}")
-    spec = DataSpec(dataset) if isinstance(dataset, str) else dataset
-    stored: dict[str, Any] = {}
-    if resume:
-        if run_dir is None:
-            raise PicoError("nothing to resume: no run was named")
-        stored = read_description(Path(run_dir))
-        _check_model(model.config.to_dict(), stored["model"], run_dir)
-        spec = stored_spec(stored, run_dir) if spec is None else spec
-        if "precision" in settings:
-            chosen = choose_precision(settings["precision"], devices)
-            settings = settings | {"precision": chosen}
-        settings = _resumed_settings(settings, stored["settings"], force, run_dir)
-    elif run_dir is not None and Path(run_dir).exists():
-        raise PicoError(
-            f"{run_dir} exists; continue it with --resume, choose another RUN, or delete it"
-        )
-    chosen = TrainSettings(**settings)
-    # what is recorded, and resumed, is what `auto` means here
-    chosen = dataclasses.replace(chosen, precision=choose_precision(chosen.precision, devices))
-    if model.config.router != "none" and model.config.capacity(chosen.context_len) < 1:
-        raise PicoError(
-            f"context_len {chosen.context_len} is too short: at a capacity factor of "
-            f"{model.config.latent_capacity_factor} no byte is selected; take at least "
-            f"{math.ceil(1 / model.config.latent_capacity_factor)}"
-        )
-    spec = DataSpec() if spec is None else spec
-    data = spec if isinstance(spec, Data) else load_data(spec, progress=progress)
-    spec = data.spec
-    windows = Windows(
-        data.train,
-        chosen.context_len,
-        model.config.next_tokens,
-        chosen.batch_size * chosen.grad_accumulation_steps,
-        chosen.seed,
-    )
-    described = dataclasses.asdict(spec)
-    if os.path.exists(spec.dataset):  # wherever it is resumed from
-        described["dataset"] = os.path.abspath(spec.dataset)
-    fingerprints = [data.train.fingerprint, data.validation.fingerprint]
-    if resume and stored["fingerprints"] != fingerprints:
-        raise PicoError(_changed_data(described, stored, run_dir))
+    folder = None if run_dir is None else Path(run_dir)
+    stored = _stored_run(model.config, folder, base_weights) if resume else {}
+    chosen = _chosen_settings(settings, stored, folder, devices, force)
+    _check_context_len(chosen.context_len, model.config)
+    if folder is not None and not resume:
+        check_startable(folder)
+    data = open_data(dataset, stored, folder, progress)
+    micro_batches = chosen.batch_size * chosen.grad_accumulation_steps
+    T = model.config.next_tokens
+    windows = Windows(data.train, chosen.context_len, T, micro_batches, chosen.seed)
     if base_weights is not None:
         load_weights(model, base_weights)
-    validation = Validation(model, data.validation, chosen, devices)
+    validate = Validation(model, data.validation, chosen, devices)
     train_step = TrainStep(model, chosen, devices)
-    description = {
-        "settings": dataclasses.asdict(chosen),
-        "dataset": described,
-        "data": data.note,
-        "fingerprints": fingerprints,
-        "model": model.config.to_dict(),
-        "base_weights": stored.get("base_weights"),
-        "devices": list(devices),
-        "tracker": tracker or stored.get("tracker"),
-    }
-    if base_weights is not None:
-        description["base_weights"] = os.path.abspath(base_weights)
-    run, records = None, []
-    reached = {"step": 0, "bytes": 0, "windows": 0}
+    run, reached = None, Progress()
+    if folder is not None:
+        run = Run(folder, resumed=resume)
     if resume:
-        run = Run(Path(run_dir), resumed=True)
-        path, state, reached, refused = load_newest(model, run_dir)
+        reached = _resume(run, train_step, stored, say)
+    else:
+        say(data.note)
+    _set_steps(reached, chosen, windows, say)
+    if len(data.validation.bytes) > chosen.validation_bytes:
+        say(f"each validation measures the first {chosen.validation_bytes:,} held-out bytes")
+    if run:
+        weights = base_weights and os.path.abspath(base_weights)
+        run.describe(
+            {"settings": dataclasses.asdict(chosen)}
+            | describe_data(data)
+            | {
+                "model": model.config.to_dict(),
+                "base_weights": weights or stored.get("base_weights"),
+                "devices": list(devices),
+                "tracker": tracker or stored.get("tracker"),
+            }
+        )
+    return _loop(train_step, windows, validate, run, reached, stop, on_micro_batch)
+
+
+def _stored_run(
+    config: Config, folder: Path | None, base_weights: str | os.PathLike | None
+) -> dict[str, Any]:
+    """The training.json of the run to resume. Raises PicoError if it trained another model."""
+    if base_weights is not None:
+        raise PicoError("base_weights start a run; a run that is resumed has its own")
+    if folder is None:
+        raise PicoError("nothing to resume: no run was named")
+    stored = read_description(folder)
+    check_model(config, stored, folder)
+    return stored
+
+
+def _chosen_settings(
+    given: dict[str, Any],
+    stored: dict[str, Any],
+    folder: Path | None,
+    devices: tuple[str, ...],
+    force: bool,
+) -> TrainSettings:
+    """The settings of a new run, or of one to resume; precision is never `auto`."""
+    known = field_help(TrainSettings).keys()
+    if wrong := ", ".join(sorted(given.keys() - known)):
+        raise PicoError(f"unknown setting {wrong}; there are: {', '.join(sorted(known))}")
+    if "precision" in given or not stored:
+        precision = given.get("precision", TrainSettings.precision)
+        given = given | {"precision": choose_precision(precision, devices)}
+    return resumed_settings(given, stored, force, folder) if stored else TrainSettings(**given)
+
+
+def _check_context_len(context_len: int, config: Config) -> None:
+    if config.router != "none" and config.capacity(context_len) < 1:
+        raise PicoError(
+            f"context_len {context_len} is too short: at a capacity factor of "
+            f"{config.latent_capacity_factor} no byte is selected; take at least "
+            f"{math.ceil(1 / config.latent_capacity_factor)}"
+        )
+
+
+def _resume(
+    run: Run, train_step: TrainStep, stored: dict[str, Any], say: Callable[[str], None]
+) -> Progress:
+    """Load the newest valid checkpoint; without any, the run starts at step 0."""
+    model, reached = train_step.model, Progress()
+    if list_checkpoints(run.folder):
+        path, state, values, refused = load_newest(model, run.folder)
         train_step.load_state(state, path)
+        reached = Progress.from_dict(values)
         run.last_checkpoint = path
         for problem in refused:
             say(f"skipped a checkpoint: {problem}")
-        say(f"resuming after step {reached['step']}, from {path}")
-        if stored["devices"] != list(devices):
-            say(f"devices were {stored['devices'] or 'one'}, now {list(devices) or 'one'}")
-        records = run.truncate_to(reached["step"])
-    elif run_dir is not None:
-        run = Run(Path(run_dir), resumed=False)
-    total = _steps(chosen, windows, reached)
-    if total != reached.get("steps", total):
+        say(f"resuming after step {reached.step}, from {path}")
+    else:
+        if stored.get("base_weights"):
+            load_weights(model, stored["base_weights"])
+        say(f"{run.folder} ended before its first checkpoint: starting at step 1")
+    now = {"devices": list(train_step.devices) or "one"}
+    if changed := differences({"devices": stored["devices"] or "one"}, now):
+        say(changed)
+    run.truncate_to(reached.step)
+    return reached
+
+
+def _set_steps(
+    reached: Progress, settings: TrainSettings, windows: Windows, say: Callable[[str], None]
+) -> None:
+    """Set the step at which training ends: max_steps, or when all epochs' windows are read."""
+    left = settings.epochs * len(windows) - reached.windows
+    total = min(settings.max_steps, reached.step + math.ceil(max(0, left) / windows.batch_size))
+    if reached.steps not in (0, total):
         say(
-            f"{total} steps in all, not {reached['steps']}: from step {reached['step'] + 1} on the "
+            f"{total} steps in all, not {reached.steps}: from step {reached.step + 1} on the "
             "learning rate follows the curve of the new number"
         )
-    reached |= {"steps": total}
-    if not resume:
-        say(data.note)
-    if len(data.validation.bytes) > chosen.validation_bytes:
-        say(f"each validation measures the first {chosen.validation_bytes:,} of those bytes")
-    if total <= chosen.warmup_steps:
+    reached.steps = total
+    if total <= settings.warmup_steps:
         say(
-            f"the {total} steps that there are end within warmup_steps ({chosen.warmup_steps}), so "
-            "the learning rate never gets to its peak; more epochs or smaller batches give more"
+            f"all {total} steps are within warmup_steps ({settings.warmup_steps}), so the learning "
+            "rate never reaches its peak; more epochs or smaller batches give more steps"
         )
-    if run:
-        run.describe(description)
-    steps = _train(train_step, windows, validation, run, records, reached, stop)
-    return _until_the_end(steps, train_step, run)
 
 
-def _steps(settings: TrainSettings, windows: Windows, reached: dict[str, int]) -> int:
-    """At which step training ends: at max_steps, or when all epochs' windows were seen."""
-    left = settings.epochs * len(windows) - reached["windows"]
-    return min(settings.max_steps, reached["step"] + math.ceil(max(0, left) / windows.batch_size))
+class _NotFinite(PicoError):
+    """A loss or gradient is not finite: what led there is not worth a checkpoint."""
 
 
-def _until_the_end(
-    records: Iterator[Record], train_step: TrainStep, run: Run | None
+def _loop(
+    train_step: TrainStep,
+    windows: Windows,
+    validate: Validation,
+    run: Run | None,
+    progress: Progress,
+    stop: Callable[[], bool],
+    on_micro_batch: Callable[[int, int], None],
 ) -> Iterator[Record]:
-    """The records; however training ends, the model is then on the first device, the run free."""
+    """The steps, until the last one or a stop. Whatever ends them, the last complete one is saved.
+
+    Afterwards the model is on the first device, and the run is free for other processes.
+    """
+    settings = train_step.settings
+    accumulation, context_len = settings.grad_accumulation_steps, settings.context_len
+    time_limit = settings.max_minutes * 60 or math.inf  # seconds
+    step_bytes = windows.batch_size * context_len
+    pending: Record | None = None  # a record that is not in metrics.jsonl yet
+
+    def ended() -> bool:
+        return progress.step >= progress.steps or progress.seconds >= time_limit
+
+    def interrupt(done: int) -> bool:
+        on_micro_batch(done, accumulation)
+        return stop()
+
+    def save() -> None:
+        if run and run.saved_step < progress.step:
+            run.save(weights_of(train_step.model), train_step.state(), progress, settings)
+
     try:
-        yield from records
+        if run:
+            _catch_up(run, progress, settings, validate)
+        stopped, steps_here = False, 0
+        while not stopped and not ended():
+            start = time.perf_counter()
+            # the learning rate follows the steps or the time, whichever is further
+            position = max(progress.step, progress.steps * progress.seconds / time_limit)
+            rate = learning_rate(position, settings, progress.steps)
+            batch = windows.batch_at(progress.windows)  # (A * B, N + T)
+            batch = batch.reshape(accumulation, settings.batch_size, -1)
+            losses = train_step(batch, rate, interrupt)
+            if losses is None:  # stopped within the step
+                break
+            if losses[4] != 1 or not np.isfinite(losses).all():
+                saved = run.last_checkpoint if run else None
+                raise _NotFinite(
+                    f"a loss or gradient is not finite at step {progress.step + 1} (lr {rate:.2e});"
+                    f" the weights were not updated; last checkpoint: {saved or 'none'}; try a "
+                    "smaller --learning-rate"
+                )
+            seconds = time.perf_counter() - start
+            epoch = progress.windows // len(windows)
+            steps_here += 1
+            # the first two steps of a process compile: they count as the mean of those before
+            mean = progress.seconds / max(1, progress.step)
+            progress.seconds += seconds if steps_here > 2 else mean
+            progress.step += 1
+            progress.windows += windows.batch_size
+            progress.bytes += step_bytes
+            progress.validated = False
+            record: Record = {
+                "step": progress.step,
+                "steps": progress.steps,
+                "epoch": epoch,
+                "loss": float(losses[0]),
+                "next_byte_loss": float(losses[2]),
+                "aux_loss": float(losses[1]),
+                "bits_per_byte": float(losses[2]) / math.log(2),
+                "router_rate": float(losses[3]),
+                "lr": rate,
+                "bytes": progress.bytes,
+                "bytes_per_second": step_bytes / seconds,
+            }
+            if settings.max_minutes:
+                record["minutes"] = progress.seconds / 60
+            pending = record
+            stopped = stop()
+            # a stop may not wait for a validation: the resumed run catches up on it
+            if not stopped and (ended() or progress.step % settings.validation_interval == 0):
+                record |= validate()
+                progress.validated = True
+                stopped = stop()
+            if run:
+                best = run.is_best(record) and settings.keep_best
+                due = progress.step % settings.checkpoint_interval == 0
+                saving = stopped or ended() or due or best
+                if saving:
+                    record["checkpoint"] = str(checkpoint_path(run.folder, progress.step))
+                pending = None
+                # before the checkpoint, so that a resumed run has the records of all its steps
+                run.log(record, durable=saving)
+                if saving:
+                    save()
+            yield record
+        save()
+    except _NotFinite:
+        raise
+    except BaseException:  # of the caller, too: GeneratorExit
+        if run and train_step.consistent:
+            with contextlib.suppress(PicoError):
+                if pending:
+                    run.log(pending, durable=True)
+            save()
+        raise
     finally:
         move(train_step.parameters, train_step.devices[:1])
         if run:
             run.close()
 
 
-MAY_CHANGE = ("max_steps", "validation_interval", "checkpoint_interval", "keep_checkpoints")
-
-
-def _resumed_settings(given: dict, stored: dict, force: bool, run_dir: str | os.PathLike) -> dict:
-    free = (*MAY_CHANGE, "batch_size") if force else MAY_CHANGE
-    differences = [
-        f"{name} was {stored[name]}, now {value}"
-        for name, value in given.items()
-        if name not in free and stored.get(name, value) != value
-    ]
-    if differences:
-        forced = any(text.startswith("batch_size was") for text in differences)
-        hint = "; --force allows another batch_size" if forced else ""
-        raise PicoError(
-            f"{run_dir} was trained otherwise: {', '.join(differences)}; leave these out to resume "
-            f"with what it had, or train a new RUN{hint}"
-        )
-    if unknown := ", ".join(sorted(stored.keys() - TrainSettings.__dataclass_fields__.keys())):
-        raise PicoError(f"{run_dir}/training.json has settings that are unknown here: {unknown}")
-    return stored | given
-
-
-def _check_model(now: dict[str, Any], before: dict[str, Any], run_dir: str | os.PathLike) -> None:
-    names = sorted(now.keys() | before.keys())
-    changed = [
-        f"{name} was {before.get(name)}, now {now.get(name)}"
-        for name in names
-        if now.get(name) != before.get(name)
-    ]
-    if changed:
-        raise PicoError(
-            f"{run_dir} was trained with another model.json: {', '.join(changed)}; restore it, or "
-            "train a new RUN"
-        )
-
-
-def stored_spec(stored: dict[str, Any], run_dir: str | os.PathLike) -> DataSpec:
-    """The data of a run, from its training.json. Raises PicoError if that is broken."""
-    try:
-        return DataSpec(**stored["dataset"])
-    except TypeError as error:
-        raise PicoError(f"{run_dir}/training.json is broken: dataset: {error}") from error
-
-
-def _changed_data(now: dict[str, Any], stored: dict[str, Any], run_dir: str | os.PathLike) -> str:
-    before = stored["dataset"]
-    changed = [
-        f"{name} was {before[name]!r}, now {value!r}"
-        for name, value in now.items()
-        if name in before and value != before[name]
-    ]
-    if changed:
-        return f"{run_dir} was trained on other data: {', '.join(changed)}"
-    return f"the data of {run_dir} have changed since; train a new RUN on them"
-
-
-def _train(
-    train_step: TrainStep,
-    windows: Windows,
-    validation: Validation,
-    run: Run | None,
-    records: list[Record],
-    reached: dict[str, int],
-    stop: Callable[[], bool],
-) -> Iterator[Record]:
-    settings = train_step.settings
-    accumulation, batch_size = settings.grad_accumulation_steps, settings.batch_size
-    step, total, seen, position = (reached[k] for k in ("step", "steps", "bytes", "windows"))
-
-    def due() -> bool:
-        return step == total or step % settings.validation_interval == 0
-
-    if records and step % settings.validation_interval == 0 and "validated" not in reached:
-        # it was stopped before it could: catch up, so that the history is that of a straight run
-        records[-1] |= validation()
+def _catch_up(run: Run, progress: Progress, settings: TrainSettings, validate: Validation) -> None:
+    """Measure the last step if a stop left that out, as a run without a stop would have."""
+    records = read_metrics(run.folder) if progress.step else []
+    due = progress.step % settings.validation_interval == 0 and not progress.validated
+    if due and records and records[-1]["step"] == progress.step:
+        records[-1] |= validate()
+        run.is_best(records[-1])
         run.rewrite(records)
-    stopped = False
-    while step < total and not stopped:
-        start = time.perf_counter()
-        rate = learning_rate(step, settings, total)
-        batch = windows.batch_at(position).reshape(accumulation, batch_size, -1)
-        losses = train_step(batch, rate)
-        if losses[4] != 1 or not np.isfinite(losses).all():
-            saved = run.last_checkpoint if run else None
-            raise PicoError(
-                f"a loss or gradient is not finite at step {step + 1} (lr {rate:.2e}); the weights "
-                f"were not updated; last checkpoint: {saved or 'none'}; try a smaller "
-                "--learning-rate"
-            )
-        epoch = position // len(windows)
-        step, position = step + 1, position + accumulation * batch_size
-        trained = accumulation * batch_size * settings.context_len
-        seen += trained
-        record: Record = {
-            "step": step,
-            "steps": total,
-            "epoch": epoch,
-            "loss": float(losses[0]),
-            "next_byte_loss": float(losses[2]),
-            "aux_loss": float(losses[1]),
-            "bits_per_byte": float(losses[2]) / math.log(2),
-            "router_rate": float(losses[3]),
-            "lr": rate,
-            "bytes": seen,
-            "bytes_per_second": trained / (time.perf_counter() - start),
-        }
-        progress = {"step": step, "bytes": seen, "windows": position, "steps": total}
-        stopped = stop()
-        # whoever asks for a stop may not wait: save, and leave measuring to the resumed run
-        if due() and not stopped:
-            record |= validation()
-            progress["validated"] = True
-            stopped = stop()
-        if run:
-            saving = stopped or step == total or step % settings.checkpoint_interval == 0
-            _record(train_step, run, record, progress, saving)
-        yield record
-
-
-def _record(
-    train_step: TrainStep, run: Run, record: Record, progress: dict[str, int], saving: bool
-) -> None:
-    """Log a record, then save if it is time; if logging fails, save all the same and raise."""
-    problem = None
-    if saving:
-        record["checkpoint"] = run.checkpoint_path(record["step"])
-    try:
-        run.log(record, durable=saving)  # before the checkpoint: a resumed run has all records
-    except PicoError as error:
-        problem = error
-    if saving or problem:
-        keep = train_step.settings.keep_checkpoints
-        run.save(weights_of(train_step.model), train_step.state(), progress, keep)
-    if problem:
-        raise problem

@@ -19,9 +19,7 @@ from hypothesis import strategies as st
 from tinygrad import Tensor, nn
 
 from pico_tg.checkpoint import (
-    find_checkpoint,
     list_checkpoints,
-    load,
     load_config,
     load_weights,
     save_weights,
@@ -29,6 +27,7 @@ from pico_tg.checkpoint import (
 from pico_tg.config import Config
 from pico_tg.files import PicoError
 from pico_tg.model import Pico
+from pico_tg.runs import find_checkpoint, load
 from pico_tg.safetensors import read_safetensors, write_safetensors
 
 GOLDEN = Path(__file__).parent / "golden" / "small.safetensors"

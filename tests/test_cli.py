@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from helpers import FLAGS, FOX, SHORT, error_line, start, status
 
-from pico_tg.checkpoint import load
 from pico_tg.config import Config
 from pico_tg.evaluation import evaluate
 from pico_tg.files import PicoError
 from pico_tg.generation import GeneratedByte, generate
+from pico_tg.runs import load
 from pico_tg.safetensors import read_safetensors, write_safetensors
 from pico_tg.tools import cli
 

@@ -296,7 +296,7 @@ def test_validation_when_the_router_takes_every_byte(text):
         ({"batch_size": 0}, "batch_size"),
         ({"learning_rate": math.nan}, "learning_rate"),
         ({"max_steps": 1.5}, "max_steps"),
-        ({"optimizer": "sgd"}, "soap or adamw"),
+        ({"optimizer": "sgd"}, "one of soap, adamw"),
         ({"depth": 3}, "depth"),
         ({"context_len": 10**6}, "window"),
     ],

@@ -14,7 +14,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from ..backend import describe_backend, kernel_search, parse_devices
-from ..checkpoint import find_checkpoint, load, load_config
+from ..checkpoint import list_checkpoints, load_config
 from ..config import PRECISIONS, PRESETS, Config, TrainSettings, field_help
 from ..data import DataSpec, has_validation, load_data, load_whole
 from ..evaluation import SPLITS, check_options, evaluate
@@ -23,8 +23,17 @@ from ..generation import GeneratedByte, Stats, generate
 from ..interrupts import as_usual
 from ..model import Pico
 from ..progress import drop_output, say
-from ..runs import find_description, read_metrics
-from ..training import stored_spec, train
+from ..runs import (
+    check_startable,
+    find_checkpoint,
+    find_description,
+    load,
+    read_description,
+    read_metrics,
+    run_folder,
+    stored_spec,
+)
+from ..training import train
 from .bench import bench_decode, bench_train
 from .html import html_page
 from .info import describe
@@ -92,8 +101,9 @@ def build_parser() -> Parser:
     )  # fmt: skip
     as_json = shared("--json", action="store_true", help="print JSON instead of text")
     checkpoint = shared(
-        "--checkpoint", type=int, default=-1, metavar="N",
-        help="step of the checkpoint; a negative number counts from the newest, -1",
+        "--checkpoint", type=checkpoint_name, default=-1, metavar="N",
+        help="step of the checkpoint; a negative number counts from the newest, -1; best is the "
+        "one of the best validation",
     )  # fmt: skip
 
     init = add("init", command_init, "describe a new model in PATH/model.json", path)
@@ -350,6 +360,10 @@ def given(args: argparse.Namespace, cls: type, prefix: str = "") -> dict[str, An
     return {name: value for name, value in values.items() if value is not None}
 
 
+def checkpoint_name(text: str) -> int | str:
+    return text if text == "best" else int(text)
+
+
 def number(text: str) -> int | float:
     return float(text) if "." in text or "e" in text.lower() else int(text)
 
@@ -402,43 +416,46 @@ def given_sizes(args: argparse.Namespace) -> dict[str, int | float | str]:
 
 def command_train(args: argparse.Namespace) -> int:
     """Train the model in PATH on DATASET; write weights and metrics to PATH/RUN."""
-    run_dir, settings = args.path / args.run, given(args, TrainSettings)
+    run_dir, settings = run_folder(args.path, args.run), given(args, TrainSettings)
     spec = data_to_train_on(args)
     if args.resume and args.base_weights:
         raise PicoError("--base-weights starts a run; it cannot go with --resume")
     if args.force and not args.resume:
         raise PicoError("--force goes with --resume")
     config = load_config(args.path)
-    if run_dir.exists() and not args.resume:
-        raise PicoError(f"{run_dir} exists; continue it with --resume, or choose another RUN")
+    if not args.resume:
+        check_startable(run_dir)
     devices = () if args.devices is None else parse_devices(args.devices)
     # settings and data are checked before the model is built
-    if not args.resume:
+    if args.resume:
+        data, stored_settings = spec, read_description(run_dir)["settings"]
+    else:
+        data, stored_settings = load_data(spec), {}
         TrainSettings(**settings)
-    data = None if spec is None else load_data(spec)
+    seed = (dataclasses.asdict(TrainSettings()) | stored_settings | settings)["seed"]
     tracker = None
     if args.tracker:
         stored = find_description(run_dir) if args.resume else None
         tracker = Tracker(args.tracker, args, config.to_dict() | settings, stored)
     stop_signals = StopSignals()
     with contextlib.closing(tracker) if tracker else contextlib.nullcontext():
-        model = Pico(config, settings.get("seed", TrainSettings.seed))
         records = train(
-            model, data, run_dir, devices=devices, resume=args.resume, force=args.force,
-            base_weights=args.base_weights, stop=stop_signals, progress=True, say=say,
-            tracker={args.tracker: tracker.id} if tracker else {}, **settings,
+            Pico(config, seed), data, run_dir, devices=devices, resume=args.resume,
+            force=args.force, base_weights=args.base_weights, stop=stop_signals, progress=True,
+            say=say, tracker={args.tracker: tracker.id} if tracker else {}, **settings,
         )  # fmt: skip
         say(f"{describe_backend()}; {config.parameters:,} parameters")
         # only from here on: before the first step, Ctrl-C leaves immediately
-        with stop_signals:
+        with stop_signals, contextlib.closing(records):  # an error saves the last step
             checkpoint = show_training(tracker.logged(records) if tracker else records)
+    if stop_signals():
+        saved = list_checkpoints(run_dir)
+        resume = command("train", args.path, args.run, "--resume")
+        say(f"wrote {saved[-1][1]}; continue with: {resume}" if saved else f"start with: {resume}")
+        return 130
     if not checkpoint:
         say(f"{run_dir} has nothing left to train; a larger --max-steps continues it")
         return 0
-    if stop_signals():
-        resume = command("train", args.path, args.run, "--resume")
-        say(f"wrote {checkpoint}; continue with: {resume}")
-        return 130
     say(f"wrote {checkpoint}; write text with: {command('run', args.path, args.run)}")
     return 0
 
@@ -504,7 +521,7 @@ class Tracker:
 def command_eval(args: argparse.Namespace) -> int:
     """Measure the model PATH as trained in RUN on a split: bits per byte, heads, drafts, router."""
     load_config(args.path)
-    run_dir = args.path / args.run
+    run_dir = run_folder(args.path, args.run)
     checkpoint = find_checkpoint(run_dir, args.checkpoint)
     stored = find_description(run_dir)
     spec = data_to_measure(args, stored)
@@ -549,7 +566,7 @@ def command_eval(args: argparse.Namespace) -> int:
 def data_to_measure(args: argparse.Namespace, stored: dict[str, Any] | None) -> DataSpec:
     """The data that the options name, or those of the run, from its training.json."""
     named = given(args, DataSpec, "dataset_")
-    run_dir = args.path / args.run
+    run_dir = run_folder(args.path, args.run)
     if args.dataset is not None:
         return DataSpec(args.dataset, **named)
     if named:
@@ -677,9 +694,10 @@ def command_plot(args: argparse.Namespace) -> int:
     load_config(args.path)
     runs = {}
     for name in args.runs:
-        runs[name] = [r for r in read_metrics(args.path / name) if "bytes" in r]
+        folder = run_folder(args.path, name)
+        runs[name] = [r for r in read_metrics(folder) if "bytes" in r]
         if not runs[name]:
-            raise PicoError(f"{args.path / name}/metrics.jsonl holds no step yet")
+            raise PicoError(f"{folder}/metrics.jsonl holds no step yet")
     # a run may lie in a folder of its own: sub/a
     names = [re.sub(r"[/\\]+", "-", name).strip("-.") for name in args.runs]
     output = args.output or args.path / f"{'-'.join(names)}.svg"

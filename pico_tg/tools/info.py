@@ -14,7 +14,7 @@ from ..flops import (
     parameters_by_part,
     training_operations,
 )
-from ..runs import find_description, read_description, read_metrics
+from ..runs import find_description, read_description, read_metrics, run_folder
 
 
 def describe(path: str | os.PathLike, run: str | None = None) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def describe(path: str | os.PathLike, run: str | None = None) -> dict[str, Any]:
     config = load_config(path)
     described: dict[str, Any] | None = None
     if run is not None:
-        described = _describe_run(Path(path) / run)
+        described = _describe_run(run_folder(path, run))
     settings = described["settings"] if described else {}
     length = settings.get("context_len", TrainSettings.context_len)
     rate = _decoding_rate(config, described["checkpoints"] if described else [])
