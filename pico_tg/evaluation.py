@@ -24,7 +24,8 @@ from .config import PRECISIONS, TrainSettings
 from .data import MAX_BATCH_BYTES, Corpus, Data, DataSpec, load_data, load_whole
 from .files import PicoError
 from .generation import GeneratedByte
-from .model import Pico, cross_entropy, inputs_and_targets
+from .model import Pico, inputs_and_targets
+from .ops import cross_entropy
 from .progress import Progress
 from .remat import graph_context
 from .runtime import jit_method, on_devices

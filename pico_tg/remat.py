@@ -1,106 +1,144 @@
-"""Blocks as functions: scheduled once for all, and recomputed for the gradient if so wanted."""
+"""Blocks as functions: scheduled once, run once per layer, recomputed in the backward if asked.
+
+In one graph of n blocks tinygrad schedules each of them anew, which takes many times as long. Here
+a block and its gradient are traced once, as two functions, and called with each block's weights.
+Between the two calls, everything that the gradient reads stays in memory, or, with activation
+checkpointing, nothing but the block's input.
+"""
 
 import itertools
 from collections.abc import Callable
 
-from tinygrad import Tensor
-from tinygrad.function import pm_transform_unique_const
-from tinygrad.helpers import JIT, Context, ContextVar
-from tinygrad.schedule.rangeify import resolve_function
-from tinygrad.uop.ops import Ops, PatternMatcher, UOp, UPat, graph_rewrite
+from tinygrad import Context, Tensor, UOp
 
 from .config import TrainSettings
 from .precision import choose_precision
+from .runtime import (
+    JIT,
+    ContextVar,
+    Ops,
+    PatternMatcher,
+    UPat,
+    graph_rewrite,
+    pm_transform_unique_const,
+    resolve_function,
+)
 
-RECOMPUTE = ContextVar("PICO_RECOMPUTE", 0)  # likewise: what is inside a block is not kept
+# activation checkpointing in graphs built within `with Context(PICO_RECOMPUTE=1)`
+RECOMPUTE = ContextVar("PICO_RECOMPUTE", 0)
+
+# slots of PARAMs while a block is traced: numbers that no function inside the block uses
+UPSTREAM_SLOT, INPUT_SLOT, SAVED_SLOT = 999_999, 1_000_000, 2_000_000
+
+
+def graph_context(settings: TrainSettings, devices: tuple[str, ...]) -> Context:
+    """The context in which a run's graphs are built: precision, checkpointing, one graph or many.
+
+    On several devices captured steps are not batched into one graph (JIT=2): on two CPU devices,
+    0.13's graphs read weights from before the update (test_training's runs on two devices).
+    """
+    options = {
+        "PICO_BF16": int(choose_precision(settings.precision, devices) == "bf16"),
+        "PICO_RECOMPUTE": int(settings.checkpoint_activations),
+    }
+    if len(devices) > 1 and JIT.value:
+        options["JIT"] = 2
+    return Context(**options)
 
 
 def run_blocks(block: Callable[[Tensor], Tensor], weights: list[list[Tensor]], x: Tensor) -> Tensor:
-    """x through blocks one after the other, each scheduled as a function, its gradient as another.
+    """x [B, N, D] through len(weights) blocks, one after the other -> [B, N, D].
 
-    The first one is `block`; the others do the same with their own `weights`, which are all that
-    get a gradient through a block beside `x`. tinygrad then cuts one block into kernels where it
-    would take one graph of all of them, and many times as long. With RECOMPUTE, nothing of what is
-    inside a block is kept for its gradient, which computes it again; otherwise all that the
-    gradient needs is.
+    `block` computes the first one, with weights[0]; each other block is the same function of its
+    own weights. Gradients reach `x` and the weights, and no other tensor that `block` reads. With
+    RECOMPUTE the backward computes each block's activations again; otherwise they are saved.
     """
-    traced = BlockFunction(block, weights[0], x)
+    function = BlockFunction(block, weights[0], x)
     for own in weights:
-        x = traced(x, own)
+        x = function(x, own)
     return x
 
 
 class BlockFunction:
-    """A block and its gradient as bodies of functions."""
+    """A block and its gradient, traced into two graphs of PARAMs.
+
+    forward:  x, weights, scratch           -> out, saved
+    backward: upstream, out, x, weights, saved, kernels' buffers, scratch -> gradients
+
+    `saved` are the activations that both graphs need. Hand-scheduled kernels write into buffers
+    (scratch) that a call must bring along; those of them that the gradient reads are passed on.
+    """
 
     def __init__(self, block: Callable[[Tensor], Tensor], weights: list[Tensor], x: Tensor) -> None:
-        # leaves, with numbers that no function has: what is behind them is none of ours
+        # replace inputs by PARAMs with unused slots, so that traversal stops there
         inputs = [x.uop, *[w.uop for w in weights]]
-        inputs = {uop: uop.param_like(1_000_000 + i) for i, uop in enumerate(inputs)}
-        assert len(inputs) == 1 + len(weights), "a tensor is in two places"
+        params = {uop: uop.param_like(INPUT_SLOT + i) for i, uop in enumerate(inputs)}
+        assert len(params) == 1 + len(weights), "two inputs of a block are the same tensor"
         out = block(x)
-        upstream = out.uop.param_like(999_999)  # split between devices as `out` is
+        upstream = out.uop.param_like(UPSTREAM_SLOT)  # sharded over the devices as `out` is
         gradients = out.gradient(x, *weights, gradient=Tensor(upstream))
-        graph = UOp.maketuple(out.uop, *[g.uop for g in gradients]).substitute(inputs)
-        graph = graph_rewrite(graph, _plain_graph)
-        # what is constant and has a number of its own gets one that is the same in all graphs
+        graph = UOp.maketuple(out.uop, *[g.uop for g in gradients]).substitute(params)
+        graph = graph_rewrite(graph, _inline_functions)
+        # number the constants that tinygrad 0.13 makes unique alike in all traces: equal graphs
+        # are then scheduled once
         graph = graph_rewrite(graph, pm_transform_unique_const, ctx=(None, itertools.count(0)))
         out, *gradients = graph.src
-        x, *weights = inputs.values()
+        x, *weights = params.values()
 
         shared = [] if RECOMPUTE else _shared(out, gradients)
-        returned = [uop for uop in shared if uop.op is Ops.CONTIGUOUS]
-        forward = UOp.maketuple(out, *returned)
-        self.buffers = _written(forward)
-        self.forward = _numbered(forward, [x, *weights, *self.buffers])
+        saved = [uop for uop in shared if uop.op is Ops.CONTIGUOUS]
+        forward = UOp.maketuple(out, *saved)
+        self.scratch = _written_buffers(forward)
+        self.forward = _as_function(forward, [x, *weights, *self.scratch])
 
-        # what kernels by hand wrote is not returned: the gradient finds it in their buffers
+        # what kernels wrote is not returned: the gradient reads it in their buffers
         in_buffers = {uop: uop.src[0] for uop in shared if uop.op is Ops.AFTER}
-        self.kept = [place.base for place in in_buffers.values()]
-        known = {uop: uop.param_like(2_000_000 + i) for i, uop in enumerate(returned)}
-        backward = UOp.maketuple(*gradients).substitute(known | in_buffers)
-        self.buffers_back = [uop for uop in _written(backward) if uop not in self.kept]
-        order = [upstream, out, x, *weights, *known.values(), *self.kept, *self.buffers_back]
-        self.backward = _numbered(backward, order)
+        self.kept = [buffer.base for buffer in in_buffers.values()]
+        params = {uop: uop.param_like(SAVED_SLOT + i) for i, uop in enumerate(saved)}
+        backward = UOp.maketuple(*gradients).substitute(params | in_buffers)
+        self.scratch_back = [uop for uop in _written_buffers(backward) if uop not in self.kept]
+        order = [upstream, out, x, *weights, *params.values(), *self.kept, *self.scratch_back]
+        self.backward = _as_function(backward, order)
 
     def __call__(self, x: Tensor, weights: list[Tensor]) -> Tensor:
-        """The block of these weights."""
-        buffers = {b: UOp.new_buffer(b.device, b.arg, b.dtype) for b in self.buffers}
+        """The block with these weights: x [B, N, D] -> [B, N, D]."""
+        scratch = {b: UOp.new_buffer(b.device, b.arg, b.dtype) for b in self.scratch}
 
         def gradient(upstream: UOp, call: UOp) -> tuple[UOp | None, ...]:
-            # contiguous, no copy: 0.13 forgets which buffer the bare result of a function is in,
-            # and the planner then gives that buffer to others
-            out, *returned = (call.gettuple(i).contiguous() for i in range(len(call.src[0].src)))
+            # `contiguous` copies nothing here: 0.13 loses track of the buffer of a function's bare
+            # result, and its memory planner then gives that buffer to others
+            out, *saved = (call.gettuple(i).contiguous() for i in range(len(call.src[0].src)))
             x, own = call.src[1], call.src[2 : 2 + len(weights)]
-            kept = [buffers[b] for b in self.kept]
-            new = [UOp.new_buffer(b.device, b.arg, b.dtype) for b in self.buffers_back]
-            # `out` is there so that this waits until what is in the kernels' buffers is written
+            kept = [scratch[b] for b in self.kept]
+            new = [UOp.new_buffer(b.device, b.arg, b.dtype) for b in self.scratch_back]
+            # `out` is an argument so that the backward waits until the kernels' buffers are written
             found = self.backward.call(
-                *(upstream, out, x, *own, *returned, *kept, *new),
+                *(upstream, out, x, *own, *saved, *kept, *new),
                 name="block_backward",
                 precompile=True,
             )
             gradients = (found.gettuple(i).contiguous() for i in range(len(self.backward.src)))
-            return *gradients, *[None for _ in buffers]
+            return *gradients, *[None for _ in scratch]
 
-        inputs = x.uop, *[w.uop for w in weights], *buffers.values()
+        inputs = x.uop, *[w.uop for w in weights], *scratch.values()
         call = self.forward.call(*inputs, grad_fxn=gradient, name="block", precompile=True)
         return Tensor(call.gettuple(0)).contiguous()
 
 
-def _written(graph: UOp) -> list[UOp]:
-    """The buffers that kernels in a graph write."""
-    places = [uop.src[0].base for uop in graph.toposort(enter_calls=False) if uop.op is Ops.AFTER]
-    return list(dict.fromkeys(place for place in places if place.op is Ops.BUFFER))
+def _written_buffers(graph: UOp) -> list[UOp]:
+    """The buffers that the hand-scheduled kernels of a graph write."""
+    written = [uop.src[0].base for uop in graph.toposort(enter_calls=False) if uop.op is Ops.AFTER]
+    return list(dict.fromkeys(buffer for buffer in written if buffer.op is Ops.BUFFER))
 
 
-def _numbered(body: UOp, inputs: list[UOp]) -> UOp:
-    """The body of a function of these inputs."""
-    return body.substitute({uop: uop.param_like(i) for i, uop in enumerate(inputs)})
+def _as_function(graph: UOp, inputs: list[UOp]) -> UOp:
+    """The graph as a function's body: input i becomes PARAM i."""
+    return graph.substitute({uop: uop.param_like(i) for i, uop in enumerate(inputs)})
 
 
-# functions resolved, and no contiguous of what is in memory already: in a function it were a copy
-_plain_graph = PatternMatcher(
+# inline nested functions; drop each `contiguous` of what is in memory already: inside a function
+# tinygrad would execute it as a copy
+_inline_functions = PatternMatcher(
     [
         (UPat(Ops.FUNCTION, name="c"), resolve_function),
         (UPat(Ops.GETTUPLE, src=(UPat(Ops.TUPLE, name="t"),), name="g"), lambda g, t: t.src[g.arg]),
@@ -117,32 +155,17 @@ def _in_memory(uop: UOp) -> bool:
 
 
 def _shared(out: UOp, gradients: list[UOp]) -> list[UOp]:
-    """What of the graph of `out` is in memory and used by the gradients.
+    """The activations that the graph of `out` puts in memory and that the gradients read.
 
-    Nothing that depends on no input: it is as soon computed again.
+    Without those that depend on no input, such as masks: they cost little to compute again.
     """
-    varies: dict[UOp, bool] = {}
+    depends: dict[UOp, bool] = {}
     for uop in out.toposort(enter_calls=False):
-        varies[uop] = uop.op is Ops.PARAM or any(varies.get(s) for s in uop.src)
+        depends[uop] = uop.op is Ops.PARAM or any(depends.get(s) for s in uop.src)
 
     def is_shared(uop: UOp) -> bool:
-        return uop.op in (Ops.CONTIGUOUS, Ops.AFTER) and varies.get(uop, False)
+        return uop.op in (Ops.CONTIGUOUS, Ops.AFTER) and depends.get(uop, False)
 
-    own = UOp.maketuple(*gradients).toposort(lambda uop: not is_shared(uop), enter_calls=False)
-    return list(dict.fromkeys(source for uop in own for source in uop.src if is_shared(source)))
-
-
-def graph_context(settings: TrainSettings, devices: tuple[str, ...]) -> Context:
-    """How graphs are made and replayed: the precision of products, what is kept for the gradient,
-    and whether as one graph.
-
-    Not on several devices, since 0.13 does not order them there: measured on two CPU devices,
-    replayed graphs read weights from before the update.
-    """
-    options = {
-        "PICO_BF16": int(choose_precision(settings.precision, devices) == "bf16"),
-        "PICO_RECOMPUTE": int(settings.checkpoint_activations),
-    }
-    if len(devices) > 1 and JIT.value:
-        options["JIT"] = 2
-    return Context(**options)
+    # the gradients' graph, down to where shared activations begin
+    graph = UOp.maketuple(*gradients).toposort(lambda uop: not is_shared(uop), enter_calls=False)
+    return list(dict.fromkeys(source for uop in graph for source in uop.src if is_shared(source)))

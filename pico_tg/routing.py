@@ -1,38 +1,35 @@
-"""Mixture-of-Depths routing (arXiv 2404.02258): which bytes go deeper, and the way there and back.
+"""Mixture-of-Depths routing (arXiv 2404.02258): which bytes the latent blocks process.
 
-A router decides which bytes are selected. `learned`: the `capacity` bytes of largest weight in
-training, those of weight above 0.5 when causal. The others are rules, to compare it with, and
-causal in training as well, where the first `capacity` bytes that they select are served (when
-causal, all of them): `space` (arXiv 2404.14408), a byte that is no letter, digit or UTF-8
-continuation byte, where the byte before is one; `stride`, every n-th; `all`; `none`. Under a rule
-the weight is a gate as ever, but has no say in the decision.
+The `learned` router selects the `capacity` bytes of largest weight in training, and those of weight
+above 0.5 when causal. Others are rules to compare it with: `space` (arXiv 2404.14408), a byte that
+is no letter, digit or UTF-8 continuation byte, after one that is; `stride`, every n-th byte;
+`all`; `none`. Rules are causal in training as well, where the first `capacity` bytes that a rule
+selects are served (when causal, all). Under a rule the router's weight decides nothing, but still
+scales what the latent blocks add.
 
-A routing is a pair of maps that are each other's inverse: `index` [B, S], the byte in each slot,
-and `slot` [B, N], the slot of each byte (-1: none). Since the map is one-to-one, the gradient of
-`gather` is a `scatter` by the same pair and the reverse; both cost O(N * dim).
+Shape letters: B batch, N bytes, S slots.
 """
 
 from functools import partial
 from typing import TypeVar
 
 import numpy as np
-from tinygrad import Tensor, dtypes, function
-from tinygrad.uop.ops import UOp
+from tinygrad import Tensor, dtypes
 
 Array = TypeVar("Array", Tensor, np.ndarray)
 
 
 def in_word(x: Array) -> Array:
-    """Where bytes [...], as wider integers, are letters, digits or UTF-8 continuation bytes."""
+    """Where x, bytes as wider integers [...], holds letters, digits or UTF-8 continuation bytes."""
     letter = ((x >= 65) & (x <= 90)) | ((x >= 97) & (x <= 122))
     return letter | ((x >= 48) & (x <= 57)) | ((x >= 128) & (x < 192))
 
 
-def rule_decisions(router: str, x: Tensor, stride: int, most: int | None) -> Tensor:
-    """What a router that is no learned one selects of bytes x int [B, N]: bool [B, N].
+def rule_decisions(router: str, x: Tensor, stride: int, limit: int | None) -> Tensor:
+    """What a rule selects of the bytes x, int [B, N]: bool [B, N].
 
-    The first byte of a sequence has none before it, and so `space` does not select it. `most`: only
-    the first so many of each sequence.
+    `space` does not select the first byte of a sequence, which has no byte before it. `limit` keeps
+    only the first `limit` selected bytes of each sequence.
     """
     if router == "space":
         word = in_word(x)
@@ -42,16 +39,16 @@ def rule_decisions(router: str, x: Tensor, stride: int, most: int | None) -> Ten
         decisions = (position % stride == stride - 1).expand(*x.shape)
     else:
         decisions = Tensor.full(x.shape, router == "all", dtype=dtypes.bool, device=x.device)
-    if router in ("space", "stride") and most is not None:
+    if router in ("space", "stride") and limit is not None:
         decisions = decisions.contiguous()
-        decisions = decisions & (decisions.cast(dtypes.int32).cumsum(axis=1) <= most)
+        decisions = decisions & (decisions.cast(dtypes.int32).cumsum(axis=1) <= limit)
     return decisions.contiguous()
 
 
 def next_decisions(router: str, data: bytes, position: int, stride: int) -> np.ndarray:
-    """`rule_decisions` for the bytes from `position` on: bool [n].
+    """`rule_decisions` without a limit for the n bytes from `position` on: bool [n].
 
-    data: those n bytes, and before them the one at position - 1, if there is one.
+    data: the byte at position - 1, unless position is 0, and those n bytes.
     """
     first = min(1, position)
     if router == "space":
@@ -63,73 +60,32 @@ def next_decisions(router: str, data: bytes, position: int, stride: int) -> np.n
 
 
 def top_k_decisions(router_logits: Tensor, capacity: int) -> Tensor:
-    """The `capacity` largest of each row of [B, N], ties to the earlier one: bool [B, N].
+    """The `capacity` largest logits of each row of [B, N], ties to the earlier byte: bool [B, N].
 
-    Ranks are counted in one O(N^2) kernel of integers; a sort would be 67 kernels at N = 1024. The
-    order is that of the logits, which is the order of their sigmoids before rounding.
+    Ranks are counted in one O(N^2) kernel of integers; `Tensor.topk` takes 67 kernels at N = 1024.
+    Logits are ordered as their sigmoids are, before rounding makes sigmoids equal.
     """
     z = router_logits.detach().contiguous()
     N = z.shape[1]
-    mine, other = z.unsqueeze(2), z.unsqueeze(1)  # (B, N, 1), (B, 1, N)
+    z_i, z_j = z.unsqueeze(2), z.unsqueeze(1)  # (B, N, 1), (B, 1, N)
     position = Tensor.arange(N, device=z.device)
-    earlier = position.reshape(1, N) < position.reshape(N, 1)
-    ahead = (other > mine) | ((other == mine) & earlier)
-    return (ahead.sum(axis=2, dtype=dtypes.int32) < capacity).contiguous()
+    earlier = position.reshape(1, N) < position.reshape(N, 1)  # (N, N)
+    ahead = (z_j > z_i) | ((z_j == z_i) & earlier)  # (B, N, N)
+    return ahead.sum(axis=2, dtype=dtypes.int32) < capacity
 
 
 def slots(decisions: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Maps for decisions bool [B, N] and `count` slots: index int32 [B, count], slot int32 [B, N].
+    """Assign decisions bool [B, N] to `count` slots: index int32 [B, count], slot int32 [B, N].
 
-    Slots are filled in sequence order. Slots left over point at byte 0 and no byte points back;
-    decisions that find all slots taken get none.
+    `index` is the byte in each slot, `slot` the slot of each byte, -1 if it has none: maps that are
+    each other's inverse, for `ops.gather` and `ops.scatter`. Slots are filled in sequence order;
+    bytes selected after the last slot is taken have none. Unused slots hold index 0.
     """
     N = decisions.shape[1]
     order = decisions.cast(dtypes.int32).cumsum(axis=1) - 1
-    slot = (decisions & (order < count)).where(order, -1).contiguous()
-    # the byte of slot s is the only one with slot == s: an integer sum over N, no sort
+    slot = (decisions & (order < count)).where(order, -1).contiguous()  # (B, N)
+    # at most one byte has slot s, so that a sum over N finds it without a sort
     arange = partial(Tensor.arange, device=slot.device)
     here = slot.unsqueeze(1) == arange(count).reshape(count, 1)  # (B, S, N)
-    index = here.where(arange(N), 0).sum(axis=2, dtype=dtypes.int32).contiguous()
+    index = here.where(arange(N), 0).sum(axis=2, dtype=dtypes.int32).contiguous()  # (B, S)
     return index, slot
-
-
-def gather(x: Tensor, index: Tensor, slot: Tensor) -> Tensor:
-    """x [B, N, dim] -> [B, S, dim], the bytes in their slots."""
-    return _gather(x.contiguous(), index, slot).contiguous()
-
-
-def scatter(x: Tensor, index: Tensor, slot: Tensor) -> Tensor:
-    """x [B, S, dim] -> [B, N, dim], the slots at their bytes and zeros elsewhere."""
-    return _scatter(x.contiguous(), index, slot)
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(1, index.unsqueeze(2).expand(*index.shape, x.shape[2]))
-
-
-def _place(x: Tensor, slot: Tensor) -> Tensor:
-    return (slot >= 0).unsqueeze(2).where(_take(x, slot.maximum(0)), 0)
-
-
-def _gather_gradient(gradient: UOp, call: UOp) -> tuple[UOp | None, ...]:
-    _, _, slot = (Tensor(uop) for uop in call.src[1:])
-    return _place(Tensor(gradient).contiguous(), slot).uop, None, None
-
-
-def _scatter_gradient(gradient: UOp, call: UOp) -> tuple[UOp | None, ...]:
-    _, index, slot = (Tensor(uop) for uop in call.src[1:])
-    taken = slot.gather(1, index) == Tensor.arange(index.shape[1], device=index.device)
-    # a slot left over is of no byte, whatever its index says
-    taken = taken.unsqueeze(2)
-    return taken.where(_take(Tensor(gradient).contiguous(), index), 0).uop, None, None
-
-
-# without these, tinygrad's gradient of an indexed load is a one-hot sum, O(N * S * dim)
-@function(grad_fxn=_gather_gradient)
-def _gather(x: Tensor, index: Tensor, slot: Tensor) -> Tensor:
-    return _take(x, index) + 0 * slot[:, :1].unsqueeze(2)  # the gradient needs slot
-
-
-@function(grad_fxn=_scatter_gradient)
-def _scatter(x: Tensor, index: Tensor, slot: Tensor) -> Tensor:
-    return _place(x, slot)

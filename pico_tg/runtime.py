@@ -1,31 +1,65 @@
-"""What is not public tinygrad: memory of tensors, captured graphs, kernels counted."""
+"""Everything that is not public tinygrad: names, host memory of tensors, captured graphs.
+
+Public is what `tinygrad` itself exports (`from tinygrad import ...`), and `tinygrad.nn`. All other
+names that the package needs outside cpu/ and jit_cache.py are imported here and re-exported, so
+that another version of tinygrad concerns one file (tests/test_structure.py). Checked with 0.13.0.
+"""
 
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from tinygrad import Tensor, TinyJit
-from tinygrad.dtype import _to_np_dtype
+from tinygrad import Tensor, TinyJit, UOp
+from tinygrad.dtype import DType, _to_np_dtype
 from tinygrad.engine import realize
 from tinygrad.engine.realize import capturing
-from tinygrad.uop.ops import Ops, UOp
+from tinygrad.helpers import ALLOW_TF32, BEAM, CPU_COUNT, DEV, JIT, USE_TC, ContextVar
+from tinygrad.runtime.support.c import DLL
+from tinygrad.schedule.rangeify import resolve_function
+from tinygrad.uop.ops import Ops, PatternMatcher, UPat, graph_rewrite
+
+try:  # 0.14 has neither unique constants nor a need to number them
+    from tinygrad.function import pm_transform_unique_const
+except ImportError:
+    pm_transform_unique_const = PatternMatcher([])
 
 try:
     from . import cpu
-except ImportError:  # the folder cpu/ may be deleted
+except ImportError:  # the folder cpu/ is optional
     cpu = None
+
+__all__ = [  # re-exported
+    "ALLOW_TF32",
+    "BEAM",
+    "CPU_COUNT",
+    "DEV",
+    "DLL",
+    "JIT",
+    "USE_TC",
+    "ContextVar",
+    "DType",
+    "Ops",
+    "PatternMatcher",
+    "UPat",
+    "graph_rewrite",
+    "pm_transform_unique_const",
+    "resolve_function",
+]
 
 
 def has_cpu_kernels(device: str | tuple[str, ...]) -> bool:
-    """Whether this device gets kernels with schedules of their own."""
+    """Whether products, attention and decoding on `device` take the hand-scheduled kernels of cpu/.
+
+    Not on several devices, not with PICO_KERNELS=0, and not where the folder is absent.
+    """
     return cpu is not None and cpu.enabled(device)
 
 
 def write_into(x: Tensor, values: np.ndarray) -> None:
-    """Overwrite the realised tensor `x` in place; cheaper than a new Tensor, and jits keep it.
+    """Overwrite the realized tensor `x` in place, whole on each of its devices.
 
-    On several devices, each holds all of it.
+    Unlike an assignment this builds no graph, and captured graphs go on reading the same buffer.
     """
     assert values.dtype.itemsize * values.size == x.nbytes(), "size of the buffer"
     for buffer in _buffers(x):
@@ -34,7 +68,7 @@ def write_into(x: Tensor, values: np.ndarray) -> None:
 
 
 def write_all(tensors: dict[str, Tensor], values: dict[str, np.ndarray]) -> None:
-    """`write_into` an optimizer's state, by name.
+    """`write_into` each tensor of an optimizer's state the values of its name.
 
     Raises ValueError, before anything is written, unless all names, shapes and dtypes fit.
     """
@@ -51,14 +85,14 @@ def write_all(tensors: dict[str, Tensor], values: dict[str, np.ndarray]) -> None
 
 
 def read(x: Tensor) -> np.ndarray:
-    """The values of the realised tensor `x`; on a CPU its very memory, not a copy."""
+    """The values of the realized tensor `x`; a view of its memory where `in_host_memory`."""
     buffer = _buffers(x)[0]
     memory = buffer.as_memoryview(allow_zero_copy=True)[: x.nbytes()]
     return np.frombuffer(memory, _to_np_dtype(x.dtype)).reshape(x.shape)
 
 
 def in_host_memory(x: Tensor) -> bool:
-    """Whether `read(x)` is the realised tensor's own memory."""
+    """Whether `read(x)` is a view of the realized tensor's memory, as on a CPU, not a copy."""
     buffers = _buffers(x)
     return len(buffers) == 1 and hasattr(buffers[0].allocator, "_as_buffer")
 
@@ -68,15 +102,30 @@ def _buffers(x: Tensor) -> list:
     return getattr(buffer, "bufs", [buffer])
 
 
+def without_views(x: Tensor) -> Tensor:
+    """`x`; where it is a whole buffer, reshaped, that buffer with one reshape. No gradient.
+
+    0.13 hands a custom kernel a view of the buffer after two reshapes, and TinyJit's memory planner
+    does not see views: it gives the buffer to others while the kernel still needs it (SOAP's
+    gradients were overwritten; test_ops.test_factors_keep_their_memory_in_a_jit).
+    """
+    base = x.uop.base
+    if base.op is not Ops.BUFFER or base.numel() != x.numel():
+        return x
+    in_order = x.uop.contiguous_view_offset() == 0
+    return Tensor(base.reshape(x.shape)) if in_order else x
+
+
 def jit_method(method: Callable, *constants: int) -> TinyJit:
-    """TinyJit of a bound method, kept in an attribute of its own object without a cycle.
+    """TinyJit of a bound method, to be kept in an attribute of the method's own object.
 
-    `constants` are its first arguments, for good. The first call is captured already, where TinyJit
-    would run it once without: that would build and schedule everything twice. So whatever the
-    method leaves behind must be in buffers that existed before.
+    `constants` are its first arguments in every call. The first call is already captured, where
+    TinyJit would execute it once uncaptured and so build and schedule everything twice: whatever
+    the method writes must be in buffers that exist before the first call.
 
-    A cycle would leave the graph to Python's garbage collector. That may run on the CPU device's
-    own thread, and there freeing a graph waits for that thread itself, for ever (0.13, seen).
+    The jit refers to the object weakly. A reference cycle would leave the captured graph to
+    Python's garbage collector, which may run on the CPU device's own thread; freeing a graph there
+    waits for that same thread, forever (seen with 0.13).
     """
     reference = weakref.WeakMethod(method)
     jit = TinyJit(lambda *inputs: reference()(*constants, *inputs))
@@ -85,19 +134,19 @@ def jit_method(method: Callable, *constants: int) -> TinyJit:
 
 
 def is_capturing() -> bool:
-    """Whether a TinyJit is recording: what runs on the host now would be lost in its replays."""
+    """Whether a TinyJit is capturing: work on the host now would be missing from its replays."""
     return bool(capturing)
 
 
 @contextlib.contextmanager
 def count_kernels() -> Iterator[list[int]]:
-    """The list's one number becomes how many kernels run while it lasts.
+    """Count the kernels that run inside the `with` block, in the yielded list's only element.
 
-    tinygrad's own counter takes a captured graph, which is many kernels, for one.
+    GlobalCounters.kernel_count takes a captured graph of many kernels for one.
     """
     count, estimate = [0], realize.estimate_uop
 
-    def counting(call: UOp):  # called for each call that is run
+    def counting(call: UOp):  # tinygrad estimates each call that it executes
         ast = call.src[0]
         graph = ast.op is Ops.CUSTOM_FUNCTION and ast.arg == "graph"
         count[0] += len(ast.src[0].src) if graph else 1
@@ -111,6 +160,6 @@ def count_kernels() -> Iterator[list[int]]:
 
 
 def on_devices(values: np.ndarray, devices: tuple[str, ...], axis: int | None = None) -> Tensor:
-    """A realised tensor: split along `axis` over the devices, or whole on each."""
+    """A realized tensor of `values`, split along `axis` over the devices, or whole on each."""
     x = Tensor(values)
     return (x.shard(devices, axis=axis) if len(devices) > 1 else x).realize()

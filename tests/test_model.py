@@ -11,7 +11,8 @@ from tinygrad import Tensor, dtypes, nn
 
 from pico_tg import ops
 from pico_tg.config import Config
-from pico_tg.model import Pico, cross_entropy, loss_fn
+from pico_tg.model import Pico, loss_fn
+from pico_tg.ops import cross_entropy
 
 ODD = Config(
     dim=22,  # 3 heads of 7: one number of the 22 is in none

@@ -1,14 +1,22 @@
-"""--precision: what bfloat16 rounds, what it does not, and where matrix units take it."""
+"""--precision: what bfloat16 rounds, what it does not, and which devices choose it."""
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-from test_ops import FORMS, SHAPES, inputs, value_and_gradients
-from tinygrad import Device, Tensor, TinyJit, dtypes
-from tinygrad.helpers import Context
+from references import (
+    FORMS,
+    PRODUCTS,
+    check_product,
+    expected_product,
+    factors,
+    product_and_gradients,
+    round_to_bf16,
+)
+from tinygrad import Context, Device, Tensor, TinyJit, dtypes
 
 from pico_tg import SOAP, ops, precision
 from pico_tg.config import Config, TrainSettings
@@ -32,93 +40,37 @@ CONFIG = Config(
 QUICK = {"context_len": 128, "batch_size": 4, "warmup_steps": 5, "learning_rate": 5e-3}
 
 
-def rounded(x):
-    """float32 to the nearest bfloat16, ties to even, as float64."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-    return bits.astype(np.uint32).view(np.float32).astype(np.float64)
-
-
-def expected(form, a, b):
-    """Products of rounded factors, also in the gradients of the weighted sum."""
-    a, b = rounded(a), rounded(b)
-    right = b if form == "matmul" else b.swapaxes(-1, -2)
-    out = a @ right
-    g = rounded(np.arange(out.size).reshape(out.shape) % 7 - 3)
-    d_right = a.swapaxes(-1, -2) @ g
-    if form == "linear":
-        d_right = d_right.reshape(-1, *d_right.shape[-2:]).sum(0)
-    d_b = d_right if form == "matmul" else d_right.swapaxes(-1, -2)
-    return out, g @ right.swapaxes(-1, -2), d_b
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("shape", SHAPES[1:6:2], ids=str)
-@pytest.mark.parametrize("scheduled", [True, False])
-def test_factors_are_rounded_and_nothing_else(form, shape, scheduled, monkeypatch):
-    monkeypatch.setattr(ops, "SMALL", 0 if scheduled else 1 << 60)
-    a, b = inputs(form, shape)
+@pytest.mark.parametrize("kernels", "10")
+def test_factors_are_rounded_and_nothing_else(kernels, monkeypatch):
+    """Sums are float32, and gradients are products of rounded factors as well."""
+    monkeypatch.setenv("PICO_KERNELS", kernels)
+    monkeypatch.setattr(ops, "SMALL", 0)
     with Context(PICO_BF16=1):
-        found = value_and_gradients(form, *(Tensor(x).clone().realize() for x in (a, b)))
-    for ours, theirs in zip(found, expected(form, a, b), strict=True):
-        assert ours.dtype == Tensor.ones(1).dtype
-        np.testing.assert_allclose(ours.numpy(), theirs, rtol=0, atol=2e-6 * np.abs(theirs).max())
+        for form in FORMS if kernels == "0" else ["linear"]:
+            check_product(form, PRODUCTS[3], round_to_bf16, tolerance=2e-6)
 
 
 def test_jitted():
-    jitted = TinyJit(lambda a, b: value_and_gradients("linear", a, b))
+    jitted = TinyJit(lambda a, b: product_and_gradients("linear", a, b))
     with Context(PICO_BF16=1):
         for seed in range(4):
-            a, b = inputs("linear", SHAPES[1], seed)
+            a, b = factors("linear", PRODUCTS[1], seed)
             found = jitted(Tensor(a).clone().realize(), Tensor(b).clone().realize())
-            for ours, theirs in zip(found, expected("linear", a, b), strict=True):
+            expected = expected_product("linear", a, b, round_to_bf16)
+            for ours, theirs in zip(found, expected, strict=True):
                 np.testing.assert_allclose(ours.numpy(), theirs, rtol=0, atol=1e-4)
 
 
-EMULATED = """
-import sys
-import numpy as np
-import test_ops, test_precision
-from pico_tg.ops import bmm
-from test_ops import SHAPES, inputs, value_and_gradients
-from tinygrad import Tensor
-from tinygrad.helpers import Context
-from tinygrad.runtime.ops_python import PythonProgram
-from tinygrad.uop.ops import Ops
-
-on_units = set()
-before = PythonProgram.__init__
-
-def watch(self, *args, **kwargs):
-    before(self, *args, **kwargs)
-    if any(uop[0] is Ops.WMMA for uop in self.uops):
-        on_units.add(id(self))
-
-PythonProgram.__init__ = watch
-bf16 = sys.argv[1] == "bf16"
-a, b = inputs("matmul_transposed", SHAPES[4])
-with Context(PICO_BF16=int(bf16)):
-    found = value_and_gradients("matmul_transposed", *(Tensor(x).realize() for x in (a, b)))
-expected = (test_precision if bf16 else test_ops).expected("matmul_transposed", a, b)
-for ours, theirs in zip(found, expected, strict=True):
-    np.testing.assert_allclose(ours.numpy(), theirs, rtol=0, atol=2e-6 * np.abs(theirs).max())
-count = len(on_units)
-a, b = a.reshape(6, 19, 13), b.reshape(6, 23, 13)  # the optimizer's products are of float32
-ours, theirs = bmm(Tensor(a), Tensor(b).transpose(1, 2)).numpy(), a @ b.swapaxes(1, 2)
-np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-6 * np.abs(theirs).max())
-print(count, len(on_units) - count)
-"""
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("unit", "precision", "optimizer"),
+    ("core", "precision", "optimizer"),
     [("sm_80", "bf16", 0), ("METAL", "bf16", 1), ("METAL", "fp32", 1)],
 )
-def test_matrix_units_take_all_three_products(unit, precision, optimizer):
-    """tinygrad's emulators of CUDA's and Metal's: sizes that do not divide, and both gradients."""
-    tests = os.path.dirname(__file__)
-    env = os.environ | {"DEV": f"PYTHON::{unit}", "PYTHONPATH": tests}
-    command = [sys.executable, "-c", EMULATED, precision]
+def test_tensor_cores_compute_all_three_products(core, precision, optimizer):
+    """Forward and both gradients in tinygrad's emulators of CUDA's and Metal's, with odd sizes."""
+    tests = Path(__file__).parent
+    env = os.environ | {"DEV": f"PYTHON::{core}", "PYTHONPATH": f"{tests}:{tests.parent}"}
+    command = [sys.executable, tests / "scripts" / "tensor_cores.py", precision]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"3 {optimizer}\n"
@@ -133,8 +85,8 @@ def test_auto_asks_the_hardware():
             self.renderer = renderer
             renderer.target = type("Target", (), {"arch": arch})
 
-    def units(arch):
-        """What tinygrad's own renderer of that architecture has."""
+    def has_bf16(arch):
+        """Asks with the tensor cores of tinygrad's own renderer of that architecture."""
         from tinygrad.codegen.opt import tc
 
         cores = tc.metal if arch.startswith("Apple") else tc.get_cuda(arch)
@@ -145,15 +97,15 @@ def test_auto_asks_the_hardware():
                 assert precision.has_tensor_cores("D", dtypes.float32) == arch.startswith("Apple")
                 return precision.has_bf16_tensor_cores("D")
 
-    found = {arch: units(arch) for arch in ("sm_70", "sm_75", "sm_80", "sm_90")}
+    found = {arch: has_bf16(arch) for arch in ("sm_70", "sm_75", "sm_80", "sm_90")}
     assert found == {"sm_70": False, "sm_75": False, "sm_80": True, "sm_90": True}
-    found = {arch: units(arch) for arch in ("Apple7", "Apple8", "Apple9", "Apple10")}
+    found = {arch: has_bf16(arch) for arch in ("Apple7", "Apple8", "Apple9", "Apple10")}
     assert found == {"Apple7": False, "Apple8": False, "Apple9": True, "Apple10": True}
 
 
 @pytest.mark.slow
 def test_losses_are_within_a_hundredth_over_100_steps():
-    """Averages of 20 steps: single ones part further, since training amplifies any rounding."""
+    """Of 20-step averages: single steps differ more, since training amplifies any rounding."""
     curves = {}
     for kind in ("fp32", "bf16"):
         settings = QUICK | {"optimizer": "adamw", "precision": kind, "validation_bytes": 2000}
@@ -166,9 +118,8 @@ def test_losses_are_within_a_hundredth_over_100_steps():
 
 
 def test_the_optimizer_stays_in_float32(monkeypatch):
-    """Its products too, whatever the precision of the model's."""
+    """Its products as well, whatever the precision of the model's products."""
     monkeypatch.setattr(ops, "SMALL", 0)
-    rng = np.random.default_rng(0)
     found = []
     for bf16 in (0, 1):
         rng = np.random.default_rng(0)
@@ -197,6 +148,6 @@ def test_the_precision_is_recorded_and_kept(tmp_path):
         train(Pico(CONFIG), None, run, resume=True, precision="auto")
 
 
-def test_a_precision_that_is_none():
+def test_an_unknown_precision():
     with pytest.raises(PicoError, match="precision must be auto or fp32 or bf16"):
         TrainSettings(precision="fp16")

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tinygrad import GlobalCounters, Tensor
 
-from pico_tg.routing import gather, scatter, slots, top_k_decisions
+from pico_tg.ops import gather, scatter
+from pico_tg.routing import slots, top_k_decisions
 
 
 def expected_top_k(z: np.ndarray, capacity: int) -> np.ndarray:

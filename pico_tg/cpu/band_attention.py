@@ -87,12 +87,26 @@ class Band:
         return z * self.positions + block * self.queries + n
 
 
-def band_attention(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, band: Band) -> Tensor:
+def tiles(length: int, window: int) -> tuple[int, int, int]:
+    """`attention.block_sizes` for these kernels: (queries of a block, lookback, blocks).
+
+    Blocks are multiples of TILE_N and smaller than in `block_sizes`, since no block's keys are
+    copied.
+    """
+    if window >= length - 1:
+        return round_up(length, TILE_N), 0, 1
+    queries = TILE_N if window < 8 * TILE_N else 2 * TILE_N
+    return queries, math.ceil(window / queries) * queries, math.ceil(length / queries)
+
+
+def band_attention(q: Tensor, k: Tensor, v: Tensor, window: int, slopes: Tensor) -> Tensor:
     """`attention.banded_attention` on a CPU.
 
     q [B, H, N, C], k and v [B, K, N, C], ALiBi's slopes [H] -> [B, H, N, C], float32.
     """
-    C, P, to_bf16 = band.head_dim, band.width, bool(BF16)
+    B, H, N, C = q.shape
+    band = Band(B, H, k.shape[1], C, N, window, *tiles(N, window))
+    P, to_bf16 = band.width, bool(BF16)
     B, K, G, Q, blocks = band.batch, band.kv_heads, band.group, band.queries, band.blocks
     padding = blocks * Q - band.length
 

@@ -1,0 +1,86 @@
+"""The CPU's hand-scheduled kernels: other processors' tiles, thread counts, wide addresses."""
+
+import numpy as np
+import pytest
+from references import check_attention, check_product
+from tinygrad import Context, Device, Tensor, TinyJit
+
+from pico_tg import ops
+from pico_tg.attention import banded_attention
+from pico_tg.cpu import band_attention, loops, matmul
+from pico_tg.runtime import has_cpu_kernels
+
+pytestmark = pytest.mark.skipif(
+    not has_cpu_kernels(Device.DEFAULT), reason="needs the hand-scheduled CPU kernels"
+)
+
+
+@pytest.fixture
+def any_size(monkeypatch):
+    """Products of any size take the hand-scheduled kernel."""
+    monkeypatch.setattr(ops, "SMALL", 0)
+
+
+@pytest.mark.parametrize(("cores", "tile_m"), [(1, 6), (3, 8)])
+@pytest.mark.parametrize("shape", [((), 37, 41, 29), ((), 100, 7, 50), ((3,), 16, 8, 16)], ids=str)
+def test_products_on_other_processors(shape, tile_m, cores, any_size, monkeypatch):
+    """Tiles of AVX2 and of AVX-512; rows and matrices that the threads do not divide."""
+    monkeypatch.setattr(matmul, "tile_m", lambda: tile_m)
+    monkeypatch.setattr(matmul, "PARALLEL", 0)
+    with Context(CPU_COUNT=cores):
+        check_product("linear", shape)
+
+
+def test_products_with_64_bit_addresses(any_size, monkeypatch):
+    monkeypatch.setattr(loops, "INT", 1 << 10)
+    check_product("linear", ((2,), 24, 20, 16))
+
+
+@pytest.mark.parametrize(("cores", "tile_m"), [(1, 8), (3, 6)])
+@pytest.mark.parametrize("shape", [(2, 2, 2, 20, 4, 18), (1, 2, 1, 300, 5, 130)])
+def test_attention_on_other_processors(shape, tile_m, cores, monkeypatch):
+    """Tiles of AVX2 and of AVX-512, other thread counts, 64-bit addresses."""
+    monkeypatch.setattr(matmul, "tile_m", lambda: tile_m)
+    monkeypatch.setattr(loops, "INT", 1 << 8)
+    # the kernel that tinygrad schedules takes no more threads than the machine has
+    monkeypatch.setattr(band_attention, "even_threads", lambda _: 1)
+    with Context(CPU_COUNT=cores):
+        check_attention(shape)
+
+
+def test_attention_is_the_same_on_one_thread_and_under_jit(monkeypatch):
+    """Values and gradients, bit for bit."""
+
+    def step(q, k, v):
+        out = banded_attention(q, k, v, 8)
+        found = [out, *out.square().sum().gradient(q, k, v)]
+        Tensor.realize(*found)
+        return found
+
+    rng = np.random.default_rng(1)
+    jitted = TinyJit(step)
+    for _ in range(4):
+        arrays = [rng.standard_normal((1, h, 50, 6)).astype(np.float32) for h in (4, 2, 2)]
+        tensors = [Tensor(a).clone().realize() for a in arrays]
+        ours = [t.numpy() for t in jitted(*tensors)]
+        with monkeypatch.context() as patch:
+            patch.setattr(loops, "CPU_COUNT", type("Count", (), {"value": 1}))
+            one_thread = [t.numpy() for t in step(*tensors)]
+        for found, expected in zip(ours, one_thread, strict=True):
+            np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("window", [1, 15, 16, 17, 512])
+@pytest.mark.parametrize("length", [1, 16, 17, 513, 514, 5000])
+def test_tiles_cover_the_band(window, length):
+    queries, lookback, blocks = band_attention.tiles(length, window)
+    assert (blocks - 1) * queries < length <= blocks * queries
+    assert queries % loops.TILE_N == 0
+    if blocks > 1:
+        assert lookback >= window
+        assert lookback % queries == 0
+
+
+def test_threads_share_evenly(monkeypatch):
+    monkeypatch.setattr(loops, "CPU_COUNT", type("Count", (), {"value": 4}))
+    assert [loops.even_threads(n) for n in (1, 2, 3, 8, 9, 10)] == [1, 2, 3, 4, 3, 2]
