@@ -19,7 +19,7 @@ from references import (
 from tinygrad import Context, Device, Tensor, TinyJit, dtypes
 
 from pico_tg import SOAP, ops, precision
-from pico_tg.config import Config, TrainSettings
+from pico_tg.config import Config
 from pico_tg.files import PicoError
 from pico_tg.model import Pico
 from pico_tg.precision import choose_precision
@@ -146,8 +146,3 @@ def test_the_precision_is_recorded_and_kept(tmp_path):
         train(Pico(CONFIG), None, run, resume=True, precision=other)
     with pytest.raises(PicoError, match="no checkpoint to resume from"):  # and no difference
         train(Pico(CONFIG), None, run, resume=True, precision="auto")
-
-
-def test_an_unknown_precision():
-    with pytest.raises(PicoError, match="precision must be auto or fp32 or bf16"):
-        TrainSettings(precision="fp16")
