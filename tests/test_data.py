@@ -1,5 +1,7 @@
 """data/: every format against the plain bytes, splits, the hub, the cache under attack, windows."""
 
+import dataclasses
+import gzip
 import hashlib
 import io
 import json
@@ -8,6 +10,7 @@ import re
 import resource
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -18,7 +21,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pico_tg.data import (
@@ -28,7 +31,10 @@ from pico_tg.data import (
     DataSpec,
     Windows,
     formats,
+    has_validation,
+    hub,
     load_data,
+    load_whole,
     sources,
 )
 from pico_tg.data import cache as data_cache
@@ -144,19 +150,6 @@ def test_txt_without_marker_is_one_document_to_the_byte(tmp_path):
     loaded = load(tmp_path / "a.txt", validation_file=str(tmp_path / "b.txt"))
     assert split_up(loaded.train) == [content]
     assert split_up(loaded.validation) == [b"validation"]
-
-
-def test_txt_does_not_import_datasets(tmp_path):
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    (folder / "a.txt").write_text("a<|endoftext|>b")
-    script = (
-        "import sys; from pico_tg.data import *\n"
-        "for name in sys.argv[1:]: load_data(DataSpec(name))\n"
-        "assert 'datasets' not in sys.modules"
-    )
-    arguments = ["python-docs", str(folder / "a.txt"), str(folder)]
-    subprocess.run([sys.executable, "-c", script, *arguments], check=True, timeout=600)
 
 
 def split_plainly(text: bytes) -> list[bytes]:
@@ -328,6 +321,391 @@ def test_row_groups(group, tmp_path):
     assert all_documents(load(path, column_name="a.b")) == [b"no"] * 30
 
 
+def test_csv_is_read_the_same_everywhere(tmp_path):
+    content = (
+        b'\xef\xbb\xbftext,n\r\nNA,1\r\n007,2\r\n" two\r\nlines ",3\r\nnull,4\r\n'
+        b'"before\0after",5\r\n,6\r\n\r\n2020-01-01,7,\r\n# no comment,8,\r\n'
+    )
+    texts = ["NA", "007", " two\r\nlines ", "null", "before\0after", "2020-01-01", "# no comment"]
+    expected = [text.encode() for text in texts]
+    places = ["a.csv", "B.CSV", "folder/a.csv", "beside/a.csv", "mixed/a.CSV", "gz/a.csv.gz"]
+    for place in places:
+        path = tmp_path / place
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(gzip.compress(content) if place.endswith(".gz") else content)
+    (tmp_path / "beside" / "info.json").write_text('{"rows": 8, "more": [1, 2]}')
+    (tmp_path / "mixed" / "README.md").write_text("# no data")
+    for place in places:
+        assert all_documents(load(tmp_path / place)) == expected
+    for folder in ("folder", "beside", "mixed", "gz"):
+        assert all_documents(load(tmp_path / folder)) == expected
+    assert "left out: info.json in" in load(tmp_path / "beside").note
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("text;n\nfirst, still;1\nsecond;2\n", [b"first, still", b"second"]),
+        ("text\tn\nfirst\t1\nsecond\t2\n", [b"first", b"second"]),
+        ("n, text\n1, a\n2,b\n3\n", [b" a", b"b"]),
+        ("text,n\nfirst,1\nsecond,2,extra\n", "line 3 has 3 fields, but the header has 2"),
+        ('text\n"not closed\nsecond\n', "line 3: unexpected end of data; is a quote not closed"),
+        ('text\n"a"b\n', "line 2: .* is a quote not closed"),
+        ("text,text\n1,2\n", "2 columns named 'text'; rename one"),
+        ("first text\nsecond text\n", "neither a column 'text' nor 'bytes'; .* first text"),
+        ("text\n", "holds no text"),
+    ],
+)
+def test_forms_of_csv(content, expected, tmp_path, cache):
+    path = tmp_path / "a.csv"
+    path.write_text(content)
+    if isinstance(expected, str):
+        check_error(cache, expected, path)
+    else:
+        assert all_documents(load(path)) == expected
+
+
+def test_json_list_of_dates_stays_text(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(as_rows(["2020-01-01", "2021-02-03"]), indent=1))
+    assert all_documents(load(path)) == [b"2020-01-01", b"2021-02-03"]
+
+
+@settings(max_examples=40)
+@given(st.lists(st.text(max_size=9), min_size=1), st.integers(1, 40), st.sampled_from([None, 1]))
+def test_json_list_across_every_chunk_boundary(texts, chunk, indent):
+    content = json.dumps([{"n": {}, "text": text} for text in texts], indent=indent)
+    with mock.patch.object(formats, "CHUNK", chunk):
+        read = formats.read_json(io.BytesIO(content.encode()), "a.json", None, ignore)
+        assert [piece for piece, _ in read] == [text.encode() for text in texts if text]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['[{"text": "a"}', '[{"text": "a"} {"text": "b"}]', '[{"text": "a"}] x', '[{"text": "'],
+)
+def test_broken_json_list(content, tmp_path, cache):
+    (tmp_path / "a.json").write_text(content)
+    check_error(cache, "cannot read .*a.json: JSON parse error", tmp_path / "a.json")
+
+
+def test_deeply_nested_json(tmp_path, cache):
+    path = tmp_path / "deep.jsonl"
+    path.write_text('{"text": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+    check_error(cache, "deep.jsonl: JSON parse error: a row is nested too deeply", path)
+
+
+# What is read, and what is not --------------------------------------------------------------------
+
+STORY = "One.\n\n  Two;\n\tthree.\n"
+
+
+def write_story(place):
+    """A .txt at `place`, which may lie in an archive or be compressed."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if place.suffix == ".zip":
+        with zipfile.ZipFile(place, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("deep/a.txt", STORY)
+            archive.writestr("__MACOSX/deep/._a.txt", "no data")
+    elif place.suffix in (".gz", ".bz2", ".xz"):
+        with formats.COMPRESSIONS[place.suffix](place, "wb") as file:
+            file.write(STORY.encode())
+    else:
+        place.write_text(STORY)
+    return place
+
+
+@pytest.mark.parametrize(
+    ("name", "beside"),
+    [
+        ("a.txt", "README.md"),
+        ("A.TXT", "LICENSE"),
+        ("a.txt.gz", "picture.png"),
+        ("a.txt.bz2", None),
+        ("a.txt.xz", "b.py"),
+        ("a.zip", "README.md"),
+        ("deep/er/a.txt", "x/README.md"),
+    ],
+)
+def test_txt_is_one_document_wherever_it_lies(name, beside, tmp_path):
+    place = write_story(tmp_path / "data" / name)
+    assert split_up(load_whole(DataSpec(place), progress=False)) == [STORY.encode()]
+    if beside:
+        (tmp_path / "data" / beside).parent.mkdir(exist_ok=True)
+        (tmp_path / "data" / beside).write_text("---\nno data\n---\n")
+    loaded = load(tmp_path / "data", validation_size=0.5)
+    assert split_up(load_whole(loaded.spec, progress=False)) == [STORY.encode()]
+    assert ("not used" in loaded.note) == bool(beside)
+    assert beside is None or f"{beside} (no format that is read)" in loaded.note
+
+
+def test_everything_is_read_or_named(tmp_path):
+    """Whatever the mixture: each name is in the note, and each document read or named."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.txt").write_text("from a.txt")
+    write_jsonl(folder / "b.jsonl", as_rows(["from b.jsonl"]))
+    write_parquet(folder / "c.parquet", as_rows(["from c.parquet"]))
+    write_story(folder / "d.zip")
+    (folder / "e.csv.gz").write_bytes(gzip.compress(b"text\nfrom e.csv.gz\n"))
+    (folder / "empty.txt").touch()
+    (folder / "config.json").write_text('{"a": 1}')
+    (folder / "x.tar").touch()
+    (folder / "link").symlink_to(tmp_path)
+    found = load(folder, validation_size=1)
+    assert all_documents(found) == [
+        b"from a.txt",
+        b"from b.jsonl",
+        b"from c.parquet",
+        STORY.encode(),
+        b"from e.csv.gz",
+    ]
+    for name in ("a.txt", "b.jsonl", "c.parquet", "config.json", "d.zip/deep/a.txt"):
+        assert name in found.note
+    for words in (
+        "empty.txt (empty)",
+        "x.tar (no format that is read)",
+        "link (a link",
+        "left out:",
+    ):
+        assert words in found.note
+    assert " from 6 files (" in found.note
+    assert found.note == load(folder, validation_size=1).note  # from the cache, too
+
+
+def test_nothing_to_read(tmp_path, cache):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "README.md").write_text("# no data")
+    check_error(cache, "holds no data that can be read; the formats are", tmp_path / "folder")
+    (tmp_path / "folder" / "a.json").write_text("{}")
+    check_error(cache, "neither a column 'text'", tmp_path / "folder")
+    (tmp_path / "bad.zip").write_text("PK nonsense")
+    check_error(cache, "cannot read .*bad.zip: File is not a zip file", tmp_path / "bad.zip")
+
+
+def test_pointer_of_git_lfs_is_no_text(tmp_path, cache):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    (tmp_path / "train.txt").write_text(pointer)
+    check_error(
+        cache, "train.txt is a pointer of Git LFS; run: git lfs pull", tmp_path / "train.txt"
+    )
+
+
+def test_utf16_is_said(tmp_path, cache):
+    path = tmp_path / "a.txt"
+    path.write_text(STORY, encoding="utf-16")
+    loaded = load(path)
+    assert all_documents(loaded) != [STORY.encode()]
+    assert "a.txt is UTF-16 and is read byte by byte; convert the file to UTF-8" in loaded.note
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}', encoding="utf-16")
+    with pytest.raises(PicoError, match="byte 0xff is not valid UTF-8; convert the file"):
+        load(path)
+
+
+@pytest.mark.parametrize("name", ["st*r", "[data] v1", "a::b", "what?", "ümlaut ordner", "{a,b}"])
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv"])
+def test_paths_are_no_patterns(name, kind, tmp_path):
+    for place, text in ((name, "mine"), ("starr", "no"), ("d v1", "no"), ("what1", "no")):
+        (tmp_path / place).mkdir()
+        content = {"txt": text, "csv": f"text\n{text}\n", "jsonl": json.dumps({"text": text})}
+        (tmp_path / place / f"a [b]*.{kind}").write_text(content[kind])
+    assert split_up(load_whole(DataSpec(tmp_path / name), progress=False)) == [b"mine"]
+    file = tmp_path / name / f"a [b]*.{kind}"
+    assert split_up(load_whole(DataSpec(file), progress=False)) == [b"mine"]
+
+
+# Validation data are never trained on -------------------------------------------------------------
+
+
+def contents(kind, texts):
+    if kind == "txt":
+        return "<|endoftext|>".join(texts).encode()
+    if kind == "csv":
+        return ("text\n" + "".join(f'"{text}"\n' for text in texts)).encode()
+    if kind == "parquet":
+        buffer = io.BytesIO()
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), buffer)
+        return buffer.getvalue()
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+
+
+LAYOUTS = {  # of the validation file, beside it others
+    "valid.{}": ["train.{}"],
+    "val.{}": ["train.{}", "README.md"],
+    "DEV.{}": ["a.{}", "b.{}"],
+    "validation-00000-of-00001.{}": ["train-00000-of-00002.{}", "train-00001-of-00002.{}"],
+    "TinyStoriesV2-GPT4-valid.{}": ["TinyStoriesV2-GPT4-train.{}"],
+    "data/wiki.valid.raw.{}": ["data/wiki.train.raw.{}"],
+    "validation/a.{}": ["train/a.{}", "train/b.{}"],
+    "dev/part 1.{}": ["training/part 1.{}", "test/part 1.{}"],
+    "dev-blog.{}": ["books.{}", "train-travel.{}", "eval_x.{}"],
+}
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("held_out", LAYOUTS)
+def test_splits_by_name(kind, held_out, tmp_path):
+    """Each document is in the split that its file's name says, and in no other."""
+    expected = {"train": [], "validation": []}
+    for name in (held_out, *LAYOUTS[held_out]):
+        path = tmp_path / "set" / name.format(kind)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        texts = [f"{name} {i}" for i in range(3)]
+        path.write_bytes(contents(kind, texts))
+        split = sources.split_of(name.format(kind))
+        if split in expected and name != "README.md":
+            expected[split] += [text.encode() for text in texts]
+    loaded = load(tmp_path / "set")
+    assert has_validation(loaded.spec)
+    assert sorted(split_up(loaded.train)) == sorted(expected["train"])
+    assert split_up(loaded.validation) == expected["validation"]
+    assert len(expected["validation"]) == 3
+    assert f"split validation: {len(loaded.validation.bytes):,} bytes" in loaded.note
+    for name in (held_out, *LAYOUTS[held_out]):
+        assert name.format(kind) in loaded.note
+
+
+def test_words_of_splits():
+    for name, split in {
+        "books.txt": "train",
+        "train-travel.jsonl": "train",
+        "latest.txt": "train",
+        "validity/devices.txt": "train",
+        "test/train.txt": "train",
+        "train/test.txt": "test",
+        "train_dev.txt": "validation",
+        "Val2/x.txt": "validation",
+        "evaluation.01.csv": "test",
+        "my testing set.txt": "test",
+    }.items():
+        assert sources.split_of(name) == split, name
+
+
+@pytest.fixture
+def named(tmp_path):
+    """A folder without splits, of three .txt and three .jsonl."""
+    folder = tmp_path / "named"
+    folder.mkdir()
+    for name in ("a", "b", "c"):
+        (folder / f"{name}.txt").write_bytes(contents("txt", [f"{name} {i}" for i in range(3)]))
+        rows = contents("jsonl", [f"{name} rows {i}" for i in range(3)])
+        (folder / f"{name}.jsonl").write_bytes(rows)
+    return folder
+
+
+def assert_disjoint(loaded, validation, count=15):
+    train = split_up(loaded.train)
+    assert split_up(loaded.validation) == validation
+    assert not set(train) & set(validation)
+    assert len(train) == count
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_validation_file_within_the_folder_is_not_trained_on(kind, named, tmp_path, monkeypatch):
+    expected = [f"c {'' if kind == 'txt' else 'rows '}{i}".encode() for i in range(3)]
+    inside = named / f"c.{kind}"
+    (tmp_path / "link").symlink_to(named)
+    (tmp_path / f"copy.{kind}").hardlink_to(inside)
+    monkeypatch.chdir(tmp_path)
+    for file in (
+        inside.name,  # in the data set's folder
+        inside,
+        f"named/../named/c.{kind}",
+        f"link/c.{kind}",
+        f"copy.{kind}",
+    ):
+        for dataset in (named, "link", "./named/"):
+            loaded = load(dataset, validation_file=file)
+            assert_disjoint(loaded, expected)
+            assert "not used" not in loaded.note
+
+
+def test_files_and_splits_named_at_once(named):
+    (named / "valid.txt").write_text("v 0<|endoftext|>v 1")
+    held_out = [b"v 0", b"v 1"]
+    assert_disjoint(load(named), held_out, 18)
+    assert_disjoint(load(named, validation_split="validation"), held_out, 18)
+    assert_disjoint(load(named, validation_split="dev"), held_out, 18)
+    assert_disjoint(load(named, validation_file="valid.txt"), held_out, 18)
+    assert_disjoint(load(named, train_file="a.txt", validation_file="valid.txt"), held_out, 3)
+    assert_disjoint(load(named, train_file="a.txt", validation_split="validation"), held_out, 3)
+    loaded = load(named, validation_file="c.txt")
+    assert_disjoint(loaded, [b"c 0", b"c 1", b"c 2"], 15)
+    assert "not used: valid.txt (split validation)" in loaded.note
+
+
+def test_same_data_for_both(named, cache):
+    for options in (
+        {"train_file": "a.txt", "validation_file": "a.txt"},
+        {"train_file": "a.txt", "validation_split": "train"},
+        {"validation_split": "train"},
+    ):
+        check_error(cache, "is to be both the training and the validation data", named, **options)
+    check_error(cache, "is to be both", named / "a.txt", validation_file=named / "a.txt")
+
+
+def test_split_names_in_a_zip(tmp_path):
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("set/train.txt", "t 0<|endoftext|>t 1")
+        archive.writestr("set/valid.txt", "v 0")
+        archive.writestr("set/README.md", "no data")
+    assert_disjoint(load(path), [b"v 0"], 2)
+    assert "set.zip/set/README.md (no format that is read)" in load(path).note
+    (tmp_path / "folder").mkdir()
+    path.rename(tmp_path / "folder" / "set.zip")
+    assert_disjoint(load(tmp_path / "folder"), [b"v 0"], 2)
+
+
+# Configurations of a clone ------------------------------------------------------------------------
+
+CARD = """---
+license: mit
+configs:
+- config_name: en
+  data_files:
+  - split: train
+    path: en/*.jsonl
+  - split: validation
+    path: ["en/*-held.jsonl"]
+- config_name: de
+  data_dir: de
+---
+# Two languages
+"""
+
+
+@pytest.fixture
+def clone(tmp_path):
+    for language in ("en", "de"):
+        for name in ("a", "b-held"):
+            path = tmp_path / "clone" / language / f"{name}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_jsonl(path, as_rows([f"{language} {name}"]))
+    (tmp_path / "clone" / "README.md").write_text(CARD)
+    return tmp_path / "clone"
+
+
+def test_configurations_of_a_clone(clone, cache):
+    check_error(cache, "has the configurations en, de; name one, as in .*clone:en", clone)
+    check_error(cache, "no configuration 'fr'; there is: en, de", f"{clone}:fr")
+    loaded = load(f"{clone}:en")  # the patterns overlap
+    assert split_up(loaded.train) == [b"en a"]
+    assert split_up(loaded.validation) == [b"en b-held"]
+    assert "not used: de/a.jsonl, de/b-held.jsonl (not in the configuration)" in loaded.note
+    assert all_documents(load(f"{clone}:de")) == [b"de a", b"de b-held"]
+    (clone / "README.md").write_text(CARD.replace("name: de", "name: de\n  default: true"))
+    assert all_documents(load(clone)) == [b"de a", b"de b-held"]
+    (clone / "README.md").write_text("# Two languages")
+    assert all_documents(load(f"{clone}:de")) == [b"de a", b"de b-held"]  # a folder in it
+    with pytest.raises(PicoError, match="no configuration 'fr'; there is: none"):
+        load(f"{clone}:fr")
+    (clone / "README.md").write_text("---\nconfigs:\n- no\n---\n")
+    with pytest.raises(PicoError, match=r"cannot read the configurations in .*README\.md"):
+        load(clone)
+
+
 # Holding out --------------------------------------------------------------------------------------
 
 
@@ -382,30 +760,78 @@ def test_fingerprint_is_of_the_content(tmp_path):
 # The hub ------------------------------------------------------------------------------------------
 
 
+LOAD_DATASET = datasets.load_dataset
+
+
+class Hub:
+    """Plays the hub: a local folder for each revision, and whether the network is there."""
+
+    def __init__(self, monkeypatch, revisions):
+        self.revisions, self.online, self.asked = revisions, True, []
+        monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", self.info)
+        monkeypatch.setattr(datasets, "load_dataset", self.load)
+
+    def info(self, name, revision=None, timeout=None):
+        if not self.online:
+            raise ConnectionError("no route\nto host")
+        return SimpleNamespace(sha=[*self.revisions][-1] if revision is None else revision)
+
+    def load(self, name, config, *, revision, streaming, cache_dir):
+        if not self.online:
+            raise ConnectionError("no route\nto host")
+        self.asked.append((name, config, revision))
+        return LOAD_DATASET(str(self.revisions[revision]), streaming=True, cache_dir=cache_dir)
+
+
 def test_hub_dataset(folder, monkeypatch):
-    asked = {}
-    load_dataset = datasets.load_dataset
-
-    def from_hub(name, config, **options):
-        asked.update(options, name=name, config=config)
-        return load_dataset(str(folder), streaming=True)
-
-    info = SimpleNamespace(sha="0123abc")
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: info)
-    monkeypatch.setattr(datasets, "load_dataset", from_hub)
+    hub = Hub(monkeypatch, {"0123abc": folder})
     loaded = load("owner/name:config")
     assert split_up(loaded.train) == documents("train", 0, 1, 2, 3)
     assert split_up(loaded.validation) == documents("validation", 0, 1, 2, 3)
-    assert (asked["name"], asked["config"], asked["revision"]) == (
-        "owner/name",
-        "config",
-        "0123abc",
-    )
-    assert asked["streaming"]
+    assert hub.asked == [("owner/name", "config", "0123abc")]
+    assert loaded.spec == DataSpec("owner/name:config", revision="0123abc")
+    assert "not used: test.jsonl (split test)" in loaded.note
+    load("owner/name:config")
+    assert len(hub.asked) == 1  # the revision is known
 
 
-def test_hub_txt_is_split_on_the_marker(monkeypatch):
-    files = {"datasets/owner/name@0123abc/deep/a.txt": b"one\ntwo\n<|endoftext|>\nthree\n"}
+def test_hub_dataset_of_txt_and_csv(tmp_path, monkeypatch):
+    """The builders of `datasets` would make a document of each line, and drop the text NA."""
+    for kind, text, expected in [
+        ("txt", "one\ntwo\n<|endoftext|>\nthree\n", [b"one\ntwo", b"three"]),
+        ("csv", "text,n\nNA,1\n007,2\n", [b"NA", b"007"]),
+    ]:
+        place = tmp_path / kind
+        place.mkdir()
+        (place / f"train.{kind}").write_text(text)
+        more = "<|endoftext|>4" if kind == "txt" else "8,9\n"
+        (place / f"valid.{kind}").write_text(text + more)
+        Hub(monkeypatch, {"0123abc": place})
+        loaded = load(f"owner/{kind}")
+        assert split_up(loaded.train) == expected
+        assert len(split_up(loaded.validation)) == 3
+        assert f"from valid.{kind}" in loaded.note
+
+
+def test_hub_data_whose_files_are_unknown(tmp_path, monkeypatch):
+    """Rows are taken from `datasets`, unless its text builder would make them of lines."""
+    monkeypatch.setattr(hub, "_paths", lambda rows: [])
+    for kind, error in (("jsonl", None), ("txt", "cannot find the .txt files of owner/txt")):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / f"a.{kind}").write_bytes(contents(kind, ["a", "b"]))
+        Hub(monkeypatch, {"0123abc": tmp_path / kind})
+        if error is None:
+            assert all_documents(load(f"owner/{kind}")) == [b"a", b"b"]
+        else:
+            with pytest.raises(PicoError, match=error):
+                load(f"owner/{kind}")
+
+
+def test_hub_files_are_split_on_the_marker(monkeypatch):
+    files = {
+        "datasets/owner/name@0123abc/deep/a.txt": b"one\ntwo\n<|endoftext|>\nthree\n",
+        "datasets/owner/name@0123abc/b.txt.gz": gzip.compress(b"held out"),
+    }
 
     class FileSystem:
         def open(self, path, mode):
@@ -418,7 +844,43 @@ def test_hub_txt_is_split_on_the_marker(monkeypatch):
     info = SimpleNamespace(sha="0123abc")
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: info)
     monkeypatch.setattr(huggingface_hub, "HfFileSystem", FileSystem)
-    assert all_documents(load("owner/name", train_file="deep/a.txt")) == [b"one\ntwo", b"three"]
+    loaded = load("owner/name", train_file="deep/a.txt", validation_file="b.txt.gz")
+    assert split_up(loaded.train) == [b"one\ntwo", b"three"]
+    assert split_up(loaded.validation) == [b"held out"]
+    files["datasets/owner/name@0123abc/a.pdf"] = b""
+    with pytest.raises(PicoError, match=r"cannot tell what a\.pdf is by its name"):
+        load("owner/name", train_file="a.pdf")
+    with pytest.raises(PicoError, match=r"cannot open 'owner/name/gone\.txt' on the"):
+        load("owner/name", train_file="gone.txt")
+
+
+def test_hub_without_network(folder, tmp_path, monkeypatch):
+    """A run's revision is read from the cache although the hub has moved on, or is not there."""
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    write_jsonl(moved / "train.jsonl", as_rows(["moved 0", "moved 1"]))
+    hub = Hub(monkeypatch, {"old": folder})
+    first = load("owner/name")
+    hub.online = False
+    again = load("owner/name")
+    assert again.train.fingerprint == first.train.fingerprint
+    assert again.spec == first.spec == DataSpec("owner/name", revision="old")
+    assert "no answer from the hub: no route to host" in again.note
+    assert "revision old is in the cache" in again.note
+    resumed = load_data(first.spec, progress=False)
+    assert (resumed.note, resumed.spec) == (first.note, first.spec)
+    assert has_validation(DataSpec("owner/name"))
+    with pytest.raises(PicoError, match="'owner/name' at revision new on the Hugging Face hub"):
+        load("owner/name", revision="new")
+    with pytest.raises(PicoError, match=r"'owner/other' .*\(no route to host\).*python-docs"):
+        load("owner/other")
+
+    hub.online, hub.revisions = True, {"old": folder, "new": moved}
+    assert all_documents(load("owner/name")) == [b"moved 0", b"moved 1"]
+    assert load_data(first.spec, progress=False).train.fingerprint == first.train.fingerprint
+    hub.online = False
+    assert load("owner/name").spec.revision == "new"
+    assert load_data(first.spec, progress=False).train.fingerprint == first.train.fingerprint
 
 
 def test_hub_out_of_reach(monkeypatch, cache):
@@ -528,6 +990,77 @@ def test_impossible_options(tmp_path):
         DataSpec(validation_file="a", validation_split="b")
     with pytest.raises(PicoError, match="no name"):
         DataSpec("")
+    with pytest.raises(PicoError, match="train_file is empty; leave it out"):
+        DataSpec(train_file="")
+
+
+def test_paths_as_objects(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(name)
+    spec = DataSpec(tmp_path / "a.txt", validation_file=tmp_path / "b.txt")
+    assert spec.dataset == str(tmp_path / "a.txt")
+    assert (
+        json.loads(json.dumps(dataclasses.asdict(spec)))["validation_file"] == spec.validation_file
+    )
+    for wrong in (b"a.txt", 4, None, ["a.txt"]):
+        with pytest.raises(PicoError, match="dataset must be a str or a path, not"):
+            DataSpec(wrong)
+    with pytest.raises(PicoError, match="column_name must be a str or a path, not 4"):
+        DataSpec(column_name=4)
+
+
+def test_without_a_home(tmp_path, cache, monkeypatch):
+    check_error(cache, "there is no file or folder ~nosuchuser/x", "~nosuchuser/x")
+    (tmp_path / "a.txt").write_text("a<|endoftext|>b")
+    check_error(
+        cache, "no file '~nosuchuser/x'", tmp_path / "a.txt", validation_file="~nosuchuser/x"
+    )
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # neither HOME nor an entry
+    monkeypatch.setenv("PICO_CACHE", "~/cache")
+    with pytest.raises(PicoError, match="no home folder for PICO_CACHE=~/cache; write the path"):
+        load(tmp_path / "a.txt")
+    monkeypatch.delenv("PICO_CACHE")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert all_documents(load(tmp_path / "a.txt")) == [b"a", b"b"]
+    assert (tmp_path / f"pico_tg-{os.getuid()}").is_dir()
+
+
+def test_local_data_need_no_cache_of_datasets(tmp_path, folder):
+    """HF_HOME may be unwritable: the process that reads local data never imports `datasets`."""
+    (tmp_path / "c.csv").write_text("text\na\nb\n")
+    script = (
+        "import sys; from pico_tg.data import *\n"
+        "for name in sys.argv[1:]: load_data(DataSpec(name))\n"
+        "assert 'datasets' not in sys.modules"
+    )
+    arguments = [folder, tmp_path / "c.csv", "python-docs"]
+    subprocess.run([sys.executable, "-c", script, *arguments], check=True)
+
+
+def test_fingerprints_do_not_change_between_versions(tmp_path):
+    """Runs of earlier versions resume."""
+    folder = tmp_path / "books"
+    (folder / "deeper").mkdir(parents=True)
+    (folder / "a.txt").write_text("a\n")
+    (folder / "b-1.txt").write_text("\nb1\n<|endoftext|>b2")
+    (folder / "deeper" / "c.txt").write_text("c")
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "validation"):
+        write_jsonl(rows / f"{name}.jsonl", as_rows([f"{name} {i}" for i in range(5)] + [""]))
+    found = [load(path) for path in (folder, folder / "b-1.txt", rows, rows / "validation.jsonl")]
+    assert [data.train.fingerprint[:8] for data in found] == [
+        "c6824a99",
+        "8ed50c5a",
+        "43e9a017",
+        "e08a4387",
+    ]
+    assert [data.validation.fingerprint[:8] for data in found] == [
+        "a2509c3e",
+        "26da6665",
+        "e888b17c",
+        "7b068508",
+    ]
 
 
 # The cache ----------------------------------------------------------------------------------------

@@ -263,7 +263,8 @@ def local_folder(path: str, config: str | None, column: str | None) -> Splits:
             splits[split] = [file for file in files if file.path in paths]
         chosen = {file.name for members in splits.values() for file in members}
         unused |= {f.name: "not in the configuration" for f in files if f.name not in chosen}
-    return _file_splits(path, splits, unused | unread, column)
+    label = path if config is None else f"{path}:{config}"
+    return _file_splits(label, splits, unused | unread, column)
 
 
 def local_archive(path: str, column: str | None) -> Splits:
