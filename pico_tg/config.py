@@ -152,15 +152,28 @@ class Config:
         return self.dim // self.att_q_heads
 
     @property
+    def block_weights(self) -> int:
+        """Weights in the matrices of one block: attention's two and SwiGLU's two."""
+        heads = 2 * (self.att_q_heads + self.att_kv_heads)  # queries, keys, values, and the output
+        return self.dim * heads * self.head_dim + 3 * self.dim**2
+
+    @property
+    def parameters_by_part(self) -> dict[str, int]:
+        """Number of weights of each part; `heads` are the last norm and the unembedding."""
+        block = self.block_weights + 2 * self.dim  # two norms
+        outputs = self.next_tokens * 256
+        return {
+            "embedding": 256 * self.dim,
+            "byte_blocks": 2 * self.fb_num_blocks * block,
+            "router": self.dim,
+            "latent_blocks": self.latent_num_blocks * block,
+            "heads": self.dim + outputs * self.dim + outputs,
+        }
+
+    @property
     def parameters(self) -> int:
         """Number of weights of a model of these sizes."""
-        heads = self.att_q_heads + 2 * self.att_kv_heads
-        attention = self.dim * (heads + self.att_q_heads) * self.head_dim
-        block = attention + 3 * self.dim**2 + 2 * self.dim  # SwiGLU, two norms
-        outputs = self.next_tokens * 256
-        embeddings = 256 * self.dim + outputs * self.dim + outputs
-        blocks = 2 * self.fb_num_blocks + self.latent_num_blocks
-        return embeddings + blocks * block + 2 * self.dim  # the router, the last norm
+        return sum(self.parameters_by_part.values())
 
     def capacity(self, length: int) -> int:
         """The most bytes of a sequence of `length` bytes that training selects."""

@@ -8,7 +8,7 @@ from test_cli import FLAGS, TINY
 from tinygrad import Tensor, TinyJit
 
 from pico_tg.config import Config
-from pico_tg.flops import decoding_operations, forward_operations, training_operations
+from pico_tg.flops import decoding_flops, forward_flops, training_flops
 from pico_tg.runtime import count_kernels
 from pico_tg.tools import cli
 
@@ -40,7 +40,7 @@ def test_training(capsys):
     machine = found["machine"]
     assert machine["parameters"] == CONFIG.parameters
     assert machine["precision"] == "fp32"
-    needed = training_operations(CONFIG, 40, 2)
+    needed = training_flops(CONFIG, 40, 2)
     for name in ("step", "step with refresh", "forward and backward"):
         check(found[name], 2 * 40, needed, machine["gemm_gflops"])
     step, products = found["step"], found["forward and backward"]
@@ -62,14 +62,14 @@ def test_decoding(capsys):
     writing = found["writing"]
     rate = writing["router_rate"]
     assert 0 <= rate <= 1
-    check(writing, 1, decoding_operations(CONFIG, 70, rate), gemm)
+    check(writing, 1, decoding_flops(CONFIG, 70, rate), gemm)
     # drafts only ever save passes
     assert 0 < writing["passes_per_second"] <= writing["bytes_per_second"]
     bytes_a_pass = writing["bytes_per_second"] / writing["passes_per_second"]
     assert bytes_a_pass == pytest.approx(1 + writing["accepted_per_pass"], abs=0.05)
     for size in (1, 8):
         record = found[f"pass of {size} byte{'s' if size > 1 else ''}"]
-        needs = [size * decoding_operations(CONFIG, 70, share) for share in (0, 1)]
+        needs = [size * decoding_flops(CONFIG, 70, share) for share in (0, 1)]
         assert needs[0] - 1 <= record["needed"] <= needs[1] + 1
         check(record, size, record["needed"], gemm)
     assert found["pass of 8 bytes"]["needed"] > 4 * found["pass of 1 byte"]["needed"]
@@ -125,6 +125,6 @@ def test_kernels_of_a_graph_are_counted():
 def test_a_byte_of_decoding_is_a_byte_of_the_forward_pass():
     """At full windows, one byte more costs what one position more adds to a whole pass."""
     everything = Config(**TINY | {"latent_capacity_factor": 1.0})
-    more = forward_operations(everything, 101) - forward_operations(everything, 100)
-    assert decoding_operations(everything, 100, 1.0) == more
-    assert decoding_operations(everything, 3, 1.0) < decoding_operations(everything, 100, 0.9)
+    more = forward_flops(everything, 101) - forward_flops(everything, 100)
+    assert decoding_flops(everything, 100, 1.0) == more
+    assert decoding_flops(everything, 3, 1.0) < decoding_flops(everything, 100, 0.9)

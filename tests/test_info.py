@@ -8,7 +8,7 @@ from helpers import TINY
 from tinygrad import nn
 
 from pico_tg.decoder import Decoder
-from pico_tg.flops import cache_bytes, decoding_operations, parameters_by_part
+from pico_tg.flops import cache_bytes, decoding_flops
 from pico_tg.model import Pico
 from pico_tg.tools.info import describe
 
@@ -21,7 +21,7 @@ def model() -> Pico:
 
 
 def test_parameters_by_part(model):
-    counted = dict.fromkeys(parameters_by_part(CONFIG), 0)
+    counted = dict.fromkeys(CONFIG.parameters_by_part, 0)
     part = {
         "embedding": "embedding", "fb_in": "byte_blocks", "fb_out": "byte_blocks",
         "latent.router": "router", "latent.blocks": "latent_blocks",
@@ -30,7 +30,7 @@ def test_parameters_by_part(model):
     for name, tensor in nn.state.get_state_dict(model).items():
         (key,) = {part[start] for start in part if name.startswith(start + ".")}
         counted[key] += tensor.numel()
-    assert parameters_by_part(CONFIG) == counted
+    assert CONFIG.parameters_by_part == counted
     assert sum(counted.values()) == CONFIG.parameters
 
 
@@ -51,10 +51,10 @@ def test_operations_of_decoding():
         latent = 2 * (block + 2 * width * latent_keys)
         return 2 * outside + 2 * byte + rate * 2 * latent
 
-    assert decoding_operations(CONFIG, 0, 0.5) == operations(1, 1, 0.5)
-    assert decoding_operations(CONFIG, 20, 0.5) == operations(7, 11, 0.5)
-    assert decoding_operations(CONFIG, 1000, 0.25) == operations(7, 41, 0.25)
-    assert decoding_operations(CONFIG, 1000, 0.0) == operations(7, 41, 0.0)
+    assert decoding_flops(CONFIG, 0, 0.5) == operations(1, 1, 0.5)
+    assert decoding_flops(CONFIG, 20, 0.5) == operations(7, 11, 0.5)
+    assert decoding_flops(CONFIG, 1000, 0.25) == operations(7, 41, 0.25)
+    assert decoding_flops(CONFIG, 1000, 0.0) == operations(7, 41, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_the_rate_of_decoding(router, expected, tmp_path):
     operations = describe(tmp_path)["operations_a_byte"]
     assert operations["decoding_router_rate"] == expected
     length = operations["context_len"]
-    assert operations["decoding"] == decoding_operations(config, length, expected)
+    assert operations["decoding"] == decoding_flops(config, length, expected)
     (tmp_path / "run").mkdir()
     for step in (1, 2):
         (tmp_path / "run" / f"{step:08d}.safetensors").touch()
@@ -75,4 +75,4 @@ def test_the_rate_of_decoding(router, expected, tmp_path):
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     operations = describe(tmp_path, "run")["operations_a_byte"]
     assert operations["decoding_router_rate"] == 0.2
-    assert operations["decoding"] == decoding_operations(config, length, 0.2)
+    assert operations["decoding"] == decoding_flops(config, length, 0.2)

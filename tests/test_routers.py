@@ -16,7 +16,7 @@ from pico_tg.attention import rotate
 from pico_tg.config import ROUTERS
 from pico_tg.data import SEQ_START
 from pico_tg.decoder import Decoder
-from pico_tg.flops import forward_operations
+from pico_tg.flops import forward_flops
 from pico_tg.model import loss_fn
 from pico_tg.routing import next_decisions, rule_decisions
 
@@ -183,7 +183,7 @@ def test_operations(router):
     config = dataclasses.replace(TINY, router=router)
     dense = dataclasses.replace(config, router="all")
     none = dataclasses.replace(config, router="none")
-    found = [forward_operations(c, 100) for c in (none, config, dense)]
+    found = [forward_flops(c, 100) for c in (none, config, dense)]
     if router == "all":
         assert found[1] == found[2]
     elif router == "none":

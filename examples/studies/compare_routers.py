@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import pico_tg
 from pico_tg.config import ROUTERS
-from pico_tg.flops import training_operations
+from pico_tg.flops import training_flops
 from pico_tg.tools.plot import COLORS, Line, Panel, svg
 
 CONTEXT_LEN, BATCH_SIZE = 512, 4
@@ -58,7 +58,7 @@ base = pico_tg.Config.preset(
     "xs", dim=args.dim, att_q_heads=6, att_kv_heads=2, next_tokens=4,
     latent_num_blocks=args.latent_blocks,
 )  # fmt: skip
-budget = args.steps * training_operations(base, CONTEXT_LEN, BATCH_SIZE)
+budget = args.steps * training_flops(base, CONTEXT_LEN, BATCH_SIZE)
 print(f"budget: {budget:.3g} FLOPs of training, {args.steps} steps of the learned router")
 
 variants = {
@@ -140,7 +140,7 @@ def cached(key: dict, measure: Callable[[], dict]) -> dict:
 trained: list[tuple[str, pico_tg.Config, dict, Path, dict]] = []
 for seed in args.seeds:
     for name, config in variants.items():
-        steps = max(1, budget // training_operations(config, CONTEXT_LEN, BATCH_SIZE))
+        steps = max(1, budget // training_flops(config, CONTEXT_LEN, BATCH_SIZE))
         # everything that a result depends on, except the machine
         key = {
             "length": CONTEXT_LEN, "batch": BATCH_SIZE, "rate": LEARNING_RATE,

@@ -33,7 +33,7 @@ from ..backend import describe_backend
 from ..config import Config, TrainSettings
 from ..decoder import DECODE_ROWS, Decoder
 from ..files import PicoError
-from ..flops import decoding_operations, training_operations
+from ..flops import decoding_flops, training_flops
 from ..generation import GeneratedByte, Stats, generate
 from ..model import Pico, inputs_and_targets, loss_fn
 from ..progress import Progress
@@ -73,7 +73,7 @@ def bench_train(
     length = settings.context_len
     size = (accumulation, batch_size, length + config.next_tokens)
     rng = np.random.default_rng(0)
-    needed = accumulation * training_operations(config, length, batch_size)
+    needed = accumulation * training_flops(config, length, batch_size)
 
     def record(name: str, call: Callable[[], Any], times: int = repeats) -> Record:
         runs = [run_once(call) for _ in range(times)]
@@ -191,7 +191,7 @@ def bench_decode(
     yield {"measured": "start-up", "first_byte_seconds": first_byte}
 
     def measured(name: str, runs: list[Run], fed: int, rate: float, position: int) -> Record:
-        needed = fed * decoding_operations(config, position, rate)
+        needed = fed * decoding_flops(config, position, rate)
         return _measured(name, runs, fed, needed, gemm)
 
     runs, first, all_stats = [], [], []

@@ -1,62 +1,58 @@
-"""What is known of a model and its runs without running it: sizes, costs, checkpoints, losses."""
+"""What is known of a model and its runs without computing: sizes, costs, checkpoints, losses."""
 
 import os
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import list_checkpoints, load_config
+from ..checkpoint import check, list_checkpoints, load_config
 from ..config import Config, TrainSettings
 from ..files import PicoError, command
-from ..flops import (
-    cache_bytes,
-    decoding_operations,
-    forward_operations,
-    parameters_by_part,
-    training_operations,
-)
+from ..flops import cache_bytes, decoding_flops, forward_flops, training_flops
 from ..runs import find_description, read_description, read_metrics, run_folder
+
+FIGURES = ("bits_per_byte", "validation_bits_per_byte", "router_rate")
 
 
 def describe(path: str | os.PathLike, run: str | None = None) -> dict[str, Any]:
     """All that `info` shows of the model PATH, and of RUN if given; valid JSON.
 
     - model: the sizes; parameters: of each part, and total
-    - operations_a_byte: multiplications and additions of matrix products (`pico_tg.flops`), for a
-      byte of a window of context_len, on average: forward, training (forward and backward); and
-      decoding, for the byte after so many at decoding_router_rate. Nothing caps the rate of
-      decoding: it is what the run's newest checkpoint measured; else 1 / n of the router
-      `stride`, and of others the capacity, which `learned` is trained to hold and `space` is not
-    - cache_bytes: memory of decoding's caches, float32; it does not grow with the text
-    - run: its name, settings, dataset, base_weights, devices, and checkpoints: step, file, bytes,
-      the record of that step's figures where there is one. Of weights from elsewhere, without a
-      training.json of pico_tg, settings and dataset are empty
+    - operations_a_byte: model FLOPs (`pico_tg.flops`), on average over a window of context_len
+      bytes: forward, training (forward and backward); and decoding, for one byte after context_len
+      bytes at decoding_router_rate. That rate is what the run's newest checkpoint measured. Without
+      a measurement it is 1 / n for the router `stride` and the capacity for the others; `learned`
+      is trained to keep to its capacity, `space` is not
+    - cache_bytes: memory of the KV caches, float32, whatever the length of the text
+    - run: its name, settings, dataset, base_weights, devices, steps, and checkpoints: step, file,
+      bytes, the figures of that step's record where one exists, and `defect` if a file of the
+      checkpoint is truncated or broken (headers and sizes are checked, not digests). Weights from
+      elsewhere, without a training.json of pico_tg, have neither settings nor dataset
 
-    context_len is the run's, else the default. Raises PicoError on what is missing or broken.
+    context_len is the run's, or the default. Raises PicoError on a missing or broken model or run.
     """
     config = load_config(path)
-    described: dict[str, Any] | None = None
-    if run is not None:
-        described = _describe_run(run_folder(path, run))
-    settings = described["settings"] if described else {}
+    described = {} if run is None else {"run": {"name": run} | _describe_run(run_folder(path, run))}
+    settings, checkpoints = {}, []
+    if described:
+        settings, checkpoints = described["run"]["settings"], described["run"]["checkpoints"]
     length = settings.get("context_len", TrainSettings.context_len)
-    rate = _decoding_rate(config, described["checkpoints"] if described else [])
-    facts: dict[str, Any] = {
+    rate = _decoding_rate(config, checkpoints)
+    return {
         "model": config.to_dict(),
-        "parameters": parameters_by_part(config) | {"total": config.parameters},
+        "parameters": config.parameters_by_part | {"total": config.parameters},
         "operations_a_byte": {
             "context_len": length,
-            "forward": forward_operations(config, length) / length,
-            "training": training_operations(config, length) / length,
-            "decoding": decoding_operations(config, length, rate),
+            "forward": forward_flops(config, length) / length,
+            "training": training_flops(config, length) / length,
+            "decoding": decoding_flops(config, length, rate),
             "decoding_router_rate": rate,
         },
         "cache_bytes": cache_bytes(config),
-    }
-    return facts | ({"run": {"name": run} | described} if described else {})
+    } | described
 
 
 def _decoding_rate(config: Config, checkpoints: list[dict[str, Any]]) -> float:
-    """The share of the bytes that decoding routes, as far as is known."""
+    """The share of the bytes that decoding routes, as far as it is known."""
     measured = [c["router_rate"] for c in checkpoints if "router_rate" in c]
     if measured:
         return measured[-1]
@@ -70,15 +66,18 @@ def _describe_run(folder: Path) -> dict[str, Any]:
     stored = find_description(folder)
     if stored is None and list_checkpoints(folder):  # weights from elsewhere
         stored = {"settings": {}, "dataset": {}}
-    stored = stored or read_description(folder)  # which says what is missing
+    stored = stored or read_description(folder)  # raises an error that names what is missing
     logged = (folder / "metrics.jsonl").exists()
     records = {record["step"]: record for record in (read_metrics(folder) if logged else [])}
-    measured = ("bits_per_byte", "validation_bits_per_byte", "router_rate")
     checkpoints = []
     for step, file in list_checkpoints(folder):
         record = records.get(step, {})
-        figures = {key: record[key] for key in measured if key in record}
+        figures = {key: record[key] for key in FIGURES if key in record}
         size = file.stat().st_size
+        try:
+            check(file)
+        except PicoError as error:
+            figures["defect"] = str(error)
         checkpoints.append({"step": step, "file": file.name, "bytes": size} | figures)
     kept = {key: stored.get(key) for key in ("settings", "dataset", "base_weights", "devices")}
     return kept | {"steps": max(records, default=0), "checkpoints": checkpoints}
