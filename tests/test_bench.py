@@ -1,18 +1,16 @@
-"""Measuring: records whose numbers fit together, and counts that can be checked by hand."""
+"""Benchmarks: records whose numbers agree with each other and with counts by hand."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
-from test_cli import FLAGS, TINY
+from helpers import FLAGS, TINY
 from tinygrad import Tensor, TinyJit
 
-from pico_tg.config import Config
 from pico_tg.flops import decoding_flops, forward_flops, training_flops
 from pico_tg.runtime import count_kernels
 from pico_tg.tools import cli
-
-CONFIG = Config(**TINY)
 
 
 def records(capsys, *arguments):
@@ -21,16 +19,20 @@ def records(capsys, *arguments):
     return {record.pop("measured"): record for record in map(json.loads, lines)}
 
 
-def check(record, bytes_, needed, gemm):
+def check(record, bytes_, model_flops, gemm):
     assert record["bytes_per_second"] == pytest.approx(bytes_ / record["seconds"])
-    assert record["needed"] == pytest.approx(needed, abs=1)
-    assert record["gflops"] == pytest.approx(record["needed"] / record["seconds"] / 1e9, rel=1e-3)
-    assert record["of_gemm"] == pytest.approx(record["gflops"] / gemm)
-    # nothing can be left out of what the mathematics needs
-    assert record["operations"] >= record["needed"]
+    assert record["model_flops"] == pytest.approx(model_flops, abs=1)
+    gflops = record["model_flops"] / record["seconds"] / 1e9
+    assert record["gflops"] == pytest.approx(gflops, rel=1e-3)
+    assert record["mfu"] == pytest.approx(record["gflops"] / gemm)
+    # the kernels execute at least what the mathematics requires
+    assert record["operations"] >= record["model_flops"]
+    more = record["operations"] / record["model_flops"]
+    assert record["hfu"] / record["mfu"] == pytest.approx(more, rel=1e-3)
     assert record["kernels"] > 10
 
 
+@pytest.mark.slow
 def test_training(capsys):
     sizes = ["--context-len", "40", "--batch-size", "2", "--precision", "fp32"]
     found = records(capsys, "train", *sizes)
@@ -38,21 +40,22 @@ def test_training(capsys):
         "machine", "start-up", "step", "step with refresh", "memory", "forward and backward",
     ]  # fmt: skip
     machine = found["machine"]
-    assert machine["parameters"] == CONFIG.parameters
+    assert machine["parameters"] == TINY.parameters
     assert machine["precision"] == "fp32"
-    needed = training_flops(CONFIG, 40, 2)
+    model_flops = training_flops(TINY, 40, 2)
     for name in ("step", "step with refresh", "forward and backward"):
-        check(found[name], 2 * 40, needed, machine["gemm_gflops"])
-    step, products = found["step"], found["forward and backward"]
-    assert products["operations"] < step["operations"]
-    assert products["kernels"] < step["kernels"]
+        check(found[name], 2 * 40, model_flops, machine["gemm_gflops"])
+    step, gradients = found["step"], found["forward and backward"]
+    assert gradients["operations"] < step["operations"]
+    assert gradients["kernels"] < step["kernels"]
     assert found["step with refresh"]["operations"] == step["operations"]
     start = found["start-up"]
     assert 0 < start["first_step_seconds"] < start["third_step_seconds"]
     # weights, SOAP's state (moments, GG, Q) and gradients are in memory, float32
-    assert found["memory"]["tensor_memory"] > 4 * 4 * CONFIG.parameters
+    assert found["memory"]["tensor_memory"] > 4 * 4 * TINY.parameters
 
 
+@pytest.mark.slow
 def test_decoding(capsys):
     found = records(capsys, "decode", "--context-len", "70")
     assert list(found) == [
@@ -62,23 +65,23 @@ def test_decoding(capsys):
     writing = found["writing"]
     rate = writing["router_rate"]
     assert 0 <= rate <= 1
-    check(writing, 1, decoding_flops(CONFIG, 70, rate), gemm)
-    # drafts only ever save passes
+    check(writing, 1, decoding_flops(TINY, 70, rate), gemm)
+    # an accepted draft saves a pass
     assert 0 < writing["passes_per_second"] <= writing["bytes_per_second"]
     bytes_a_pass = writing["bytes_per_second"] / writing["passes_per_second"]
     assert bytes_a_pass == pytest.approx(1 + writing["accepted_per_pass"], abs=0.05)
     for size in (1, 8):
         record = found[f"pass of {size} byte{'s' if size > 1 else ''}"]
-        needs = [size * decoding_flops(CONFIG, 70, share) for share in (0, 1)]
-        assert needs[0] - 1 <= record["needed"] <= needs[1] + 1
-        check(record, size, record["needed"], gemm)
-    assert found["pass of 8 bytes"]["needed"] > 4 * found["pass of 1 byte"]["needed"]
+        none, all_routed = (size * decoding_flops(TINY, 70, rate) for rate in (0, 1))
+        assert none - 1 <= record["model_flops"] <= all_routed + 1
+        check(record, size, record["model_flops"], gemm)
+    assert found["pass of 8 bytes"]["model_flops"] > 4 * found["pass of 1 byte"]["model_flops"]
     assert found["reading"]["first_byte_seconds"] > 0
     assert found["start-up"]["first_byte_seconds"] > 0
 
 
-def test_what_needs_no_measuring(capsys):
-    """Mistakes end before anything is computed."""
+def test_mistakes(capsys):
+    """They end before anything is computed."""
     for arguments, named in (
         (["decode", "--batch-size", "2"], "--batch-size"),
         (["decode", "--devices", "2"], "--devices"),
@@ -98,14 +101,14 @@ def test_the_model_of_a_folder(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cli, "bench_train", lambda config, *rest, **more: seen.append(config) or [])
     assert cli.main(["init", str(tmp_path / "m"), *FLAGS]) == 0
     assert cli.main(["bench", "--model", str(tmp_path / "m"), "--dim", "32"]) == 0
-    assert seen == [Config(**TINY | {"dim": 32})]
+    assert seen == [dataclasses.replace(TINY, dim=32)]
 
 
-def test_the_text_has_a_line_for_everything():
+def test_the_text_of_a_record():
     record = {"measured": "step", "seconds": 0.5, "bytes_per_second": 2048.0, "kernels": 700}
-    record |= {"operations": 3e9, "needed": 2e9, "gflops": 4.0, "of_gemm": 0.25}
+    record |= {"operations": 3e9, "model_flops": 2e9, "gflops": 4.0, "mfu": 0.25, "hfu": 0.375}
     assert cli.describe_measured(record).split() == [
-        "step", "0.5000", "2,048", "700", "3", "2", "4.0", "25.0%",
+        "step", "0.5000", "2,048", "700", "3", "2", "4.0", "25.0%", "37.5%",
     ]  # fmt: skip
     start = {"measured": "start-up", "first_step_seconds": 3.04, "third_step_seconds": 5.5}
     assert cli.describe_measured(start).endswith("first step 3.0 s, third step 5.5 s")
@@ -123,8 +126,8 @@ def test_kernels_of_a_graph_are_counted():
 
 
 def test_a_byte_of_decoding_is_a_byte_of_the_forward_pass():
-    """At full windows, one byte more costs what one position more adds to a whole pass."""
-    everything = Config(**TINY | {"latent_capacity_factor": 1.0})
+    """At full windows, decoding one byte costs what one more position adds to a whole pass."""
+    everything = dataclasses.replace(TINY, latent_capacity_factor=1.0)
     more = forward_flops(everything, 101) - forward_flops(everything, 100)
     assert decoding_flops(everything, 100, 1.0) == more
     assert decoding_flops(everything, 3, 1.0) < decoding_flops(everything, 100, 0.9)

@@ -1,18 +1,21 @@
-"""Measuring: how fast a train step and the decoder are here, beside what the mathematics asks for.
+"""Benchmarks: speed of a training step and of the decoder on this machine, and their MFU.
 
 `bench_train` and `bench_decode` yield records, dicts that are valid JSON, and print nothing. Data
 and weights are random. A time is the median of several, after everything is compiled.
 
 A record of something measured has
 
-- measured: what
-- seconds, bytes_per_second: of a step or pass, and of the bytes that it takes in or makes
-- kernels: how many run in it; operations: what they do, counted by tinygrad
-- needed: what the mathematics asks for (`pico_tg.flops`), products only, no optimizer
-- gflops: needed / seconds; of_gemm: gflops as a share of what a plain matrix product reaches here
+- measured: its name
+- seconds: of one step or pass; bytes_per_second: of the bytes that it reads or generates
+- kernels: how many run in it; operations: the FLOPs that these execute, counted by tinygrad
+- model_flops: the FLOPs that the mathematics requires (`pico_tg.flops`), without the optimizer
+- gflops: model_flops / seconds / 1e9
+- mfu (model FLOPs utilization): gflops as a share of what a plain matrix product reaches on this
+  machine; hfu (hardware FLOPs utilization): the same for operations
 
-and the first record, `machine`, says what that is: NumPy's float32 product of 1536 x 1536 matrices
-on a CPU, on an accelerator tinygrad's in the same precision, the largest of several sizes.
+The first record, `machine`, has that rate as gemm_gflops: on a CPU of NumPy's float32 product of
+1536 x 1536 matrices, on an accelerator of tinygrad's in the same precision, the largest of several
+sizes.
 """
 
 import gc
@@ -36,6 +39,7 @@ from ..files import PicoError
 from ..flops import decoding_flops, training_flops
 from ..generation import GeneratedByte, Stats, generate
 from ..model import Pico, inputs_and_targets, loss_fn
+from ..precision import choose_precision
 from ..progress import Progress
 from ..remat import graph_context
 from ..runtime import count_kernels, jit_method, on_devices
@@ -43,8 +47,8 @@ from ..training import TrainStep
 
 Record = dict[str, Any]
 IMPORTED = time.perf_counter()
-WARM_UP = 3  # steps: one as it is, one captured, one replayed
-LEARNING_RATE = 1e-5  # small: random bytes teach nothing
+WARM_UP = 3  # calls after which every graph is captured and was replayed
+LEARNING_RATE = 1e-5  # small: there is nothing to learn in random bytes
 
 
 def bench_train(
@@ -54,16 +58,16 @@ def bench_train(
     repeats: int = 5,
     progress: bool = False,
 ) -> Iterator[Record]:
-    """Measure training; `settings` say the context, the batch, the optimizer and the precision.
+    """Measure training with the context, batch, optimizer and precision of `settings`.
 
     Records: `machine`; `start-up` (first_step_seconds, third_step_seconds: from the start of the
-    process to the end of that step); `step` (all of it, optimizer included); with SOAP `step with
-    refresh`; `memory` (see `Memory`); `forward and backward` (without optimizer, losses read).
+    process to the end of that step); `step` (with the optimizer); with SOAP `step with refresh`;
+    `memory` (see `Memory`); `forward and backward` (without the optimizer; the loss is read).
     """
     _check(repeats)
     if config.router != "none" and config.capacity(settings.context_len) < 1:
         raise PicoError(f"context_len {settings.context_len} is too short: no byte is selected")
-    precision = "bf16" if graph_context(settings, devices).kwargs["PICO_BF16"] else "fp32"
+    precision = choose_precision(settings.precision, devices)
     before = process_seconds()
     gemm = gemm_rate(precision, (devices or (Device.DEFAULT,))[0])
     calibrating = process_seconds() - before
@@ -73,11 +77,11 @@ def bench_train(
     length = settings.context_len
     size = (accumulation, batch_size, length + config.next_tokens)
     rng = np.random.default_rng(0)
-    needed = accumulation * training_flops(config, length, batch_size)
+    model_flops = accumulation * training_flops(config, length, batch_size)
 
     def record(name: str, call: Callable[[], Any], times: int = repeats) -> Record:
         runs = [run_once(call) for _ in range(times)]
-        return _measured(name, runs, accumulation * batch_size * length, needed, gemm)
+        return _measured(name, runs, accumulation * batch_size * length, model_flops, gemm)
 
     memory = Memory()
     train_step = TrainStep(Pico(config, seed=0), settings, devices)
@@ -99,17 +103,17 @@ def bench_train(
         "first_step_seconds": ends[0],
         "third_step_seconds": ends[2],
     }
-    again = partial(step, train_step)
-    yield record("step", again)
+    one_step = partial(step, train_step)
+    yield record("step", one_step)
     if settings.optimizer == "soap":
         train_step.optimizer.precondition_frequency = 1
-        yield record("step with refresh", again, min(repeats, 3))
+        yield record("step with refresh", one_step, min(repeats, 3))
     yield {"measured": "memory"} | memory.peak()
 
     model = train_step.model
-    del train_step, again  # and with them their graphs' memory
+    del train_step, one_step  # frees the memory of their graphs
     gc.collect()
-    products = ForwardBackward(model)
+    loss_and_gradients = ForwardBackward(model)
     with Tensor.train(), graph_context(settings, devices):
         windows = [
             on_devices(rng.integers(0, 256, size[1:]).astype(np.uint8), devices, 0)
@@ -118,7 +122,7 @@ def bench_train(
 
         def forward_backward() -> None:
             for x in windows:
-                products(x)
+                loss_and_gradients(x)
 
         with Progress(total=2, desc="compiling", unit="step", disable=not progress) as bar:
             for _ in range(2):
@@ -151,12 +155,12 @@ def bench_decode(
 ) -> Iterator[Record]:
     """Measure decoding after `context_len` random bytes.
 
-    Random weights guess no byte, so that hardly a draft is accepted: what text costs at the worst.
+    Random weights predict nothing, so hardly a draft is accepted: the worst case of decoding.
 
     Records: `machine`; `start-up` (first_byte_seconds: from the start of the process); `writing`
-    (of a byte; passes_per_second, accepted_per_pass, router_rate); `pass of 1 byte`, `pass of 8
-    bytes` (fed at once); `reading` (the prompt; first_byte_seconds: to have read it and to have
-    sampled a byte); `memory` (see `Memory`).
+    (of one byte; passes_per_second, accepted_per_pass, router_rate); `pass of 1 byte`, `pass of 8
+    bytes` (of one `Decoder.forward`); `reading` (of the prompt; first_byte_seconds: of reading the
+    prompt and sampling a byte); `memory` (see `Memory`).
     """
     _check(repeats)
     if context_len < 1:
@@ -167,12 +171,12 @@ def bench_decode(
     yield _machine(config, "fp32", gemm, ())
     rng = np.random.default_rng(0)
     prompt = rng.bytes(context_len)
-    bytes_ = 64
+    count = 64
     memory = Memory()
     decoder = Decoder(Pico(config, seed=0))
 
     def text(seed: int, stats: Stats) -> Iterator[GeneratedByte]:
-        options = {"max_bytes": bytes_ + 1, "ignore_end": True, "raw_prompt": True}
+        options = {"max_bytes": count + 1, "ignore_end": True, "raw_prompt": True}
         return generate(decoder.model, prompt, seed=seed, stats=stats, decoder=decoder, **options)
 
     total = 1 + (len(DECODE_ROWS) + 1) * WARM_UP
@@ -182,17 +186,16 @@ def bench_decode(
         bar.update()
         for _ in range(WARM_UP):
             for size in DECODE_ROWS:
-                for _ in range(WARM_UP):  # as many as are routed, so many kinds of passes
+                for _ in range(WARM_UP):  # which pass runs depends on the number of routed bytes
                     decoder.forward(rng.bytes(size))
                 bar.update()
-            for _ in text(0, Stats()):  # also what depends on how many bytes are routed
+            for _ in text(0, Stats()):
                 pass
             bar.update()
     yield {"measured": "start-up", "first_byte_seconds": first_byte}
 
-    def measured(name: str, runs: list[Run], fed: int, rate: float, position: int) -> Record:
-        needed = fed * decoding_flops(config, position, rate)
-        return _measured(name, runs, fed, needed, gemm)
+    def measured(name: str, runs: list[Run], rows: int, rate: float, position: int) -> Record:
+        return _measured(name, runs, rows, rows * decoding_flops(config, position, rate), gemm)
 
     runs, first, all_stats = [], [], []
     for seed in range(repeats):
@@ -202,15 +205,15 @@ def bench_decode(
         first.append(stats.first_byte_seconds)
         all_stats.append(stats)
         runs.append(run_once(lambda records=records: [None for _ in records]))
-    passes, made, routed, accepted = (
+    passes, generated, routed, accepted = (
         sum(getattr(stats, name) for stats in all_stats)
         for name in ("passes", "bytes", "routed", "accepted")
     )
-    rate = routed / made
-    runs = [tuple(x / bytes_ for x in run) for run in runs]
+    rate = routed / generated
+    runs = [tuple(x / count for x in run) for run in runs]
     writing = measured("writing", runs, 1, rate, context_len)
     yield writing | {
-        "passes_per_second": writing["bytes_per_second"] * passes / made,
+        "passes_per_second": writing["bytes_per_second"] * passes / generated,
         "accepted_per_pass": accepted / passes,
         "router_rate": rate,
     }
@@ -227,7 +230,7 @@ def bench_decode(
         decoder.position = decoder.selected = 0
         runs.append(run_once(lambda: decoder.forward(prompt)))
     rate = decoder.selected / decoder.position
-    # on average half of what was read in the end is before a byte
+    # on average, half of the prompt stands before a byte of the prompt
     reading = measured("reading", runs, context_len, rate, context_len // 2)
     yield reading | {"first_byte_seconds": statistics.median(first)}
     yield {"measured": "memory"} | memory.peak()
@@ -237,7 +240,7 @@ Run = tuple[float, float, float]  # seconds, kernels, operations
 
 
 def run_once(call: Callable[[], Any]) -> Run:
-    """Time and count one call, which must wait for what it computes."""
+    """Time and count one call, which must wait for its results."""
     operations = GlobalCounters.global_ops
     with count_kernels() as kernels:
         start = time.perf_counter()
@@ -247,7 +250,7 @@ def run_once(call: Callable[[], Any]) -> Run:
 
 
 def gemm_rate(precision: str, device: str) -> float:
-    """What a plain matrix product reaches on this machine, in GFLOPS."""
+    """The rate of a plain matrix product on this machine, in GFLOPS."""
     if device.split(":")[0] == "CPU":
         size = 1536
         a, b = np.random.default_rng(0).standard_normal((2, size, size)).astype(np.float32)
@@ -256,38 +259,38 @@ def gemm_rate(precision: str, device: str) -> float:
     dtype = dtypes.bfloat16 if precision == "bf16" else dtypes.float32
     for size in (64, 256, 1024, 4096):
         a, b = (Tensor.rand(size, size, device=device).cast(dtype).realize() for _ in range(2))
-        product = TinyJit(lambda a, b: a.matmul(b, dtype=dtypes.float32).realize())
+        matmul = TinyJit(lambda a, b: a.matmul(b, dtype=dtypes.float32).realize())
 
-        def call(product: TinyJit = product, a: Tensor = a, b: Tensor = b) -> None:
-            product(a, b)
+        def call(matmul: TinyJit = matmul, a: Tensor = a, b: Tensor = b) -> None:
+            matmul(a, b)
             Device[device].synchronize()
 
         seconds = [run_once(call)[0] for _ in range(WARM_UP + 4)][WARM_UP:]
         best = max(best, 2 * size**3 / min(seconds) / 1e9)
-        if min(seconds) > 0.01:  # the next would take 64 times as long
+        if min(seconds) > 0.01:  # the next size takes 64 times as long
             break
     return best
 
 
 class Memory:
-    """Peak memory, watched while it lasts.
+    """Context manager that records peak memory.
 
-    `peak()`: tensor_memory, the most bytes of all buffers at once, sampled every 2 ms; and on a CPU
-    resident_memory, the most bytes that the process ever had in memory, all its libraries too.
+    `peak()`: tensor_memory, the peak of all buffers in bytes, sampled every 2 ms; and on a CPU
+    resident_memory, the peak of the whole process in bytes, its libraries included.
     """
 
     def __enter__(self) -> "Memory":
-        self.tensors, self.over = GlobalCounters.mem_used, threading.Event()
+        self.tensors, self.done = GlobalCounters.mem_used, threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
         self.thread.start()
         return self
 
     def _watch(self) -> None:
-        while not self.over.wait(0.002):
+        while not self.done.wait(0.002):
             self.tensors = max(self.tensors, GlobalCounters.mem_used)
 
     def __exit__(self, *exception: object) -> None:
-        self.over.set()
+        self.done.set()
         self.thread.join()
 
     def peak(self) -> dict[str, int]:
@@ -295,13 +298,13 @@ class Memory:
         if Device.DEFAULT.split(":")[0] == "CPU" and os.name == "posix":
             import resource  # not on Windows
 
-            most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            found["resident_memory"] = most * (1 if sys.platform == "darwin" else 1024)
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            found["resident_memory"] = peak * (1 if sys.platform == "darwin" else 1024)
         return found
 
 
 def process_seconds() -> float:
-    """How long this process has been running; without /proc, since this module was imported."""
+    """Seconds since the start of this process, or, without /proc, since this module's import."""
     try:
         started = Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19]
         now = Path("/proc/uptime").read_text().split()[0]
@@ -321,18 +324,19 @@ def _machine(config: Config, precision: str, gemm: float, devices: tuple[str, ..
     }
 
 
-def _measured(name: str, runs: list[Run], bytes_: int, needed: float, gemm: float) -> Record:
+def _measured(name: str, runs: list[Run], bytes_: int, model_flops: float, gemm: float) -> Record:
     seconds, kernels, operations = (statistics.median(x) for x in zip(*runs, strict=True))
-    gflops = needed / seconds / 1e9
+    gflops = model_flops / seconds / 1e9
     return {
         "measured": name,
         "seconds": seconds,
         "bytes_per_second": bytes_ / seconds,
         "kernels": round(kernels),
         "operations": round(operations),
-        "needed": round(needed),
+        "model_flops": round(model_flops),
         "gflops": gflops,
-        "of_gemm": gflops / gemm,
+        "mfu": gflops / gemm,
+        "hfu": operations / seconds / 1e9 / gemm,
     }
 
 

@@ -709,8 +709,8 @@ def command_plot(args: argparse.Namespace) -> int:
 def command_bench(args: argparse.Namespace) -> int:
     """Measure a step of training, or decoding, on this machine: a model of random weights.
 
-    Times are medians. `needed` are the operations that the mathematics asks for, `done` those that
-    the kernels do; `of gemm` compares what is needed, by time, with a plain matrix product here.
+    Times are medians. `model` are the GFLOPs that the mathematics requires, `executed` those that
+    the kernels execute. MFU and HFU compare each, by time, with a plain matrix product here.
     """
     sizes = given_sizes(args)
     if args.model:

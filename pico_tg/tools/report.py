@@ -125,8 +125,8 @@ def describe_measured(record: dict) -> str:
         return (
             f"{record['backend']}{of}; {record['precision']}; a matrix product alone reaches "
             f"{record['gemm_gflops']:,.0f} GFLOPS; {record['parameters']:,} parameters\n"
-            f"{'':20}{'seconds':>10}{'bytes/s':>10}{'kernels':>9}{'GOP done':>10}{'needed':>10}"
-            f"{'GFLOPS':>9}{'of gemm':>9}"
+            f"{'':20}{'seconds':>10}{'bytes/s':>10}{'kernels':>9}{'executed':>10}{'model':>10}"
+            f"{'GFLOPS':>9}{'MFU':>8}{'HFU':>8}"
         )
     if name == "start-up":
         ends = (f"{key[:-8].replace('_', ' ')} {value:.1f} s" for key, value in record.items()
@@ -138,8 +138,9 @@ def describe_measured(record: dict) -> str:
         )
     line = (
         f"{name:20}{record['seconds']:>10.4f}{record['bytes_per_second']:>10,.0f}"
-        f"{record['kernels']:>9}{record['operations'] / 1e9:>10.4g}{record['needed'] / 1e9:>10.4g}"
-        f"{record['gflops']:>9.1f}{record['of_gemm']:>9.1%}"
+        f"{record['kernels']:>9}{record['operations'] / 1e9:>10.4g}"
+        f"{record['model_flops'] / 1e9:>10.4g}{record['gflops']:>9.1f}{record['mfu']:>8.1%}"
+        f"{record['hfu']:>8.1%}"
     )
     if "router_rate" in record:
         line += (
