@@ -1,16 +1,19 @@
-"""Sizes and costs: against the model itself, and against counting by hand."""
+"""Sizes and costs against the model itself and counts by hand; defects of checkpoints."""
 
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 from helpers import TINY
 from tinygrad import nn
 
+from pico_tg.checkpoint import save_checkpoint
 from pico_tg.decoder import Decoder
 from pico_tg.flops import cache_bytes, decoding_flops
 from pico_tg.model import Pico
 from pico_tg.tools.info import describe
+from pico_tg.tools.report import describe_model
 
 CONFIG = dataclasses.replace(TINY, dim=26, latent_num_blocks=2, latent_att_window_size=40)
 
@@ -76,3 +79,21 @@ def test_the_rate_of_decoding(router, expected, tmp_path):
     operations = describe(tmp_path, "run")["operations_a_byte"]
     assert operations["decoding_router_rate"] == 0.2
     assert operations["decoding"] == decoding_flops(config, length, 0.2)
+
+
+@pytest.mark.parametrize("truncated", ["00000002.safetensors", "00000002.state.safetensors"])
+def test_a_truncated_checkpoint_is_named(truncated, tmp_path):
+    CONFIG.to_json(tmp_path / "model.json")
+    arrays = {"w": np.ones((4, 4), np.float32)}
+    (tmp_path / "run").mkdir()
+    for step in (1, 2):
+        save_checkpoint(arrays, arrays, {"step": step}, tmp_path / "run")
+    assert not any("defect" in c for c in describe(tmp_path, "run")["run"]["checkpoints"])
+    file = tmp_path / "run" / truncated
+    file.write_bytes(file.read_bytes()[:-1])
+    facts = describe(tmp_path, "run")
+    first, second = facts["run"]["checkpoints"]
+    assert "defect" not in first
+    assert str(file) in second["defect"]
+    assert "truncated" in second["defect"]
+    assert second["defect"] in describe_model(facts)

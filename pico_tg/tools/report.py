@@ -92,7 +92,8 @@ def describe_model(facts: Mapping[str, Any]) -> str:
             size = f"{checkpoint['bytes'] / 1e6:.2f}"
             rows.append((f"step {checkpoint['step']}", size, *figures))
         parts.append(rows)
-    return "\n\n".join(map(table, parts))
+    defects = [c["defect"] for c in (run["checkpoints"] if run else []) if "defect" in c]
+    return "\n\n".join([*map(table, parts), *defects])
 
 
 def _words(name: str) -> str:
