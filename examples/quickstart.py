@@ -10,6 +10,7 @@ from tqdm import tqdm
 import pico_tg
 
 START = time.perf_counter()
+pico_tg.enable_compile_cache()
 config = pico_tg.Config.preset(
     "xs", dim=96, att_q_heads=6, att_kv_heads=2, latent_num_blocks=2, next_tokens=4
 )

@@ -1,27 +1,31 @@
-"""Pico: a byte-level language model without a tokenizer, on tinygrad."""
+"""Pico: a byte-level language model without a tokenizer, on tinygrad.
 
-from .interrupts import quiet_at_start
+The import chooses the device that computes (see backend.py) and changes nothing else of tinygrad or
+of the process. For child processes it writes the choice into the environment (DEV, LLVM_PATH).
+"""
 
-quiet_at_start()  # before the rest, which takes its time
+from .startup import import_tinygrad, quiet_interrupts
 
-from . import jit_cache  # noqa: E402
-from .backend import choose_backend  # noqa: E402
+with quiet_interrupts():  # the imports take a second
+    problem = import_tinygrad()
+    from .backend import choose_backend
 
-choose_backend()  # before any module can make a Tensor
-jit_cache.install()
+    choose_backend(problem)  # before any module can make a Tensor
+    del problem
 
-from .checkpoint import load_weights, save_weights  # noqa: E402
-from .config import Config, TrainSettings  # noqa: E402
-from .data import DataSpec, load_data  # noqa: E402
-from .decoder import Decoder  # noqa: E402
-from .evaluation import Evaluation, evaluate  # noqa: E402
-from .files import PicoError  # noqa: E402
-from .generation import GeneratedByte, Stats, generate  # noqa: E402
-from .model import Pico, loss_fn  # noqa: E402
-from .runs import load  # noqa: E402
-from .soap import SOAP  # noqa: E402
-from .tools.info import describe  # noqa: E402
-from .training import train  # noqa: E402
+    from .backend import enable_compile_cache
+    from .checkpoint import load_weights, save_weights
+    from .config import Config, TrainSettings
+    from .data import DataSpec, load_data
+    from .decoder import Decoder
+    from .evaluation import Evaluation, evaluate
+    from .files import PicoError
+    from .generation import GeneratedByte, Stats, generate
+    from .model import Pico, loss_fn
+    from .runs import load
+    from .soap import SOAP
+    from .tools.info import describe
+    from .training import train
 
 __all__ = [
     "SOAP",
@@ -35,6 +39,7 @@ __all__ = [
     "Stats",
     "TrainSettings",
     "describe",
+    "enable_compile_cache",
     "evaluate",
     "generate",
     "load",

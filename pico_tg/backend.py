@@ -1,17 +1,23 @@
-"""Which backend computes. Decided on `import pico_tg`, before the first Tensor.
+"""The device that computes, and on a CPU the code generator.
 
-A `DEV` in the environment is obeyed. Otherwise tinygrad's own order of accelerators holds; where
-that ends at the CPU (or `DEV=CPU` leaves the code generator open), a code generator that is really
-there is taken: libLLVM, else clang, else tinygrad's own X86 assembler. tinygrad alone would assume
-clang and fail at the first kernel without it.
+`import pico_tg` chooses both, before the first Tensor. A `DEV` in the environment is obeyed.
+Without DEV, the choice is the first accelerator that tinygrad can open, else the CPU; an OpenCL
+device that is no GPU does not count. On a CPU, where DEV names no code generator, the choice is the
+first usable one of libLLVM 16 or later, clang, and tinygrad's own assembler (x86-64 only). tinygrad
+alone would assume clang and fail at the first kernel without it.
+
+The import never fails because of DEV. `check_backend` does: the command line and `Pico()` call it.
 """
 
 import contextlib
 import ctypes
+import dataclasses
+import functools
 import os
 import platform
 import shutil
 import site
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,40 +25,101 @@ from tinygrad import Device
 from tinygrad.helpers import BEAM, CPU_COUNT, DEV, USE_TC, Context, getenv
 from tinygrad.runtime.support.c import DLL
 
+from .cache_file import share_cache_file
 from .files import PicoError
 
-EXTRA_HINT = "pip install 'pico_tg[cpu]' brings libLLVM, which is about five times faster"
+MACHINE = platform.machine().lower()
+MACHINE = {"amd64": "x86_64", "aarch64": "arm64"}.get(MACHINE, MACHINE)  # tinygrad's names
+
+_wish = os.environ.get("DEV", "")  # what the user asked for, before `choose_backend` completes it
+_problem: str | None = None  # why the wish cannot be had, as far as `choose_backend` knows
 
 
-def choose_backend() -> None:
-    """Settle `tinygrad.Device.DEFAULT` and, on a CPU, its code generator. Idempotent."""
-    if Device.DEFAULT.split(":")[0] != "CPU" or DEV.renderer not in ("", "LLVM", "CLANGJIT", "X86"):
+def choose_backend(problem: str | None = None) -> None:
+    """Settle `tinygrad.Device.DEFAULT` and, on a CPU, its code generator. Idempotent.
+
+    Sets tinygrad's context variables DEV and TC, and DEV and LLVM_PATH in the environment, for
+    child processes. Raises nothing, whatever `problem` DEV has: `check_backend` does.
+    """
+    global _problem
+    _problem = problem
+    if problem is not None:
         return
-    library = find_llvm() if DEV.renderer in ("", "LLVM") else None
-    if DEV.renderer and library is None:
-        renderer = DEV.renderer
-    elif library is not None:
-        os.environ["LLVM_PATH"] = library
+    try:
+        device = Device.DEFAULT.split(":")[0]
+    except Exception as error:  # CPU=1 in the environment: an AssertionError
+        _problem = _first_line(error)
+        return
+    if device == "CL" and not DEV.device and not _is_gpu():
+        device = "CPU"
+    if device != "CPU" or DEV.renderer not in ("", "LLVM", "CLANGJIT", "X86"):
+        return
+    if DEV.arch and not DEV.arch.startswith(f"{MACHINE},"):
+        _problem = f"{DEV.arch!r} is no processor of this machine; try {MACHINE},native"
+        return
+    finders = {"LLVM": find_llvm, "CLANGJIT": find_clang, "X86": lambda: MACHINE == "x86_64"}
+    wanted = [DEV.renderer] if DEV.renderer else list(finders)
+    found = {}
+    renderer = next((name for name in wanted if found.setdefault(name, finders[name]())), None)
+    if renderer is None:
+        _problem = f"{' and '.join(wanted)} cannot be used here; {_how_to_get_llvm()}"
+        if "CLANGJIT" in wanted and "CC" in os.environ:
+            _problem += f"; CC={os.environ['CC']} is not clang"
+        return
+    if renderer == "LLVM":
+        os.environ["LLVM_PATH"] = found["LLVM"]
         getenv.cache_clear()  # tinygrad remembers variables, also that they were missing
-        renderer = "LLVM"
-    elif "CC" in os.environ or shutil.which("clang"):
-        renderer = "CLANGJIT"
-    else:
-        renderer = "X86"
-    if not DEV.arch:
-        machine = platform.machine().lower()
-        machine = {"amd64": "x86_64", "aarch64": "arm64"}.get(machine, machine)
-        # AMX is tinygrad's word for vectors of 16 floats; with 4 a product is half as fast. The
-        # matrix unit of that name is not meant: its kernels are asked for by TC, which is off.
+    target = dataclasses.replace(DEV.value[0], device="CPU", renderer=renderer)
+    if not target.arch:
+        # AMX is tinygrad's word for vectors of 16 floats; with 4, a matmul is half as fast. The
+        # tensor core of that name is not meant: TC, which would select it, is off.
         wide = "" if renderer == "X86" else ",AMX"
-        DEV.value = f"CPU:{renderer}:{machine},native{wide}"
-        os.environ["DEV"] = repr(DEV)  # for child processes
-    if "AMX" in DEV.arch:
+        target = dataclasses.replace(target, arch=f"{MACHINE},native{wide}")
+    DEV.value = [target, *DEV.value[1:]]
+    os.environ["DEV"] = repr(DEV)
+    if "AMX" in target.arch:
         USE_TC.value = 0
 
 
+def check_backend() -> None:
+    """Open the default device, for those who are about to compute.
+
+    Also makes tinygrad's cache file safe (cache_file.py). Raises PicoError if DEV, or this machine,
+    has no usable device.
+    """
+    share_cache_file()
+    reason = _problem
+    if reason is None:
+        try:
+            device = Device.DEFAULT
+            if device.split(":")[0] in ("DISK", "NPY", "TINYFS"):
+                raise ValueError(f"{device} stores, it does not compute")
+            Device[device].renderer  # noqa: B018  # a property that loads the compiler
+            return
+        except Exception as error:  # each device has exceptions of its own
+            reason = _first_line(error)
+    if _wish:
+        raise PicoError(
+            f"cannot compute with DEV={_wish}: {reason}; without DEV, pico_tg chooses a device"
+        )
+    raise PicoError(f"cannot compute: {reason}")
+
+
+def enable_compile_cache() -> None:
+    """Keep schedules and compiled kernels on disk: the next start takes a third of the time.
+
+    The file is tinygrad's CACHEDB; CACHELEVEL=0 turns it off. The command line calls this; a script
+    may, once, before its first Tensor. It replaces functions of tinygrad for the whole process,
+    which is why the import does not do it (jit_cache.py says which).
+    """
+    from .jit_cache import install
+
+    share_cache_file()
+    install()
+
+
 def parse_devices(text: str) -> tuple[str, ...]:
-    """`--devices`: a number of the default backend's devices, or names such as CUDA:0,CUDA:1.
+    """`--devices`: the number of the default backend's devices, or names such as CUDA:0,CUDA:1.
 
     Raises PicoError on anything else, and on a device that cannot be opened.
     """
@@ -63,11 +130,10 @@ def parse_devices(text: str) -> tuple[str, ...]:
     for name in devices:
         try:
             Device[name]
-        except Exception as error:  # each backend has exceptions of its own
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        except Exception as error:  # each device has exceptions of its own
             raise PicoError(
-                f"--devices {text}: cannot open {name!r} ({reason}); give a number, or names such "
-                "as CUDA:0,CUDA:1"
+                f"--devices {text}: cannot open {name!r} ({_first_line(error)}); give a number, or "
+                "names such as CUDA:0,CUDA:1"
             ) from error
     if len({Device.canonicalize(name) for name in devices}) < len(devices):
         raise PicoError(f"--devices {text} names a device twice")
@@ -75,39 +141,82 @@ def parse_devices(text: str) -> tuple[str, ...]:
 
 
 def kernel_search(width: int | None) -> contextlib.AbstractContextManager:
-    """While it lasts, tinygrad searches schedules for new kernels, `width` candidates at a time.
+    """A context in which tinygrad searches schedules for new kernels, `width` candidates at a time.
 
-    None: as the environment's BEAM says. What is found is kept in tinygrad's cache. Kernels that
-    bring a schedule of their own (kernels.py, on a CPU) are not searched. Raises PicoError on a
-    width below 0.
+    `None` leaves the width to the environment's BEAM. tinygrad keeps the results in its cache
+    file. Kernels with schedules of their own (cpu/) are not searched. Raises PicoError on a width
+    below 0.
     """
     if width is not None and width < 0:
         raise PicoError(f"beam must be at least 0 (no search), not {width}")
     return Context(BEAM=BEAM.value if width is None else width)
 
 
+def describe_backend() -> str:
+    """One line: the device, and what would make it faster where that is known."""
+    name = Device.DEFAULT
+    if name.split(":")[0] != "CPU":
+        return f"backend {name}"
+    line = f"backend CPU ({DEV.renderer or 'default'}, {CPU_COUNT.value} threads)"
+    if DEV.renderer == "X86":
+        line += f"; {_how_to_get_llvm()}: about five times faster"
+    return line
+
+
 def find_llvm() -> str | None:
     """Path of a libLLVM that tinygrad can use: LLVM_PATH, the system's, or the extra `cpu`'s."""
-    names = ["LLVM", *(f"LLVM-{version}" for version in range(21, 15, -1))]
-    names += [f"/opt/homebrew/opt/llvm@{v}/lib/libLLVM.dylib" for v in range(21, 15, -1)]
+    if MACHINE not in ("x86_64", "arm64"):  # tinygrad 0.13 has no other targets
+        return None
+    versions = range(23, 15, -1)
+    names = ["LLVM", *(f"LLVM-{version}" for version in versions)]
+    kegs = ["llvm", *(f"llvm@{version}" for version in versions)]
+    names += [f"/opt/homebrew/opt/{keg}/lib/libLLVM.dylib" for keg in kegs]
     candidates = [DLL.findlib("llvm", [name]) for name in names]
     for folder in (Path(sys.prefix) / "lib", Path(site.getuserbase()) / "lib"):
         candidates.append(str(folder / "libLLVM.so"))
-    return next((path for path in candidates if path and _usable(path)), None)
+    return next((path for path in candidates if path and _is_llvm_16(path)), None)
 
 
-def _usable(path: str) -> bool:
+def _is_llvm_16(path: str) -> bool:
     try:
-        # LLVMGetVersion came with LLVM 16: tinygrad's code mixes pointer types, which 15 refuses
+        # LLVMGetVersion came with LLVM 16; 15 refuses tinygrad's code, which mixes pointer types
         return hasattr(ctypes.CDLL(path), "LLVMGetVersion")
     except OSError:
         return False
 
 
-def describe_backend() -> str:
-    """One line: the backend, and what would make it faster where that is known."""
-    name = Device.DEFAULT
-    if name.split(":")[0] != "CPU":
-        return f"backend {name}"
-    line = f"backend CPU ({DEV.renderer or 'default'}, {CPU_COUNT.value} threads)"
-    return f"{line}; {EXTRA_HINT}" if DEV.renderer == "X86" else line
+@functools.cache
+def find_clang() -> str | None:
+    """The clang that tinygrad would start: $CC, else the one on PATH. None if it is no clang."""
+    path = shutil.which(os.environ.get("CC", "clang"))
+    if path is None:
+        return None
+    try:
+        done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return None
+    return path if "clang" in done.stdout else None
+
+
+def _is_gpu() -> bool:
+    """Whether tinygrad's OpenCL device is a GPU: pocl and Intel's CPU runtime are none."""
+    from tinygrad.runtime.autogen import opencl
+
+    kind = ctypes.c_uint64()
+    opencl.clGetDeviceInfo(
+        Device["CL"].device_id, opencl.CL_DEVICE_TYPE, 8, ctypes.byref(kind), None
+    )
+    return bool(kind.value & opencl.CL_DEVICE_TYPE_GPU)
+
+
+def _how_to_get_llvm() -> str:
+    """For this machine: the extra `cpu` has wheels for Linux on x86-64 only."""
+    if sys.platform == "linux" and MACHINE == "x86_64":
+        return "pip install 'pico_tg[cpu]' brings libLLVM"
+    if sys.platform == "darwin":
+        return "brew install llvm brings libLLVM"
+    return "install clang, or libLLVM 16 or later (LLVM_PATH names it)"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,6 +1,7 @@
 """Files that are complete or not there, and the one error that a user is meant to read."""
 
 import contextlib
+import errno
 import os
 import shlex
 import tempfile
@@ -75,12 +76,19 @@ def _target(path: str | os.PathLike) -> Path:
 
 
 def fsync_folder(folder: str | os.PathLike) -> None:
-    """Make the names in `folder` durable (a rename is only in memory until then)."""
+    """Make the names in `folder` durable: until then, a rename may be in memory only.
+
+    File systems that cannot do that for folders (CIFS, VirtualBox, some FUSE) answer EINVAL or
+    ENOTSUP; the file is then as durable as they make it. Raises OSError for anything else.
+    """
     if os.name != "posix":  # Windows cannot open a folder
         return
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise
     finally:
         os.close(fd)
 

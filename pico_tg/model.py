@@ -18,6 +18,7 @@ import numpy as np
 from tinygrad import Tensor, dtypes, nn
 
 from .attention import banded_attention, rotate
+from .backend import check_backend
 from .config import Config
 from .ops import as_index, cross_entropy, gather, linear, lookup, materialize, scatter, swiglu
 from .remat import run_blocks
@@ -152,6 +153,7 @@ class Pico:
     """The model. If `fresh`, weights are random: for a `seed` >= 0 the same on every device."""
 
     def __init__(self, config: Config, seed: int | None = None, fresh: bool = True) -> None:
+        check_backend()
         self.config = config
         self.embedding = Embedding(config.dim)
         self.fb_in = Blocks(config, config.fb_att_window_size, config.fb_num_blocks)

@@ -4,6 +4,10 @@ import pytest
 import tinygrad.engine.jit
 from tinygrad.uop.ops import Ops
 
+import pico_tg
+
+pico_tg.enable_compile_cache()
+
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):

@@ -65,7 +65,7 @@ def test_clang_comes_after_llvm(tmp_path):
         pytest.skip("an accelerator comes first")
     clang = tmp_path / "bin" / "clang"
     clang.parent.mkdir(exist_ok=True)
-    clang.write_text("#!/bin/sh\n")
+    clang.write_text("#!/bin/sh\necho clang version 19\n")
     clang.chmod(0o755)
     assert start(tmp_path, NO_LLVM + CHOICE)[0].startswith("CPU:CLANGJIT")
     if find_llvm():

@@ -13,14 +13,19 @@ from importlib.metadata import version
 from pathlib import Path, PurePath
 from typing import Any
 
-from ..backend import describe_backend, kernel_search, parse_devices
+from ..backend import (
+    check_backend,
+    describe_backend,
+    enable_compile_cache,
+    kernel_search,
+    parse_devices,
+)
 from ..checkpoint import list_checkpoints, load_config
 from ..config import PRECISIONS, PRESETS, Config, TrainSettings, field_help
 from ..data import DataSpec, has_validation, load_data, load_whole
 from ..evaluation import SPLITS, check_options, evaluate
 from ..files import PicoError, atomic_write, check_writable, command
 from ..generation import GeneratedByte, Stats, generate
-from ..interrupts import as_usual
 from ..model import Pico
 from ..progress import drop_output, say
 from ..runs import (
@@ -745,7 +750,8 @@ def main(arguments: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     args = build_parser().parse_args(arguments)
     try:
-        as_usual()
+        enable_compile_cache()
+        check_backend()
         with kernel_search(getattr(args, "beam", None)):
             return args.function(args)
     except BrokenPipeError:  # the reader of the output closed it

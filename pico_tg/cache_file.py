@@ -1,0 +1,128 @@
+"""tinygrad's cache file, usable from every thread, and never the reason for a program to end.
+
+tinygrad 0.13 keeps what it compiled in one SQLite file, CACHEDB. It opens one connection per
+process, which only the thread that opened it may use, and lets every error of that connection end
+the program: a read-only home, a full disk, a damaged file, a second thread. `share_cache_file` puts
+its own object where tinygrad keeps that connection. Tests: test_cache_file.py.
+"""
+
+import os
+import pickle
+import sqlite3
+import sys
+import threading
+
+from tinygrad import helpers
+from tinygrad.helpers import CACHELEVEL
+
+
+def share_cache_file() -> None:
+    """From now on every thread has a connection of its own, and a failure is a warning, once."""
+    if not isinstance(helpers._db_connection, _CacheFile):
+        helpers._db_connection = _CacheFile()
+
+
+def contains(table: str, key: str) -> bool:
+    """Whether there is a value under `key`. Requires `share_cache_file`, as do the next two."""
+    return _select("1", table, key) is not None
+
+
+def read(table: str, key: str) -> bytes | None:
+    """The value kept under `key`, None if there is none."""
+    row = _select("val", table, key)
+    return row[0] if row else None
+
+
+def write(table: str, key: str, value: bytes) -> None:
+    """Keep `value` under `key`."""
+    if CACHELEVEL >= 1:
+        cursor = helpers.db_connection().cursor()
+        cursor.execute(f"CREATE TABLE IF NOT EXISTS {table} (key text PRIMARY KEY, val blob)")
+        cursor.execute(f"REPLACE INTO {table} VALUES (?, ?)", (key, value))
+
+
+def _select(column: str, table: str, key: str) -> tuple | None:
+    if CACHELEVEL < 1:
+        return None
+    cursor = helpers.db_connection().cursor()
+    try:
+        cursor.execute(f"SELECT {column} FROM {table} WHERE key = ?", (key,))
+    except sqlite3.OperationalError:  # no such table
+        return None
+    return cursor.fetchrow()
+
+
+class _CacheFile:
+    """What tinygrad takes for its SQLite connection: `cursor()` and `commit()`."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    def cursor(self) -> "_Cursor":
+        if not hasattr(self._local, "connection"):
+            self._local.connection = _connect()
+        return self._local.connection.cursor(_Cursor)
+
+    def commit(self) -> None:
+        """Nothing: each statement is a transaction of its own (isolation_level=None)."""
+
+
+class _Cursor(sqlite3.Cursor):
+    def execute(self, sql: str, parameters: tuple = ()) -> "_Cursor":
+        try:
+            super().execute(sql, parameters)
+        except sqlite3.Error as error:
+            # tinygrad expects this error of a SELECT and takes it for "not in the cache"
+            if sql.startswith("SELECT") and "no such table" in str(error):
+                raise
+            _give_up(error)
+        return self
+
+    def fetchrow(self) -> tuple | None:
+        try:
+            return super().fetchone()
+        except sqlite3.Error as error:
+            _give_up(error)
+            return None
+
+    def fetchone(self) -> tuple | None:
+        """For tinygrad, which does not expect a damaged value: none, where one is."""
+        row = self.fetchrow()
+        try:
+            return row and (pickle.loads(row[0]), row)[1]
+        except Exception:  # unpickling raises anything
+            return None
+
+
+def _path() -> str:
+    return os.path.abspath(helpers.CACHEDB)
+
+
+def _connect() -> sqlite3.Connection:
+    try:
+        os.makedirs(os.path.dirname(_path()), exist_ok=True)
+        connection = sqlite3.connect(_path(), timeout=60, isolation_level=None)
+        # readers do not wait for a writer; it fails while another connection does the same
+        try:
+            connection.execute("PRAGMA journal_mode=WAL").fetchone()
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error):
+                raise
+        return connection
+    except (sqlite3.Error, OSError) as error:
+        _give_up(error)
+        return sqlite3.connect(":memory:", isolation_level=None)
+
+
+def _give_up(error: Exception) -> None:
+    """Go on without the cache."""
+    if CACHELEVEL >= 1:
+        CACHELEVEL.value = 0
+        reason = error.strerror if isinstance(error, OSError) else error
+        if sys.stderr:
+            print(
+                f"pico_tg: warning: going on without a kernel cache: {_path()}: {reason}; "
+                "set CACHEDB to a file that can be written (delete a damaged one), or CACHELEVEL=0",
+                file=sys.stderr,
+                flush=True,
+            )
