@@ -21,6 +21,7 @@ from .sources import (
     file_source,
     quiet_datasets,
     read_rows,
+    split_label,
     unused_sentences,
 )
 
@@ -154,7 +155,7 @@ def _name_in(path: str, root: str) -> str:
 def _splits(label: str, name: str, config: str, entry: dict, column: str | None) -> Splits:
     sources = {}
     for split, files in entry["splits"].items():
-        text = label if len(entry["splits"]) == 1 else f"{label}, split {split}"
+        text = split_label(label, split, entry["splits"])
         if files is not None:
             sources[split] = file_source(text, [File(*file) for file in files], column)
             continue

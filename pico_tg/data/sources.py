@@ -4,12 +4,13 @@ Whatever a folder or an archive holds is read, or `Splits.unused` names it and s
 """
 
 import glob
+import logging
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -32,7 +33,7 @@ SPLIT_WORDS = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-SPLITS = ["train", "validation", "test"]
+SPLITS = ("train", "validation", "test")
 HUB = "hf://"
 KNOWN = f"{', '.join(READERS)}, each also compressed (.gz, .bz2, .xz) or in a .zip"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -134,10 +135,6 @@ def split_of(name: str) -> str:
         if found:
             return max(found, key=SPLITS.index)
     return "train"
-
-
-def _split_order(item: tuple[str, object]) -> int:
-    return SPLITS.index(item[0]) if item[0] in SPLITS else len(SPLITS)
 
 
 def listed(names: Iterable[str], limit: int = 5) -> str:
@@ -248,45 +245,57 @@ def local_folder(path: str, config: str | None, column: str | None) -> Splits:
     if not found:
         raise PicoError(f"the folder {path} holds no files")
     files, unread = expand_archives(found)
-    splits: dict[str, list[File]] = {}
+    unused |= unread
     if about is None:
-        for file in files:
-            if os.path.getsize(file.path) == 0 and len(files) > 1:
-                unused[file.name] = "empty"
-            else:
-                splits.setdefault(split_of(file.name), []).append(file)
+        empty = {file.name: "empty" for file in files if os.path.getsize(file.path) == 0}
+        if len(empty) < len(files):
+            files = [file for file in files if file.name not in empty]
+            unused |= empty
+        splits = _by_name(files)
     else:
-        unread.pop("README.md", None)
+        splits = {}
         for split, patterns in _patterns(about).items():
             names = {n for p in patterns for n in glob.iglob(p, root_dir=folder, recursive=True)}
             paths = {str(folder / name) for name in names}
             splits[split] = [file for file in files if file.path in paths]
         chosen = {file.name for members in splits.values() for file in members}
         unused |= {f.name: "not in the configuration" for f in files if f.name not in chosen}
+        del unused["README.md"]  # it was read
     label = path if config is None else f"{path}:{config}"
-    return _file_splits(label, splits, unused | unread, column)
+    return _file_splits(label, splits, unused, column)
 
 
 def local_archive(path: str, column: str | None) -> Splits:
     """The splits of a .zip, by the names of its files."""
     files, unused = expand_archives([File(os.path.basename(path), path)])
-    splits: dict[str, list[File]] = {}
-    for file in files:
-        splits.setdefault(split_of(file.member), []).append(file)
+    # the name of the archive itself, which was asked for, tells no split
+    splits = _by_name([replace(file, name=file.member) for file in files])
     return _file_splits(path, splits, unused, column)
 
 
+def _by_name(files: Iterable[File]) -> dict[str, list[File]]:
+    splits: dict[str, list[File]] = {name: [] for name in SPLITS}
+    for file in files:
+        splits[split_of(file.name)].append(file)
+    return splits
+
+
 def _file_splits(
-    path: str, splits: dict[str, list[File]], unused: dict[str, str], column: str | None
+    label: str, splits: dict[str, list[File]], unused: dict[str, str], column: str | None
 ) -> Splits:
     splits = {name: files for name, files in splits.items() if files}
     if not splits:
-        raise PicoError(f"{path} holds no data that can be read; the formats are {KNOWN}")
+        raise PicoError(f"{label} holds no data that can be read; the formats are {KNOWN}")
     sources = {
-        name: file_source(path if len(splits) == 1 else f"{path}, split {name}", files, column)
-        for name, files in sorted(splits.items(), key=_split_order)
+        name: file_source(split_label(label, name, splits), files, column)
+        for name, files in splits.items()
     }
     return Splits(sources, unused_sentences(unused))
+
+
+def split_label(label: str, name: str, splits: Collection[str]) -> str:
+    """How messages name a split; one that is alone bears the data set's name."""
+    return label if len(splits) == 1 else f"{label}, split {name}"
 
 
 def _list_files(folder: Path) -> tuple[list[File], dict[str, str]]:
@@ -328,6 +337,7 @@ def _choose(path: str, configs: dict[str, dict], name: str | None) -> dict | Non
 
 
 def unused_sentences(unused: dict[str, str]) -> list[str]:
+    """Names by the reason for which they are not used."""
     reasons: dict[str, list[str]] = {}
     for name, why in unused.items():
         reasons.setdefault(why, []).append(name)
@@ -351,9 +361,8 @@ def _configurations(folder: Path) -> dict[str, dict]:
         for about in configs.values():
             _patterns(about)
     except (yaml.YAMLError, TypeError, KeyError) as error:
-        raise PicoError(
-            f"cannot read the configs in {folder}/README.md: {reason(error)}"
-        ) from error
+        card = folder / "README.md"
+        raise PicoError(f"cannot read the configurations in {card}: {reason(error)}") from error
     return configs
 
 
@@ -374,7 +383,7 @@ def _patterns(about: dict) -> dict[str, list[str]]:
     return splits
 
 
-# Data that is not in files of ours ----------------------------------------------------------------
+# Other data ---------------------------------------------------------------------------------------
 
 
 def python_docs() -> Splits:
@@ -398,13 +407,17 @@ def _saved(folder: Path, column: str | None) -> Splits:
         loaded = quiet_datasets().load_from_disk(str(folder))
     except Exception as error:  # pyarrow and datasets each raise their own
         raise PicoError(f"cannot read the dataset in {folder}: {reason(error)}") from error
-    return Splits(row_sources(str(folder), identity, loaded, column))
+    splits = loaded if isinstance(loaded, dict) else {"train": loaded}
+    sources = {}
+    for name, split in splits.items():
+        label = split_label(str(folder), name, splits)
+        read = partial(read_rows, label, split, column)
+        sources[name] = Source(label, [*identity, name], read)
+    return Splits(sources)
 
 
 def quiet_datasets():
     """The `datasets` module. Its import takes seconds, so it waits until it is needed."""
-    import logging
-
     import datasets
     import huggingface_hub
 
@@ -414,18 +427,8 @@ def quiet_datasets():
     return datasets
 
 
-def row_sources(label: str, identity: list, loaded, column: str | None) -> dict[str, Source]:
-    """The splits of what `datasets` has loaded, one document a row."""
-    splits = loaded if isinstance(loaded, dict) else {"train": loaded}
-    sources = {}
-    for name, split in splits.items():
-        text = label if len(splits) == 1 else f"{label}, split {name}"
-        read = partial(read_rows, text, split, column)
-        sources[str(name)] = Source(text, [*identity, str(name)], read)
-    return sources
-
-
 def read_rows(label: str, dataset, column: str | None, remark: Remark) -> Pieces:
+    """One document a row, of a dataset of `datasets`. Empty rows are left out."""
     try:
         # Arrow batches are far faster than rows, and each text is copied only when it is yielded;
         # few rows a batch, since `datasets` collects them in memory, and they may be long

@@ -20,7 +20,7 @@ class DataSpec:
     A path may be a pathlib.Path. Names of files and folders tell splits as in Hugging Face
     `datasets`: a name with the word train or training is training data; valid, validation, val or
     dev is validation data; test, testing, eval or evaluation is left out unless it is asked for.
-    Files without such a word are training data.
+    Files without such a word are training data. Names that begin with a dot are ignored.
     """
 
     dataset: str = setting(
