@@ -365,8 +365,6 @@ def open_data(
 
 def describe_data(data: Data) -> dict[str, Any]:
     """What training.json says of the data."""
-    spec = dataclasses.asdict(data.spec)
-    if os.path.exists(data.spec.dataset):  # so that the run can be resumed from any folder
-        spec["dataset"] = os.path.abspath(data.spec.dataset)
+    spec = data.spec.absolute()  # so that the run can be resumed from any folder
     fingerprints = [data.train.fingerprint, data.validation.fingerprint]
-    return {"dataset": spec, "data": data.note, "fingerprints": fingerprints}
+    return {"dataset": dataclasses.asdict(spec), "data": data.note, "fingerprints": fingerprints}

@@ -1009,6 +1009,21 @@ def test_paths_as_objects(tmp_path):
         DataSpec(column_name=4)
 
 
+def test_absolute(clone, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "python-docs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for dataset, absolute in {
+        "a.txt": tmp_path / "a.txt",
+        "./clone": clone,
+        "clone:en": f"{clone}:en",
+        "python-docs": "python-docs",
+        "owner/name:config": "owner/name:config",
+    }.items():
+        assert DataSpec(dataset).absolute() == DataSpec(absolute)
+    assert DataSpec("clone", revision="main").absolute().dataset == "clone"
+
+
 def test_without_a_home(tmp_path, cache, monkeypatch):
     check_error(cache, "there is no file or folder ~nosuchuser/x", "~nosuchuser/x")
     (tmp_path / "a.txt").write_text("a<|endoftext|>b")

@@ -30,7 +30,7 @@ from .sources import (
     python_docs,
     without,
 )
-from .spec import DataSpec
+from .spec import PYTHON_DOCS, DataSpec
 from .windows import MAX_BATCH_BYTES, Windows
 
 __all__ = [
@@ -170,11 +170,8 @@ def _find(spec: DataSpec) -> _Found:
 
 def _splits(spec: DataSpec, file: str | None) -> Splits:
     """The splits of the dataset, or of one file that belongs to it."""
-    path, column = os.path.expanduser(spec.dataset), spec.column_name
-    embedded = spec.dataset == "python-docs" and spec.revision is None
-    config = None
-    if not os.path.exists(path) and os.path.isdir(path.rpartition(":")[0]):
-        path, _, config = path.rpartition(":")
+    (path, config), column = spec.path_and_config(), spec.column_name
+    embedded = spec.dataset == PYTHON_DOCS and spec.revision is None
     try:
         if spec.revision is not None:
             pass  # only data on the hub have one

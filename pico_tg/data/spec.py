@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from ..config import documented, setting
 from ..files import PicoError
 
+PYTHON_DOCS = "python-docs"
+
 
 def _option(help: str) -> str | None:
     return setting(help, None, minimum=None)
@@ -29,7 +31,7 @@ class DataSpec:
         "Hugging Face dataset; or a name on the Hugging Face hub, owner/name. A .txt is one "
         "document, or several with <|endoftext|> between them. PATH:CONFIG and owner/name:CONFIG "
         "name one of several configurations",
-        "python-docs",
+        PYTHON_DOCS,
         minimum=None,
     )
     column_name: str | None = _option("column that holds the text (default: text, else bytes)")
@@ -77,3 +79,20 @@ class DataSpec:
                 "validation_size must be a fraction between 0 and 1, or a whole number of "
                 f"documents, not {size!r}"
             )
+
+    def path_and_config(self) -> tuple[str, str | None]:
+        """The path that a local `dataset` has, and the configuration after a colon."""
+        path = os.path.expanduser(self.dataset)
+        folder, _, config = path.rpartition(":")
+        if not os.path.exists(path) and os.path.isdir(folder):
+            return folder, config
+        return path, None
+
+    def absolute(self) -> "DataSpec":
+        """The same data from any working directory: a local dataset by its absolute path."""
+        path, config = self.path_and_config()
+        local = self.revision is None and self.dataset != PYTHON_DOCS and os.path.exists(path)
+        if not local:
+            return self
+        path = os.path.abspath(path)
+        return dataclasses.replace(self, dataset=path if config is None else f"{path}:{config}")
