@@ -1,0 +1,142 @@
+"""The package's structure: what imports what, what is optional, how long the model's files are."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+PACKAGE = TESTS.parent / "pico_tg"
+FILES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
+}
+# what `tinygrad` exports itself; its other modules may change with every version
+PUBLIC = {"Context", "Device", "GlobalCounters", "Tensor", "TinyJit", "UOp", "Variable"}
+PUBLIC |= {"dtypes", "fetch", "function", "getenv", "nn"}
+
+
+def imports(name: str) -> list[tuple[str, str]]:
+    """(module, name) of each import of a module, those inside functions included.
+
+    Names of this package are relative to it; imports for the type checker only are left out.
+    """
+    path = FILES[name]
+    tree = ast.parse(path.read_text())
+    unread = {
+        node
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in ast.walk(block)
+    }
+    found = []
+    for node in ast.walk(tree):
+        if node in unread:
+            continue
+        if isinstance(node, ast.Import):
+            found += [(alias.name, "") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if node.level:
+                folder = path.parents[node.level - 1].relative_to(PACKAGE)
+                module = ".".join([*folder.parts, *filter(None, [module])])
+            found += [(module, alias.name) for alias in node.names]
+    return found
+
+
+def imported_files(name: str) -> set[str]:
+    """The modules of this package that a module imports."""
+    found = set()
+    for module, member in imports(name):
+        inner = f"{module}.{member}".strip(".")
+        found |= {inner if inner in FILES else module} & FILES.keys()
+    return found - {"", "__init__"}
+
+
+def test_other_rooms_import_public_tinygrad_only():
+    private = [
+        f"{name}: {module}.{member}"
+        for name in FILES
+        if name not in ("runtime", "jit_cache") and name.split(".")[0] != "cpu"
+        for module, member in imports(name)
+        if module.split(".")[0] == "tinygrad" and not module.startswith("tinygrad.nn")
+        if module != "tinygrad" or member not in PUBLIC
+    ]
+    assert not private, "import these through pico_tg.runtime"
+
+
+def test_no_import_circle():
+    above: list[str] = []
+    done: set[str] = set()
+
+    def visit(name: str) -> None:
+        assert name not in above, " -> ".join([*above, name])
+        if name not in done:
+            above.append(name)
+            for other in sorted(imported_files(name)):
+                visit(other)
+            done.add(above.pop())
+
+    for name in FILES:
+        visit(name)
+
+
+def test_tools_are_imported_by_nothing_else():
+    """Besides the command line's entry, and `pico_tg.describe`."""
+    importing = {
+        (name, other)
+        for name in FILES
+        for other in imported_files(name)
+        if other.startswith("tools") and not name.startswith("tools")
+    }
+    assert importing <= {("__main__", "tools.cli"), ("__init__", "tools.info"), ("", "tools.info")}
+
+
+def test_cpu_kernels_are_imported_at_the_seams_only():
+    importing = {
+        name
+        for name in FILES
+        if not name.startswith("cpu") and any(o.startswith("cpu") for o in imported_files(name))
+    }
+    assert importing == {"runtime", "ops", "attention", "kv_cache"}
+
+
+def test_the_model_is_read_in_one_sitting():
+    names = ("model", "attention", "routing")
+    assert sum(len(FILES[name].read_text().splitlines()) for name in names) <= 450
+
+
+def run_python(*args: str, hide_cpu: Path | None = None) -> str:
+    """Standard output of Python; with a folder `hide_cpu`, as if pico_tg/cpu did not exist.
+
+    For the processes that it starts as well: each imports the folder's sitecustomize at its start.
+    """
+    path = [str(TESTS.parent), str(TESTS)]
+    if hide_cpu:
+        (hide_cpu / "sitecustomize.py").write_text("import sys; sys.modules['pico_tg.cpu'] = None")
+        path.insert(0, str(hide_cpu))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
+    command = [sys.executable, *args]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_pass_without_cpu_kernels(tmp_path):
+    """The package imports, trains and decodes; it decodes what it does with the CPU's kernels."""
+    script = str(TESTS / "scripts" / "without_cpu.py")
+    none, *plain = run_python(script, hide_cpu=tmp_path).split()
+    _, *ours = run_python(script).split()
+    assert none == "False"
+    assert [float(x) for x in plain] == pytest.approx([float(x) for x in ours], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_the_tests_pass_without_cpu_kernels(tmp_path):
+    tests = ["test_golden", "test_model", "test_training", "test_generation"]
+    files = [str(TESTS / f"{name}.py") for name in tests]
+    options = ["-n", "0", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow"]
+    print(run_python("-m", "pytest", *options, *files, hide_cpu=tmp_path))
