@@ -21,12 +21,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tinygrad import Device
-from tinygrad.helpers import BEAM, CPU_COUNT, DEV, USE_TC, Context, getenv
-from tinygrad.runtime.support.c import DLL
+from tinygrad import Context, Device, getenv
 
 from .cache_file import share_cache_file
 from .files import PicoError
+from .runtime import BEAM, CPU_COUNT, DEV, DLL, USE_TC, opencl_bindings
 
 MACHINE = platform.machine().lower()
 MACHINE = {"amd64": "x86_64", "aarch64": "arm64"}.get(MACHINE, MACHINE)  # tinygrad's names
@@ -200,9 +199,7 @@ def find_clang() -> str | None:
 
 def _is_gpu() -> bool:
     """Whether tinygrad's OpenCL device is a GPU: pocl and Intel's CPU runtime are none."""
-    from tinygrad.runtime.autogen import opencl
-
-    kind = ctypes.c_uint64()
+    opencl, kind = opencl_bindings(), ctypes.c_uint64()
     opencl.clGetDeviceInfo(
         Device["CL"].device_id, opencl.CL_DEVICE_TYPE, 8, ctypes.byref(kind), None
     )

@@ -12,8 +12,7 @@ import sqlite3
 import sys
 import threading
 
-from tinygrad import helpers
-from tinygrad.helpers import CACHELEVEL
+from .runtime import CACHELEVEL, helpers
 
 
 def share_cache_file() -> None:

@@ -87,7 +87,7 @@ class Attention:
         q, k, v = map(materialize, qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1))
         if self.position == "rope":
             positions = Tensor.arange(N, device=x.device)
-            q, k = materialize(rotate(q, positions)), materialize(rotate(k, positions))
+            q, k = (materialize(rotate(heads, positions)) for heads in (q, k))
         out = banded_attention(q, k, v, self.window, self.position == "alibi")  # (B, H, N, C)
         return self.proj(materialize(out.transpose(1, 2)).flatten(2))  # (B, N, H*C) -> (B, N, D)
 

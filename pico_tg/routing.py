@@ -11,15 +11,12 @@ Shape letters: B batch, N bytes, S slots.
 """
 
 from functools import partial
-from typing import TypeVar
 
 import numpy as np
 from tinygrad import Tensor, dtypes
 
-Array = TypeVar("Array", Tensor, np.ndarray)
 
-
-def in_word(x: Array) -> Array:
+def in_word(x: Tensor | np.ndarray) -> Tensor | np.ndarray:
     """Where x, bytes as wider integers [...], holds letters, digits or UTF-8 continuation bytes."""
     letter = ((x >= 65) & (x <= 90)) | ((x >= 97) & (x <= 122))
     return letter | ((x >= 48) & (x <= 57)) | ((x >= 128) & (x < 192))

@@ -8,13 +8,23 @@ that another version of tinygrad concerns one file (tests/test_structure.py). Ch
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import numpy as np
-from tinygrad import Tensor, TinyJit, UOp
+from tinygrad import Tensor, TinyJit, UOp, helpers
 from tinygrad.dtype import DType, _to_np_dtype
 from tinygrad.engine import realize
 from tinygrad.engine.realize import capturing
-from tinygrad.helpers import ALLOW_TF32, BEAM, CPU_COUNT, DEV, JIT, USE_TC, ContextVar
+from tinygrad.helpers import (
+    ALLOW_TF32,
+    BEAM,
+    CACHELEVEL,
+    CPU_COUNT,
+    DEV,
+    JIT,
+    USE_TC,
+    ContextVar,
+)
 from tinygrad.runtime.support.c import DLL
 from tinygrad.schedule.rangeify import resolve_function
 from tinygrad.uop.ops import Ops, PatternMatcher, UPat, graph_rewrite
@@ -32,6 +42,7 @@ except ImportError:  # the folder cpu/ is optional
 __all__ = [  # re-exported
     "ALLOW_TF32",
     "BEAM",
+    "CACHELEVEL",
     "CPU_COUNT",
     "DEV",
     "DLL",
@@ -43,9 +54,17 @@ __all__ = [  # re-exported
     "PatternMatcher",
     "UPat",
     "graph_rewrite",
+    "helpers",
     "pm_transform_unique_const",
     "resolve_function",
 ]
+
+
+def opencl_bindings() -> ModuleType:
+    """tinygrad's bindings of OpenCL, imported on demand: that loads the OpenCL library."""
+    from tinygrad.runtime.autogen import opencl
+
+    return opencl
 
 
 def has_cpu_kernels(device: str | tuple[str, ...]) -> bool:
