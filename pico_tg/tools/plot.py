@@ -1,4 +1,4 @@
-"""Line charts as self-contained SVG, so that no plotting package is needed."""
+"""Line charts as self-contained SVG files, without a plotting package."""
 
 import math
 from dataclasses import dataclass, replace
@@ -9,27 +9,28 @@ from unicodedata import east_asian_width
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 DASHES = ("", "6 4", "2 3", "9 3 2 3")  # stroke-dasharray, for more lines than colors
 WIDTH = 760
-LEFT, TOP, BOTTOM = 80, 44, 48  # margins of a panel; the one on the right fits the names
-ROW = 17  # height of a name
-SAMPLE = 22  # length of the piece of a line before its name
-POINTS = 1500  # of a line at most: two for each pixel, about
+LEFT, TOP, BOTTOM = 80, 44, 48  # margins of a panel, px; the right one fits the names
+ROW = 17  # height of a name, px
+SAMPLE = 22  # length of the piece of a line before its name, px
+MAX_NAME = 270  # width of a name, px
+POINTS = 1500  # of a line, at most: about two for each pixel
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a chart: its points, how it is called, and how it looks."""
+    """One line of a chart: name, points and look."""
 
     name: str
     xs: list[float]
     ys: list[float]
     color: str
-    dash: int = 0  # which of DASHES
+    dash: int = 0  # index into DASHES
     thin: bool = False
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One chart: its lines, named at their ends; `y_range` cuts off what lies outside it."""
+    """One chart: lines, with names at their ends; `y_range` clips them."""
 
     lines: list[Line]
     title: str
@@ -40,7 +41,7 @@ class Panel:
 
 
 def svg(panels: list[Panel]) -> str:
-    """The panels below each other, as one SVG. A panel is higher where its names need it."""
+    """The panels, one below the other, as one SVG. A panel grows where its names need room."""
     panels = [replace(panel, height=max(panel.height, _names_height(panel))) for panel in panels]
     names = [_shortened(line.name) for panel in panels for line in panel.lines]
     right = WIDTH - 24 - SAMPLE - max([*map(_text_width, names), 0])
@@ -62,7 +63,7 @@ def _draw(panel: Panel, right: int, clip: str) -> list[str]:
     points = [(x, y) for line in panel.lines for x, y in _finite(line)] or [(0.0, 0.0)]
     start, end = min(x for x, _ in points), max(x for x, _ in points)
     x_ticks = ticks(start, end)
-    # the lines reach the names; the last tick may lie beyond them
+    # the lines end at the names; the last tick may lie beyond them
     x_end = end if end > start else x_ticks[-1]
     low, high = panel.y_range or (min(y for _, y in points), max(y for _, y in points))
     y_ticks = ticks(low, high, about=panel.height // 70)
@@ -98,23 +99,22 @@ def _draw(panel: Panel, right: int, clip: str) -> list[str]:
     ]
     ends = []
     for line in panel.lines:
-        place = [(f"{at_x(x):.1f}", f"{at_y(y):.1f}") for x, y in _thinned(_finite(line))]
-        if not place:
+        points = [(f"{at_x(x):.1f}", f"{at_y(y):.1f}") for x, y in _thinned(_finite(line))]
+        if not points:
             continue
-        style = _style(line)
-        if len(place) == 1:
+        if len(points) == 1:
             parts.append(
-                f'<circle cx="{place[0][0]}" cy="{place[0][1]}" r="{2 if line.thin else 4}" '
+                f'<circle cx="{points[0][0]}" cy="{points[0][1]}" r="{2 if line.thin else 4}" '
                 f'fill="{line.color}" clip-path="url(#{clip})"/>'
             )
         else:
             parts.append(
-                f'<path d="M{"L".join(map(" ".join, place))}" fill="none" {style} '
+                f'<path d="M{"L".join(map(" ".join, points))}" fill="none" {_style(line)} '
                 f'stroke-linejoin="round" clip-path="url(#{clip})"/>'
             )
         if line.name:
-            ends.append((min(max(float(place[-1][1]), TOP), bottom), line))
-    # names beside the ends of their lines, moved apart where they would overlap
+            ends.append((min(max(float(points[-1][1]), TOP), bottom), line))
+    # names stand beside the ends of their lines, moved apart where they would overlap
     ends.sort(key=lambda end: end[0])
     for y, (_, line) in zip(_apart([y for y, _ in ends], bottom), ends, strict=True):
         name = _shortened(line.name)
@@ -138,7 +138,7 @@ def _names_height(panel: Panel) -> int:
 
 
 def _apart(heights: list[float], bottom: float) -> list[float]:
-    """Ascending heights, moved as little as needed to be a row apart and not below `bottom`."""
+    """Ascending heights, moved to be at least a row apart and not below `bottom`."""
     moved = list(heights)
     for i in range(1, len(moved)):
         moved[i] = max(moved[i], moved[i - 1] + ROW)
@@ -148,22 +148,22 @@ def _apart(heights: list[float], bottom: float) -> list[float]:
 
 
 def _text_width(text: str) -> int:
-    """About how many pixels a text takes, and rather more."""
+    """An upper estimate of the width of a text, px."""
     return sum(14 if east_asian_width(letter) in "WF" else 9 for letter in text)
 
 
-def _shortened(name: str, most: int = 270) -> str:
-    """The name, without its middle if it takes more pixels: what differs is often at the end."""
-    if _text_width(name) <= most:
+def _shortened(name: str) -> str:
+    """The name, without its middle if it is wider than MAX_NAME: names often differ at the end."""
+    if _text_width(name) <= MAX_NAME:
         return name
     start, end = name[: len(name) // 2], name[len(name) // 2 :]
-    while _text_width(f"{start}…{end}") > most:
+    while _text_width(f"{start}…{end}") > MAX_NAME:
         start, end = (start[:-1], end) if len(start) > len(end) else (start, end[1:])
     return f"{start}…{end}"
 
 
 def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most POINTS of the points, evenly spaced, with the first and the last."""
+    """At most POINTS of the points, evenly spaced, including the first and the last."""
     if len(points) <= POINTS:
         return points
     return [points[i * (len(points) - 1) // (POINTS - 1)] for i in range(POINTS)]
@@ -196,18 +196,18 @@ def _short(value: float) -> str:
 
 
 def smoothed(values: list[float], weight: float) -> list[float]:
-    """Running averages whose newest value has `weight`, without a bias to the first ones."""
-    found, total, norm = [], 0.0, 0.0
+    """Exponential moving averages; `weight` is that of the newest value. Not biased to zero."""
+    averages, total, norm = [], 0.0, 0.0
     for value in values:
         total = (1 - weight) * total + weight * value
         norm = (1 - weight) * norm + weight
-        found.append(total / norm)
-    return found
+        averages.append(total / norm)
+    return averages
 
 
 def training_chart(runs: dict[str, list[dict]]) -> str:
     """SVG of training runs by name: bits per byte, router rate and learning rate over bytes."""
-    bits, rates, speeds = [], [], []
+    bits, rates, learning_rates = [], [], []
     for number, (name, records) in enumerate(runs.items()):
         color = COLORS[number % len(COLORS)]
         dash = number // len(COLORS) % len(DASHES)
@@ -222,21 +222,16 @@ def training_chart(runs: dict[str, list[dict]]) -> str:
             Line(name, [r["bytes"] for r in measured], validation, color, dash),
         ]
         rates.append(Line(name, seen, routed, color, dash))
-        speeds.append(Line(name, seen, [r["lr"] for r in records], color, dash))
-    # the first steps, at 8 bits, would leave no room for the rest
+        learning_rates.append(Line(name, seen, [r["lr"] for r in records], color, dash))
+    # clip the first steps, which begin at 8 bits: the rest would be flat
     values = [y for line in bits for y in line.ys if math.isfinite(y)] or [0.0, 8.0]
     ends = [line.ys[-1] for line in bits if line.ys] or [8.0]
     y_range = (min(values), min(max(values), max(ends) + 1.5))
+    seen, title = "bytes seen", "Bits per byte, held out (thick) and in training (thin)"
     return svg(
         [
-            Panel(
-                bits,
-                "Bits per byte, held out (thick) and in training (thin)",
-                "bytes seen",
-                "bits per byte",
-                y_range,
-            ),
-            Panel(rates, "Share of bytes routed", "bytes seen", "share", height=250),
-            Panel(speeds, "Learning rate", "bytes seen", "learning rate", height=250),
+            Panel(bits, title, seen, "bits per byte", y_range),
+            Panel(rates, "Share of bytes routed", seen, "share", height=250),
+            Panel(learning_rates, "Learning rate", seen, "learning rate", height=250),
         ]
     )
