@@ -31,7 +31,7 @@ def flags(values: dict) -> list[str]:
 
 
 FLAGS = flags(TINY.to_dict())
-SHORT = flags(WINDOWS | {"max_steps": 3, "warmup_steps": 1})
+SHORT = flags(WINDOWS | {"max_steps": 3, "warmup_steps": 1, "sample_prompt": ""})
 FOX = "The quick brown fox jumps over the lazy dog. " * 50
 
 

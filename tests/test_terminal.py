@@ -14,11 +14,11 @@ from pico_tg.tools import terminal
 from pico_tg.tools.terminal import (
     RESET,
     StopSignals,
+    TrainingDisplay,
     characters,
     colored_text,
     decode_text,
     show_samples,
-    show_training,
     split_prompt,
     split_samples,
     visible,
@@ -245,7 +245,7 @@ def test_time_left(first, monkeypatch, capsys):
             yield step_record(step, last)
             seen.append((step, bars[0].format_dict, str(bars[0])))
 
-    assert show_training(made()) == f"{first + 50}"
+    assert TrainingDisplay().show(made()) == f"{first + 50}"
     assert [state["n"] for _, state, _ in seen] == [step for step, _, _ in seen]
     assert [text.split(":")[0] for _, _, text in seen[:3]] == ["compiling", "training", "training"]
     for _, state, text in seen[:2]:
@@ -259,14 +259,36 @@ def test_time_left(first, monkeypatch, capsys):
     assert f"{first + 50}/{last} [00:06<00:06,  8.00" in capsys.readouterr().err
 
 
+MEASURED = {
+    "validation_bits_per_byte": 2.5, "validation_bits_per_byte_top_k": 2.4,
+    "validation_router_rate": 0.3, "validation_seconds": 1.0,
+}  # fmt: skip
+
+
 def test_training_in_a_log(capsys):
-    """A line for each validation and one at the end, no bar."""
-    measured = {
-        "validation_bits_per_byte": 2.5, "validation_bits_per_byte_top_k": 2.4,
-        "validation_router_rate": 0.3, "validation_seconds": 1.0,
-    }  # fmt: skip
-    show_training(iter([step_record(1, 3), step_record(2, 3, **measured), step_record(3, 3)]))
-    first, last = capsys.readouterr().err.splitlines()
-    assert first.startswith("step 2: validation 2.500 bits/byte as used, 2.400 with")
+    """A line for each validation, the sample after it, one line at the end, and no bar."""
+    made = [step_record(1, 3), step_record(2, 3, **MEASURED), step_record(3, 3)]
+    TrainingDisplay(lambda: "The text").show(made)
+    validation, sample, last = capsys.readouterr().err.splitlines()
+    assert validation.startswith("step 2: validation 2.500 bits/byte as used, 2.400 with")
+    assert sample == "  sample: The text"
     assert last.startswith("training: 3/3 step [")
     assert "loss 1.400" in last
+
+
+def test_micro_batches_move_the_bar(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    display = TrainingDisplay()
+    display.micro_batch(1, 2)  # before the bar: nothing
+    assert capsys.readouterr().err == ""
+
+    def made():
+        for step in range(1, 4):
+            for done in range(1, 41):
+                display.micro_batch(done, 40)
+            yield step_record(step, 3)
+
+    display.show(made())
+    err = capsys.readouterr().err
+    for shown in ("compiling, micro-batch 1/40", "training, micro-batch 40/40"):
+        assert shown in err

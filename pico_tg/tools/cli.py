@@ -9,8 +9,9 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from importlib.metadata import version
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from ..backend import (
@@ -50,8 +51,16 @@ from .report import (
     describe_stats,
     printable,
 )
-from .terminal import StopSignals, put, show_samples, show_training, split_samples
+from .terminal import (
+    StopSignals,
+    TrainingDisplay,
+    put,
+    show_samples,
+    split_samples,
+    visible,
+)
 
+SAMPLE_BYTES = 80  # of a sample at each validation
 PASSAGE = 4000  # bytes of text on the page of eval --html
 BENCH_SETTINGS = (
     "batch_size", "grad_accumulation_steps", "optimizer", "precision", "checkpoint_activations",
@@ -98,7 +107,7 @@ def build_parser() -> Parser:
         return added
 
     path = shared("path", metavar="PATH", type=Path, help="folder of the model")
-    run = shared("run", metavar="RUN", type=run_name, help="name of the training run")
+    run = shared("run", metavar="RUN", help="name of the training run")
     beam = shared(
         "--beam", type=int, metavar="N",
         help="let tinygrad search schedules for its kernels, N candidates at a time: slow once, "
@@ -131,14 +140,10 @@ def build_parser() -> Parser:
     informing = add(
         "info", command_info, "sizes and costs of a model, checkpoints of a run", path, as_json
     )
-    informing.add_argument(
-        "run", metavar="RUN", nargs="?", type=run_name, help="name of a training run"
-    )
+    informing.add_argument("run", metavar="RUN", nargs="?", help="name of a training run")
 
     plotting = add("plot", command_plot, "draw the curves of training runs", path)
-    plotting.add_argument(
-        "runs", metavar="RUN", nargs="+", type=run_name, help="names of training runs"
-    )
+    plotting.add_argument("runs", metavar="RUN", nargs="+", help="names of training runs")
     plotting.add_argument(
         "--output", type=Path, metavar="FILE", help="SVG to write (default: PATH/RUN-RUN.svg)"
     )
@@ -167,6 +172,11 @@ def add_train_options(parser: Parser) -> None:
         help="start from these weights (.safetensors) instead of fresh ones",
     )  # fmt: skip
     add_fields(parser, TrainSettings)
+    parser.add_argument(
+        "--sample-prompt", metavar="TEXT",
+        help=f"at each validation, print TEXT and the {SAMPLE_BYTES} bytes that the model writes "
+        "after it; '' prints none (default: the beginning of a document)",
+    )  # fmt: skip
     parser.add_argument(
         "--resume", action="store_true",
         help="continue RUN from its newest valid checkpoint, with its settings",
@@ -373,16 +383,6 @@ def number(text: str) -> int | float:
     return float(text) if "." in text or "e" in text.lower() else int(text)
 
 
-def run_name(text: str) -> str:
-    """RUN: the name of a folder within the model's, such as first or sub/a."""
-    run = PurePath(text)
-    if run.is_absolute() or ".." in run.parts or not run.parts:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no name of a run; take one such as first, which becomes a folder in PATH"
-        )
-    return str(run)
-
-
 def model_name(path: Path) -> str:
     """How titles and trackers call the model in PATH."""
     return path.resolve().name
@@ -428,31 +428,34 @@ def command_train(args: argparse.Namespace) -> int:
     if args.force and not args.resume:
         raise PicoError("--force goes with --resume")
     config = load_config(args.path)
-    if not args.resume:
-        check_startable(run_dir)
     devices = () if args.devices is None else parse_devices(args.devices)
     # settings and data are checked before the model is built
     if args.resume:
-        data, stored_settings = spec, read_description(run_dir)["settings"]
+        data, stored = spec, read_description(run_dir)
+        seed = settings.get("seed", stored["settings"].get("seed", 0))
     else:
-        data, stored_settings = load_data(spec), {}
-        TrainSettings(**settings)
-    seed = (dataclasses.asdict(TrainSettings()) | stored_settings | settings)["seed"]
+        check_startable(run_dir)
+        seed = TrainSettings(**settings).seed
+        data, stored = load_data(spec), {}
     tracker = None
     if args.tracker:
-        stored = find_description(run_dir) if args.resume else None
         tracker = Tracker(args.tracker, args, config.to_dict() | settings, stored)
-    stop_signals = StopSignals()
+    model, stop_signals = Pico(config, seed), StopSignals()
+    sample = None
+    if args.sample_prompt is None or args.sample_prompt:
+        sample = partial(sample_line, model, os.fsencode(args.sample_prompt or ""))
+    display = TrainingDisplay(None if len(devices) > 1 else sample)
     with contextlib.closing(tracker) if tracker else contextlib.nullcontext():
         records = train(
-            Pico(config, seed), data, run_dir, devices=devices, resume=args.resume,
-            force=args.force, base_weights=args.base_weights, stop=stop_signals, progress=True,
-            say=say, tracker={args.tracker: tracker.id} if tracker else {}, **settings,
+            model, data, run_dir, devices=devices, resume=args.resume, force=args.force,
+            base_weights=args.base_weights, stop=stop_signals, on_micro_batch=display.micro_batch,
+            progress=True, say=say, tracker={args.tracker: tracker.id} if tracker else {},
+            **settings,
         )  # fmt: skip
         say(f"{describe_backend()}; {config.parameters:,} parameters")
         # only from here on: before the first step, Ctrl-C leaves immediately
         with stop_signals, contextlib.closing(records):  # an error saves the last step
-            checkpoint = show_training(tracker.logged(records) if tracker else records)
+            checkpoint = display.show(tracker.logged(records) if tracker else records)
     if stop_signals():
         saved = list_checkpoints(run_dir)
         resume = command("train", args.path, args.run, "--resume")
@@ -463,6 +466,17 @@ def command_train(args: argparse.Namespace) -> int:
         return 0
     say(f"wrote {checkpoint}; write text with: {command('run', args.path, args.run)}")
     return 0
+
+
+def sample_line(model: Pico, prompt: bytes) -> str:
+    """The prompt and SAMPLE_BYTES that the model writes after it, in one line."""
+    try:
+        # without drafts fewer graphs are compiled
+        written = generate(model, prompt, max_bytes=SAMPLE_BYTES, seed=0, speculative=False)
+        text = (prompt + bytes(record.byte for record in written)).decode(errors="replace")
+    except PicoError as error:  # weights whose logits overflow: training may go on
+        text = str(error)
+    return visible(text).replace("\n", "\\n")
 
 
 def data_to_train_on(args: argparse.Namespace) -> DataSpec | None:
@@ -486,11 +500,11 @@ class Tracker:
         package: str,
         args: argparse.Namespace,
         settings: dict[str, Any],
-        stored: dict[str, Any] | None,
+        stored: dict[str, Any],
     ) -> None:
         """Start it, or continue the one of `stored`, a training.json. Raises PicoError."""
         self.package, self.warned = package, False
-        known = ((stored or {}).get("tracker") or {}).get(package)
+        known = (stored.get("tracker") or {}).get(package)
         resumed = {"id": known, "resume": "allow", "allow_val_change": True} if known else {}
         name = f"{model_name(args.path)}/{args.run}"
         try:

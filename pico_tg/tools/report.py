@@ -28,6 +28,17 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
+def describe_validation(record: Mapping[str, Any]) -> str:
+    """The line of a record of training that holds a validation."""
+    return (
+        f"step {record['step']}: validation "
+        f"{record['validation_bits_per_byte']:.3f} bits/byte as used, "
+        f"{record['validation_bits_per_byte_top_k']:.3f} with training's routing, "
+        f"{record['validation_router_rate']:.0%} of the bytes routed "
+        f"({record['validation_seconds']:.1f} s)"
+    )
+
+
 def describe_evaluation(measured: Evaluation) -> str:
     """The figures of an evaluation as tables."""
     heads = len(measured.head_accuracy)

@@ -7,12 +7,13 @@ import signal
 import sys
 import time
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from ..files import PicoError
 from ..generation import GeneratedByte
 from ..progress import Progress, drop_output, say
+from .report import describe_validation
 
 BAD = "\ufffd"  # shown for bytes that are not UTF-8
 RESET = "\x1b[0m"
@@ -242,37 +243,47 @@ class StopSignals:
             signal.signal(number, handler)
 
 
-def show_training(records: Iterable[dict]) -> str:
-    """Show the progress of training, and a line for each validation.
+class TrainingDisplay:
+    """The progress of training on stderr, a line for each validation, and a sample after it."""
 
-    Returns the path of the last checkpoint, "" if there was none.
-    """
-    checkpoint, smoothed = "", None
-    with Progress(unit="step", desc="compiling") as bar:
-        for shown, record in enumerate(records, 1):
-            bits = record["bits_per_byte"]
-            smoothed = bits if smoothed is None else 0.9 * smoothed + 0.1 * bits
-            if shown <= 2:
-                # the first two steps compile, and a resumed run's former steps took no time here:
-                # the estimate of the time left counts from the second step
-                bar.reset(record["steps"])
-                bar.n = bar.last_print_n = bar.initial = record["step"]
-            else:
-                bar.update(1)
-            if shown == 2:
-                bar.set_description_str("training", refresh=False)
-            bar.set_postfix_str(
-                f"loss {record['loss']:.3f}, {smoothed:.3f} bits/byte, "
-                f"{record['router_rate']:.0%} routed, lr {record['lr']:.1e}, "
-                f"{record['bytes_per_second']:,.0f} bytes/s"
-            )
-            checkpoint = record.get("checkpoint", checkpoint)
-            if "validation_bits_per_byte" in record:
-                bar.say(
-                    f"step {record['step']}: validation "
-                    f"{record['validation_bits_per_byte']:.3f} bits/byte as used, "
-                    f"{record['validation_bits_per_byte_top_k']:.3f} with training's routing, "
-                    f"{record['validation_router_rate']:.0%} of the bytes routed "
-                    f"({record['validation_seconds']:.1f} s)"
+    def __init__(self, sample: Callable[[], str] | None = None) -> None:
+        """`sample` writes a short text with the present weights."""
+        self.sample = sample
+        self.bar: Progress | None = None
+
+    def micro_batch(self, done: int, total: int) -> None:
+        """Show that `done` of the `total` micro-batches of a step are computed."""
+        if self.bar is not None:
+            name = self.bar.desc.split(",")[0]
+            self.bar.set_description_str(f"{name}, micro-batch {done}/{total}")
+
+    def show(self, records: Iterable[dict]) -> str:
+        """Show the records of training; returns the path of the last checkpoint, or ""."""
+        checkpoint, smoothed = "", None
+        with Progress(unit="step", desc="compiling") as self.bar:
+            for shown, record in enumerate(records, 1):
+                bits = record["bits_per_byte"]
+                smoothed = bits if smoothed is None else 0.9 * smoothed + 0.1 * bits
+                self._advance(shown, record)
+                self.bar.set_postfix_str(
+                    f"loss {record['loss']:.3f}, {smoothed:.3f} bits/byte, "
+                    f"{record['router_rate']:.0%} routed, lr {record['lr']:.1e}, "
+                    f"{record['bytes_per_second']:,.0f} bytes/s"
                 )
-    return checkpoint
+                checkpoint = record.get("checkpoint", checkpoint)
+                if "validation_bits_per_byte" in record:
+                    self.bar.say(describe_validation(record))
+                    if self.sample:
+                        self.bar.say(f"  sample: {self.sample()}")
+        return checkpoint
+
+    def _advance(self, shown: int, record: dict) -> None:
+        """Move the bar to the step of a record, the `shown`th of this process."""
+        self.bar.set_description_str("compiling" if shown < 2 else "training", refresh=False)
+        if shown > 2:
+            self.bar.update(1)
+            return
+        # the first two steps compile, and a resumed run's former steps took no time here: the
+        # estimate of the time left counts from the second step
+        self.bar.reset(record["steps"])
+        self.bar.n = self.bar.last_print_n = self.bar.initial = record["step"]
