@@ -140,6 +140,19 @@ def test_comparison_of_routers(tmp_path):
 
 
 @pytest.mark.slow
+def test_comparison_of_settings(tmp_path):
+    """The study, with one rule, one data set and a step of a tiny model."""
+    command = command_of("compare_settings.py").replace(" tinyshakespeare.txt", "")
+    TINY.to_json(tmp_path / "model.json")
+    files = f"--model {tmp_path}/model.json --results {tmp_path}/s.jsonl"
+    command += f" --flops 1 --rules 1 --evaluation-bytes 600 {files}"
+    out = run(command, tmp_path)
+    assert re.search(r"^\| rate 0.001, .* \| 1 \| [\d.]+ \|$", out, re.MULTILINE)
+    assert len((tmp_path / "s.jsonl").read_text().splitlines()) == 1
+    assert run(command, tmp_path) in out  # the stored result is not measured again
+
+
+@pytest.mark.slow
 def test_soap_elsewhere(tmp_path):
     out = run("python examples/soap_elsewhere.py", tmp_path)
     errors = [float(error) for error in re.findall(r"error ([\d.]+)", out)]
