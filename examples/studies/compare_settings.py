@@ -16,7 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import pico_tg
-from pico_tg.flops import training_operations
+from pico_tg.flops import training_flops
 
 # context length, batch size, learning rate, and warm-up: a number of steps, or a fraction of them
 RULES: dict[str, tuple[int, int, float, float]] = {
@@ -41,7 +41,7 @@ config = pico_tg.Config.from_json(args.model) if args.model else pico_tg.Config.
 
 def train_and_evaluate(data, context_len: int, batch_size: int, rate: float, warm_up: float):
     """Train a fresh model for args.flops; return its steps and held-out bits per byte."""
-    steps = max(1, round(args.flops / training_operations(config, context_len, batch_size)))
+    steps = max(1, round(args.flops / training_flops(config, context_len, batch_size)))
     model = pico_tg.Pico(config, seed=0)
     records = pico_tg.train(
         model, data, context_len=context_len, batch_size=batch_size, learning_rate=rate,
