@@ -1,6 +1,6 @@
 """Attention in a band on the CPU: matrix products with fused epilogues, and their gradients.
 
-For each query, with S its scores in units of powers of two (S = log2(e) * (q . k / sqrt(C) - ALiBi),
+For each query, with S its scores in units of powers of 2 (S = log2(e) * (q . k / sqrt(C) - ALiBi),
 and -inf where a key is not visible):
 
     P = 2^(S - max S)        weights, not normalized
