@@ -1,0 +1,422 @@
+"""Launch a captured graph on the CPU in one native call.
+
+tinygrad 0.13 executes each kernel of a captured graph from Python: a wait, an exec and a signal,
+and for a kernel of several threads a queue.Queue.put, a GIL hand-over, a wake-up and a join for
+each thread: 50 to 300 µs a kernel. Here the graph becomes a table with one row a kernel (function,
+shares, arguments), and one native function walks the table.
+
+A kernel of T threads has T shares, numbered by its argument `core_id`. The calling thread and the
+helper threads claim shares from one atomic counter, so a kernel is complete whichever of them runs,
+and a helper that is descheduled before it claims a share delays nobody. Threads that find no work
+spin briefly and then sleep in a futex, so that processes that compete for the cores get them.
+
+The graph runs in the calling thread, after all work submitted earlier; results are in memory when
+the call returns. Whatever differs from the plain case (other compilers and systems, copies,
+symbolic launch sizes, PROFILE, DEBUG >= 2) is left to tinygrad's own graph.
+"""
+
+import ctypes
+import functools
+import math
+import mmap
+import os
+import platform
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+from tinygrad import Device
+from tinygrad.device import CompileError
+from tinygrad.engine.jit import GraphRunner
+from tinygrad.helpers import CPU_COUNT, DEBUG, PROFILE, mv_address
+from tinygrad.runtime.graph.hcq import HCQGraph
+from tinygrad.runtime.ops_cpu import CPUProgram
+from tinygrad.uop.ops import Ops, UOp
+
+ROW = 5  # int64 a kernel: function, shares, number of arguments, position of core_id, their address
+MAX_ARGUMENTS = 96
+SPIN = 2000  # polls before a thread sleeps, some 20 to 80 µs
+SLICE = 256  # kernels a native call: signal handlers of Python run between two calls
+# bytes from the start of the shared state; what different threads write lies in different lines
+TICKET, DONE, SEQUENCE, SLEEPERS, WAITING, KERNEL = 0, 64, 128, 192, 256, 320
+STATE_BYTES = 512
+FUTEX = {"x86_64": 202, "aarch64": 98}  # the number of the system call
+PAUSE = {"x86_64": "pause", "aarch64": "yield"}
+
+
+class NativeGraph(HCQGraph):
+    """A captured graph of kernels of one CPU device, launched natively where that is possible."""
+
+    def __init__(self, linear: UOp, input_uops: tuple[UOp, ...] = ()) -> None:
+        GraphRunner.__init__(self, linear, input_uops)
+        self.launcher = _launcher() if self._is_plain() else None
+        if self.launcher is None:
+            super().__init__(linear, input_uops)
+            return
+        self.cpu = self.runtimes[0].dev
+        rows = np.zeros((len(self.calls), ROW), np.int64)
+        arguments: list[int] = []
+        self.inputs: list[tuple[int, int]] = []  # (place among the arguments, number of the input)
+        self.values: list[tuple[int, str]] = []  # (place among the arguments, variable's name)
+        starts = []
+        for row, (_, ast, buffers, fixed), runtime, replaced in zip(
+            rows, self.calls, self.runtimes, self.uop_replace, strict=True
+        ):
+            start = len(arguments)
+            starts.append(start)
+            self.inputs += [(start + position, number) for position, number in replaced]
+            arguments += [buffer._buf.va_addr for buffer in buffers]
+            core = -1
+            for variable in ast.arg.vars:
+                if variable.expr in runtime.runtimevars:  # core_id
+                    core = len(arguments) - start
+                elif variable.expr not in fixed:
+                    self.values.append((len(arguments), variable.expr))
+                arguments.append(fixed.get(variable.expr, 0))
+            function = ctypes.cast(runtime.fxn, ctypes.c_void_p).value
+            shares = (ast.arg.global_size or (1,))[0]
+            row[:4] = function, shares, len(arguments) - start, core
+        self.arguments = np.array(arguments, np.int64)
+        rows[:, 4] = self.arguments.ctypes.data + 8 * np.array(starts)
+        self.rows = np.ascontiguousarray(rows)
+
+    def _is_plain(self) -> bool:
+        if PROFILE or DEBUG >= 2:
+            return False
+        devices = {buffer.device for _, _, buffers, _ in self.calls for buffer in buffers}
+        if len(devices) != 1 or not devices.pop().startswith("CPU"):
+            return False
+        return all(
+            type(runtime) is CPUProgram
+            and runtime.kernargs_alloc_size == 0
+            and len(buffers) + len(ast.arg.vars) <= MAX_ARGUMENTS
+            and all(isinstance(size, int) for size in ast.arg.global_size or ())
+            for (_, ast, buffers, _), runtime in zip(self.calls, self.runtimes, strict=True)
+        )
+
+    def __call__(
+        self, input_uops: tuple[UOp, ...], var_vals: dict[str, int], wait: bool = False
+    ) -> float | None:
+        """Run all kernels, `input_uops` in place of the graph's inputs."""
+        if self.launcher is None:
+            return super().__call__(input_uops, var_vals, wait)
+        with self.launcher.lock:
+            self.cpu.synchronize()
+            for place, number in self.inputs:
+                self.arguments[place] = input_uops[number].buffer._buf.va_addr
+            for place, name in self.values:
+                self.arguments[place] = var_vals[name]
+            self.launcher.run(self.rows)
+        return None
+
+    def __del__(self) -> None:
+        if self.launcher is None:
+            super().__del__()
+
+
+class Launcher:
+    """The native functions, their shared state, and the threads that help."""
+
+    def __init__(self, library: bytes, helpers: int) -> None:
+        self.lock = threading.Lock()
+        self.code = mmap.mmap(
+            -1, len(library), prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
+        )
+        self.code.write(library)
+        first = mv_address(self.code)
+        if CPUProgram.rt_lib is not None:
+            clear_cache = CPUProgram.rt_lib["__clear_cache"]
+            clear_cache(ctypes.c_void_p(first), ctypes.c_void_p(first + len(library)))
+        self.native = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)(first)
+        self.memory = mmap.mmap(-1, STATE_BYTES)  # zeros
+        self.state = mv_address(self.memory)
+        self.syscall = ctypes.cast(ctypes.CDLL(None).syscall, ctypes.c_void_p).value
+        work = (self.state, 0, 0, self.syscall)
+        for _ in range(helpers):
+            threading.Thread(target=self.native, args=work, daemon=True).start()
+
+    def run(self, rows: np.ndarray) -> None:
+        """Run the kernels of a table in order. An exception of a signal handler waits for the end.
+
+        Half a graph would leave half an optimizer step behind.
+        """
+        raised = None
+        for start in range(0, len(rows), SLICE):
+            part = rows[start : start + SLICE]
+            try:
+                self.native(self.state, part.ctypes.data, len(part), self.syscall)
+            except BaseException as error:
+                raised = error
+        if raised is not None:
+            raise raised
+
+
+def install(device: str) -> None:
+    """From now on, graphs captured on the CPU device are `NativeGraph`s."""
+    if isinstance(device, str) and device.split(":")[0] == "CPU" and _launcher() is not None:
+        Device[device].graph = NativeGraph
+
+
+@functools.cache
+def _launcher() -> Launcher | None:
+    """The process's launcher; None on a system or with a compiler that it is not made for."""
+    machine = platform.machine()
+    compiler = Device["CPU"].renderer.compiler
+    if sys.platform != "linux" or machine not in PAUSE or not hasattr(compiler, "target_machine"):
+        return None
+    try:
+        library = compiler.compile_cached(_source(machine))
+    except (CompileError, RuntimeError):
+        return None
+    return Launcher(library, usable_cores() - 1)
+
+
+def usable_cores() -> int:
+    """CPU_COUNT, bounded by this process's affinity and by the quota of its cgroup (cpu.max)."""
+    cores = min(CPU_COUNT.value, len(os.sched_getaffinity(0)))
+    return max(1, int(min(cores, _quota(Path("/sys/fs/cgroup")))))
+
+
+def _quota(root: Path) -> float:
+    """Cores that cgroup v2 allows this process: the least of its group and all groups above."""
+    quota = math.inf
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        group = next(line[3:] for line in lines if line.startswith("0::"))
+        folder = root / group.lstrip("/")
+        for place in [folder, *folder.parents]:
+            if (file := place / "cpu.max").exists():
+                limit, period = file.read_text().split()
+                quota = min(quota, math.inf if limit == "max" else int(limit) / int(period))
+            if place == root:
+                break
+    except (OSError, ValueError, StopIteration):
+        pass
+    return quota
+
+
+def _source(machine: str) -> str:
+    """LLVM IR of `launch(state, rows, count, syscall)`; without rows, of a helper's endless loop.
+
+    The ticket is epoch << 32 | shares << 16 | shares claimed, with a new epoch for each kernel of
+    several shares. A thread claims a share by compare-and-swap of the whole ticket. The swap
+    succeeds only while a share of that epoch is unclaimed, and KERNEL is overwritten only when all
+    shares of the epoch are done, so the row that the thread read before is that epoch's.
+    """
+    wait, wake = 128, 129  # FUTEX_WAIT and FUTEX_WAKE, FUTEX_PRIVATE_FLAG added
+
+    def field(name: str, offset: int, base: str = "%state") -> str:
+        return f"%{name} = getelementptr i8, ptr {base}, i64 {offset}"
+
+    def futex(word: str, operation: int, value: str) -> str:
+        return (
+            f"%{word}.{operation} = ptrtoint ptr %{word} to i64\n  %ignored.{word} = call i64 (i64, "
+            f"...) %syscall(i64 {FUTEX[machine]}, i64 %{word}.{operation}, i64 {operation}, "
+            f"i64 {value}, i64 0)"
+        )
+
+    cases, labels = [], []
+    for n in range(1, MAX_ARGUMENTS + 1):
+        lines = [f"call.{n}:"]
+        for i in range(n):
+            lines.append(f"  %p.{n}.{i} = getelementptr i64, ptr %arguments, i64 {i}")
+            lines.append(f"  %v.{n}.{i} = load i64, ptr %p.{n}.{i}")
+        values = ", ".join(f"i64 %v.{n}.{i}" for i in range(n))
+        cases.append("\n".join([*lines, f"  call void %function({values})", "  ret void"]))
+        labels.append(f"i64 {n}, label %call.{n}")
+    return f"""
+define void @launch(i64 %state.i, i64 %rows.i, i64 %count, i64 %syscall.i) {{
+start:
+  %state = inttoptr i64 %state.i to ptr
+  %rows = inttoptr i64 %rows.i to ptr
+  %syscall = inttoptr i64 %syscall.i to ptr
+  %helps = icmp eq i64 %rows.i, 0
+  br i1 %helps, label %helper, label %kernels
+helper:
+  call void @help(ptr %state, ptr %syscall)
+  ret void
+kernels:
+  %k = phi i64 [0, %start], [%k.next, %after]
+  %offset = mul i64 %k, {8 * ROW}
+  %row = getelementptr i8, ptr %rows, i64 %offset
+  {field("shares.p", 8, "%row")}
+  %shares = load i64, ptr %shares.p
+  %alone = icmp ule i64 %shares, 1
+  br i1 %alone, label %one, label %several
+one:
+  call void @call_kernel(ptr %row, i64 0)
+  br label %after
+several:
+  call void @share_out(ptr %state, ptr %row, i64 %shares, ptr %syscall)
+  br label %after
+after:
+  %k.next = add i64 %k, 1
+  %more = icmp ult i64 %k.next, %count
+  br i1 %more, label %kernels, label %end
+end:
+  ret void
+}}
+
+; one kernel of several shares, complete at the return
+define internal void @share_out(ptr %state, ptr %row, i64 %shares, ptr %syscall) noinline {{
+start:
+  {field("done", DONE)}
+  {field("ticket", TICKET)}
+  {field("sequence", SEQUENCE)}
+  {field("sleepers", SLEEPERS)}
+  {field("waiting", WAITING)}
+  {field("kernel", KERNEL)}
+  store atomic i32 0, ptr %done seq_cst, align 4
+  %row.i = ptrtoint ptr %row to i64
+  store atomic i64 %row.i, ptr %kernel seq_cst, align 8
+  %old = load atomic i64, ptr %ticket seq_cst, align 8
+  %epoch = lshr i64 %old, 32
+  %epoch.next = add i64 %epoch, 1
+  %high = shl i64 %epoch.next, 32
+  %middle = shl i64 %shares, 16
+  %new = or i64 %high, %middle
+  store atomic i64 %new, ptr %ticket seq_cst, align 8
+  %asleep = load atomic i32, ptr %sleepers seq_cst, align 4
+  %any.asleep = icmp sgt i32 %asleep, 0
+  br i1 %any.asleep, label %wake, label %claim
+wake:
+  %sequence.old = atomicrmw add ptr %sequence, i32 1 seq_cst
+  {futex("sequence", wake, "2147483647")}
+  br label %claim
+claim:
+  %worked = call i1 @work(ptr %state, ptr %syscall)
+  br i1 %worked, label %claim, label %spin
+spin:
+  %i = phi i64 [0, %claim], [%i.next, %not.done]
+  %d = load atomic i32, ptr %done seq_cst, align 4
+  %d.wide = zext i32 %d to i64
+  %complete = icmp uge i64 %d.wide, %shares
+  br i1 %complete, label %end, label %not.done
+not.done:
+  call void asm sideeffect "{PAUSE[machine]}", "~{{memory}}"()
+  %i.next = add i64 %i, 1
+  %on = icmp ult i64 %i.next, {SPIN}
+  br i1 %on, label %spin, label %announce
+announce:
+  store atomic i32 1, ptr %waiting seq_cst, align 4
+  br label %look
+look:
+  %d2 = load atomic i32, ptr %done seq_cst, align 4
+  %d2.wide = zext i32 %d2 to i64
+  %complete2 = icmp uge i64 %d2.wide, %shares
+  br i1 %complete2, label %retract, label %sleep
+sleep:
+  {futex("done", wait, "%d2.wide")}
+  br label %look
+retract:
+  store atomic i32 0, ptr %waiting seq_cst, align 4
+  br label %end
+end:
+  ret void
+}}
+
+; claims one share and runs it; whether there was one
+define internal i1 @work(ptr %state, ptr %syscall) noinline {{
+start:
+  {field("done", DONE)}
+  {field("ticket", TICKET)}
+  {field("waiting", WAITING)}
+  {field("kernel", KERNEL)}
+  br label %look
+look:
+  %t = load atomic i64, ptr %ticket seq_cst, align 8
+  %claimed = and i64 %t, 65535
+  %shifted = lshr i64 %t, 16
+  %shares = and i64 %shifted, 65535
+  %left = icmp ult i64 %claimed, %shares
+  br i1 %left, label %claim, label %none
+claim:
+  %row.i = load atomic i64, ptr %kernel seq_cst, align 8
+  %next = add i64 %t, 1
+  %pair = cmpxchg ptr %ticket, i64 %t, i64 %next seq_cst seq_cst
+  %won = extractvalue {{ i64, i1 }} %pair, 1
+  br i1 %won, label %run, label %look
+run:
+  %row = inttoptr i64 %row.i to ptr
+  call void @call_kernel(ptr %row, i64 %claimed)
+  %before = atomicrmw add ptr %done, i32 1 seq_cst
+  %w = load atomic i32, ptr %waiting seq_cst, align 4
+  %is.waiting = icmp ne i32 %w, 0
+  br i1 %is.waiting, label %wake, label %end
+wake:
+  {futex("done", wake, "1")}
+  br label %end
+end:
+  ret i1 true
+none:
+  ret i1 false
+}}
+
+; a helper: claims shares for ever, asleep while there are none
+define internal void @help(ptr %state, ptr %syscall) noinline {{
+start:
+  {field("sequence", SEQUENCE)}
+  {field("sleepers", SLEEPERS)}
+  br label %fresh
+fresh:
+  br label %spin
+spin:
+  %i = phi i64 [0, %fresh], [%i.next, %idle]
+  %worked = call i1 @work(ptr %state, ptr %syscall)
+  br i1 %worked, label %fresh, label %idle
+idle:
+  call void asm sideeffect "{PAUSE[machine]}", "~{{memory}}"()
+  %i.next = add i64 %i, 1
+  %on = icmp ult i64 %i.next, {SPIN}
+  br i1 %on, label %spin, label %announce
+announce:
+  %sleepers.old = atomicrmw add ptr %sleepers, i32 1 seq_cst
+  %seen = load atomic i32, ptr %sequence seq_cst, align 4
+  %last = call i1 @work(ptr %state, ptr %syscall)
+  br i1 %last, label %retract, label %sleep
+sleep:
+  %seen.wide = zext i32 %seen to i64
+  {futex("sequence", wait, "%seen.wide")}
+  br label %retract
+retract:
+  %sleepers.now = atomicrmw sub ptr %sleepers, i32 1 seq_cst
+  br label %fresh
+}}
+
+; the function of a row with its arguments, all passed as 64-bit integers; core_id is the share
+define internal void @call_kernel(ptr %row, i64 %share) noinline "no-jump-tables"="true" {{
+start:
+  %own = alloca [{MAX_ARGUMENTS} x i64]
+  %function.i = load i64, ptr %row
+  %function = inttoptr i64 %function.i to ptr
+  {field("number.p", 16, "%row")}
+  %number = load i64, ptr %number.p
+  {field("core.p", 24, "%row")}
+  %core = load i64, ptr %core.p
+  {field("given.p", 32, "%row")}
+  %given.i = load i64, ptr %given.p
+  %given = inttoptr i64 %given.i to ptr
+  %numbered = icmp sge i64 %core, 0
+  br i1 %numbered, label %copy, label %select
+copy:
+  %i = phi i64 [0, %start], [%i.next, %copy]
+  %from = getelementptr i64, ptr %given, i64 %i
+  %to = getelementptr i64, ptr %own, i64 %i
+  %value = load i64, ptr %from
+  store volatile i64 %value, ptr %to
+  %i.next = add i64 %i, 1
+  %on = icmp ult i64 %i.next, %number
+  br i1 %on, label %copy, label %put
+put:
+  %core.at = getelementptr i64, ptr %own, i64 %core
+  store volatile i64 %share, ptr %core.at
+  br label %select
+select:
+  %arguments = phi ptr [%given, %start], [%own, %put]
+  switch i64 %number, label %bad [{" ".join(labels)}]
+bad:
+  ret void
+{chr(10).join(cases)}
+}}
+"""
