@@ -32,7 +32,7 @@ from tinygrad.engine.jit import GraphRunner
 from tinygrad.helpers import CPU_COUNT, DEBUG, PROFILE, mv_address
 from tinygrad.runtime.graph.hcq import HCQGraph
 from tinygrad.runtime.ops_cpu import CPUProgram
-from tinygrad.uop.ops import Ops, UOp
+from tinygrad.uop.ops import UOp
 
 ROW = 5  # int64 a kernel: function, shares, number of arguments, position of core_id, their address
 MAX_ARGUMENTS = 96
@@ -160,13 +160,16 @@ def install(device: str) -> None:
 
 @functools.cache
 def _launcher() -> Launcher | None:
-    """The process's launcher; None on a system or with a compiler that it is not made for."""
-    machine = platform.machine()
+    """The process's launcher; None unless on Linux, x86-64 or arm64, with tinygrad's LLVM."""
     compiler = Device["CPU"].renderer.compiler
-    if sys.platform != "linux" or machine not in PAUSE or not hasattr(compiler, "target_machine"):
+    if (
+        sys.platform != "linux"
+        or platform.machine() not in PAUSE
+        or not hasattr(compiler, "target_machine")
+    ):
         return None
     try:
-        library = compiler.compile_cached(_source(machine))
+        library = compiler.compile_cached(_source(platform.machine()))
     except (CompileError, RuntimeError):
         return None
     return Launcher(library, usable_cores() - 1)
@@ -175,28 +178,29 @@ def _launcher() -> Launcher | None:
 def usable_cores() -> int:
     """CPU_COUNT, bounded by this process's affinity and by the quota of its cgroup (cpu.max)."""
     cores = min(CPU_COUNT.value, len(os.sched_getaffinity(0)))
-    return max(1, int(min(cores, _quota(Path("/sys/fs/cgroup")))))
-
-
-def _quota(root: Path) -> float:
-    """Cores that cgroup v2 allows this process: the least of its group and all groups above."""
-    quota = math.inf
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
         group = next(line[3:] for line in lines if line.startswith("0::"))
-        folder = root / group.lstrip("/")
-        for place in [folder, *folder.parents]:
-            if (file := place / "cpu.max").exists():
-                limit, period = file.read_text().split()
-                quota = min(quota, math.inf if limit == "max" else int(limit) / int(period))
-            if place == root:
-                break
-    except (OSError, ValueError, StopIteration):
+        cores = min(cores, cgroup_quota(Path("/sys/fs/cgroup"), group))
+    except (OSError, ValueError, StopIteration):  # no cgroup v2
         pass
+    return max(1, int(cores))
+
+
+def cgroup_quota(root: Path, group: str) -> float:
+    """Cores that cgroup v2 grants: the smallest cpu.max of `group` and of all groups above it."""
+    quota = math.inf
+    folder = root / group.strip("/")
+    for place in (folder, *folder.parents):
+        if (file := place / "cpu.max").exists():
+            limit, period = file.read_text().split()
+            quota = min(quota, math.inf if limit == "max" else int(limit) / int(period))
+        if place == root:
+            break
     return quota
 
 
-def _source(machine: str) -> str:
+def _source(architecture: str) -> str:
     """LLVM IR of `launch(state, rows, count, syscall)`; without rows, of a helper's endless loop.
 
     The ticket is epoch << 32 | shares << 16 | shares claimed, with a new epoch for each kernel of
@@ -210,10 +214,11 @@ def _source(machine: str) -> str:
         return f"%{name} = getelementptr i8, ptr {base}, i64 {offset}"
 
     def futex(word: str, operation: int, value: str) -> str:
+        address, number = f"%{word}.{operation}", FUTEX[architecture]
+        arguments = f"i64 {number}, i64 {address}, i64 {operation}, i64 {value}, i64 0"
         return (
-            f"%{word}.{operation} = ptrtoint ptr %{word} to i64\n  %ignored.{word} = call i64 (i64, "
-            f"...) %syscall(i64 {FUTEX[machine]}, i64 %{word}.{operation}, i64 {operation}, "
-            f"i64 {value}, i64 0)"
+            f"{address} = ptrtoint ptr %{word} to i64\n"
+            f"  %ignored.{word} = call i64 (i64, ...) %syscall({arguments})"
         )
 
     cases, labels = [], []
@@ -294,7 +299,7 @@ spin:
   %complete = icmp uge i64 %d.wide, %shares
   br i1 %complete, label %end, label %not.done
 not.done:
-  call void asm sideeffect "{PAUSE[machine]}", "~{{memory}}"()
+  call void asm sideeffect "{PAUSE[architecture]}", "~{{memory}}"()
   %i.next = add i64 %i, 1
   %on = icmp ult i64 %i.next, {SPIN}
   br i1 %on, label %spin, label %announce
@@ -366,7 +371,7 @@ spin:
   %worked = call i1 @work(ptr %state, ptr %syscall)
   br i1 %worked, label %fresh, label %idle
 idle:
-  call void asm sideeffect "{PAUSE[machine]}", "~{{memory}}"()
+  call void asm sideeffect "{PAUSE[architecture]}", "~{{memory}}"()
   %i.next = add i64 %i, 1
   %on = icmp ult i64 %i.next, {SPIN}
   br i1 %on, label %spin, label %announce

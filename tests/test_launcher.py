@@ -1,0 +1,152 @@
+"""The native launcher of captured graphs against tinygrad's own: the same bits, whoever helps."""
+
+import platform
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from tinygrad import Device, Tensor, TinyJit
+from tinygrad.engine.realize import get_graph_runtime
+from tinygrad.helpers import Context
+from tinygrad.runtime.graph.hcq import HCQGraph
+
+from pico_tg.cpu import launcher
+from pico_tg.ops import linear
+
+pytestmark = pytest.mark.skipif(
+    not Device.DEFAULT.startswith("CPU") or launcher._launcher() is None,
+    reason="the launcher is for Linux and tinygrad's LLVM",
+)
+
+
+@pytest.fixture
+def graph_of(monkeypatch):
+    """graph_of(helpers): captured graphs are native from now on; None: tinygrad's own."""
+
+    def choose(helpers):
+        device = Device["CPU"]
+        if helpers is None:
+            monkeypatch.setattr(device, "graph", HCQGraph)
+            return
+        library = device.renderer.compiler.compile_cached(launcher._source(platform.machine()))
+        own = launcher.Launcher(library, helpers)
+        monkeypatch.setattr(launcher, "_launcher", lambda: own)
+        monkeypatch.setattr(device, "graph", launcher.NativeGraph)
+
+    return choose
+
+
+def run(calls=3):
+    """Outputs of `calls` replays of a captured function with several kernels of several shares."""
+    rng = np.random.default_rng(0)
+    weight = Tensor(rng.standard_normal((64, 64)).astype(np.float32)).realize()
+
+    def function(x):
+        h = linear(x, weight).tanh().contiguous()
+        h = linear(h, weight).contiguous() + h.sum(axis=1, keepdim=True).contiguous()
+        return linear(h, weight).realize()
+
+    jit = TinyJit(function)
+    inputs = [rng.standard_normal((96, 64)).astype(np.float32) for _ in range(2 + calls)]
+    outputs = [jit(Tensor(x).realize()).numpy() for x in inputs]
+    graphs = [c.src[0] for c in jit.captured.linear.src if c.src[0].arg == "graph"]
+    assert graphs
+    return outputs[2:], [get_graph_runtime(graph) for graph in graphs]
+
+
+@pytest.mark.parametrize("cores", [1, 2, 3])
+@pytest.mark.parametrize("helpers", [0, 1, 2])
+def test_same_bits_whoever_helps(graph_of, cores, helpers):
+    with Context(CPU_COUNT=cores):
+        graph_of(None)
+        expected, _ = run()
+        graph_of(helpers)
+        found, graphs = run()
+    assert all(graph.launcher is not None for graph in graphs)
+    shares = max(int(graph.rows[:, 1].max()) for graph in graphs)
+    assert (shares > 1) == (cores > 1)
+    for a, b in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_same_bits_with_competing_processes(graph_of):
+    """Helpers lose the cores in the middle of their shares, and main threads have to sleep."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
+    try:
+        with Context(CPU_COUNT=3):
+            graph_of(None)
+            expected, _ = run(20)
+            graph_of(2)
+            found, _ = run(20)
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    np.testing.assert_array_equal(expected, found)
+
+
+def test_from_several_threads(graph_of):
+    with Context(CPU_COUNT=2):
+        graph_of(1)
+        _, graphs = run()
+        assert all(graph.launcher is not None for graph in graphs)
+    weight = Tensor(np.eye(64, dtype=np.float32)).realize()
+    jits = []
+    for _ in range(2):
+        jit = TinyJit(lambda x: (linear(x, weight) + 1).contiguous().sum(axis=1).realize())
+        for _ in range(3):
+            jit(Tensor.ones(96, 64).contiguous().realize())
+        jits.append(jit)
+    inputs = [Tensor.full((96, 64), float(i)).contiguous().realize() for i in range(2)]
+    found = {}
+
+    def replay(i):
+        found[i] = [jits[i](inputs[i]).numpy() for _ in range(50)]
+
+    threads = [threading.Thread(target=replay, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(2):
+        np.testing.assert_array_equal(found[i], np.full((50, 96), 64.0 * (i + 1)))
+
+
+def test_other_graphs_are_left_to_tinygrad(graph_of, monkeypatch):
+    graph_of(None)
+    expected, _ = run()
+    graph_of(1)
+    monkeypatch.setattr(launcher, "MAX_ARGUMENTS", 1)
+    found, graphs = run()
+    assert all(graph.launcher is None for graph in graphs)
+    np.testing.assert_array_equal(expected, found)
+
+
+def test_an_interrupt_waits_for_the_end_of_the_graph(graph_of, monkeypatch):
+    graph_of(0)
+    own = launcher._launcher()
+    launched = []
+
+    def native(state, rows, count, syscall):
+        launched.append(count)
+        if len(launched) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(own, "native", native)
+    monkeypatch.setattr(launcher, "SLICE", 2)
+    with pytest.raises(KeyboardInterrupt):
+        own.run(np.zeros((5, launcher.ROW), np.int64))
+    assert launched == [2, 2, 1]
+
+
+def test_cgroup_quota(tmp_path):
+    group = tmp_path / "a" / "b"
+    group.mkdir(parents=True)
+    assert launcher.cgroup_quota(tmp_path, "/a/b") == float("inf")
+    (group / "cpu.max").write_text("max 100000\n")
+    (tmp_path / "a" / "cpu.max").write_text("150000 100000\n")
+    assert launcher.cgroup_quota(tmp_path, "/a/b") == 1.5
+    (group / "cpu.max").write_text("50000 100000\n")
+    assert launcher.cgroup_quota(tmp_path, "/a/b") == 0.5
