@@ -9,6 +9,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 from tinygrad import Tensor, TinyJit, UOp, helpers
@@ -146,10 +147,29 @@ def jit_method(method: Callable, *constants: int) -> TinyJit:
     Python's garbage collector, which may run on the CPU device's own thread; freeing a graph there
     waits for that same thread, forever (seen with 0.13).
     """
+    if cpu is not None:
+        cpu.use_launcher()
     reference = weakref.WeakMethod(method)
-    jit = TinyJit(lambda *inputs: reference()(*constants, *inputs))
+    jit = MethodJit(lambda *inputs: reference()(*constants, *inputs))
     jit.cnt = 1
     return jit
+
+
+class MethodJit(TinyJit):
+    """A TinyJit; without inputs it is replayed by the launcher of cpu/ alone, where that serves.
+
+    TinyJit's own checks before a replay take longer than a decoding pass of a small model.
+    """
+
+    replay: Callable[[], Any] | None = None
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        if self.replay is not None:
+            return self.replay()
+        result = super().__call__(*inputs)
+        if cpu is not None and not inputs and self.captured is not None:
+            self.replay = cpu.native_replay(self.captured)
+        return result
 
 
 def is_capturing() -> bool:

@@ -1,11 +1,16 @@
 """Hand-scheduled CPU kernels; with this folder deleted, pico_tg runs on tinygrad's own schedules.
 
 loops: the loop nest builder and its constants; matmul: tiled matrix products; band_attention:
-attention in a band with its gradient; decoding: the kernels of a decoding pass.
+attention in a band with its gradient; decoding: the kernels of a decoding pass; launcher: captured
+graphs in one native call.
 """
 
 import os
+from collections.abc import Callable
+from typing import Any
 
+from tinygrad import Device
+from tinygrad.engine.jit import CapturedJit
 from tinygrad.helpers import DEV
 
 
@@ -17,3 +22,20 @@ def enabled(device: str | tuple[str, ...]) -> bool:
     """
     wanted = os.environ.get("PICO_KERNELS", "1") != "0" and DEV.renderer != "X86"
     return wanted and isinstance(device, str) and device.split(":")[0] == "CPU"
+
+
+def use_launcher() -> None:
+    """Launch graphs that are captured from now on natively, if the default device is enabled."""
+    if enabled(Device.DEFAULT):
+        from . import launcher
+
+        launcher.install(Device.DEFAULT)
+
+
+def native_replay(captured: CapturedJit) -> Callable[[], Any] | None:
+    """A function that replays `captured`, which has no inputs; None if part of it is not native."""
+    if not enabled(Device.DEFAULT):
+        return None
+    from . import launcher
+
+    return launcher.native_replay(captured)

@@ -23,16 +23,20 @@ import os
 import platform
 import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from tinygrad import Device
+from tinygrad import Device, GlobalCounters
 from tinygrad.device import CompileError
-from tinygrad.engine.jit import GraphRunner
+from tinygrad.engine import realize
+from tinygrad.engine.jit import CapturedJit, GraphRunner
 from tinygrad.helpers import CPU_COUNT, DEBUG, PROFILE, mv_address
 from tinygrad.runtime.graph.hcq import HCQGraph
 from tinygrad.runtime.ops_cpu import CPUProgram
-from tinygrad.uop.ops import UOp
+from tinygrad.uop.ops import Ops, UOp
 
 ROW = 5  # int64 a kernel: function, shares, number of arguments, position of core_id, their address
 MAX_ARGUMENTS = 96
@@ -101,6 +105,7 @@ class NativeGraph(HCQGraph):
         """Run all kernels, `input_uops` in place of the graph's inputs."""
         if self.launcher is None:
             return super().__call__(input_uops, var_vals, wait)
+        start = time.perf_counter()
         with self.launcher.lock:
             self.cpu.synchronize()
             for place, number in self.inputs:
@@ -108,7 +113,7 @@ class NativeGraph(HCQGraph):
             for place, name in self.values:
                 self.arguments[place] = var_vals[name]
             self.launcher.run(self.rows)
-        return None
+        return time.perf_counter() - start if wait else None
 
     def __del__(self) -> None:
         if self.launcher is None:
@@ -153,9 +158,34 @@ class Launcher:
 
 
 def install(device: str) -> None:
-    """From now on, graphs captured on the CPU device are `NativeGraph`s."""
-    if isinstance(device, str) and device.split(":")[0] == "CPU" and _launcher() is not None:
+    """From now on, graphs captured on this CPU device are `NativeGraph`s."""
+    if _launcher() is not None:
         Device[device].graph = NativeGraph
+
+
+def native_replay(captured: CapturedJit) -> Callable[[], Any] | None:
+    """A function that does what `captured([], {})` does, if all of it is native graphs; else None.
+
+    It counts in GlobalCounters as tinygrad's own does.
+    """
+    calls = captured.linear.src
+    if not all(call.src[0].op is Ops.CUSTOM_FUNCTION for call in calls):
+        return None
+    graphs = [realize.get_graph_runtime(call.src[0]) for call in calls]
+    if not all(isinstance(graph, NativeGraph) and graph.launcher for graph in graphs):
+        return None
+    result = captured.ret
+
+    def replay() -> Any:
+        for call, graph in zip(calls, graphs, strict=True):
+            graph((), {})
+            estimates = realize.estimate_uop(call)
+            GlobalCounters.kernel_count += 1
+            GlobalCounters.global_ops += estimates.ops
+            GlobalCounters.global_mem += estimates.mem
+        return result
+
+    return replay
 
 
 @functools.cache
