@@ -19,7 +19,7 @@ from helpers import FLAGS, FOX, SHORT, error_line, start, status
 from pico_tg.config import Config
 from pico_tg.evaluation import evaluate
 from pico_tg.files import PicoError
-from pico_tg.generation import GeneratedByte, generate
+from pico_tg.generation import GeneratedByte, Stats, generate
 from pico_tg.runs import load
 from pico_tg.safetensors import read_safetensors, write_safetensors
 from pico_tg.tools import cli
@@ -270,6 +270,12 @@ def test_a_run_lies_within_its_model(command, name, model, text, capsys):
     assert [path.name for path in model.iterdir()] == ["model.json"]
 
 
+LAST = {
+    "checkpoint": "last", "validation_bits_per_byte": 2.5, "validation_bits_per_byte_top_k": 2.4,
+    "validation_router_rate": 0.3, "validation_seconds": 1.0,
+}  # fmt: skip
+
+
 class Wandb:
     """A tracker's package. `broken`: what raises, and at which step."""
 
@@ -308,10 +314,11 @@ def tracked(model, text, monkeypatch):
                 yield {
                     "step": step, "steps": 4, "bits_per_byte": 8.0, "loss": 5.5, "lr": 1e-3,
                     "router_rate": 0.5, "bytes_per_second": 1e3,
-                } | ({"checkpoint": "last"} if step == 4 else {})  # fmt: skip
+                } | (LAST if step == 4 else {})  # fmt: skip
 
         monkeypatch.setitem(sys.modules, "wandb", tracker)
         monkeypatch.setattr(cli, "train", four_steps)
+        monkeypatch.setattr(cli, "sample_line", lambda model, prompt: f"after {prompt}")
         arguments = ["train", str(model), "r", *(flags or [str(text)]), "--tracker", "wandb"]
         return status(arguments), seen
 
@@ -356,6 +363,23 @@ def test_a_tracker_that_cannot_start(tracker, named, tracked, model, capsys):
     assert tracked(tracker)[0] == 2
     assert named in error_line(capsys)
     assert not (model / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"), [(None, "after b''"), ("The", "after b'The'"), ("", None)]
+)
+def test_a_sample_at_each_validation(prompt, expected, tracked, text, capsys):
+    flags = [] if prompt is None else ["--sample-prompt", prompt]
+    assert tracked(Wandb(), str(text), *flags)[0] == 0
+    samples = [line for line in capsys.readouterr().err.splitlines() if "sample:" in line]
+    assert samples == ([] if expected is None else [f"  sample: {expected}"])
+
+
+def test_a_sample_is_one_line(written):
+    written.add(b"\n\x1b\xff")
+    assert cli.sample_line(None, b"a\n") == "a\\n\\n\\x1b\ufffd"
+    written.append(PicoError("the logits overflow"))  # training goes on
+    assert cli.sample_line(None, b"a") == "the logits overflow"
 
 
 @pytest.mark.slow
@@ -605,7 +629,8 @@ def written(monkeypatch):
     class Written(list):
         options: dict
 
-        def generate(self, model, prompt, stats, **options):
+        def generate(self, model, prompt, stats=None, **options):
+            stats = stats or Stats()
             self.options = {"model": model, "prompt": prompt} | options
             for item in self:
                 if isinstance(item, BaseException):
