@@ -225,6 +225,17 @@ def test_bad_data(dataset, flags, named, trained, model, tmp_path, monkeypatch, 
     assert not (model / "r").exists()
 
 
+@pytest.mark.parametrize(
+    "arguments", [["init", ""], ["train", "", "r"], ["run", "m", "r", "--html", ""]], ids=str
+)
+def test_an_empty_path_is_not_the_current_folder(arguments, model, monkeypatch, capsys):
+    """As an unset variable of the shell gives."""
+    monkeypatch.chdir(model)
+    assert status(arguments) == 2
+    assert "the path is empty" in error_line(capsys)
+    assert [path.name for path in model.iterdir()] == ["model.json"]
+
+
 def test_train_without_a_model(tmp_path, text, capsys):
     path = tmp_path / "no model"
     assert status(["train", str(path), "r", str(text)]) == 2

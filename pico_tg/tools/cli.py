@@ -106,7 +106,7 @@ def build_parser() -> Parser:
         added.set_defaults(function=function)
         return added
 
-    path = shared("path", metavar="PATH", type=Path, help="folder of the model")
+    path = shared("path", metavar="PATH", type=path_name, help="folder of the model")
     run = shared("run", metavar="RUN", help="name of the training run")
     beam = shared(
         "--beam", type=int, metavar="N",
@@ -145,7 +145,7 @@ def build_parser() -> Parser:
     plotting = add("plot", command_plot, "draw the curves of training runs", path)
     plotting.add_argument("runs", metavar="RUN", nargs="+", help="names of training runs")
     plotting.add_argument(
-        "--output", type=Path, metavar="FILE", help="SVG to write (default: PATH/RUN-RUN.svg)"
+        "--output", type=path_name, metavar="FILE", help="SVG to write (default: PATH/RUN-RUN.svg)"
     )
 
     measuring = add("bench", command_bench, "measure the speed of this machine", as_json, beam)
@@ -168,7 +168,7 @@ def add_train_options(parser: Parser) -> None:
     )  # fmt: skip
     add_data_options(parser)
     parser.add_argument(
-        "--base-weights", type=Path, metavar="FILE",
+        "--base-weights", type=path_name, metavar="FILE",
         help="start from these weights (.safetensors) instead of fresh ones",
     )  # fmt: skip
     add_fields(parser, TrainSettings)
@@ -224,7 +224,7 @@ def add_eval_options(parser: Parser) -> None:
         help=field_help(TrainSettings)["precision"],
     )  # fmt: skip
     parser.add_argument(
-        "--html", type=Path, metavar="FILE",
+        "--html", type=path_name, metavar="FILE",
         help=f"also write a page with the first {PASSAGE:,} bytes, shaded by router weight",
     )  # fmt: skip
 
@@ -235,7 +235,9 @@ def add_run_options(parser: Parser) -> None:
     source.add_argument(
         "--prompt", default="", metavar="TEXT", help="this text; - reads bytes from standard input"
     )
-    source.add_argument("--prompt-file", type=Path, metavar="FILE", help="the bytes of this file")
+    source.add_argument(
+        "--prompt-file", type=path_name, metavar="FILE", help="the bytes of this file"
+    )
     prompting.add_argument(
         "--raw-prompt", action="store_true",
         help="the model sees nothing but the prompt; without this option the prompt begins a "
@@ -298,7 +300,7 @@ def add_run_options(parser: Parser) -> None:
         "its bytes) and underline accepted drafts; only on a terminal, and not if NO_COLOR is set",
     )  # fmt: skip
     showing.add_argument(
-        "--html", type=Path, metavar="FILE",
+        "--html", type=path_name, metavar="FILE",
         help="also write a page with the same marks and the details of each byte",
     )  # fmt: skip
     showing.add_argument(
@@ -314,7 +316,7 @@ def add_bench_options(parser: Parser) -> None:
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--preset", choices=PRESETS, default="xs", help="sizes of the model")
     sizes.add_argument(
-        "--model", type=Path, metavar="PATH", help="folder with the model.json to take instead"
+        "--model", type=path_name, metavar="PATH", help="folder with the model.json to take instead"
     )
     add_fields(parser, Config, defaults=PRESETS["xs"], label="xs")
     parser.add_argument(
@@ -377,6 +379,12 @@ def given(args: argparse.Namespace, cls: type, prefix: str = "") -> dict[str, An
 
 def checkpoint_name(text: str) -> int | str:
     return text if text == "best" else int(text)
+
+
+def path_name(text: str) -> Path:
+    if not text:  # an unset variable of the shell is not the current folder
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
 
 
 def number(text: str) -> int | float:
