@@ -123,6 +123,7 @@ def imported(path: Path):
     return module
 
 
+@pytest.mark.slow
 def test_through_torch(published, tmp_path):
     """A fresh PyTorch model to here; the golden weights from a .pt to here, and back to PyTorch.
 
