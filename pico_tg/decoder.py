@@ -1,7 +1,17 @@
-"""Decoding: sliding KV caches of fixed size, one compiled pass for a few bytes at a time."""
+"""Decoding: a model with KV caches of fixed size, and compiled passes over a few bytes each.
+
+A pass takes R bytes in and gives their logits. It is three compiled graphs: the first blocks and
+the router on all R rows; the latent blocks on the rows that the router selects, if there are any;
+the last blocks and the heads on all rows. Each graph exists for a few sizes only, and fewer rows
+are padded to the next one:
+
+- decode: 1, 4 or 8 rows, the newest byte and its drafts, or a short prompt in pieces of 8
+- prefill: PREFILL_CHUNK rows, for a prompt long enough to be worth another set of graphs
+"""
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from tinygrad import Tensor, TinyJit, dtypes
@@ -10,209 +20,234 @@ from .attention import alibi_slopes, rotate
 from .kv_cache import KVCache, PackedLinear, padded_width
 from .model import RMS_EPS, Block, Pico
 from .routing import next_decisions
-from .runtime import jit_method, read, write_into
+from .runtime import exclusive, jit_method, read, write_into
 
-DECODE_ROWS = (
-    1,
-    4,
-    8,
-)  # rows of the compiled passes: a row costs little, a graph seconds
+DECODE_ROWS = (1, 4, 8)  # a padded row costs little time, another size seconds of compiling
+PREFILL_CHUNK = 64  # rows of a prefill pass
+MIN_PREFILL = 4096  # bytes of the shortest prompt for which prefill passes are compiled
 
 
-PREFILL_CHUNK = 64  # bytes of a long prompt that one pass takes in
-
-
-MIN_PREFILL = 4096  # bytes of a prompt that are worth compiling that pass for
+def graph_size(rows: int) -> int:
+    """Rows of the smallest compiled pass that takes `rows` rows in."""
+    return next((size for size in DECODE_ROWS if rows <= size), PREFILL_CHUNK)
 
 
 class CachedBlock:
-    """One block as decoding runs it: its weights packed, the norms' scales inside, and its ring."""
+    """A `Block` for decoding: packed weights with the norms' scales folded in, and a KV cache."""
 
-    def __init__(self, block: Block, heads: int, kv_heads: int) -> None:
+    def __init__(self, block: Block) -> None:
         attention = block.att
+        heads, kv_heads, head_dim = attention.heads, attention.kv_heads, attention.head_dim
         self.dim = block.norm1.weight.shape[0]
         self.alibi = attention.position == "alibi"
-        self.turned = heads + kv_heads, attention.head_dim
+        self.rotated = heads + kv_heads, head_dim  # of qkv: the queries and keys
         slopes = alibi_slopes(heads, block.norm1.weight.device) * self.alibi
-        self.ring = KVCache(
-            heads, kv_heads, attention.head_dim, attention.window, PREFILL_CHUNK, slopes
-        )
+        self.cache = KVCache(heads, kv_heads, head_dim, attention.window, PREFILL_CHUNK, slopes)
         self.qkv = PackedLinear(attention.fused_qkv.weight, block.norm1.weight)
         self.proj = PackedLinear(attention.proj.weight)
         self.fc1 = PackedLinear(block.glu.fc1.weight, block.norm2.weight)
         self.fc2 = PackedLinear(block.glu.fc2.weight)
 
     def __call__(self, h: Tensor, start: Tensor) -> Tensor:
-        """Rows h [R, D…] at positions from `start` (int [1]) on; zeros beyond D stay zeros."""
-        heads = self.ring.attend(self._rotate(self.qkv(h, rms_scale(h, self.dim)), start), start)
-        h = self.proj(heads, residual=h)
+        """Rows h [R, D padded] at positions start, start + 1, … (start: int32 [1]) -> the same
+        shape. The padding is zeros and stays zeros."""
+        qkv = self._rotate(self.qkv(h, rms_scale(h, self.dim)), start)
+        h = self.proj(self.cache.attend(qkv, start), residual=h)
         both = self.fc1(h, rms_scale(h, self.dim))
         value, gate = both[:, : self.dim], both[:, self.dim : 2 * self.dim]
-        # at once: the next block's kernels are then the same ones, already scheduled
+        # realized block by block: the next block then has the same graph, already scheduled
         return self.fc2((gate.silu() * value).contiguous(), residual=h).realize()
 
     def _rotate(self, qkv: Tensor, start: Tensor) -> Tensor:
-        """Rows [R, queries | keys | …] with queries and keys turned by their positions, if so."""
+        """Rotary embeddings of the queries and keys in qkv [R, H*C | K*C | …], where the model has
+        them."""
         if self.alibi:
             return qkv
-        R, width = qkv.shape[0], math.prod(self.turned)
-        heads = qkv[:, :width].reshape(R, *self.turned).transpose(0, 1)  # (H + K, R, C)
-        at = start + Tensor.arange(R, device=start.device)
-        turned = rotate(heads, at).transpose(0, 1).reshape(R, width)
-        return turned.cat(qkv[:, width:], dim=1).contiguous()
+        R, width = qkv.shape[0], math.prod(self.rotated)
+        heads = qkv[:, :width].reshape(R, *self.rotated).transpose(0, 1)  # (H + K, R, C)
+        positions = start + Tensor.arange(R, device=start.device)
+        rotated = rotate(heads, positions).transpose(0, 1).reshape(R, width)
+        return rotated.cat(qkv[:, width:], dim=1).contiguous()
 
 
 def rms_scale(h: Tensor, dim: int) -> Tensor:
-    """What RMSNorm multiplies rows h [R, D…] by, its learned scale apart: [R, 1]."""
+    """1 / RMS of rows h [R, D padded] with `dim` numbers each: [R, 1]."""
     mean = h.square().sum(axis=-1, keepdim=True) / dim
     return (mean + RMS_EPS).rsqrt().contiguous()
 
 
-class Decoder:
-    """A model with caches: feed bytes, get the logits after each and the router's weights.
+class Snapshot(NamedTuple):
+    """What `Decoder.restore` needs: the counters, the newest byte and copies of all KV caches."""
 
-    Memory and time a pass do not depend on how much was fed. `position` counts the bytes fed,
-    `selected` those that went through the latent blocks; set back to 0, both forget everything.
-    Without `use_latent` those blocks are left out. The weights are copied: they are those of now.
+    position: int
+    selected: int
+    newest_byte: bytes
+    caches: list[np.ndarray]
+
+
+class Decoder:
+    """A model with KV caches: feed bytes, get the logits after each of them.
+
+    Memory and time of a pass do not depend on how many bytes were fed. The weights are copied when
+    the decoder is made, and later changes of the model are not seen. All methods may be called from
+    any thread, one at a time.
+
+    - position: bytes fed; selected: how many of them went through the latent blocks
+    - last_decisions: bool [n], which bytes of the last pass did
+    - use_latent: False leaves the latent blocks out
+    - changes: how often the state changed, so that a user notices another user of this decoder
     """
 
+    @exclusive
     def __init__(self, model: Pico, use_latent: bool = True) -> None:
-        self.model, self.use_latent = model, use_latent
-        self.position = self.selected = 0
-        config = model.config
-        self.before, self.latent, self.after = (
-            [CachedBlock(b, config.att_q_heads, config.att_kv_heads) for b in part.blocks]
+        self.config, self.use_latent = model.config, use_latent
+        self.changes = 0
+        self.fb_in, self.latent, self.fb_out = (
+            [CachedBlock(block) for block in part.blocks]
             for part in (model.fb_in, model.latent, model.fb_out)
         )
-        self.width = padded_width(config.dim, model.norm.weight.device)
-        padding = ((0, 0), (0, self.width - config.dim))
+        device, dim = model.norm.weight.device, self.config.dim
+        width = padded_width(dim, device)
+        padding = ((0, 0), (0, width - dim))
         self.embedding = model.embedding.weight.detach().pad(padding).contiguous().realize()
         self.router = model.latent.router.weight.detach().pad(padding).contiguous().realize()
         self.unembedding = PackedLinear(model.unembedding.weight, model.norm.weight)
         self.bias = model.unembedding.bias.detach().reshape(1, -1)
-        self.last_decisions = np.zeros(0, bool)
-        self.recent = b""  # the bytes of the last pass, and before them the one that it followed
-        # one row more than a pass has: where slots that are not needed write
-        hidden = Tensor.zeros(PREFILL_CHUNK + 1, self.width, device=self.router.device)
+        # the hidden states of a pass, and a spare row, to which unused slots add
+        hidden = Tensor.zeros(PREFILL_CHUNK + 1, width, device=device)
         self.hidden = hidden.contiguous().realize()
-        self.jits: dict[tuple, TinyJit] = {}
-        self.controls: dict[tuple, Tensor] = {}
+        self.graphs: dict[tuple[str, int], TinyJit] = {}
+        self.inputs: dict[tuple[str, int], Tensor] = {}
+        self.reset()
 
+    def reset(self, use_latent: bool | None = None) -> None:
+        """Forget all bytes fed; `use_latent`, if given, holds from now on."""
+        self.changes += 1
+        self.position = self.selected = 0
+        self.recent = b""  # the bytes of the last pass, after the byte before it
+        self.last_decisions = np.zeros(0, bool)
+        if use_latent is not None:
+            self.use_latent = use_latent
+
+    @exclusive
     def forward(self, data: bytes) -> tuple[np.ndarray, np.ndarray]:
-        """Feed at least one byte -> (logits float32 [n, T, 256], router logits float32 [n])."""
-        piece = PREFILL_CHUNK if len(data) >= MIN_PREFILL else DECODE_ROWS[-1]
-        parts = [
-            self._pass(np.frombuffer(data[start : start + piece], np.uint8))
-            for start in range(0, len(data), piece)
-        ]
-        logits, router_logits = zip(*parts, strict=True)
+        """Feed at least one byte -> (logits float32 [n, T, 256], router logits float32 [n]).
+
+        Row i holds what the model predicts after byte i: head 0 the next byte, head k the byte k
+        later.
+        """
+        self.changes += 1
+        rows = PREFILL_CHUNK if len(data) >= MIN_PREFILL else DECODE_ROWS[-1]
+        passes = [self._pass(data[i : i + rows]) for i in range(0, len(data), rows)]
+        logits, router_logits = zip(*passes, strict=True)
         return np.concatenate(logits), np.concatenate(router_logits)
 
     def rollback(self, count: int) -> None:
-        """Take back the newest `count` bytes fed, at most as many as the last pass took in."""
+        """Forget the newest `count` bytes, which must be of the last pass."""
         kept = len(self.last_decisions) - count
-        assert kept >= 0, "more than the last pass"
+        assert kept >= 0, "more bytes than the last pass took in"
+        self.changes += 1
         self.position -= count
         self.selected -= int(self.last_decisions[kept:].sum())
         self.last_decisions = self.last_decisions[:kept]
         self.recent = self.recent[: len(self.recent) - count]
 
-    def snapshot(self) -> tuple:
-        """The state now, for `restore`."""
-        rings = [read(ring).copy() for ring in self._rings()]
-        return self.position, self.selected, self.recent[-1:], rings
+    @exclusive
+    def snapshot(self) -> Snapshot:
+        """A copy of the state, for `restore`."""
+        caches = [read(tensor).copy() for tensor in self.cache_tensors()]
+        return Snapshot(self.position, self.selected, self.recent[-1:], caches)
 
-    def restore(self, state: tuple) -> None:
-        """Go back to what `save` returned."""
-        self.position, self.selected, self.recent, rings = state
+    @exclusive
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to the state of a `snapshot` of this decoder."""
+        self.changes += 1
+        self.position, self.selected, self.recent, caches = snapshot
         self.last_decisions = np.zeros(0, bool)
-        for ring, saved in zip(self._rings(), rings, strict=True):
-            write_into(ring, saved)
+        for tensor, saved in zip(self.cache_tensors(), caches, strict=True):
+            write_into(tensor, saved)
 
-    def _rings(self) -> list[Tensor]:
-        rings = [block.ring for block in (*self.before, *self.latent, *self.after)]
-        return [tensor for ring in rings for tensor in (ring.keys, ring.values)]
+    def cache_tensors(self) -> list[Tensor]:
+        """The keys and values of all blocks."""
+        caches = [block.cache for block in (*self.fb_in, *self.latent, *self.fb_out)]
+        return [tensor for cache in caches for tensor in (cache.keys, cache.values)]
 
-    def _pass(self, data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _pass(self, data: bytes) -> tuple[np.ndarray, np.ndarray]:
         n = len(data)
         rows = graph_size(n)
-        control = np.zeros(1 + rows, np.int32)  # start, bytes
-        control[0], control[1 : 1 + n] = self.position, data
-        write_into(self._control(rows), control)
+        inputs = np.zeros(1 + rows, np.int32)
+        inputs[0], inputs[1 : 1 + n] = self.position, np.frombuffer(data, np.uint8)
+        write_into(self._input("rows", 1 + rows), inputs)
         router_logits = read(self._run(self._encode, rows))[:n].copy()
-        self.last_decisions = self._decide(data.tobytes(), router_logits) & self.use_latent
-        chosen = np.flatnonzero(self.last_decisions)
-        if len(chosen):
-            count = graph_size(len(chosen))
-            # the row that each slot reads, the row that it adds to (the spare one, if none), start
-            deeper = np.repeat(
-                np.array([0, PREFILL_CHUNK, self.selected], np.int32), [count, count, 1]
-            )
-            deeper[: len(chosen)] = deeper[count : count + len(chosen)] = chosen
-            write_into(self._control(2 * count, "deeper"), deeper)
-            self._run(self._deepen, count)
+        self.last_decisions = self._decide(data, router_logits) & self.use_latent
+        selected = np.flatnonzero(self.last_decisions)
+        if len(selected):
+            count = graph_size(len(selected))
+            source = np.zeros(count, np.int32)  # the row that each slot reads
+            target = np.full(count, PREFILL_CHUNK, np.int32)  # the row to which it adds
+            source[: len(selected)] = target[: len(selected)] = selected
+            start = np.array([self.selected], np.int32)  # the position of the first slot
+            write_into(self._input("slots", 2 * count + 1), np.concatenate([source, target, start]))
+            self._run(self._add_latent, count)
         logits = read(self._run(self._heads, rows))[:n].copy()
         self.position += n
-        self.selected += len(chosen)
+        self.selected += len(selected)
         return logits, router_logits
 
     def _decide(self, data: bytes, router_logits: np.ndarray) -> np.ndarray:
-        """Which of the bytes from `position` on the router selects; there is no cap."""
+        """Which of the bytes from `position` on are selected, without a capacity: bool [n]."""
         self.recent = (self.recent[-1:] if self.position else b"") + data
-        router, stride = self.model.config.router, self.model.config.stride
-        if router == "learned":
+        if self.config.router == "learned":
             return router_logits > 0
-        return next_decisions(router, self.recent, self.position, stride)
+        return next_decisions(self.config.router, self.recent, self.position, self.config.stride)
 
-    def _control(self, length: int, name: str = "rows") -> Tensor:
-        """int32 [1 + length] that graphs read, one a name and length.
+    def _input(self, name: str, length: int) -> Tensor:
+        """The int32 buffer [length] through which a pass receives its integers.
 
-        What a graph holds costs nothing a call; what it is passed costs a tenth of a millisecond.
+        The graphs hold it. As an argument of a graph it would cost a tenth of a millisecond a pass.
         """
-        if (name, length) not in self.controls:
-            new = Tensor.zeros(1 + length, dtype=dtypes.int32, device=self.router.device)
-            self.controls[name, length] = new.contiguous().realize()
-        return self.controls[name, length]
+        if (name, length) not in self.inputs:
+            zeros = Tensor.zeros(length, dtype=dtypes.int32, device=self.router.device)
+            self.inputs[name, length] = zeros.contiguous().realize()
+        return self.inputs[name, length]
 
-    def _run(self, function: Callable, size: int) -> Tensor:
-        """A method of that size, compiled."""
-        key = (function.__name__, size)
-        if key not in self.jits:
-            self.jits[key] = jit_method(function, size)
-        return self.jits[key]()
+    def _run(self, method: Callable[[int], Tensor], size: int) -> Tensor:
+        """method(size), compiled at its first call with that size."""
+        key = (method.__name__, size)
+        if key not in self.graphs:
+            self.graphs[key] = jit_method(method, size)
+        return self.graphs[key]()
 
     def _encode(self, rows: int) -> Tensor:
-        control = self._control(rows)
-        start, data = control[:1].contiguous(), control[1:]
-        h = self.embedding[data].contiguous()
-        for block in self.before:
+        """Bytes -> their hidden states before the latent blocks, in `hidden`; router logits [R]."""
+        inputs = self._input("rows", 1 + rows)
+        start, data = inputs[:1].contiguous(), inputs[1:]
+        h = self.embedding[data].contiguous()  # (R, D padded)
+        for block in self.fb_in:
             h = block(h, start)
-        z = (h * self.router).sum(axis=-1).contiguous()
+        router_logits = (h * self.router).sum(axis=-1).contiguous()
         self.hidden[:rows].assign(h)
-        return z.realize(self.hidden)
+        return router_logits.realize(self.hidden)
 
-    def _deepen(self, count: int) -> Tensor:
-        control = self._control(2 * count, "deeper")
-        source, target, start = (part.contiguous() for part in control.split([count, count, 1]))
-        selected = deep = self.hidden[source].contiguous()
+    def _add_latent(self, count: int) -> Tensor:
+        """Adds to `hidden` what the latent blocks make of the selected rows, in `count` slots."""
+        inputs = self._input("slots", 2 * count + 1)
+        source, target, start = (part.contiguous() for part in inputs.split([count, count, 1]))
+        selected = deep = self.hidden[source].contiguous()  # (slots, D padded)
         weight = (selected * self.router).sum(axis=-1, keepdim=True).sigmoid().contiguous()
         for block in self.latent:
             deep = block(deep, start)
         added = ((deep - selected) * weight).contiguous()
         row = Tensor.arange(len(self.hidden), device=added.device).reshape(-1, 1, 1)
-        here = target.reshape(1, -1, 1) == row  # (rows, slots, 1)
-        return self.hidden.assign(self.hidden + here.where(added, 0).sum(axis=1)).realize()
+        hit = target.reshape(1, -1, 1) == row  # (rows, slots, 1)
+        return self.hidden.assign(self.hidden + hit.where(added, 0).sum(axis=1)).realize()
 
     def _heads(self, rows: int) -> Tensor:
-        start = self._control(rows)[:1].contiguous()
+        """The logits [R, T, 256] of `hidden`."""
+        start = self._input("rows", 1 + rows)[:1].contiguous()
         h = self.hidden[:rows].contiguous()
-        for block in self.after:
+        for block in self.fb_out:
             h = block(h, start)
         bias = self.bias.expand(rows, -1)
-        logits = self.unembedding(h, rms_scale(h, self.model.config.dim), bias)
+        logits = self.unembedding(h, rms_scale(h, self.config.dim), bias)
         return logits.reshape(rows, -1, 256).realize()
-
-
-def graph_size(rows: int) -> int:
-    """Rows of the compiled pass that takes `rows` in: one of DECODE_ROWS, or a whole chunk."""
-    return next((size for size in DECODE_ROWS if rows <= size), PREFILL_CHUNK)

@@ -1,17 +1,24 @@
-"""Decoding: sliding KV caches of fixed size, and a generator that yields one record a byte.
+"""Generation: a sampler, drafts, and a generator that yields one record for each byte.
 
-Self-speculative and exact. Head 0 at a position gives the distribution of the next byte, heads 1,
-2, … at the same position guess those after it. A round feeds the byte just sampled and some
-guesses (drafts) in one pass; then head 0 at each of them says how the *next* byte is distributed.
-It is sampled from that; if it is the byte that was fed as the next draft, the pass has the
-following distribution as well, and so on. No sample is ever thrown away, so drafts change how many
-passes a text takes and nothing else.
+Decoding is self-speculative and exact. At each position head 0 predicts the next byte, and the
+extra heads draft the bytes after it at no extra cost. A round is one pass of the model:
+
+1. The pass takes in the byte that was just sampled, followed by some drafts.
+2. Head 0 at the sampled byte gives the distribution of the next byte. It is sampled as always.
+3. If the sampled byte is the draft, the draft is accepted: the pass has already taken it in, so
+   that head 0 at the draft gives the distribution of the byte after it, and step 2 repeats there.
+4. Otherwise the decoder is rolled back to before the draft, and the next round begins with the
+   byte that was sampled.
+
+Every byte is sampled from the model's own distribution with a random number of its own. So drafts
+change how many passes a text takes, never the text.
 """
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -19,16 +26,19 @@ from .data import SEQ_END, SEQ_START
 from .decoder import DECODE_ROWS, Decoder, graph_size
 from .files import PicoError
 from .model import Pico
+from .runtime import tinygrad_lock
 
 
 @dataclass(frozen=True)
 class GeneratedByte:
     """One byte of a sample.
 
-    byte: 0..255; router_weight: the router's sigmoid for it; router_decision: whether it went
-    through the latent blocks (weight > 0.5, or a rule); logprob: natural log of its probability
-    under the distribution it was drawn from; drafted: whether a pass took it in before it was
-    known, as a draft that proved right; sample: which of several, from 0.
+    - byte: 0..255
+    - router_weight: the sigmoid of the router's logit for this byte
+    - router_decision: whether the byte went through the latent blocks
+    - logprob: natural log of its probability under the distribution that it was drawn from
+    - drafted: whether it was accepted as a draft
+    - sample: which of `num_samples`, from 0
     """
 
     byte: int
@@ -41,11 +51,13 @@ class GeneratedByte:
 
 @dataclass
 class Stats:
-    """What generating took, kept up to date by `generate`.
+    """Counts and times of one `generate`, updated with every byte.
 
-    bytes: made so far, end tags included; passes: through the model, the prompt's left out;
-    routed: how many bytes went through the latent blocks; drafts, accepted: guesses fed, and those
-    that were right; first_byte_seconds: from the start to the first byte; seconds: all of it.
+    - bytes: generated so far, end tags included
+    - passes: through the model, without those of the prompt
+    - routed: how many bytes went through the latent blocks
+    - drafts, accepted: drafts that a pass took in, and those of them that were accepted
+    - first_byte_seconds, seconds: from the start to the first and to the newest byte
     """
 
     bytes: int = 0
@@ -57,14 +69,42 @@ class Stats:
     seconds: float = 0.0
 
 
+# A filter maps probabilities float64 [256] to the same with the bytes it excludes at 0; the sum
+# need not be 1.
+Filter = Callable[[np.ndarray], np.ndarray]
+
+
+def top_k_filter(p: np.ndarray, k: int) -> np.ndarray:
+    """Keeps the k likeliest bytes; of equally likely ones the smaller."""
+    kept = np.argsort(-p, kind="stable")[:k]
+    filtered = np.zeros_like(p)
+    filtered[kept] = p[kept]
+    return filtered / filtered.sum()
+
+
+def top_p_filter(p: np.ndarray, threshold: float) -> np.ndarray:
+    """Keeps the likeliest bytes, as few as reach the sum `threshold` (arXiv 1904.09751)."""
+    order = np.argsort(-p, kind="stable")
+    sum_before = np.cumsum(p[order]) - p[order]
+    kept = order[sum_before < threshold]
+    filtered = np.zeros_like(p)
+    filtered[kept] = p[kept]
+    return filtered
+
+
+def min_p_filter(p: np.ndarray, fraction: float) -> np.ndarray:
+    """Keeps the bytes at least `fraction` times as likely as the likeliest (arXiv 2407.01082)."""
+    return np.where(p < fraction * p.max(), 0, p)
+
+
 @dataclass(frozen=True)
 class Sampler:
     """How a byte is drawn from the logits of head 0. Raises PicoError on an impossible option.
 
     - temperature: divides the logits; 0 always takes the likeliest byte
-    - top_k: only the k likeliest bytes; 0 is all
-    - top_p: only the likeliest bytes that together reach this probability; 1 is all
-    - min_p: only bytes at least this likely, as a fraction of the likeliest one; 0 is all
+    - top_k: only the k likeliest bytes; 0 keeps all
+    - top_p: only the likeliest bytes that together reach this probability; 1 keeps all
+    - min_p: only bytes at least this likely, as a fraction of the likeliest one; 0 keeps all
 
     They apply in this order; what is left is scaled to a sum of 1.
     """
@@ -84,28 +124,40 @@ class Sampler:
         if not 0 <= self.min_p <= 1:
             raise PicoError(f"min_p must be from 0 to 1, not {self.min_p}")
 
+    def filters(self) -> list[Filter]:
+        """The filters that are switched on, in the order in which they apply."""
+        chosen: list[Filter] = []
+        if 0 < self.top_k < 256:
+            chosen.append(partial(top_k_filter, k=self.top_k))
+        if self.top_p < 1:
+            chosen.append(partial(top_p_filter, threshold=self.top_p))
+        if self.min_p > 0:
+            chosen.append(partial(min_p_filter, fraction=self.min_p))
+        return chosen
+
     def distribution(self, logits: np.ndarray) -> np.ndarray:
         """Probabilities float64 [256] of the next byte, from logits [256]."""
         if self.temperature == 0:
             return np.eye(256)[np.argmax(logits)]
         scaled = logits.astype(np.float64)
-        with np.errstate(over="ignore"):  # to -inf, as it should be
+        with np.errstate(over="ignore"):  # a tiny temperature takes unlikely bytes to -inf
             scaled = (scaled - scaled.max()) / self.temperature
         p = np.exp(scaled)
         p /= p.sum()
-        if 0 < self.top_k < 256 or self.top_p < 1:
-            order = np.argsort(-p, kind="stable")  # ties to the smaller byte
-            if 0 < self.top_k < 256:
-                p[order[self.top_k :]] = 0
-                p /= p.sum()
-            if self.top_p < 1:
-                reached = np.cumsum(p[order]) - p[order]  # before each
-                p[order[reached >= self.top_p]] = 0
-        p[p < self.min_p * p.max()] = 0
+        for keep in self.filters():
+            p = keep(p)
         return p / p.sum()
 
     def __call__(self, logits: np.ndarray, rng: np.random.Generator) -> tuple[int, float]:
-        """A byte and the natural log of its probability; takes one number from `rng`."""
+        """A byte and the natural log of its probability; takes one number from `rng`.
+
+        Raises PicoError on logits that are not finite.
+        """
+        if not np.isfinite(logits).all():
+            raise PicoError(
+                "the model's logits are not finite: its weights are damaged or too large; use "
+                "another checkpoint"
+            )
         p = self.distribution(logits)
         total = np.cumsum(p)
         byte = int(np.searchsorted(total, rng.random() * total[-1], side="right"))
@@ -113,45 +165,72 @@ class Sampler:
 
 
 class DraftPolicy:
-    """How many drafts a pass should carry, from how often they were right lately.
+    """Chooses how many drafts a pass takes in, from how often drafts were right lately.
 
-    `right[j]`: how often draft j was, given that those before it were; a running average, which
-    also counts the guesses that no pass took in. The choice is that of the most bytes for the
-    time, if a row more costs ROW_COST of a pass of one row: little by itself, but the latent blocks
-    run as soon as one row needs them. It depends on the text alone.
+    `acceptance[j]` estimates the probability that draft j is right, given that all drafts before it
+    are: a running average over all drafts that the heads made, whether a pass took them in or not.
+    It depends on the text alone.
     """
 
-    ROW_COST = 0.25
-    WEIGHT = 0.05
+    ROW_COST = 0.25  # time of one more row, in passes of one row; latent blocks included
+    WEIGHT = 0.05  # of a new observation in the running average
 
-    def __init__(self, most: int) -> None:
-        self.right = [0.5] * most
-        self.guesses: list[int] = []  # the oldest ones that are still undecided
-        self.matched = 0
+    def __init__(self, limit: int) -> None:
+        """limit: the largest number of drafts."""
+        self.acceptance = [0.5] * limit
+        self.drafts: list[int] = []  # those being observed
+        self.observed = 0  # how many of them have been right
 
-    def choose(self) -> int:
-        expected, bytes_a_pass = [1.0], 1.0
-        for chance in self.right:
-            bytes_a_pass *= chance
-            expected.append(expected[-1] + bytes_a_pass)
-        sizes = [k for k in range(len(expected)) if k + 1 == graph_size(k + 1)]
-        sizes += [len(self.right)]
-        return max(sizes, key=lambda k: expected[k] / (1 + self.ROW_COST * k))
+    def num_drafts(self) -> int:
+        """The number of drafts with the most expected bytes for the time of the pass."""
+        expected, all_right = [1.0], 1.0
+        for probability in self.acceptance:
+            all_right *= probability
+            expected.append(expected[-1] + all_right)
+        limit = len(self.acceptance)
+        # a pass of another size would be padded to the next compiled one
+        numbers = [k for k in range(limit + 1) if k + 1 == graph_size(k + 1)] + [limit]
+        return max(numbers, key=lambda k: expected[k] / (1 + self.ROW_COST * k))
 
-    def guess(self, guesses: list[int]) -> None:
-        """All that the heads guess now, about the bytes after the one just sampled."""
-        if not self.guesses:
-            self.guesses, self.matched = guesses, 0
+    def propose(self, drafts: list[int]) -> None:
+        """All drafts of the heads, for the bytes after the newest one."""
+        if not self.drafts:
+            self.drafts, self.observed = drafts, 0
 
-    def see(self, byte: int) -> None:
-        """The byte that really came."""
-        if not self.guesses:
+    def observe(self, byte: int) -> None:
+        """The byte that was sampled next."""
+        if not self.drafts:
             return
-        hit = self.guesses[self.matched] == byte
-        self.right[self.matched] += self.WEIGHT * (hit - self.right[self.matched])
-        self.matched += 1
-        if not hit or self.matched == len(self.guesses):
-            self.guesses = []
+        right = self.drafts[self.observed] == byte
+        self.acceptance[self.observed] += self.WEIGHT * (right - self.acceptance[self.observed])
+        self.observed += 1
+        if not right or self.observed == len(self.drafts):
+            self.drafts = []
+
+
+class _Session:
+    """One generator's use of a decoder: `with session as decoder` around each access.
+
+    The first access takes the decoder over. A later one raises PicoError if anything else, another
+    generator as a rule, has used the decoder in between: the KV caches then hold another text.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder, self.changes = decoder, None
+
+    def __enter__(self) -> Decoder:
+        tinygrad_lock.acquire()
+        if self.changes not in (None, self.decoder.changes):
+            tinygrad_lock.release()
+            raise PicoError(
+                "the decoder of this generator has been used for another text in the meantime; "
+                "give each generator a decoder of its own: pico_tg.Decoder(model)"
+            )
+        return self.decoder
+
+    def __exit__(self, *_: object) -> None:
+        self.changes = self.decoder.changes
+        tinygrad_lock.release()
 
 
 def generate(
@@ -172,97 +251,104 @@ def generate(
     stats: Stats | None = None,
     decoder: Decoder | None = None,
 ) -> Iterator[GeneratedByte]:
-    """Continue `prompt`, yielding one record a byte until `</pico:seq>` or `max_bytes`.
+    """Continue `prompt`, yielding one record for each byte, until `</pico:seq>` or `max_bytes`.
 
     - temperature, top_k, top_p, min_p: see `Sampler`; temperature 0 is greedy
-    - seed: the same one gives the same bytes on the same backend
-    - num_samples: so many continuations, one after another; the prompt is read once
-    - speculative: let a pass take in guesses of the next bytes; the distribution is the same
+    - seed: the same seed gives the same bytes on the same backend
+    - num_samples: the number of continuations, one after the other; the prompt is read only once
+    - speculative: False takes in one byte a pass; the distribution is the same
     - ignore_end: go on after `</pico:seq>`, which is then part of the text
-    - raw_prompt: the prompt is all that the model sees; otherwise it is put after `<pico:seq>`, the
+    - raw_prompt: the model sees the prompt only; otherwise the prompt follows `<pico:seq>`, the
       start of a document
     - latent: False leaves the latent blocks out
-    - stats: filled in while bytes are made
-    - decoder: `Decoder(model)`, to be used again and again: making one takes seconds
+    - stats: updated with every byte
+    - decoder: a `Decoder(model)` to use; making one takes seconds, so that a program that generates
+      often keeps one. It serves one generator at a time: a generator whose decoder another one has
+      taken over raises PicoError when it is resumed
 
-    Raises PicoError on a bad option.
+    May be called from any thread. Raises PicoError on a bad option, and on logits that are not
+    finite.
     """
     sampler = Sampler(temperature, top_k, top_p, min_p)
-    for name, value, least in (("max_bytes", max_bytes, 0), ("num_samples", num_samples, 1)):
-        if value < least:
-            raise PicoError(f"{name} must be at least {least}, not {value}")
+    for name, value, minimum in (("max_bytes", max_bytes, 0), ("num_samples", num_samples, 1)):
+        if value < minimum:
+            raise PicoError(f"{name} must be at least {minimum}, not {value}")
     if seed is not None and seed < 0:
         raise PicoError(f"seed must be at least 0, not {seed}")
     if raw_prompt and not prompt:
         raise PicoError("a raw prompt must hold at least one byte: there is nothing to continue")
     start = prompt if raw_prompt else SEQ_START + prompt
     stats = Stats() if stats is None else stats
+    # a round is one decode pass: the newest byte and its drafts
+    draft_limit = min(model.config.next_tokens, DECODE_ROWS[-1]) - 1 if speculative else 0
 
     def samples() -> Iterator[GeneratedByte]:
         began = time.perf_counter()
-        own = decoder or Decoder(model)
-        own.use_latent = latent
-        own.position = own.selected = 0
-        heads = own.forward(start)[0][-1]
-        after_prompt = own.snapshot() if num_samples > 1 else None
-        for number in range(num_samples):
-            if number > 0:
-                own.restore(after_prompt)
-            rng = np.random.default_rng(None if seed is None else (seed, number))
-            most = model.config.next_tokens - 1 if speculative else 0
-            bytes_ = _decode(own, heads, sampler, rng, most, max_bytes, number, stats, began)
-            yield from bytes_ if ignore_end else _until_the_end_tag(bytes_)
+        session = _Session(decoder or Decoder(model))
+        with session as own:
+            own.reset(use_latent=latent)
+            heads = own.forward(start)[0][-1]  # (T, 256)
+            after_prompt = own.snapshot() if num_samples > 1 else None
+        for sample in range(num_samples):
+            if sample > 0:
+                with session as own:
+                    own.restore(after_prompt)
+            rng = np.random.default_rng(None if seed is None else (seed, sample))
+            policy = DraftPolicy(draft_limit)
+            records = _rounds(session, heads, sampler, rng, policy, max_bytes, sample, stats, began)
+            yield from records if ignore_end else _until_end_tag(records)
 
     return samples()
 
 
-def _decode(
-    decoder: Decoder,
+def _rounds(
+    session: _Session,
     heads: np.ndarray,
     sampler: Sampler,
     rng: np.random.Generator,
-    most_drafts: int,
+    policy: DraftPolicy,
     max_bytes: int,
-    number: int,
+    sample: int,
     stats: Stats,
     began: float,
 ) -> Iterator[GeneratedByte]:
-    """Rounds, given the logits [T, 256] of all heads at the last byte of the prompt."""
-    most_drafts = min(most_drafts, DECODE_ROWS[-1] - 1)  # a round is one pass
-    policy = DraftPolicy(most_drafts)
-    made, drafted = 0, False
+    """`max_bytes` bytes, from the logits [T, 256] of all heads at the last byte of the prompt."""
+    limit = len(policy.acceptance)
+    generated = rejected = 0
+    drafted = False
     byte, logprob = sampler(heads[0], rng)
-    while made < max_bytes:
-        guesses = np.argmax(heads[1 : 1 + most_drafts], axis=1).tolist()
-        policy.guess(guesses)
-        drafts = guesses[: min(policy.choose(), max_bytes - made - 1)]
-        logits, router_logits = decoder.forward(bytes([byte, *drafts]))
+    while generated < max_bytes:
+        proposed = np.argmax(heads[1 : 1 + limit], axis=1).tolist()
+        policy.propose(proposed)
+        drafts = proposed[: min(policy.num_drafts(), max_bytes - generated - 1)]
+        with session as decoder:
+            decoder.rollback(rejected)
+            logits, router_logits = decoder.forward(bytes([byte, *drafts]))
+            decisions = decoder.last_decisions
         stats.passes += 1
         stats.drafts += len(drafts)
-        accepted = 0
-        while True:
-            z, decision = float(router_logits[accepted]), bool(decoder.last_decisions[accepted])
-            made += 1
+        for accepted in range(len(drafts) + 1):
+            z, decision = float(router_logits[accepted]), bool(decisions[accepted])
+            generated += 1
             stats.bytes += 1
             stats.routed += decision
             stats.seconds = time.perf_counter() - began
             stats.first_byte_seconds = stats.first_byte_seconds or stats.seconds
-            yield GeneratedByte(byte, _sigmoid(z), decision, logprob, drafted, number)
-            if made == max_bytes:
-                break
+            yield GeneratedByte(byte, _sigmoid(z), decision, logprob, drafted, sample)
+            if generated == max_bytes:
+                return
             byte, logprob = sampler(logits[accepted, 0], rng)
-            policy.see(byte)
+            policy.observe(byte)
             drafted = accepted < len(drafts) and byte == drafts[accepted]
             if not drafted:
                 break
-            accepted += 1
             stats.accepted += 1
         heads = logits[accepted]
-        decoder.rollback(len(drafts) - accepted)
+        rejected = len(drafts) - accepted
 
 
-def _until_the_end_tag(records: Iterator[GeneratedByte]) -> Iterator[GeneratedByte]:
-    """The records up to `</pico:seq>`; bytes that may turn out to be it are held back."""
+def _until_end_tag(records: Iterator[GeneratedByte]) -> Iterator[GeneratedByte]:
+    """The records before `</pico:seq>`; bytes that may belong to it are held back until decided."""
     held: list[GeneratedByte] = []
     for record in records:
         held.append(record)

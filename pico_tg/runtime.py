@@ -6,6 +6,8 @@ that another version of tinygrad concerns one file (tests/test_structure.py). Ch
 """
 
 import contextlib
+import functools
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -202,3 +204,21 @@ def on_devices(values: np.ndarray, devices: tuple[str, ...], axis: int | None = 
     """A realized tensor of `values`, split along `axis` over the devices, or whole on each."""
     x = Tensor(values)
     return (x.shard(devices, axis=axis) if len(devices) > 1 else x).realize()
+
+
+# tinygrad 0.13 has global state without locks: the TinyJit that is capturing, `Context` variables,
+# caches of graphs and kernels. Whatever builds or runs a graph holds this lock meanwhile; without
+# it threads that decode at the same time fail or compute wrong values
+# (tests/test_generation.py::test_two_threads).
+tinygrad_lock = threading.RLock()
+
+
+def exclusive(function: Callable) -> Callable:
+    """The function, holding `tinygrad_lock` while it runs."""
+
+    @functools.wraps(function)
+    def locked(*args, **kwargs):
+        with tinygrad_lock:
+            return function(*args, **kwargs)
+
+    return locked

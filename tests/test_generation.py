@@ -1,135 +1,36 @@
-"""Cached decoding against the oracle and against recomputation; sampling and its ends."""
+"""Sampling, exact speculation, ends of a text, and who may use a decoder."""
 
 import itertools
 import math
-import sys
-import tempfile
+import threading
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import oracle
 import pytest
-from helpers import TINY, WINDOWS
-from tinygrad import Device, GlobalCounters, Tensor, nn
+from helpers import TINY
+from tinygrad import GlobalCounters, nn
 
-from pico_tg import PicoError, Stats, kv_cache, train
-from pico_tg.attention import alibi_slopes
+from pico_tg import PicoError, Stats, generation
 from pico_tg.config import Config
 from pico_tg.data import SEQ_END, SEQ_START
-from pico_tg.decoder import PREFILL_CHUNK, Decoder
+from pico_tg.decoder import Decoder
 from pico_tg.generation import Sampler, generate
 from pico_tg.model import Pico
-from pico_tg.runtime import has_cpu_kernels
-
-CONFIG = Config(
-    dim=18,
-    next_tokens=2,
-    att_q_heads=4,
-    att_kv_heads=2,
-    fb_num_blocks=1,
-    fb_att_window_size=3,
-    latent_capacity_factor=0.5,
-    latent_num_blocks=1,
-    latent_att_window_size=5,
-)
+from pico_tg.runtime import write_into
 
 
-@pytest.fixture(scope="module")
-def model() -> Pico:
-    return Pico(CONFIG, seed=7)
+def text_of(records) -> bytes:
+    return bytes(record.byte for record in records)
 
 
-@pytest.fixture(scope="module")
-def weights(model) -> oracle.Weights:
-    return {name: t.numpy() for name, t in nn.state.get_state_dict(model).items()}
+# --- the sampler ---
 
-
-@pytest.fixture(scope="module")
-def text() -> bytes:
-    return np.random.default_rng(0).integers(0, 256, 330, np.uint8).tobytes()
-
-
-def test_rings_wrap_around(model, weights, text, monkeypatch):
-    """Three times round the ring of 96 slots, by pieces of every kind, whole chunks among them."""
-    monkeypatch.setattr(sys.modules["pico_tg.decoder"], "MIN_PREFILL", PREFILL_CHUNK)
-    decoder = Decoder(model)
-    pieces = [
-        text[a:b] for a, b in itertools.pairwise([0, 1, 2, 66, 67, 130, 131, 200, 203, 209, 330])
-    ]
-    assert len(text) > 3 * decoder.before[0].ring.slots
-    found = np.concatenate([decoder.forward(piece)[0] for piece in pieces])
-    np.testing.assert_allclose(found, oracle.decode(weights, CONFIG, text), rtol=0, atol=2e-4)
-    assert decoder.position == len(text)
-    assert 0 < decoder.selected < len(text)
-
-
-@pytest.mark.parametrize("rejected", [1, 5, PREFILL_CHUNK])
-def test_setting_the_position_back_forgets(rejected, model, text, monkeypatch):
-    monkeypatch.setattr(sys.modules["pico_tg.decoder"], "MIN_PREFILL", PREFILL_CHUNK)
-    plain, undone = Decoder(model), Decoder(model)
-    for decoder in (plain, undone):
-        decoder.forward(text[:150])
-    undone.forward(text[-rejected:])
-    undone.rollback(rejected)
-    for piece in (text[150:151], text[151:190]):
-        for ours, theirs in zip(undone.forward(piece), plain.forward(piece), strict=True):
-            np.testing.assert_array_equal(ours, theirs)
-
-
-def test_memory_does_not_grow(model, text):
-    decoder = Decoder(model)
-    for _ in range(3):
-        decoder.forward(text[:1])
-        decoder.forward(text)
-    before = GlobalCounters.mem_used
-    for _ in range(5):
-        decoder.forward(text)
-    assert GlobalCounters.mem_used == before
-
-
-@pytest.fixture(scope="module")
-def shared(model) -> Decoder:
-    """A decoder of the model that has compiled what it needs, for `generate` to use."""
-    return Decoder(model)
-
-
-def test_greedy_is_the_likeliest_byte_of_a_full_pass(model, weights, shared):
-    prompt = b"once upon"
-    sample = list(generate(model, prompt, max_bytes=4, temperature=0, decoder=shared))
-    context = np.frombuffer(SEQ_START + prompt + bytes(r.byte for r in sample), np.uint8)
-    logits, z, _ = oracle.forward(weights, CONFIG, context[None], causal=True)
-    expected = np.argmax(logits[0, -len(sample) - 1 : -1, 0], axis=-1)
-    assert [r.byte for r in sample] == expected.tolist()
-    z = z[0, -len(sample) :]
-    np.testing.assert_allclose([r.router_weight for r in sample], 1 / (1 + np.exp(-z)), atol=1e-5)
-    assert [r.router_decision for r in sample] == list(z > 0)
-    assert all(r.logprob == 0 for r in sample)
-
-
-def test_the_seed_decides(model, shared):
-    def sample(seed):
-        return bytes(r.byte for r in generate(model, b"a", max_bytes=20, seed=seed, decoder=shared))
-
-    assert sample(1) == sample(1)
-    assert sample(1) != sample(2)
-    assert sample(None) != sample(None)
-
-
-def test_logprob_is_that_of_the_distribution_sampled(model, shared):
-    options = {"temperature": 0.7, "top_k": 9, "seed": 3, "decoder": shared}
-    (record,) = generate(model, b"a", max_bytes=1, **options)
-    shared.position = shared.selected = 0
-    logits = shared.forward(SEQ_START + b"a")[0][-1, 0]
-    expected = Sampler(0.7, top_k=9).distribution(logits)[record.byte]
-    assert np.exp(record.logprob) == pytest.approx(expected, rel=1e-6)
-
-
-LOGITS = np.log(np.arange(1, 257, dtype=np.float64))
+LOGITS = np.log(np.arange(1, 257, dtype=np.float64))  # byte b has probability (b + 1) / 32896
 
 
 def test_temperature():
-    np.testing.assert_allclose(Sampler().distribution(LOGITS), np.arange(1, 257) / (128 * 257))
+    np.testing.assert_allclose(Sampler().distribution(LOGITS), np.arange(1, 257) / 32896)
     squared = np.arange(1, 257.0) ** 2
     np.testing.assert_allclose(Sampler(0.5).distribution(LOGITS), squared / squared.sum())
     assert Sampler(0).distribution(LOGITS).argmax() == 255
@@ -138,7 +39,7 @@ def test_temperature():
 
 
 def test_filters():
-    whole = np.arange(1, 257) / (128 * 257)
+    whole = np.arange(1, 257) / 32896
     top = Sampler(top_k=3).distribution(LOGITS)
     np.testing.assert_allclose(top[253:], whole[253:] / whole[253:].sum())
     assert not top[:253].any()
@@ -149,333 +50,20 @@ def test_filters():
     half = Sampler(min_p=0.499).distribution(LOGITS)
     np.testing.assert_allclose(half[127:], whole[127:] / whole[127:].sum())
     assert not half[:127].any()
-    # in that order: half of the mass of the four likeliest is the two likeliest, or a little more
+    # top_p applies after top_k: half of the mass of four bytes is two of them
     assert np.count_nonzero(Sampler(top_k=4, top_p=0.5).distribution(LOGITS)) == 2
-    flat = Sampler(top_k=5).distribution(np.zeros(256))  # ties: the smaller bytes
+    flat = Sampler(top_k=5).distribution(np.zeros(256))  # of equally likely bytes the smaller
     np.testing.assert_array_equal(np.flatnonzero(flat), range(5))
     for sampler in (Sampler(top_k=300), Sampler(top_k=256), Sampler(min_p=0.0)):
         np.testing.assert_array_equal(sampler.distribution(LOGITS), Sampler().distribution(LOGITS))
 
 
-class Scripted:
-    """Stands in for a Decoder: whatever is fed, the next byte of the script is certain.
-
-    `right(position)` says whether the first draft made there will be right, and so on.
-    """
-
-    def __init__(self, script: bytes, drafts: int = 0, right=lambda position: True) -> None:
-        self.script, self.drafts, self.right = script, drafts, right
-        self.position, self.passes, self.fed = 0, 0, []
-        self.last_decisions = np.zeros(0, bool)
-
-    def forward(self, data: bytes):
-        rows = len(data)
-        if self.passes == 0:  # the prompt
-            rows = 1
-        logits = np.full((rows, 1 + self.drafts, 256), -np.inf, np.float32)
-        for row in range(rows):
-            at = self.position + row + (self.passes > 0)
-            for head in range(1 + self.drafts):
-                byte = self.script[min(at + head, len(self.script) - 1)]
-                wrong = head > 0 and not self.right(at + head)
-                logits[row, head, byte ^ 1 if wrong else byte] = 0
-        self.position += rows if self.passes else 0
-        self.passes += 1
-        self.fed.append(rows)
-        self.last_decisions = np.zeros(rows, bool)
-        return logits, np.zeros(rows, np.float32)
-
-    def rollback(self, count: int) -> None:
-        self.position -= count
-
-
-def scripted(monkeypatch, script: bytes, max_bytes: int = 100, decoder=None, **options) -> bytes:
-    module = sys.modules["pico_tg.generation"]  # the name in the package is the function
-    decoder = decoder or Scripted(script)
-    monkeypatch.setattr(module, "Decoder", lambda *_: decoder)
-    heads = type("Model", (), {"config": Config(**(vars(CONFIG) | {"next_tokens": 8}))})
-    records = generate(heads, max_bytes=max_bytes, **options)
-    return bytes(r.byte for r in records)
-
-
-def test_ends_at_the_end_tag(monkeypatch):
-    script = b"a <b></pico" + SEQ_END + b"more"
-    assert scripted(monkeypatch, script) == b"a <b></pico"
-    assert scripted(monkeypatch, script, len(script), ignore_end=True) == script
-
-
-def test_a_tag_that_does_not_end_is_text(monkeypatch):
-    assert scripted(monkeypatch, b"a</pico:se", max_bytes=10) == b"a</pico:se"
-    assert scripted(monkeypatch, b"</pico:sex", max_bytes=10) == b"</pico:sex"
-
-
-SCRIPT = bytes(range(32, 127)) * 4
-
-
-def test_drafts_that_are_always_right(monkeypatch):
-    """After a while a pass takes eight bytes in, and all of them stay."""
-    decoder, stats = Scripted(SCRIPT, 7), Stats()
-    assert scripted(monkeypatch, SCRIPT, 300, decoder, stats=stats) == SCRIPT[:300]
-    assert decoder.fed[-3:-1] == [8, 8]
-    assert stats.drafts == stats.accepted
-    assert stats.bytes == stats.passes + stats.accepted == 300
-    assert stats.passes == len(decoder.fed) - 1 < 70
-
-
-@pytest.mark.parametrize("heads", [9, 16])
-def test_more_heads_than_a_pass_has_rows(heads, monkeypatch):
-    decoder = Scripted(SCRIPT, heads - 1)
-    config = Config(**(vars(CONFIG) | {"next_tokens": heads}))
-    monkeypatch.setattr(sys.modules["pico_tg.generation"], "Decoder", lambda *_: decoder)
-    records = generate(type("Model", (), {"config": config}), max_bytes=300)
-    assert bytes(r.byte for r in records) == SCRIPT[:300]
-    assert max(decoder.fed) == 8
-
-
-def test_drafts_that_are_never_right(monkeypatch):
-    """After a while there are none."""
-    decoder, stats = Scripted(SCRIPT, 7, lambda at: False), Stats()
-    assert scripted(monkeypatch, SCRIPT, 200, decoder, stats=stats) == SCRIPT[:200]
-    assert stats.accepted == 0
-    assert stats.passes == 200
-    assert decoder.fed[-100:] == [1] * 100
-
-
-def test_drafts_that_are_sometimes_right(monkeypatch):
-    """Every third is wrong: two more bytes a pass, at most."""
-    stats = Stats()
-    heads = type("Model", (), {"config": Config(**(vars(CONFIG) | {"next_tokens": 8}))})
-    decoder = Scripted(SCRIPT, 7, lambda at: at % 3 != 0)
-    monkeypatch.setattr(sys.modules["pico_tg.generation"], "Decoder", lambda *_: decoder)
-    records = list(generate(heads, max_bytes=240, stats=stats))
-    assert bytes(r.byte for r in records) == SCRIPT[:240]
-    assert sum(r.drafted for r in records) == stats.accepted > 100
-    assert 80 <= stats.passes < 140
-
-
-def test_no_speculation(monkeypatch):
-    decoder = Scripted(SCRIPT, 7)
-    assert scripted(monkeypatch, SCRIPT, 50, decoder, speculative=False) == SCRIPT[:50]
-    assert set(decoder.fed) == {1}
-
-
-class Eager:
-    """A policy that always drafts all, right or wrong."""
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-
-    def choose(self) -> int:
-        return self.most
-
-    def guess(self, guesses: list[int]) -> None: ...
-
-    def see(self, byte: int) -> None: ...
-
-
-WORDS = ["ab ", "ac ", "bad ", "bc ", "cab ", "cb ", "abcde "]
-
-
-@pytest.fixture(scope="module")
-def repetitive() -> Pico:
-    """A model that learned a few words by heart, so that some drafts are right."""
-    model = Pico(TINY, seed=3)
-    settings = WINDOWS | {"learning_rate": 1e-2, "warmup_steps": 5, "optimizer": "adamw"}
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PICO_CACHE", folder)
-        path = Path(folder) / "text.txt"
-        rng = np.random.default_rng(0)
-        path.write_text("".join(rng.choice(WORDS) for _ in range(500)))
-        list(train(model, str(path), max_steps=250, epochs=999, **settings))
-    return model
-
-
-@pytest.fixture(scope="module")
-def repetitive_decoder(repetitive) -> Decoder:
-    return Decoder(repetitive)
-
-
-OPTIONS = [
-    {"temperature": 0.0},
-    {"temperature": 1.0},
-    {"temperature": 0.6, "top_k": 4},
-    {"temperature": 1.3, "top_p": 0.8},
-    {"temperature": 1.0, "min_p": 0.1},
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_speculation_changes_no_byte(options, repetitive, repetitive_decoder, monkeypatch):
-    """The same uniforms are spent on the same bytes, however many a pass took in."""
-    monkeypatch.setattr(sys.modules["pico_tg.generation"], "DraftPolicy", Eager)
-    found = {}
-    for speculative in (True, False):
-        options = options | {"speculative": speculative, "decoder": repetitive_decoder}
-        records = generate(repetitive, b"abc", max_bytes=120, seed=5, **options)
-        found[speculative] = list(records)
-    assert [r.byte for r in found[True]] == [r.byte for r in found[False]]
-    assert [r.router_decision for r in found[True]] == [r.router_decision for r in found[False]]
-    for name in ("router_weight", "logprob"):
-        a, b = ([getattr(r, name) for r in found[kind]] for kind in (True, False))
-        np.testing.assert_allclose(a, b, rtol=0, atol=2e-4)
-    drafted = sum(r.drafted for r in found[True])
-    assert 10 < drafted < 110
-    assert not any(r.drafted for r in found[False])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("options", OPTIONS[1:], ids=str)
-def test_three_bytes_are_distributed_as_enumerated(
-    options, repetitive, repetitive_decoder, monkeypatch
-):
-    """Pearson's chi-squared, against the product of byte-by-byte distributions."""
-    monkeypatch.setattr(sys.modules["pico_tg.generation"], "DraftPolicy", Eager)
-    sampler, decoder = Sampler(**options), repetitive_decoder
-    decoder.position = decoder.selected = 0
-    start = decoder.forward(SEQ_START + b"bad ")[0][-1, 0]
-
-    def enumerate_(logits, depth, text, chance, found):
-        for byte, p in enumerate(sampler.distribution(logits)):
-            if chance * p < 1e-4:
-                continue
-            if depth == 1:
-                found[text + bytes([byte])] = chance * p
-                continue
-            before = decoder.position, decoder.selected
-            after = decoder.forward(bytes([byte]))[0][0, 0]
-            enumerate_(after, depth - 1, text + bytes([byte]), chance * p, found)
-            decoder.position, decoder.selected = before
-        return found
-
-    expected = enumerate_(start, 3, b"", 1.0, {})
-    samples = 1200
-    records = generate(
-        repetitive, b"bad ", max_bytes=3, num_samples=samples, seed=11, ignore_end=True,
-        decoder=decoder, **options,
-    )  # fmt: skip
-    counts = Counter()
-    for _, group in itertools.groupby(records, key=lambda r: r.sample):
-        counts[bytes(r.byte for r in group)] += 1
-    assert counts.total() == samples
-    frequent = {text: p for text, p in expected.items() if p * samples >= 5}
-    assert len(frequent) > 3
-    statistic = sum((counts[t] - samples * p) ** 2 / (samples * p) for t, p in frequent.items())
-    rest = 1 - sum(frequent.values())
-    others = samples - sum(counts[t] for t in frequent)
-    if rest * samples >= 5:
-        statistic += (others - samples * rest) ** 2 / (samples * rest)
-    # mean k and variance 2k: five deviations are one chance in a million or less
-    freedom = len(frequent)
-    assert statistic < freedom + 5 * math.sqrt(2 * freedom), statistic
-
-
-def test_prompts_of_every_length_about_the_windows(model, weights, text, shared):
-    """The first byte after the prompt has the distribution of a full pass."""
-    for length in (1, 2, 3, 4, 5, 6, 7, 62, 63, 64, 65, 66, 127, 128, 129):
-        prompt = text[:length]
-        options = {"temperature": 0, "raw_prompt": True, "decoder": shared}
-        (record,) = generate(model, prompt, max_bytes=1, **options)
-        logits = oracle.forward(
-            weights, CONFIG, np.frombuffer(prompt, np.uint8)[None], causal=True
-        )[0][0, -1, 0]
-        assert record.byte == np.argmax(logits)
-
-
-def test_samples_share_a_prompt(model, shared):
-    """Each is what it would be alone with its own uniforms; the first is that of the seed."""
-    options = {"max_bytes": 20, "seed": 4, "ignore_end": True, "decoder": shared}
-    records = list(generate(model, b"once", num_samples=3, **options))
-    samples = [bytes(r.byte for r in records if r.sample == n) for n in range(3)]
-    assert [len(sample) for sample in samples] == [20] * 3
-    assert len(set(samples)) == 3
-    alone = generate(model, b"once", **options)
-    assert bytes(r.byte for r in alone) == samples[0]
-
-
-def test_a_decoder_serves_again(model):
-    """Whatever it was used for before, without compiling or allocating anew."""
-    decoder = Decoder(model)
-
-    def sample(**options):
-        return list(generate(model, b"once", max_bytes=80, seed=6, ignore_end=True, **options))
-
-    first = sample(decoder=decoder)
-    assert first == sample()
-    for _ in range(3):  # a graph is made at its second use, and replayed from the third on
-        sample(decoder=decoder, latent=False)
-        sample(decoder=decoder)
-    before = GlobalCounters.mem_used
-    assert sample(decoder=decoder) == first
-    assert GlobalCounters.mem_used == before
-
-
-def test_without_the_latent_blocks(model, weights):
-    """As if their contribution were nothing."""
-    cut = {k: v * 0 if "latent.blocks" in k and "proj" in k else v for k, v in weights.items()}
-    cut = {k: v * 0 if "latent.blocks" in k and "fc2" in k else v for k, v in cut.items()}
-    data = SEQ_START + b"some text"
-    found = Decoder(model, use_latent=False).forward(data)[0]
-    x = np.frombuffer(data, np.uint8)[None]
-    np.testing.assert_allclose(
-        found, oracle.forward(cut, CONFIG, x, causal=True)[0][0], rtol=0, atol=2e-4
-    )
-    records = list(generate(model, b"a", max_bytes=30, latent=False, seed=1))
-    assert not any(r.router_decision for r in records)
-
-
-@pytest.mark.slow
-def test_twenty_thousand_bytes(model):
-    """At constant memory; the last bytes are still those of a full pass."""
-    decoder = Decoder(model)
-    data = np.random.default_rng(5).integers(0, 256, 20_000, np.uint8).tobytes()
-    used = []
-    for start in range(0, len(data), 1000):
-        decoder.forward(data[start : start + 990])
-        for byte in data[start + 990 : start + 1000]:
-            last = decoder.forward(bytes([byte]))[0]
-        used.append(GlobalCounters.mem_used)
-    assert decoder.position == 20_000
-    assert len(set(used[1:])) == 1
-    # what is out of every window, of bytes or of selected bytes, does not matter
-    tail = Decoder(model)
-    reach = 400
-    tail.forward(data[-reach:-1])
-    again = tail.forward(data[-1:])[0]
-    np.testing.assert_allclose(last, again, rtol=0, atol=2e-4)
-
-
-@pytest.mark.parametrize("rows", [1, 2, 4, 8, PREFILL_CHUNK])
-def test_kernels_by_hand_are_the_plain_ones(rows, monkeypatch):
-    """KVCache, scores, weighted values and packed products; before, at and beyond a full ring."""
-    if not has_cpu_kernels(Device.DEFAULT):
-        pytest.skip(f"{Device.DEFAULT} has no kernels of ours")
-    H, K, C, window = 6, 3, 7, 9
-    rng = np.random.default_rng(rows)
-    rings = {}
-    for by_hand in (True, False):
-        monkeypatch.setenv("PICO_KERNELS", "1" if by_hand else "0")
-        rings[by_hand] = kv_cache.KVCache(H, K, C, window, PREFILL_CHUNK, alibi_slopes(H))
-        assert rings[by_hand].has_cpu_kernels == by_hand
-    for start in (0, rows, 40, 40 + rows, 90, 1000):
-        qkv = rng.standard_normal((rows, (H + 2 * K) * C)).astype(np.float32)
-        at = Tensor(np.array([start], np.int32)).realize()
-        one, other = (ring.attend(Tensor(qkv).realize(), at).numpy() for ring in rings.values())
-        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
-    weight, scale = rng.standard_normal((50, 21)), rng.standard_normal(21)
-    x, s = rng.standard_normal((rows, 21)), rng.standard_normal((rows, 1))
-    residual = rng.standard_normal((rows, 64))
-    tensors = [Tensor(v.astype(np.float32)).realize() for v in (weight, scale, x, s, residual)]
-    expected = (x * scale) @ weight.T * s + residual[:, :50]
-    for by_hand in ("1", "0"):
-        monkeypatch.setenv("PICO_KERNELS", by_hand)
-        packed = kv_cache.PackedLinear(tensors[0], tensors[1])
-        found = packed(tensors[2], tensors[3], tensors[4][:, : packed.width].contiguous())
-        np.testing.assert_allclose(found.numpy()[:, :50], expected, rtol=0, atol=1e-4)
-
-
-def test_no_bytes_wanted(model, shared):
-    assert list(generate(model, b"a", max_bytes=0, decoder=shared)) == []
+def test_samples_are_distributed_as_the_distribution():
+    rng = np.random.default_rng(0)
+    sampler = Sampler(top_k=3)
+    drawn = Counter(sampler(LOGITS, rng)[0] for _ in range(3000))
+    assert drawn.keys() == {253, 254, 255}
+    assert all(abs(count - 1000) < 130 for count in drawn.values())  # five deviations
 
 
 @pytest.mark.parametrize(
@@ -493,11 +81,349 @@ def test_no_bytes_wanted(model, shared):
         {"seed": -1},
     ],
 )
-def test_bad_options(option, model):
+def test_bad_options(option):
     with pytest.raises(PicoError, match=next(iter(option))):
-        generate(model, b"a", **option)
+        generate(None, b"a", **option)
 
 
-def test_a_raw_prompt_of_nothing(model):
+def test_a_raw_prompt_of_nothing():
     with pytest.raises(PicoError, match="raw prompt must hold"):
-        generate(model, b"", raw_prompt=True)
+        generate(None, b"", raw_prompt=True)
+
+
+# --- drafts, with a decoder whose text is known ---
+
+
+class Scripted:
+    """Stands in for a Decoder: whatever it is fed, the next byte of the script is certain.
+
+    `right(position)`: whether a draft for that position is right.
+    """
+
+    def __init__(self, script: bytes, drafts: int = 0, right=lambda position: True) -> None:
+        self.script, self.drafts, self.right = script, drafts, right
+        self.rows: list[int] = []  # of each pass, the prompt's left out
+        self.changes = 0
+
+    def reset(self, use_latent: bool) -> None:
+        self.position = None  # before the prompt
+
+    def forward(self, data: bytes):
+        if self.position is None:
+            self.position, rows = -1, 1
+        else:
+            rows = len(data)
+            self.rows.append(rows)
+        logits = np.full((rows, 1 + self.drafts, 256), -1e4, np.float32)
+        for row, head in itertools.product(range(rows), range(1 + self.drafts)):
+            at = self.position + 1 + row + head
+            byte = self.script[min(at, len(self.script) - 1)]
+            wrong = head > 0 and not self.right(at)
+            logits[row, head, byte ^ 1 if wrong else byte] = 0
+        self.position += rows
+        self.last_decisions = np.zeros(rows, bool)
+        return logits, np.zeros(rows, np.float32)
+
+    def rollback(self, count: int) -> None:
+        self.position -= count
+
+
+class Heads:
+    """Stands in for a model with 8 heads."""
+
+    config = Config(**(vars(TINY) | {"next_tokens": 8}))
+
+
+SCRIPT = bytes(range(32, 127)) * 4
+
+
+def test_ends_at_the_end_tag():
+    script = b"a <b></pico" + SEQ_END + b"more"
+    options = {"max_bytes": len(script), "decoder": Scripted(script)}
+    assert text_of(generate(Heads, **options)) == b"a <b></pico"
+    assert text_of(generate(Heads, ignore_end=True, **options)) == script
+
+
+@pytest.mark.parametrize("script", [b"a</pico:se", b"</pico:sex"])
+def test_a_tag_that_does_not_end_is_text(script):
+    assert text_of(generate(Heads, max_bytes=10, decoder=Scripted(script))) == script
+
+
+@pytest.mark.parametrize("heads", [8, 9, 16])
+def test_drafts_that_are_always_right(heads):
+    """After a while a pass takes in as many rows as there are, 8, and all of them stay."""
+    decoder, stats = Scripted(SCRIPT, heads - 1), Stats()
+    model = type("Heads", (), {"config": Config(**(vars(TINY) | {"next_tokens": heads}))})
+    records = list(generate(model, max_bytes=300, decoder=decoder, stats=stats))
+    assert text_of(records) == SCRIPT[:300]
+    assert max(decoder.rows) == 8
+    assert decoder.rows[-3:-1] == [8, 8]
+    assert stats.drafts == stats.accepted == sum(record.drafted for record in records)
+    assert stats.bytes == stats.passes + stats.accepted == 300
+    assert stats.passes == len(decoder.rows) < 70
+
+
+def test_drafts_that_are_never_right():
+    """After a while there are none."""
+    decoder, stats = Scripted(SCRIPT, 7, lambda at: False), Stats()
+    assert text_of(generate(Heads, max_bytes=200, decoder=decoder, stats=stats)) == SCRIPT[:200]
+    assert stats.accepted == 0
+    assert stats.passes == 200
+    assert decoder.rows[-100:] == [1] * 100
+
+
+def test_drafts_that_are_sometimes_right():
+    """Every third is wrong: at most three bytes a pass."""
+    decoder, stats = Scripted(SCRIPT, 7, lambda at: at % 3 != 0), Stats()
+    records = list(generate(Heads, max_bytes=240, decoder=decoder, stats=stats))
+    assert text_of(records) == SCRIPT[:240]
+    assert sum(record.drafted for record in records) == stats.accepted > 100
+    assert 80 <= stats.passes < 140
+
+
+def test_no_speculation():
+    decoder = Scripted(SCRIPT, 7)
+    records = generate(Heads, max_bytes=50, decoder=decoder, speculative=False)
+    assert text_of(records) == SCRIPT[:50]
+    assert set(decoder.rows) == {1}
+
+
+# --- a real model ---
+
+
+@pytest.fixture(scope="module")
+def model() -> Pico:
+    """Random weights, and a bias of all heads towards four bytes: many drafts are right."""
+    model = Pico(TINY, seed=4)
+    bias = np.zeros((TINY.next_tokens, 256), np.float32)
+    bias[:, np.frombuffer(b"abcd", np.uint8)] = [13.5, 13, 13, 13]
+    write_into(model.unembedding.bias, bias.reshape(-1))
+    return model
+
+
+@pytest.fixture(scope="module")
+def weights(model) -> oracle.Weights:
+    return {name: t.numpy() for name, t in nn.state.get_state_dict(model).items()}
+
+
+@pytest.fixture(scope="module")
+def decoder(model) -> Decoder:
+    """One decoder for all tests: each of its graphs is compiled once."""
+    return Decoder(model)
+
+
+def test_greedy_is_the_likeliest_byte_of_a_full_pass(model, weights, decoder):
+    prompt = b"once upon"
+    sample = list(generate(model, prompt, max_bytes=4, temperature=0, decoder=decoder))
+    context = np.frombuffer(SEQ_START + prompt + text_of(sample), np.uint8)
+    logits, z, _ = oracle.forward(weights, TINY, context[None], causal=True)
+    expected = np.argmax(logits[0, -len(sample) - 1 : -1, 0], axis=-1)
+    assert [r.byte for r in sample] == expected.tolist()
+    z = z[0, -len(sample) :]
+    np.testing.assert_allclose([r.router_weight for r in sample], 1 / (1 + np.exp(-z)), atol=1e-5)
+    assert [r.router_decision for r in sample] == list(z > 0)
+    assert all(r.logprob == 0 for r in sample)
+
+
+def test_prompts_of_every_length_about_the_windows(model, weights, decoder):
+    """The first byte is drawn from the distribution of a full pass over the prompt."""
+    text = np.random.default_rng(0).integers(0, 256, 130, np.uint8).tobytes()
+    for length in (1, 2, 5, 6, 7, 8, 9, 10, 11, 64, 129):
+        prompt = text[:length]
+        options = {"raw_prompt": True, "decoder": decoder, "seed": 1}
+        (record,) = generate(model, prompt, max_bytes=1, **options)
+        x = np.frombuffer(prompt, np.uint8)[None]
+        logits = oracle.forward(weights, TINY, x, causal=True)[0][0, -1, 0]
+        expected = Sampler().distribution(logits)[record.byte]
+        assert np.exp(record.logprob) == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_seed_decides(model, decoder):
+    def sample(seed):
+        return text_of(generate(model, b"a", max_bytes=20, seed=seed, decoder=decoder))
+
+    assert sample(1) == sample(1)
+    assert sample(1) != sample(2)
+    assert sample(None) != sample(None)
+
+
+def test_samples_share_a_prompt(model, decoder):
+    """Each has random numbers of its own; the first is the only sample of the same seed."""
+    options = {"max_bytes": 20, "seed": 4, "ignore_end": True, "decoder": decoder}
+    records = list(generate(model, b"once", num_samples=3, **options))
+    samples = [text_of(r for r in records if r.sample == n) for n in range(3)]
+    assert [len(sample) for sample in samples] == [20] * 3
+    assert len(set(samples)) == 3
+    assert text_of(generate(model, b"once", **options)) == samples[0]
+
+
+def test_a_decoder_serves_again(model, decoder):
+    """Whatever it was used for before, with the same text and without allocating anew."""
+
+    def sample(**options):
+        options = {"max_bytes": 80, "seed": 6, "ignore_end": True} | options
+        return list(generate(model, b"once", **options))
+
+    first = sample()
+    for _ in range(3):  # a graph is captured at its first use, and replayed from the second on
+        shallow = sample(decoder=decoder, latent=False)
+        sample(decoder=decoder)
+    assert not any(record.router_decision for record in shallow)
+    before = GlobalCounters.mem_used
+    assert sample(decoder=decoder) == first
+    assert GlobalCounters.mem_used == before
+
+
+def test_no_bytes_wanted(model, decoder):
+    assert list(generate(model, b"a", max_bytes=0, decoder=decoder)) == []
+
+
+class AllDrafts(generation.DraftPolicy):
+    """Always drafts as much as it may."""
+
+    def num_drafts(self) -> int:
+        return len(self.acceptance)
+
+
+OPTIONS = [
+    {"temperature": 0.0},
+    {"temperature": 1.0},
+    {"temperature": 0.6, "top_k": 4},
+    {"temperature": 1.3, "top_p": 0.8},
+    {"temperature": 1.0, "min_p": 0.1},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_speculation_changes_no_byte(options, model, decoder, monkeypatch):
+    """The same random numbers are spent on the same bytes, however many a pass takes in."""
+    monkeypatch.setattr(generation, "DraftPolicy", AllDrafts)
+    found = {}
+    for speculative in (True, False):
+        options = options | {"speculative": speculative, "decoder": decoder}
+        found[speculative] = list(generate(model, b"abc", max_bytes=120, seed=5, **options))
+    assert text_of(found[True]) == text_of(found[False])
+    assert [r.router_decision for r in found[True]] == [r.router_decision for r in found[False]]
+    for name in ("router_weight", "logprob"):
+        a, b = ([getattr(r, name) for r in found[kind]] for kind in (True, False))
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-4)
+    drafted = sum(r.drafted for r in found[True])
+    assert 10 < drafted < 110
+    assert not any(r.drafted for r in found[False])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", OPTIONS[1:], ids=str)
+def test_three_bytes_are_distributed_as_enumerated(options, model, decoder, monkeypatch):
+    """Pearson's chi-squared, against the product of byte-by-byte distributions."""
+    monkeypatch.setattr(generation, "DraftPolicy", AllDrafts)
+    sampler = Sampler(**options)
+
+    def enumerate_texts(text: bytes, chance: float) -> dict[bytes, float]:
+        if len(text) == 3:
+            return {text: chance}
+        decoder.reset()
+        logits = decoder.forward(SEQ_START + b"bad " + text)[0][-1, 0]
+        found = {}
+        for byte, p in enumerate(sampler.distribution(logits)):
+            if chance * p >= 1e-4:
+                found |= enumerate_texts(text + bytes([byte]), chance * p)
+        return found
+
+    decoder.reset(use_latent=True)
+    expected = enumerate_texts(b"", 1.0)
+    samples = 1200
+    records = generate(
+        model, b"bad ", max_bytes=3, num_samples=samples, seed=11, ignore_end=True,
+        decoder=decoder, **options,
+    )  # fmt: skip
+    groups = itertools.groupby(records, key=lambda record: record.sample)
+    counts = Counter(text_of(group) for _, group in groups)
+    assert counts.total() == samples
+    frequent = {text: p for text, p in expected.items() if p * samples >= 5}
+    assert len(frequent) > 3
+    statistic = sum((counts[t] - samples * p) ** 2 / (samples * p) for t, p in frequent.items())
+    rest = 1 - sum(frequent.values())
+    others = samples - sum(counts[t] for t in frequent)
+    if rest * samples >= 5:
+        statistic += (others - samples * rest) ** 2 / (samples * rest)
+    # mean k and variance 2k: five deviations are one chance in a million or less
+    freedom = len(frequent)
+    assert statistic < freedom + 5 * math.sqrt(2 * freedom), statistic
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("value", [3.3e38, float("nan")])
+def test_logits_that_are_not_finite(value, temperature, decoder):
+    """Finite weights may give infinite logits. The first byte and a later one are both checked."""
+    weight = decoder.unembedding.weight.numpy()
+    try:
+        records = generate(Heads, b"a", max_bytes=9, temperature=temperature, decoder=decoder)
+        next(records)
+        write_into(decoder.unembedding.weight, np.full_like(weight, value))
+        with pytest.raises(PicoError, match=r"^the model's logits are not finite"):
+            list(records)
+        with pytest.raises(PicoError, match=r"^the model's logits are not finite"):
+            list(generate(Heads, b"a", temperature=temperature, decoder=decoder))
+    finally:
+        write_into(decoder.unembedding.weight, weight)
+
+
+# --- several users of one model or one decoder ---
+
+
+@pytest.mark.parametrize("speculative", [True, False])
+def test_a_decoder_serves_one_generator_at_a_time(speculative, model, decoder):
+    options = {"max_bytes": 40, "seed": 1, "ignore_end": True, "speculative": speculative}
+    expected = text_of(generate(model, b"a", decoder=decoder, **options))
+    first = generate(model, b"b", decoder=decoder, **options)
+    next(first)
+    second = generate(model, b"a", decoder=decoder, **options)
+    found = [next(second)]
+    with pytest.raises(PicoError, match="a decoder of its own"):
+        list(first)
+    found += second  # the error of the first does the second no harm
+    assert text_of(found) == expected
+    # nor does the end of a generator that has all its bytes, or is closed
+    last = generate(model, b"b", decoder=decoder, **(options | {"max_bytes": 1}))
+    closed = generate(model, b"b", decoder=decoder, **options)
+    next(last), next(closed)
+    third = generate(model, b"a", decoder=decoder, **options)
+    found = [next(third)]
+    assert list(last) == []
+    closed.close()
+    assert text_of([*found, *third]) == expected
+    # other uses of the decoder are noticed as well
+    fourth = generate(model, b"a", decoder=decoder, **options)
+    next(fourth)
+    decoder.forward(b"x")
+    with pytest.raises(PicoError, match="a decoder of its own"):
+        list(fourth)
+
+
+def in_threads(*functions):
+    """The results of functions that run at the same time, each in a thread of its own."""
+    results = [None] * len(functions)
+    barrier = threading.Barrier(len(functions))
+
+    def work(i: int) -> None:
+        barrier.wait()
+        results[i] = functions[i]()
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(functions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_two_threads(model):
+    """Two decoders, made and used at the same time, give the texts that they give alone."""
+
+    def sample(seed: int):
+        options = {"max_bytes": 100, "seed": seed, "ignore_end": True}
+        return lambda: text_of(generate(model, b"once", **options))
+
+    expected = [sample(seed)() for seed in (1, 2)]
+    assert in_threads(sample(1), sample(2)) == expected

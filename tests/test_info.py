@@ -38,7 +38,7 @@ def test_parameters_by_part(model):
 
 
 def test_memory_of_the_caches(model):
-    assert cache_bytes(CONFIG) == sum(ring.nbytes() for ring in Decoder(model)._rings())
+    assert cache_bytes(CONFIG) == sum(t.nbytes() for t in Decoder(model).cache_tensors())
 
 
 def test_operations_of_decoding():

@@ -87,7 +87,7 @@ def test_decoding_is_the_causal_pass(variant):
     close(logits[0], expected, 1e-4)
     decoder = Decoder(model)
     for attempt in range(2):  # the second one after forgetting all
-        decoder.position = decoder.selected = 0
+        decoder.reset()
         found, chosen = [], []
         for start, end in itertools.pairwise([0, 1, 3, 7, 8, 9, 17, 24, 30]):
             if attempt and start:
@@ -170,7 +170,7 @@ def test_rings_at_a_million():
     model, _ = build(dataclasses.replace(TINY, router="all", position="rope"))
     data = text(4, 32).tobytes()
     near, far = Decoder(model), Decoder(model)
-    slots = far.before[0].ring.slots
+    slots = far.fb_in[0].cache.slots
     far.position = far.selected = slots * (10**6 // slots)
     far.recent = b" "
     # at first the far windows hold zeros that nobody wrote: compare what sees past none of them

@@ -1,7 +1,8 @@
 """Attention in a band on the CPU: matrix products with fused epilogues, and their gradients.
 
-For each query, with S its scores in units of powers of 2 (S = log2(e) * (q . k / sqrt(C) - ALiBi),
-and -inf where a key is not visible):
+For each query, with S its scores in units of powers of two:
+
+    S = log2(e) * (q . k / sqrt(C) - ALiBi), and -inf where a key is not visible
 
     P = 2^(S - max S)        weights, not normalized
     l = sum of P             a column of ones in V gives l as one more column of P V

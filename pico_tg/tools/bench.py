@@ -227,7 +227,7 @@ def bench_decode(
         yield measured(name, runs, size, routed / size / repeats, context_len)
     runs = []
     for _ in range(repeats):
-        decoder.position = decoder.selected = 0
+        decoder.reset()
         runs.append(run_once(lambda: decoder.forward(prompt)))
     rate = decoder.selected / decoder.position
     # on average, half of the prompt stands before a byte of the prompt

@@ -1,0 +1,110 @@
+"""A pass with KV caches gives what a full forward pass gives, in every state of the caches."""
+
+import itertools
+
+import numpy as np
+import oracle
+import pytest
+from helpers import TINY
+from tinygrad import GlobalCounters, nn
+
+from pico_tg import decoder as decoder_module
+from pico_tg.decoder import PREFILL_CHUNK, Decoder
+from pico_tg.model import Pico
+
+
+@pytest.fixture(scope="module")
+def model() -> Pico:
+    return Pico(TINY, seed=7)
+
+
+@pytest.fixture(scope="module")
+def weights(model) -> oracle.Weights:
+    return {name: t.numpy() for name, t in nn.state.get_state_dict(model).items()}
+
+
+@pytest.fixture(scope="module")
+def text() -> bytes:
+    return np.random.default_rng(0).integers(0, 256, 330, np.uint8).tobytes()
+
+
+@pytest.fixture
+def prefill(monkeypatch):
+    """Prefill passes for short prompts as well."""
+    monkeypatch.setattr(decoder_module, "MIN_PREFILL", PREFILL_CHUNK)
+
+
+def test_pieces_of_every_size(model, weights, text, prefill):
+    """Three times round the ring buffers, with decode passes and prefill passes."""
+    decoder = Decoder(model)
+    cuts = [0, 1, 2, 66, 67, 130, 131, 200, 203, 209, len(text)]
+    assert len(text) > 3 * decoder.fb_in[0].cache.slots
+    found = [decoder.forward(text[a:b])[0] for a, b in itertools.pairwise(cuts)]
+    expected = oracle.decode(weights, TINY, text)
+    np.testing.assert_allclose(np.concatenate(found), expected, rtol=0, atol=2e-4)
+    assert decoder.position == len(text)
+    assert 0 < decoder.selected < len(text)
+
+
+def test_rollback_and_restore(model, text, prefill):
+    """Bytes that were rolled back, or fed after a snapshot, leave no trace."""
+    plain, other = Decoder(model), Decoder(model)
+    for decoder in (plain, other):
+        decoder.forward(text[:150])
+    snapshot = other.snapshot()
+    for rejected in (1, 5, PREFILL_CHUNK):
+        other.forward(text[-rejected:])
+        other.rollback(rejected)
+        assert (other.position, other.selected) == (plain.position, plain.selected)
+    for _ in range(2):
+        expected = [plain.forward(piece) for piece in (text[150:151], text[151:190])]
+        found = [other.forward(piece) for piece in (text[150:151], text[151:190])]
+        for ours, theirs in zip(itertools.chain(*found), itertools.chain(*expected), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        other.restore(snapshot)
+        plain = Decoder(model)
+        plain.forward(text[:150])
+
+
+def test_without_the_latent_blocks(model, weights, text):
+    """The logits are those of a model whose latent blocks add nothing."""
+    cut = dict(weights)
+    for name in weights:
+        if "latent.blocks" in name and ("proj" in name or "fc2" in name):
+            cut[name] = np.zeros_like(weights[name])
+    decoder = Decoder(model, use_latent=False)
+    found = decoder.forward(text[:20])[0]
+    x = np.frombuffer(text[:20], np.uint8)[None]
+    expected = oracle.forward(cut, TINY, x, causal=True)[0][0]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4)
+    assert decoder.selected == 0
+
+
+def test_memory_does_not_grow(model, text):
+    """The caches have a fixed size, and a replayed graph allocates nothing."""
+    decoder = Decoder(model)
+    for _ in range(3):
+        decoder.forward(text[:1])
+        decoder.forward(text)
+    before = GlobalCounters.mem_used
+    for _ in range(5):
+        decoder.forward(text)
+    assert GlobalCounters.mem_used == before
+
+
+@pytest.mark.slow
+def test_twenty_thousand_bytes(model):
+    """At constant memory; the last logits are those of the last 400 bytes alone."""
+    decoder = Decoder(model)
+    data = np.random.default_rng(5).integers(0, 256, 20_000, np.uint8).tobytes()
+    used = []
+    for start in range(0, len(data), 1000):
+        decoder.forward(data[start : start + 990])
+        for byte in data[start + 990 : start + 1000]:
+            last = decoder.forward(bytes([byte]))[0]
+        used.append(GlobalCounters.mem_used)
+    assert decoder.position == 20_000
+    assert len(set(used[1:])) == 1
+    tail = Decoder(model)  # 400 bytes are more than all windows together reach
+    tail.forward(data[-400:-1])
+    np.testing.assert_allclose(last, tail.forward(data[-1:])[0], rtol=0, atol=2e-4)
