@@ -13,6 +13,7 @@ with the routing of decoding, over windows of the text, so that every byte is pr
 
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -220,7 +221,7 @@ class Evaluation:
 
 def evaluate(
     model: Pico,
-    dataset: str | DataSpec | Data | Corpus | None = None,
+    dataset: str | os.PathLike | DataSpec | Data | Corpus | None = None,
     *,
     split: str = "validation",
     context_len: int = 1024,
@@ -251,7 +252,7 @@ def evaluate(
     stride = context_len if stride is None else stride
     options = {"context_len": context_len, "stride": stride, "batch_size": batch_size}
     check_options(split=split, max_bytes=max_bytes, precision=precision, **options)
-    spec = DataSpec(dataset) if isinstance(dataset, str) else dataset
+    spec = DataSpec(dataset) if isinstance(dataset, str | os.PathLike) else dataset
     spec = DataSpec() if spec is None else spec
     if isinstance(spec, Corpus):
         corpus, split = spec, "all"
