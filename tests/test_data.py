@@ -875,6 +875,10 @@ def test_hub_without_network(folder, tmp_path, monkeypatch):
     with pytest.raises(PicoError, match=r"'owner/other' .*\(no route to host\).*python-docs"):
         load("owner/other")
 
+    (tmp_path / "mine.txt").write_text("mine")
+    mixed = load("owner/name", validation_file=tmp_path / "mine.txt")
+    assert (split_up(mixed.validation), mixed.spec.revision) == ([b"mine"], "old")
+
     hub.online, hub.revisions = True, {"old": folder, "new": moved}
     assert all_documents(load("owner/name")) == [b"moved 0", b"moved 1"]
     assert load_data(first.spec, progress=False).train.fingerprint == first.train.fingerprint

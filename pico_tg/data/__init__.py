@@ -9,6 +9,7 @@
 
 import dataclasses
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import numpy as np
 
 from ..files import PicoError
 from .cache import SEQ_END, SEQ_START, Corpus, cached, digest
-from .formats import reason
+from .formats import format_of, reason
 from .hub import hub_splits
 from .sources import (
     HUB,
@@ -136,20 +137,21 @@ class _Found:
 
 def _find(spec: DataSpec) -> _Found:
     splits = _splits(spec, spec.train_file)
-    # validation data come from the same revision
-    spec = dataclasses.replace(spec, revision=splits.revision)
+    spec = dataclasses.replace(spec, revision=splits.revision)  # for validation data, too
     train = splits.pick(spec.train_split, spec.train_file or spec.dataset)
     if spec.validation_file is not None:
         file = spec.validation_file
         validation = _splits(spec, file).pick(None, file)
     elif spec.validation_split is not None:
-        splits = splits if spec.train_file is None else _splits(spec, None)
-        validation = splits.pick(spec.validation_split, spec.dataset)
+        whole = splits if spec.train_file is None else _splits(spec, None)
+        validation = whole.pick(spec.validation_split, spec.dataset)
     else:
         validation = splits.find("validation")
         validation = None if validation is train else validation
-    unused = list(splits.unused) if spec.train_file is None else []
-    used = [train, *([] if validation is None else [validation])]
+    unused = []
+    if spec.train_file is None:
+        unused += splits.unused
+        unused += _unused_splits(splits, [train, validation], spec)
     if validation is not None:
         if not train.files and validation.files and validation.files[0].path.startswith(HUB):
             raise PicoError(
@@ -160,44 +162,49 @@ def _find(spec: DataSpec) -> _Found:
         if left is None or train is validation:
             raise _both(train.label)
         train = left
-    for name, source in splits.sources.items() if spec.train_file is None else ():
-        left = without(source, validation.files if validation else (), spec.column_name)
+    return _Found(train, validation, unused, spec)
+
+
+def _unused_splits(splits: Splits, used: list[Source | None], spec: DataSpec) -> Iterator[str]:
+    """The splits that are not used, with those of their files that are not used either."""
+    files = [file for source in used if source is not None for file in source.files]
+    for name, source in splits.sources.items():
+        left = without(source, files, spec.column_name)
         if left is not None and all(source is not other for other in used):
             names = f"{listed(file.name for file in left.files)} " if left.files else ""
-            unused.append(f"{names}(split {name})")
-    return _Found(train, validation, unused, spec)
+            yield f"{names}(split {name})"
 
 
 def _splits(spec: DataSpec, file: str | None) -> Splits:
     """The splits of the dataset, or of one file that belongs to it."""
     (path, config), column = spec.path_and_config(), spec.column_name
-    embedded = spec.dataset == PYTHON_DOCS and spec.revision is None
+    local = spec.revision is None and os.path.exists(path)  # only data on the hub have a revision
+    embedded = spec.revision is None and spec.dataset == PYTHON_DOCS
     try:
-        if spec.revision is not None:
-            pass  # only data on the hub have one
-        elif file is not None:
+        if file is not None:
             beside = path if os.path.isdir(path) else os.path.dirname(path)
-            for candidate in (os.path.join(beside, file), os.path.expanduser(file)):
+            for candidate in (os.path.join(beside, file) if local else file, file):
+                candidate = os.path.expanduser(candidate)
                 if os.path.isfile(candidate):
-                    return Splits({"train": file_source(candidate, one_file(candidate), column)})
-            if embedded or os.path.exists(path):
+                    splits = {"train": file_source(candidate, one_file(candidate), column)}
+                    return Splits(splits, revision=spec.revision)
+            if embedded or local:
                 raise PicoError(f"there is no file {file!r}, neither in {spec.dataset} nor here")
         elif embedded:
             if column is not None:
                 raise PicoError(f"python-docs has no column {column!r}, nor any; leave it out")
             return python_docs()
-        elif os.path.isdir(path):
+        elif local and os.path.isdir(path):
             return local_folder(path, config, column)
-        elif os.path.exists(path):
-            if path.lower().endswith(".zip"):
-                return local_archive(path, column)
+        elif local and path.lower().endswith(".zip"):
+            return local_archive(path, column)
+        elif local:
             return Splits({"train": file_source(path, one_file(path), column)})
     except OSError as error:
         raise PicoError(f"cannot read {error.filename or path}: {reason(error)}") from error
 
     looks_local = spec.dataset.startswith((".", "/", "~")) or spec.dataset.count("/") > 1
-    known = (".txt", ".jsonl", ".json", ".csv", ".parquet", ".zip")
-    if looks_local or os.path.splitext(path.lower())[1] in known:
+    if looks_local or format_of(path) or path.lower().endswith(".zip"):
         raise PicoError(f"there is no file or folder {spec.dataset}")
     return hub_splits(spec.dataset, spec.revision, file, column)
 

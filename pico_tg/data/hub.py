@@ -65,9 +65,10 @@ def hub_splits(dataset: str, revision: str | None, file: str | None, column: str
                 )
                 return splits
         at = "" if revision is None else f" at revision {revision}"
+        local = ", and it is no local file or folder" if revision is None else ""
         raise PicoError(
-            f"cannot open {label!r}{at} on the Hugging Face hub ({reason(error)}), and it is no "
-            "local file or folder; check the name and the network, or use python-docs"
+            f"cannot open {label!r}{at} on the Hugging Face hub ({reason(error)}){local}; "
+            "check the name and the network, or use python-docs"
         ) from error
     if entry not in entries[-1:]:
         _write_index(index_path, [other for other in entries if other != entry] + [entry])
