@@ -19,6 +19,7 @@ from tinygrad import Tensor, nn
 from .config import Config
 from .files import PicoError, command
 from .model import Pico
+from .runtime import exclusive
 from .safetensors import read_header, read_safetensors, write_safetensors
 
 
@@ -27,6 +28,7 @@ def save_weights(model: Pico, path: str | os.PathLike) -> None:
     write_safetensors(path, weights_of(model))
 
 
+@exclusive
 def weights_of(model: Pico) -> dict[str, np.ndarray]:
     """The model's weights, float32, by name."""
     return {name: tensor.numpy() for name, tensor in nn.state.get_state_dict(model).items()}
@@ -41,6 +43,7 @@ def load_weights(model: Pico, path: str | os.PathLike) -> None:
     _set_weights(model, read_safetensors(path)[0], path)
 
 
+@exclusive
 def _set_weights(model: Pico, arrays: dict[str, np.ndarray], path: str | os.PathLike) -> None:
     named = nn.state.get_state_dict(model)
     problems = [f"{name} is missing" for name in named if name not in arrays]

@@ -29,7 +29,7 @@ from .model import Pico, inputs_and_targets
 from .ops import cross_entropy
 from .progress import Progress
 from .remat import graph_context
-from .runtime import jit_method, on_devices
+from .runtime import exclusive, jit_method, on_devices
 
 SPLITS = ("validation", "train", "all")
 WHITESPACE = np.isin(np.arange(256), list(b" \t\n\v\f\r"))
@@ -79,6 +79,7 @@ class CausalPass:
         """What a pass returns: a function of what `Pico` made of x [B, N]; flags uint8 [B, N]."""
         raise NotImplementedError
 
+    @exclusive
     def run(self, windows: np.ndarray, flags: np.ndarray) -> list[np.ndarray]:
         """The figures of windows uint8 [B, N + 1], with flags uint8 [B, N] of their positions."""
         inputs = [on_devices(array, self.devices, 0) for array in (windows, flags)]

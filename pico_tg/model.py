@@ -23,7 +23,7 @@ from .config import Config
 from .ops import as_index, cross_entropy, gather, linear, lookup, materialize, scatter, swiglu
 from .remat import run_blocks
 from .routing import rule_decisions, slots, top_k_decisions
-from .runtime import write_into
+from .runtime import exclusive, write_into
 
 RMS_EPS = 2.0**-23  # float32's machine epsilon
 
@@ -152,6 +152,7 @@ class Latent(Blocks):
 class Pico:
     """The model. If `fresh`, weights are random: for a `seed` >= 0 the same on every device."""
 
+    @exclusive
     def __init__(self, config: Config, seed: int | None = None, fresh: bool = True) -> None:
         check_backend()
         self.config = config

@@ -46,7 +46,7 @@ from .runs import (
     read_metrics,
     resumed_settings,
 )
-from .runtime import jit_method, on_devices, write_all, write_into
+from .runtime import exclusive, jit_method, on_devices, write_all, write_into
 from .soap import SOAP, all_finite
 
 ADAMW_STATE = ("b1_t", "b2_t", "m", "v")
@@ -79,6 +79,7 @@ def adamw(parameters: list[Tensor], weight_decay: float) -> nn.optim.OptimizerGr
     return group
 
 
+@exclusive
 def move(tensors: list[Tensor], devices: tuple[str, ...]) -> None:
     """Put tensors, in place, on one device or whole on each of several; none: leave them."""
     if devices:
@@ -95,6 +96,7 @@ class TrainStep:
     `consistent` is False while weights and optimizer state are being updated.
     """
 
+    @exclusive
     def __init__(self, model: Pico, settings: TrainSettings, devices: tuple[str, ...] = ()) -> None:
         self.model, self.settings, self.devices = model, settings, devices
         if len(devices) > 1 and settings.batch_size % len(devices):
@@ -168,6 +170,7 @@ class TrainStep:
         Tensor.realize(*[total.assign(total.zeros_like()) for total in self.sums])
         return finite
 
+    @exclusive
     def __call__(
         self,
         batches: np.ndarray,
@@ -206,10 +209,12 @@ class TrainStep:
         named = nn.state.get_state_dict(self.optimizer)
         return {name: t for name, t in named.items() if {*name.split(".")} & {*ADAMW_STATE}}
 
+    @exclusive
     def state(self) -> dict[str, np.ndarray]:
         """The optimizer's state, by name."""
         return {name: tensor.numpy() for name, tensor in self._state().items()}
 
+    @exclusive
     def load_state(self, state: dict[str, np.ndarray], path: Path) -> None:
         """Overwrite the optimizer's state. Raises PicoError if what `path` held does not fit."""
         try:

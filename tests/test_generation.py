@@ -8,10 +8,10 @@ from collections import Counter
 import numpy as np
 import oracle
 import pytest
-from helpers import TINY
+from helpers import TINY, WINDOWS
 from tinygrad import GlobalCounters, nn
 
-from pico_tg import PicoError, Stats, generation
+from pico_tg import PicoError, Stats, generation, train
 from pico_tg.config import Config
 from pico_tg.data import SEQ_END, SEQ_START
 from pico_tg.decoder import Decoder
@@ -427,3 +427,20 @@ def test_two_threads(model):
 
     expected = [sample(seed)() for seed in (1, 2)]
     assert in_threads(sample(1), sample(2)) == expected
+
+
+@pytest.mark.slow
+def test_training_and_generating_at_the_same_time(model, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("some words to train on, " * 100)
+
+    def losses():
+        settings = WINDOWS | {"max_steps": 4, "warmup_steps": 1, "optimizer": "adamw"}
+        return [record["loss"] for record in train(Pico(TINY, seed=1), str(path), **settings)]
+
+    def sample():
+        options = {"max_bytes": 200, "seed": 1, "ignore_end": True}
+        return text_of(generate(model, b"once", **options))
+
+    expected = [losses(), sample()]
+    assert in_threads(losses, sample) == expected
