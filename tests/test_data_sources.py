@@ -1,0 +1,454 @@
+"""data/sources.py: what is read and what is not; validation data are never trained on."""
+
+import dataclasses
+import gzip
+import json
+import os
+import zipfile
+
+import datasets
+import pytest
+from helpers import (
+    all_documents,
+    as_rows,
+    check_error,
+    contents,
+    load,
+    split_up,
+    three_splits,
+    write_jsonl,
+    write_parquet,
+)
+
+from pico_tg.data import (
+    DataSpec,
+    formats,
+    has_validation,
+    load_whole,
+    sources,
+)
+from pico_tg.files import PicoError
+
+
+def test_folder_of_txt(tmp_path):
+    folder = tmp_path / "texts"
+    (folder / "deeper").mkdir(parents=True)
+    (folder / "b.txt").write_text("b1<|endoftext|>b2")
+    (folder / "a.txt").write_text("a\n")
+    (folder / "deeper" / "c.txt").write_text("c")
+    (folder / ".hidden.txt").write_text("hidden")
+    (folder / "metadata.json").write_text("{}")
+    assert all_documents(load(folder)) == [b"a\n", b"b1", b"b2", b"c"]
+    loaded = load(folder, train_file="b.txt", validation_file="deeper/c.txt")
+    assert split_up(loaded.train) == [b"b1", b"b2"]
+    assert split_up(loaded.validation) == [b"c"]
+
+
+def test_saved_datasets(tmp_path):
+    one = datasets.Dataset.from_list(as_rows(["a", None, "b"]))
+    two = datasets.Dataset.from_list(as_rows(["c"]))
+    one.save_to_disk(tmp_path / "single")
+    datasets.DatasetDict(train=one, validation=two, test=two).save_to_disk(tmp_path / "dict")
+    assert all_documents(load(tmp_path / "single")) == [b"a", b"b"]
+    loaded = load(tmp_path / "dict")
+    assert split_up(loaded.train) == [b"a", b"b"]
+    assert split_up(loaded.validation) == [b"c"]
+    assert "split validation" in loaded.note
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return three_splits(tmp_path / "folder")
+
+
+def documents(split, *numbers):
+    return [f"{split} {i}".encode() for i in numbers]
+
+
+def test_folder_with_splits(folder):
+    loaded = load(folder)
+    assert split_up(loaded.train) == documents("train", 0, 1, 2, 3)
+    assert split_up(loaded.validation) == documents("validation", 0, 1, 2, 3)
+
+    loaded = load(folder, train_split="test", validation_split="train", validation_size=0.5)
+    assert split_up(loaded.train) == documents("test", 0, 1, 2, 3)
+    assert split_up(loaded.validation) == documents("train", 0, 1, 2, 3)
+    assert "validation_size is not used" in loaded.note
+
+    # the only split named validation is the one to train on, so a part of it is held out
+    loaded = load(folder, train_split="validation", validation_size=1)
+    assert split_up(loaded.train) == documents("validation", 0, 1, 2)
+    assert split_up(loaded.validation) == documents("validation", 3)
+
+
+def test_folder_with_files(folder):
+    loaded = load(folder, train_file="train.jsonl", validation_file="test.jsonl")
+    assert split_up(loaded.train) == documents("train", 0, 1, 2, 3)
+    assert split_up(loaded.validation) == documents("test", 0, 1, 2, 3)
+
+    loaded = load(folder, train_file="train.jsonl", validation_split="test")
+    assert split_up(loaded.validation) == documents("test", 0, 1, 2, 3)
+
+    loaded = load(folder, train_file="train.jsonl", validation_size=2)
+    assert split_up(loaded.train) == documents("train", 0, 1)
+    assert split_up(loaded.validation) == documents("train", 2, 3)
+
+
+def test_only_split(folder):
+    (folder / "train.jsonl").unlink()
+    (folder / "validation.jsonl").unlink()
+    assert all_documents(load(folder)) == documents("test", 0, 1, 2, 3)
+    with pytest.raises(PicoError, match="no split 'train'; there is: test"):
+        load(folder, train_split="train")
+
+
+STORY = "One.\n\n  Two;\n\tthree.\n"
+
+
+def write_story(place):
+    """A .txt at `place`, which may lie in an archive or be compressed."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if place.suffix == ".zip":
+        with zipfile.ZipFile(place, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("deep/a.txt", STORY)
+            archive.writestr("__MACOSX/deep/._a.txt", "no data")
+    elif place.suffix in (".gz", ".bz2", ".xz"):
+        with formats.COMPRESSIONS[place.suffix](place, "wb") as file:
+            file.write(STORY.encode())
+    else:
+        place.write_text(STORY)
+    return place
+
+
+@pytest.mark.parametrize(
+    ("name", "beside"),
+    [
+        ("a.txt", "README.md"),
+        ("A.TXT", "LICENSE"),
+        ("a.txt.gz", "picture.png"),
+        ("a.txt.bz2", None),
+        ("a.txt.xz", "b.py"),
+        ("a.zip", "README.md"),
+        ("deep/er/a.txt", "x/README.md"),
+    ],
+)
+def test_txt_is_one_document_wherever_it_lies(name, beside, tmp_path):
+    place = write_story(tmp_path / "data" / name)
+    assert split_up(load_whole(DataSpec(place), progress=False)) == [STORY.encode()]
+    if beside:
+        (tmp_path / "data" / beside).parent.mkdir(exist_ok=True)
+        (tmp_path / "data" / beside).write_text("---\nno data\n---\n")
+    loaded = load(tmp_path / "data", validation_size=0.5)
+    assert split_up(load_whole(loaded.spec, progress=False)) == [STORY.encode()]
+    assert ("not used" in loaded.note) == bool(beside)
+    assert beside is None or f"{beside} (no format that is read)" in loaded.note
+
+
+def test_everything_is_read_or_named(tmp_path):
+    """Whatever the mixture: each name is in the note, and each document read or named."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.txt").write_text("from a.txt")
+    write_jsonl(folder / "b.jsonl", as_rows(["from b.jsonl"]))
+    write_parquet(folder / "c.parquet", as_rows(["from c.parquet"]))
+    write_story(folder / "d.zip")
+    (folder / "e.csv.gz").write_bytes(gzip.compress(b"text\nfrom e.csv.gz\n"))
+    (folder / "empty.txt").touch()
+    (folder / "config.json").write_text('{"a": 1}')
+    (folder / "x.tar").touch()
+    (folder / "link").symlink_to(tmp_path)
+    found = load(folder, validation_size=1)
+    assert all_documents(found) == [
+        b"from a.txt",
+        b"from b.jsonl",
+        b"from c.parquet",
+        STORY.encode(),
+        b"from e.csv.gz",
+    ]
+    for name in ("a.txt", "b.jsonl", "c.parquet", "config.json", "d.zip/deep/a.txt"):
+        assert name in found.note
+    for words in (
+        "empty.txt (empty)",
+        "x.tar (no format that is read)",
+        "link (a link",
+        "left out:",
+    ):
+        assert words in found.note
+    assert " from 6 files (" in found.note
+    assert found.note == load(folder, validation_size=1).note  # from the cache, too
+
+
+def test_nothing_to_read(tmp_path, cache):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "README.md").write_text("# no data")
+    check_error(cache, "holds no data that can be read; the formats are", tmp_path / "folder")
+    (tmp_path / "folder" / "a.json").write_text("{}")
+    check_error(cache, "neither a column 'text'", tmp_path / "folder")
+    (tmp_path / "bad.zip").write_text("PK nonsense")
+    check_error(cache, "cannot read .*bad.zip: File is not a zip file", tmp_path / "bad.zip")
+
+
+def test_pointer_of_git_lfs_is_no_text(tmp_path, cache):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    (tmp_path / "train.txt").write_text(pointer)
+    check_error(
+        cache, "train.txt is a pointer of Git LFS; run: git lfs pull", tmp_path / "train.txt"
+    )
+
+
+@pytest.mark.parametrize("name", ["st*r", "[data] v1", "a::b", "what?", "ümlaut ordner", "{a,b}"])
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv"])
+def test_paths_are_no_patterns(name, kind, tmp_path):
+    for place, text in ((name, "mine"), ("starr", "no"), ("d v1", "no"), ("what1", "no")):
+        (tmp_path / place).mkdir()
+        content = {"txt": text, "csv": f"text\n{text}\n", "jsonl": json.dumps({"text": text})}
+        (tmp_path / place / f"a [b]*.{kind}").write_text(content[kind])
+    assert split_up(load_whole(DataSpec(tmp_path / name), progress=False)) == [b"mine"]
+    file = tmp_path / name / f"a [b]*.{kind}"
+    assert split_up(load_whole(DataSpec(file), progress=False)) == [b"mine"]
+
+
+LAYOUTS = {  # of the validation file, beside it others
+    "valid.{}": ["train.{}"],
+    "val.{}": ["train.{}", "README.md"],
+    "DEV.{}": ["a.{}", "b.{}"],
+    "validation-00000-of-00001.{}": ["train-00000-of-00002.{}", "train-00001-of-00002.{}"],
+    "TinyStoriesV2-GPT4-valid.{}": ["TinyStoriesV2-GPT4-train.{}"],
+    "data/wiki.valid.raw.{}": ["data/wiki.train.raw.{}"],
+    "validation/a.{}": ["train/a.{}", "train/b.{}"],
+    "dev/part 1.{}": ["training/part 1.{}", "test/part 1.{}"],
+    "dev-blog.{}": ["books.{}", "train-travel.{}", "eval_x.{}"],
+}
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("held_out", LAYOUTS)
+def test_splits_by_name(kind, held_out, tmp_path):
+    """Each document is in the split that its file's name says, and in no other."""
+    expected = {"train": [], "validation": []}
+    for name in (held_out, *LAYOUTS[held_out]):
+        path = tmp_path / "set" / name.format(kind)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        texts = [f"{name} {i}" for i in range(3)]
+        path.write_bytes(contents(kind, texts))
+        split = sources.split_of(name.format(kind))
+        if split in expected and name != "README.md":
+            expected[split] += [text.encode() for text in texts]
+    loaded = load(tmp_path / "set")
+    assert has_validation(loaded.spec)
+    assert sorted(split_up(loaded.train)) == sorted(expected["train"])
+    assert split_up(loaded.validation) == expected["validation"]
+    assert len(expected["validation"]) == 3
+    assert f"split validation: {len(loaded.validation.bytes):,} bytes" in loaded.note
+    for name in (held_out, *LAYOUTS[held_out]):
+        assert name.format(kind) in loaded.note
+
+
+def test_words_of_splits():
+    for name, split in {
+        "books.txt": "train",
+        "train-travel.jsonl": "train",
+        "latest.txt": "train",
+        "validity/devices.txt": "train",
+        "test/train.txt": "train",
+        "train/test.txt": "test",
+        "train_dev.txt": "validation",
+        "Val2/x.txt": "validation",
+        "evaluation.01.csv": "test",
+        "my testing set.txt": "test",
+    }.items():
+        assert sources.split_of(name) == split, name
+
+
+@pytest.fixture
+def named(tmp_path):
+    """A folder without splits, of three .txt and three .jsonl."""
+    folder = tmp_path / "named"
+    folder.mkdir()
+    for name in ("a", "b", "c"):
+        (folder / f"{name}.txt").write_bytes(contents("txt", [f"{name} {i}" for i in range(3)]))
+        rows = contents("jsonl", [f"{name} rows {i}" for i in range(3)])
+        (folder / f"{name}.jsonl").write_bytes(rows)
+    return folder
+
+
+def assert_disjoint(loaded, validation, count=15):
+    train = split_up(loaded.train)
+    assert split_up(loaded.validation) == validation
+    assert not set(train) & set(validation)
+    assert len(train) == count
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_validation_file_within_the_folder_is_not_trained_on(kind, named, tmp_path, monkeypatch):
+    expected = [f"c {'' if kind == 'txt' else 'rows '}{i}".encode() for i in range(3)]
+    inside = named / f"c.{kind}"
+    (tmp_path / "link").symlink_to(named)
+    (tmp_path / f"copy.{kind}").hardlink_to(inside)
+    monkeypatch.chdir(tmp_path)
+    for file in (
+        inside.name,  # in the data set's folder
+        inside,
+        f"named/../named/c.{kind}",
+        f"link/c.{kind}",
+        f"copy.{kind}",
+    ):
+        for dataset in (named, "link", "./named/"):
+            loaded = load(dataset, validation_file=file)
+            assert_disjoint(loaded, expected)
+            assert "not used" not in loaded.note
+
+
+def test_files_and_splits_named_at_once(named):
+    (named / "valid.txt").write_text("v 0<|endoftext|>v 1")
+    held_out = [b"v 0", b"v 1"]
+    assert_disjoint(load(named), held_out, 18)
+    assert_disjoint(load(named, validation_split="validation"), held_out, 18)
+    assert_disjoint(load(named, validation_split="dev"), held_out, 18)
+    assert_disjoint(load(named, validation_file="valid.txt"), held_out, 18)
+    assert_disjoint(load(named, train_file="a.txt", validation_file="valid.txt"), held_out, 3)
+    assert_disjoint(load(named, train_file="a.txt", validation_split="validation"), held_out, 3)
+    loaded = load(named, validation_file="c.txt")
+    assert_disjoint(loaded, [b"c 0", b"c 1", b"c 2"], 15)
+    assert "not used: valid.txt (split validation)" in loaded.note
+
+
+def test_same_data_for_both(named, cache):
+    for options in (
+        {"train_file": "a.txt", "validation_file": "a.txt"},
+        {"train_file": "a.txt", "validation_split": "train"},
+        {"validation_split": "train"},
+    ):
+        check_error(cache, "is to be both the training and the validation data", named, **options)
+    check_error(cache, "is to be both", named / "a.txt", validation_file=named / "a.txt")
+
+
+def test_split_names_in_a_zip(tmp_path):
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("set/train.txt", "t 0<|endoftext|>t 1")
+        archive.writestr("set/valid.txt", "v 0")
+        archive.writestr("set/README.md", "no data")
+    assert_disjoint(load(path), [b"v 0"], 2)
+    assert "set.zip/set/README.md (no format that is read)" in load(path).note
+    (tmp_path / "folder").mkdir()
+    path.rename(tmp_path / "folder" / "set.zip")
+    assert_disjoint(load(tmp_path / "folder"), [b"v 0"], 2)
+
+
+CARD = """---
+license: mit
+configs:
+- config_name: en
+  data_files:
+  - split: train
+    path: en/*.jsonl
+  - split: validation
+    path: ["en/*-held.jsonl"]
+- config_name: de
+  data_dir: de
+---
+# Two languages
+"""
+
+
+@pytest.fixture
+def clone(tmp_path):
+    for language in ("en", "de"):
+        for name in ("a", "b-held"):
+            path = tmp_path / "clone" / language / f"{name}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_jsonl(path, as_rows([f"{language} {name}"]))
+    (tmp_path / "clone" / "README.md").write_text(CARD)
+    return tmp_path / "clone"
+
+
+def test_configurations_of_a_clone(clone, cache):
+    check_error(cache, "has the configurations en, de; name one, as in .*clone:en", clone)
+    check_error(cache, "no configuration 'fr'; there is: en, de", f"{clone}:fr")
+    loaded = load(f"{clone}:en")  # the patterns overlap
+    assert split_up(loaded.train) == [b"en a"]
+    assert split_up(loaded.validation) == [b"en b-held"]
+    assert "not used: de/a.jsonl, de/b-held.jsonl (not in the configuration)" in loaded.note
+    assert all_documents(load(f"{clone}:de")) == [b"de a", b"de b-held"]
+    (clone / "README.md").write_text(CARD.replace("name: de", "name: de\n  default: true"))
+    assert all_documents(load(clone)) == [b"de a", b"de b-held"]
+    (clone / "README.md").write_text("# Two languages")
+    assert all_documents(load(f"{clone}:de")) == [b"de a", b"de b-held"]  # a folder in it
+    with pytest.raises(PicoError, match="no configuration 'fr'; there is: none"):
+        load(f"{clone}:fr")
+    (clone / "README.md").write_text("---\nconfigs:\n- no\n---\n")
+    with pytest.raises(PicoError, match=r"cannot read the configurations in .*README\.md"):
+        load(clone)
+
+
+def test_missing_things(tmp_path, cache, folder):
+    check_error(cache, "no file or folder .*gone.txt", tmp_path / "gone.txt")
+    check_error(cache, "no file or folder ./gone", "./gone")
+    check_error(cache, "no file or folder gone.parquet", "gone.parquet")
+    check_error(cache, "no file 'gone.jsonl'", folder, train_file="gone.jsonl")
+    check_error(cache, "no file 'gone.jsonl'", "python-docs", validation_file="gone.jsonl")
+    splits = "there is: train, validation, test"
+    check_error(cache, f"no split 'gone'; {splits}", folder, train_split="gone")
+    check_error(cache, f"no split 'gone'; {splits}", folder, validation_split="gone")
+    check_error(cache, "no split 'gone'; there is: train", "python-docs", train_split="gone")
+    check_error(cache, "no column 'gone'; .* id, text", folder, column_name="gone")
+    check_error(cache, "must hold text or bytes, but holds int", folder, column_name="id")
+    path = write_jsonl(tmp_path / "a.jsonl", [{"story": "a", "n": 1}])
+    check_error(cache, "neither a column 'text' nor 'bytes'; .* story, n", path)
+
+
+def test_file_without_permission(tmp_path, cache, monkeypatch):
+    (tmp_path / "a.txt").write_text("a")
+
+    def refuse(*_):  # the tests may run as root, whom nothing is refused
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(sources, "open", refuse, raising=False)
+    check_error(cache, "cannot read .*a.txt: Permission denied", tmp_path / "a.txt")
+
+
+def test_paths_as_objects(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(name)
+    spec = DataSpec(tmp_path / "a.txt", validation_file=tmp_path / "b.txt")
+    assert spec.dataset == str(tmp_path / "a.txt")
+    assert (
+        json.loads(json.dumps(dataclasses.asdict(spec)))["validation_file"] == spec.validation_file
+    )
+    for wrong in (b"a.txt", 4, None, ["a.txt"]):
+        with pytest.raises(PicoError, match="dataset must be a str or a path, not"):
+            DataSpec(wrong)
+    with pytest.raises(PicoError, match="column_name must be a str or a path, not 4"):
+        DataSpec(column_name=4)
+
+
+def test_absolute(clone, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "python-docs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for dataset, absolute in {
+        "a.txt": tmp_path / "a.txt",
+        "./clone": clone,
+        "clone:en": f"{clone}:en",
+        "python-docs": "python-docs",
+        "owner/name:config": "owner/name:config",
+    }.items():
+        assert DataSpec(dataset).absolute() == DataSpec(absolute)
+    assert DataSpec("clone", revision="main").absolute().dataset == "clone"
+
+
+def test_without_a_home(tmp_path, cache, monkeypatch):
+    check_error(cache, "there is no file or folder ~nosuchuser/x", "~nosuchuser/x")
+    (tmp_path / "a.txt").write_text("a<|endoftext|>b")
+    check_error(
+        cache, "no file '~nosuchuser/x'", tmp_path / "a.txt", validation_file="~nosuchuser/x"
+    )
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # neither HOME nor an entry
+    monkeypatch.setenv("PICO_CACHE", "~/cache")
+    with pytest.raises(PicoError, match="no home folder for PICO_CACHE=~/cache; write the path"):
+        load(tmp_path / "a.txt")
+    monkeypatch.delenv("PICO_CACHE")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert all_documents(load(tmp_path / "a.txt")) == [b"a", b"b"]
+    assert (tmp_path / f"pico_tg-{os.getuid()}").is_dir()
