@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from helpers import FLAGS, FOX, SHORT, error_line, start, status
 
-from pico_tg.config import Config
+from pico_tg.config import Config, TrainSettings, field_help
 from pico_tg.evaluation import evaluate
 from pico_tg.files import PicoError
 from pico_tg.generation import GeneratedByte, Stats, generate
@@ -329,6 +329,7 @@ def tracked(model, text, monkeypatch):
 
         monkeypatch.setitem(sys.modules, "wandb", tracker)
         monkeypatch.setattr(cli, "train", four_steps)
+        monkeypatch.setattr(cli, "gemm_rate", lambda precision, device: 50.0)
         monkeypatch.setattr(cli, "sample_line", lambda model, prompt: f"after {prompt}")
         arguments = ["train", str(model), "r", *(flags or [str(text)]), "--tracker", "wandb"]
         return status(arguments), seen
@@ -374,6 +375,21 @@ def test_a_tracker_that_cannot_start(tracker, named, tracked, model, capsys):
     assert tracked(tracker)[0] == 2
     assert named in error_line(capsys)
     assert not (model / "r").exists()
+
+
+def test_settings_are_chosen(tracked, text, capsys):
+    """For the device and the data, apart from those given; or they are the published ones."""
+    _, options = tracked(Wandb(), str(text), "--max-steps", "7")
+    err = capsys.readouterr().err
+    assert options["max_steps"] == 7
+    assert options["context_len"] < TrainSettings.context_len
+    (line,) = [line for line in err.splitlines() if line.startswith("chosen: ")]
+    assert f"context_len {options['context_len']}, " in line
+    assert "max_steps" not in line
+    assert "training will take about" in err
+    _, options = tracked(Wandb(), str(text), "--settings", "published", "--max-steps", "7")
+    assert {"max_steps"} == options.keys() & {*field_help(TrainSettings)}
+    assert "chosen: " not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

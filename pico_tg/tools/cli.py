@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import errno
 import importlib
 import json
 import os
@@ -10,10 +11,12 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from tinygrad import Device
+
+from .. import recipe
 from ..backend import (
     check_backend,
     describe_backend,
@@ -22,9 +25,9 @@ from ..backend import (
     parse_devices,
 )
 from ..checkpoint import list_checkpoints, load_config
-from ..config import PRECISIONS, PRESETS, Config, TrainSettings, field_help
+from ..config import Config, TrainSettings
 from ..data import DataSpec, has_validation, load_data, load_whole
-from ..evaluation import SPLITS, check_options, evaluate
+from ..evaluation import check_options, evaluate
 from ..files import PicoError, atomic_write, check_writable, command
 from ..generation import GeneratedByte, Stats, generate
 from ..model import Pico
@@ -40,9 +43,10 @@ from ..runs import (
     stored_spec,
 )
 from ..training import train
-from .bench import bench_decode, bench_train
+from .bench import bench_decode, bench_train, gemm_rate
 from .html import html_page
 from .info import describe
+from .options import BENCH_SETTINGS, PASSAGE, SAMPLE_BYTES, build_parser, given, option_of
 from .plot import training_chart
 from .report import (
     describe_evaluation,
@@ -60,343 +64,10 @@ from .terminal import (
     visible,
 )
 
-SAMPLE_BYTES = 80  # of a sample at each validation
-PASSAGE = 4000  # bytes of text on the page of eval --html
-BENCH_SETTINGS = (
-    "batch_size", "grad_accumulation_steps", "optimizer", "precision", "checkpoint_activations",
-)  # fmt: skip
-
-# ---------------------------------------------------------------------------------------- options
-
-
-class Parser(argparse.ArgumentParser):
-    """Prints an error as one line, without the usage before it."""
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
-
-
-class Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to the help of every option that has one."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default is False or action.default == "":
-            return action.help
-        return super()._get_help_string(action)
-
-
-def build_parser() -> Parser:
-    parser = Parser(
-        prog="pico_tg",
-        description="Pico: a byte-level language model without a tokenizer, on tinygrad.",
-        epilog="Start with: init models/small, then train models/small first, "
-        "then run models/small first.",
-    )
-    parser.add_argument("--version", action="version", version=f"pico_tg {version('pico_tg')}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def add(name: str, function: Callable, help: str, *parents: Parser) -> Parser:
-        added = commands.add_parser(
-            name,
-            help=help,
-            description=function.__doc__,
-            parents=parents,
-            formatter_class=Formatter,
-        )
-        added.set_defaults(function=function)
-        return added
-
-    path = shared("path", metavar="PATH", type=path_name, help="folder of the model")
-    run = shared("run", metavar="RUN", help="name of the training run")
-    beam = shared(
-        "--beam", type=int, metavar="N",
-        help="let tinygrad search schedules for its kernels, N candidates at a time: slow once, "
-        "then cached; without it no search",
-    )  # fmt: skip
-    as_json = shared("--json", action="store_true", help="print JSON instead of text")
-    checkpoint = shared(
-        "--checkpoint", type=checkpoint_name, default=-1, metavar="N",
-        help="step of the checkpoint; a negative number counts from the newest, -1; best is the "
-        "one of the best validation",
-    )  # fmt: skip
-
-    init = add("init", command_init, "describe a new model in PATH/model.json", path)
-    init.add_argument("--preset", choices=PRESETS, default="xs", help="start from these sizes")
-    add_fields(init, Config, defaults=PRESETS["xs"], label="xs")
-
-    training = add("train", command_train, "train a model on text", path, run, beam)
-    add_train_options(training)
-
-    evaluating = add(
-        "eval", command_eval, "measure a trained model on text", path, run, checkpoint, as_json
-    )
-    add_eval_options(evaluating)
-
-    running = add(
-        "run", command_run, "write text with a trained model", path, run, checkpoint, beam
-    )
-    add_run_options(running)
-
-    informing = add(
-        "info", command_info, "sizes and costs of a model, checkpoints of a run", path, as_json
-    )
-    informing.add_argument("run", metavar="RUN", nargs="?", help="name of a training run")
-
-    plotting = add("plot", command_plot, "draw the curves of training runs", path)
-    plotting.add_argument("runs", metavar="RUN", nargs="+", help="names of training runs")
-    plotting.add_argument(
-        "--output", type=path_name, metavar="FILE", help="SVG to write (default: PATH/RUN-RUN.svg)"
-    )
-
-    measuring = add("bench", command_bench, "measure the speed of this machine", as_json, beam)
-    add_bench_options(measuring)
-    return parser
-
-
-def shared(*names: str, **options: Any) -> Parser:
-    """A parser of one argument, as a parent of the commands that take it."""
-    parser = Parser(add_help=False)
-    parser.add_argument(*names, **options)
-    return parser
-
-
-def add_train_options(parser: Parser) -> None:
-    parser.add_argument(
-        "dataset", metavar="DATASET", nargs="?",
-        help="a Hugging Face name, a local folder of one, a .txt, .jsonl, .parquet or .csv file, "
-        "or python-docs, English text that comes with Python (default: python-docs)",
-    )  # fmt: skip
-    add_data_options(parser)
-    parser.add_argument(
-        "--base-weights", type=path_name, metavar="FILE",
-        help="start from these weights (.safetensors) instead of fresh ones",
-    )  # fmt: skip
-    add_fields(parser, TrainSettings)
-    parser.add_argument(
-        "--sample-prompt", metavar="TEXT",
-        help=f"at each validation, print TEXT and the {SAMPLE_BYTES} bytes that the model writes "
-        "after it; '' prints none (default: the beginning of a document)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--resume", action="store_true",
-        help="continue RUN from its newest valid checkpoint, with its settings",
-    )  # fmt: skip
-    parser.add_argument("--force", action="store_true", help="resume with another --batch-size")
-    parser.add_argument(
-        "--tracker", choices=["wandb"],
-        help="also log every record to Weights & Biases (pip install wandb)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--devices", metavar="N",
-        help="share each batch among N devices, or among named ones: CUDA:0,CUDA:1",
-    )  # fmt: skip
-
-
-def add_eval_options(parser: Parser) -> None:
-    parser.add_argument(
-        "dataset", metavar="DATASET", nargs="?",
-        help="as for train (default: the data that the run was trained on)",
-    )  # fmt: skip
-    add_data_options(parser)
-    parser.add_argument(
-        "--split", choices=SPLITS,
-        help="validation or train, the parts that train makes of DATASET, or all, which holds "
-        "nothing out (default: validation; all of a DATASET that has no validation data of its "
-        "own and that the run was not trained on)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--max-bytes", type=int, metavar="N", help="measure only the first N bytes (default: all)"
-    )
-    parser.add_argument(
-        "--context-len", type=int, metavar="N",
-        help="bytes before each byte that the model sees (default: as in training)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--stride", type=int, metavar="N",
-        help="new bytes in each window, after context-len others (default: context-len)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--batch-size", type=int, metavar="N",
-        help="windows of one pass (default: as many as hold 16,384 bytes)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--precision", choices=PRECISIONS, default="auto",
-        help=field_help(TrainSettings)["precision"],
-    )  # fmt: skip
-    parser.add_argument(
-        "--html", type=path_name, metavar="FILE",
-        help=f"also write a page with the first {PASSAGE:,} bytes, shaded by router weight",
-    )  # fmt: skip
-
-
-def add_run_options(parser: Parser) -> None:
-    prompting = parser.add_argument_group("what is continued (default: a new document)")
-    source = prompting.add_mutually_exclusive_group()
-    source.add_argument(
-        "--prompt", default="", metavar="TEXT", help="this text; - reads bytes from standard input"
-    )
-    source.add_argument(
-        "--prompt-file", type=path_name, metavar="FILE", help="the bytes of this file"
-    )
-    prompting.add_argument(
-        "--raw-prompt", action="store_true",
-        help="the model sees nothing but the prompt; without this option the prompt begins a "
-        "document",
-    )  # fmt: skip
-
-    sampling = parser.add_argument_group("how bytes are sampled")
-    sampling.add_argument(
-        "--temperature", type=float, default=1.0, metavar="T",
-        help="below 1 more predictable, above 1 more varied, 0 always the likeliest byte",
-    )  # fmt: skip
-    sampling.add_argument(
-        "--top-k", type=int, default=0, metavar="K", help="only the K likeliest bytes; 0: all"
-    )
-    sampling.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P",
-        help="only the likeliest bytes that together reach the probability P",
-    )  # fmt: skip
-    sampling.add_argument(
-        "--min-p", type=float, default=0.0, metavar="P",
-        help="only bytes at least P times as likely as the likeliest one",
-    )  # fmt: skip
-    sampling.add_argument(
-        "--seed", type=int, metavar="N", help="the same seed writes the same text"
-    )
-    sampling.add_argument(
-        "--max-bytes", type=int, default=1024, metavar="N", help="stop after N bytes"
-    )
-    sampling.add_argument(
-        "--ignore-end", action="store_true",
-        help="continue where the model would end the document; the end tag is part of the text",
-    )  # fmt: skip
-    sampling.add_argument(
-        "--num-samples", type=int, default=1, metavar="N",
-        help="continue the prompt N times; above 1, each sample follows a line "
-        "--- sample 1 of N ---",
-    )  # fmt: skip
-    sampling.add_argument(
-        "--no-speculative", action="store_true",
-        help="one pass a byte, without the model's own drafts of the next bytes: slower, with the "
-        "same distribution of texts",
-    )  # fmt: skip
-    sampling.add_argument(
-        "--disable-latent", action="store_true", help="leave the latent blocks out"
-    )
-
-    showing = parser.add_argument_group("how the text is shown")
-    showing.add_argument(
-        "--output", choices=["text", "raw"], default="text",
-        help="text: the prompt and its continuation, with U+FFFD for bytes that are not UTF-8, "
-        "and a final line break; raw: the generated bytes, unchanged, without the prompt",
-    )  # fmt: skip
-    showing.add_argument(
-        "--show-router-decisions", action="store_true",
-        help="put _ before each byte that the router sent through the latent blocks",
-    )  # fmt: skip
-    showing.add_argument(
-        "--color", action="store_true",
-        help="shade each character by its router weight (grey, above 0.5 orange; the highest of "
-        "its bytes) and underline accepted drafts; only on a terminal, and not if NO_COLOR is set",
-    )  # fmt: skip
-    showing.add_argument(
-        "--html", type=path_name, metavar="FILE",
-        help="also write a page with the same marks and the details of each byte",
-    )  # fmt: skip
-    showing.add_argument(
-        "--stats", action="store_true", help="print the speed on standard error at the end"
-    )
-
-
-def add_bench_options(parser: Parser) -> None:
-    parser.add_argument(
-        "mode", choices=["train", "decode"], nargs="?", default="train",
-        help="a training step, or decoding",
-    )  # fmt: skip
-    sizes = parser.add_mutually_exclusive_group()
-    sizes.add_argument("--preset", choices=PRESETS, default="xs", help="sizes of the model")
-    sizes.add_argument(
-        "--model", type=path_name, metavar="PATH", help="folder with the model.json to take instead"
-    )
-    add_fields(parser, Config, defaults=PRESETS["xs"], label="xs")
-    parser.add_argument(
-        "--context-len", type=int, default=1024, metavar="N",
-        help="bytes of a training window, or of the prompt",
-    )  # fmt: skip
-    add_fields(parser, TrainSettings, BENCH_SETTINGS, "train: ", defaults={"batch_size": 1})
-    parser.add_argument(
-        "--devices", metavar="N",
-        help="train: share each batch among N devices, or among named ones: CUDA:0,CUDA:1",
-    )  # fmt: skip
-    parser.add_argument(
-        "--repeats", type=int, default=5, metavar="N", help="repetitions, of which the median"
-    )
-
-
-def add_fields(
-    parser: Parser,
-    cls: type,
-    names: tuple[str, ...] = (),
-    note: str = "",
-    defaults: dict[str, Any] | None = None,
-    label: str = "default",
-) -> None:
-    """Options for the fields of Config or TrainSettings, all or some; `given` reads them.
-
-    `defaults` are shown in place of the fields' own, after `label`.
-    """
-    for field in dataclasses.fields(cls):
-        if names and field.name not in names:
-            continue
-        text, choices = note + field.metadata["help"], field.metadata["choices"]
-        default = (defaults or {}).get(field.name, field.default)
-        if field.type is bool:
-            kind = {"action": "store_true", "default": None}
-        else:
-            kind = {"type": field.type, **({"choices": choices} if choices else {"metavar": "N"})}
-            text += f" ({label}: {default})"
-        parser.add_argument(option_of(field.name), help=text, **kind)
-
-
-def add_data_options(parser: Parser) -> None:
-    for name, text in field_help(DataSpec).items():
-        if name == "dataset":
-            continue
-        kind = number if name == "validation_size" else str
-        parser.add_argument(option_of("dataset_" + name), type=kind, metavar="X", help=text)
-
-
-def option_of(field: str) -> str:
-    return "--" + field.replace("_", "-")
-
-
-def given(args: argparse.Namespace, cls: type, prefix: str = "") -> dict[str, Any]:
-    """The fields of a dataclass that the command line sets, by name."""
-    names = [field.name for field in dataclasses.fields(cls)]
-    values = {name: getattr(args, prefix + name, None) for name in names}
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def checkpoint_name(text: str) -> int | str:
-    return text if text == "best" else int(text)
-
-
-def path_name(text: str) -> Path:
-    if not text:  # an unset variable of the shell is not the current folder
-        raise argparse.ArgumentTypeError("the path is empty")
-    return Path(text)
-
-
-def number(text: str) -> int | float:
-    return float(text) if "." in text or "e" in text.lower() else int(text)
-
 
 def model_name(path: Path) -> str:
     """How titles and trackers call the model in PATH."""
     return path.resolve().name
-
-
-# --------------------------------------------------------------------------------------- commands
 
 
 def command_init(args: argparse.Namespace) -> int:
@@ -437,6 +108,7 @@ def command_train(args: argparse.Namespace) -> int:
         raise PicoError("--force goes with --resume")
     config = load_config(args.path)
     devices = () if args.devices is None else parse_devices(args.devices)
+    remarks: list[str] = []
     # settings and data are checked before the model is built
     if args.resume:
         data, stored = spec, read_description(run_dir)
@@ -445,6 +117,7 @@ def command_train(args: argparse.Namespace) -> int:
         check_startable(run_dir)
         seed = TrainSettings(**settings).seed
         data, stored = load_data(spec), {}
+        settings, remarks = complete_settings(args, config, len(data.train.bytes), devices)
     tracker = None
     if args.tracker:
         tracker = Tracker(args.tracker, args, config.to_dict() | settings, stored)
@@ -460,7 +133,8 @@ def command_train(args: argparse.Namespace) -> int:
             progress=True, say=say, tracker={args.tracker: tracker.id} if tracker else {},
             **settings,
         )  # fmt: skip
-        say(f"{describe_backend()}; {config.parameters:,} parameters")
+        for line in (*remarks, f"{describe_backend()}; {config.parameters:,} parameters"):
+            say(line)
         # only from here on: before the first step, Ctrl-C leaves immediately
         with stop_signals, contextlib.closing(records):  # an error saves the last step
             checkpoint = display.show(tracker.logged(records) if tracker else records)
@@ -474,6 +148,20 @@ def command_train(args: argparse.Namespace) -> int:
         return 0
     say(f"wrote {checkpoint}; write text with: {command('run', args.path, args.run)}")
     return 0
+
+
+def complete_settings(
+    args: argparse.Namespace, config: Config, train_bytes: int, devices: tuple[str, ...]
+) -> tuple[dict[str, Any], list[str]]:
+    """The settings given and those that `recipe.choose` adds; lines with these and the cost."""
+    settings, lines = given(args, TrainSettings), []
+    device = (devices or (Device.DEFAULT,))[0]
+    machine = (train_bytes, device, gemm_rate(settings.get("precision", "auto"), device))
+    if args.settings == "chosen" and (chosen := recipe.choose(config, *machine, settings)):
+        settings |= chosen
+        lines.append(f"chosen: {', '.join(f'{name} {value}' for name, value in chosen.items())}")
+    lines.append(recipe.describe_cost(config, TrainSettings(**settings), *machine))
+    return settings, lines
 
 
 def sample_line(model: Pico, prompt: bytes) -> str:
@@ -761,6 +449,17 @@ def command_bench(args: argparse.Namespace) -> int:
     return 0
 
 
+COMMANDS = {
+    "init": command_init,
+    "train": command_train,
+    "eval": command_eval,
+    "run": command_run,
+    "info": command_info,
+    "plot": command_plot,
+    "bench": command_bench,
+}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 2 for an error, 130 when interrupted."""
     # a stream that was closed (`>&-`) is None; its descriptor must not go to another file
@@ -770,17 +469,21 @@ def main(arguments: list[str] | None = None) -> int:
         # text that the stream's encoding lacks must not stop it; a notebook's stream takes all
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    args = build_parser().parse_args(arguments)
+    args = build_parser(COMMANDS).parse_args(arguments)
     try:
         enable_compile_cache()
         check_backend()
         with kernel_search(getattr(args, "beam", None)):
-            return args.function(args)
+            return COMMANDS[args.command](args)
     except BrokenPipeError:  # the reader of the output closed it
         drop_output()
         return 0
     except KeyboardInterrupt:
         return 130
     except (PicoError, OSError, MemoryError) as error:  # OSError: a name too long, for example
-        say(f"pico_tg: error: {' '.join(str(error).split()) or 'not enough memory'}")
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+            error = "not enough memory; a smaller --batch-size or --context-len needs less"
+            # tinygrad 0.13 raises again while it frees a graph that is not complete
+            sys.unraisablehook = lambda unraisable: None
+        say(f"pico_tg: error: {' '.join(str(error).split())}")
         return 2

@@ -1,0 +1,151 @@
+"""Settings for those that the user leaves out, and what training will cost: memory and time.
+
+`TrainSettings` alone has the published defaults, for a GPU and hundreds of megabytes of text. The
+command line starts from `choose` instead.
+"""
+
+import math
+from dataclasses import dataclass
+
+from .config import Config, TrainSettings
+from .flops import training_flops
+
+CHOSEN = ("context_len", "batch_size", "epochs", "max_steps", "warmup_steps", "learning_rate")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What a kind of device can train on: the largest step, and the time of a whole run."""
+
+    context_len: int
+    batch_size: int
+    minutes: float
+
+
+CPU = Scale(context_len=512, batch_size=4, minutes=4)
+GPU = Scale(context_len=6144, batch_size=32, minutes=60)
+STEPS = (300, 3600)  # of a run; fewer teach a model little
+MIN_WINDOWS = 32  # windows that the training data should make
+MAX_EPOCHS = 20
+WARMUP = 0.1  # of the steps
+PEAK = (500, 0.012)  # steps up to which SOAP's learning rate is this; then it falls to
+PUBLISHED = (3600, 0.001)  # the published one
+ADAMW_FACTOR = 0.25  # AdamW's learning rate, of SOAP's
+
+EFFICIENCY = 0.6  # of the rate of a plain matrix product
+SECONDS_PER_BLOCK = 0.01  # of launching kernels on a CPU
+FLOATS_PER_BLOCK = 18  # kept for the gradient, for each of a byte's channels
+
+
+def choose(
+    config: Config, train_bytes: int, device: str, gflops: float, given: dict[str, object]
+) -> dict[str, int | float]:
+    """Values for the settings of CHOSEN that are not in `given`, for a run of a few minutes.
+
+    - context_len, batch_size: those of the device's Scale; less where the data are less than
+      MIN_WINDOWS windows
+    - max_steps: what fits in the Scale's minutes by `step_seconds`, between the two STEPS, and at
+      most MAX_EPOCHS passes over the data; epochs: as many as these steps take. With max_minutes,
+      the minutes are those, and steps and epochs leave room for a faster machine
+    - warmup_steps: WARMUP of the steps
+    - learning_rate: PEAK's up to PEAK's steps, then along a power law through PUBLISHED's
+
+    gflops: rate of a plain matrix product on the device.
+    """
+    scale = CPU if device.split(":")[0] == "CPU" else GPU
+    values: dict[str, object] = dict(given)
+
+    def pick(name: str, value: int | float) -> None:
+        values.setdefault(name, value)
+
+    shortest = math.ceil(1 / config.latent_capacity_factor)
+    pick("context_len", max(shortest, min(scale.context_len, train_bytes // MIN_WINDOWS)))
+    context_len = values["context_len"]
+    windows = max(1, (train_bytes - config.next_tokens) // context_len)
+    pick("batch_size", max(1, min(scale.batch_size, MAX_EPOCHS * windows // STEPS[0])))
+    settings = TrainSettings(**values)
+    batch = settings.batch_size * settings.grad_accumulation_steps
+    minutes = settings.max_minutes or scale.minutes
+    affordable = int(minutes * 60 / step_seconds(config, settings, device, gflops))
+    if settings.max_minutes:
+        pick("max_steps", 4 * affordable + 1)
+    else:
+        few, many = STEPS
+        pick(
+            "max_steps", max(1, min(max(few, min(many, affordable)), MAX_EPOCHS * windows // batch))
+        )
+    steps = values["max_steps"]
+    pick("epochs", math.ceil(steps * batch / windows))
+    steps = min(steps, math.ceil(values["epochs"] * windows / batch))
+    pick("warmup_steps", round(WARMUP * steps))
+    power = math.log(PEAK[1] / PUBLISHED[1]) / math.log(PUBLISHED[0] / PEAK[0])
+    length = min(max(min(steps, affordable), PEAK[0]), PUBLISHED[0])
+    peak = PEAK[1] * (PEAK[0] / length) ** power
+    factor = ADAMW_FACTOR if settings.optimizer == "adamw" else 1
+    pick("learning_rate", float(f"{peak * factor:.2g}"))
+    return {name: values[name] for name in CHOSEN if name not in given}
+
+
+def step_seconds(config: Config, settings: TrainSettings, device: str, gflops: float) -> float:
+    """An estimate of the seconds of a train step, from its FLOPs and the device's rate."""
+    windows = settings.batch_size * settings.grad_accumulation_steps
+    flops = training_flops(config, settings.context_len, windows)
+    if settings.optimizer == "soap":
+        flops += sum(_soap_flops(m, n) for m, n in _matrices(config))
+    seconds = flops / (EFFICIENCY * gflops * 1e9)
+    if device.split(":")[0] == "CPU":
+        blocks = 2 * config.fb_num_blocks + config.latent_num_blocks
+        seconds += SECONDS_PER_BLOCK * blocks * settings.grad_accumulation_steps
+    return seconds
+
+
+def describe_cost(
+    config: Config, settings: TrainSettings, train_bytes: int, device: str, gflops: float
+) -> str:
+    """One line: the time and the memory that training will take, both estimates."""
+    windows = max(1, (train_bytes - config.next_tokens) // settings.context_len)
+    batch = settings.batch_size * settings.grad_accumulation_steps
+    steps = min(settings.max_steps, math.ceil(settings.epochs * windows / batch))
+    seconds = step_seconds(config, settings, device, gflops)
+    minutes = min(steps * seconds / 60, settings.max_minutes or math.inf)
+    parts = {name: size / 1e6 for name, size in memory_bytes(config, settings).items()}
+    named = ", ".join(f"{name} {size:,.0f}" for name, size in parts.items())
+    return (
+        f"training will take about {minutes:.2g} minutes after compiling, {seconds:.2g} s a step, "
+        f"and {sum(parts.values()):,.0f} MB of memory ({named})"
+    )
+
+
+def memory_bytes(config: Config, settings: TrainSettings) -> dict[str, int]:
+    """An estimate of the memory of training, in bytes: parameters, optimizer, activations.
+
+    parameters: the weights and their gradients. activations: what one micro-batch keeps for the
+    gradient.
+    """
+    moments = 2 * config.parameters
+    if settings.optimizer == "soap":
+        moments += sum(2 * (m * m + n * n) for m, n in _matrices(config))
+    blocks = 2 * config.fb_num_blocks + config.latent_num_blocks * config.capacity_share
+    kept = 2 if settings.checkpoint_activations else FLOATS_PER_BLOCK
+    floats = kept * config.dim * blocks + 3 * 256 * config.next_tokens  # logits, their gradient
+    copies = 2 + (settings.grad_accumulation_steps > 1)
+    return {
+        "parameters": 4 * copies * config.parameters,
+        "optimizer": 4 * moments,
+        "activations": int(4 * floats * settings.batch_size * settings.context_len),
+    }
+
+
+def _matrices(config: Config) -> list[tuple[int, int]]:
+    """The shapes of the weight matrices."""
+    dim, width = config.dim, config.head_dim
+    heads = config.att_q_heads + 2 * config.att_kv_heads
+    block = [(heads * width, dim), (dim, config.att_q_heads * width), (2 * dim, dim), (dim, dim)]
+    blocks = 2 * config.fb_num_blocks + config.latent_num_blocks
+    return [(256, dim), (256 * config.next_tokens, dim), *(block * blocks)]
+
+
+def _soap_flops(m: int, n: int) -> float:
+    """FLOPs of SOAP for an [m, n] matrix: a step, and a tenth of a refresh of the bases."""
+    refresh = sum(2 * s**3 + 8 / 3 * s**3 + 4 * s * m * n for s in (m, n))  # product, QR, moments
+    return 6 * m * n * (m + n) + refresh / 10
