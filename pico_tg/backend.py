@@ -12,7 +12,6 @@ The import never fails because of DEV. `check_backend` does: the command line an
 import contextlib
 import ctypes
 import dataclasses
-import functools
 import os
 import platform
 import shutil
@@ -184,7 +183,6 @@ def _is_llvm_16(path: str) -> bool:
         return False
 
 
-@functools.cache
 def find_clang() -> str | None:
     """The clang that tinygrad would start: $CC, else the one on PATH. None if it is no clang."""
     path = shutil.which(os.environ.get("CC", "clang"))

@@ -1,80 +1,153 @@
-"""The choice of a backend, each in a process of its own, with a fresh compile cache."""
+"""The choice of a device and a code generator, and the one line where there is none."""
 
 import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tinygrad import Device
+from tinygrad.helpers import DEV, USE_TC
 
-from pico_tg.backend import find_llvm, parse_devices
+from pico_tg import backend
+from pico_tg.backend import check_backend, choose_backend, find_clang, parse_devices
 from pico_tg.files import PicoError
 
-NO_LLVM = """
-import ctypes
-class Refusing(ctypes.CDLL):
-    def __init__(self, name, *rest, **options):
-        if "LLVM" in str(name):
-            raise OSError(name)
-        super().__init__(name, *rest, **options)
-ctypes.CDLL = Refusing
-"""
-CHOICE = """
-import pico_tg
-from pico_tg.backend import describe_backend
-from tinygrad.helpers import DEV
-print(repr(DEV), describe_backend(), sep="|")
-"""
-COMPUTE = CHOICE + "from tinygrad import Tensor\nprint((Tensor.arange(5).float() * 2).sum().item())"
+SCRIPT = Path(__file__).parent / "scripts" / "compute.py"
+on_cpu = pytest.mark.skipif(Device.DEFAULT != "CPU", reason="an accelerator comes first")
 
 
-def start(tmp_path, script, **variables) -> list[str]:
-    """Run with these variables set, and with no clang on PATH unless one is given."""
-    (tmp_path / "bin").mkdir(exist_ok=True)
-    env = {k: v for k, v in os.environ.items() if k not in ("DEV", "CC", "LLVM_PATH", "USE_TC")}
-    env |= {"CACHEDB": str(tmp_path / "cache.db"), "PATH": str(tmp_path / "bin")} | variables
-    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+@pytest.fixture
+def choose(monkeypatch):
+    """A function that chooses again, for other findings on this machine: what DEV becomes."""
+    for variable in ("DEV", "LLVM_PATH", "CC"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(DEV, "_value", DEV.value)
+    monkeypatch.setattr(USE_TC, "value", 1)
+
+    def choose(dev="", llvm=None, clang=None, machine="x86_64") -> str:
+        monkeypatch.setattr(backend, "_wish", dev)
+        monkeypatch.setattr(backend, "_problem", None)
+        monkeypatch.setattr(backend, "MACHINE", machine)
+        monkeypatch.setattr(backend, "find_llvm", lambda: llvm)
+        monkeypatch.setattr(backend, "find_clang", lambda: clang)
+        DEV.value = dev
+        choose_backend()
+        return repr(DEV)
+
+    return choose
+
+
+@on_cpu
+def test_code_generators_in_their_order(choose):
+    assert choose(llvm="/l.so", clang="clang") == "CPU:LLVM:x86_64,native,AMX"
+    assert os.environ["LLVM_PATH"] == "/l.so"
+    assert os.environ["DEV"] == repr(DEV)
+    assert USE_TC.value == 0
+    assert choose(clang="clang") == "CPU:CLANGJIT:x86_64,native,AMX"
+    assert choose() == "CPU:X86:x86_64,native"
+    assert choose("CPU", clang="clang", machine="arm64") == "CPU:CLANGJIT:arm64,native,AMX"
+    assert choose("CPU:X86", llvm="/l.so") == "CPU:X86:x86_64,native"
+    assert choose("CPU;CUDA:PTX", llvm="/l.so") == "CPU:LLVM:x86_64,native,AMX;CUDA:PTX"
+
+
+@pytest.mark.parametrize("dev", ["NULL", "PYTHON", "CUDA:PTX", "CPU:LLVM:x86_64,native"])
+def test_the_user_is_obeyed(dev, choose):
+    assert choose(dev, llvm="/l.so") == dev
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    ("dev", "machine", "words"),
+    [
+        ("", "arm64", "LLVM"),  # the assembler is for x86-64
+        ("CPU", "riscv64", "clang"),
+        ("CPU:X86", "arm64", "X86"),
+        ("CPU:CLANGJIT", "x86_64", "DEV=CPU:CLANGJIT"),
+        ("CPU:LLVM", "x86_64", "DEV=CPU:LLVM"),
+        ("CPU:CLANG", "x86_64", "CLANGJIT"),
+        ("CPU:LLVM:arm64,native", "x86_64", "x86_64,native"),
+        ("NPY", "x86_64", "DEV=NPY"),
+        ("FOO", "x86_64", "DEV=FOO"),
+    ],
+)
+def test_what_cannot_compute_is_one_line(dev, machine, words, choose):
+    choose(dev, machine=machine)
+    with pytest.raises(PicoError, match=words) as error:
+        check_backend()
+    assert "\n" not in str(error.value)
+    # the extra has wheels for Linux on x86-64 only
+    assert machine == "x86_64" or "pico_tg[cpu]" not in str(error.value)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="writes scripts")
+@pytest.mark.parametrize(
+    ("says", "is_clang"), [("Debian clang version 19.1.7", True), ("gcc (Debian 12.2.0)", False)]
+)
+def test_cc_must_be_clang(says, is_clang, tmp_path, monkeypatch):
+    compiler = tmp_path / "cc"
+    compiler.write_text(f"#!/bin/sh\necho '{says}'\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    assert find_clang() == (str(compiler) if is_clang else None)
+    monkeypatch.setenv("CC", str(tmp_path / "missing"))
+    assert find_clang() is None
+
+
+@on_cpu
+def test_the_hint_names_cc(choose, monkeypatch):
+    monkeypatch.setenv("CC", "gcc")
+    choose(machine="arm64")
+    with pytest.raises(PicoError, match="CC=gcc is not clang"):
+        check_backend()
+
+
+@on_cpu
+def test_opencl_without_a_gpu_is_not_preferred_to_the_cpu(choose, monkeypatch):
+    device = SimpleNamespace(DEFAULT="CL")
+    monkeypatch.setattr(backend, "Device", device)
+    monkeypatch.setattr(backend, "_is_gpu", lambda: False)
+    assert choose(llvm="/l.so").startswith("CPU:LLVM")
+    assert choose("CL", llvm="/l.so") == "CL"
+    monkeypatch.setattr(backend, "_is_gpu", lambda: True)
+    assert choose(llvm="/l.so") == ""
+
+
+@pytest.mark.parametrize("variables", [{"DEV": "A:B:C:D"}, {"CPU": "1"}])
+def test_the_command_line_says_what_cannot_be_used(variables, tmp_path):
+    """Status 2 and one line; --version works."""
+    env = {k: v for k, v in os.environ.items() if k != "DEV"} | variables
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "pico_tg", *arguments]
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+
+    done = run("info", str(tmp_path))
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert "cannot compute" in done.stderr
+    assert next(iter(variables.values())) in done.stderr
+    assert run("--version").returncode == 0
+
+
+@on_cpu
+@pytest.mark.parametrize("llvm", ["LLVM", "no LLVM"])
+def test_computes_without_clang(llvm, tmp_path):
+    """With an empty cache and PATH, so that no clang can be used."""
+    env = {k: v for k, v in os.environ.items() if k not in ("DEV", "CC", "LLVM_PATH")}
+    env |= {"CACHEDB": str(tmp_path / "cache.db"), "PATH": str(tmp_path)}
+    if llvm == "LLVM" and backend.find_llvm() is None:
+        pytest.skip("no LLVM here")
+    if llvm == "no LLVM" and platform.machine() != "x86_64":
+        pytest.skip("tinygrad assembles for x86-64 only")
+    command = [sys.executable, str(SCRIPT), llvm]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return done.stdout.replace("\n", "|").split("|")
-
-
-def on_cpu(tmp_path) -> bool:
-    return start(tmp_path, CHOICE)[0].startswith("CPU")
-
-
-def test_works_without_clang(tmp_path):
-    backend, _, total, *_ = start(tmp_path, COMPUTE)
-    assert float(total) == 20
-    if backend.startswith("CPU"):
-        assert backend.split(":")[1] == ("LLVM" if find_llvm() else "X86")
-
-
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="tinygrad assembles for x86-64 only")
-def test_without_llvm_and_clang_x86_names_the_extra(tmp_path):
-    if not on_cpu(tmp_path):
-        pytest.skip("an accelerator comes first")
-    backend, line, total, *_ = start(tmp_path, NO_LLVM + COMPUTE)
-    assert backend.startswith("CPU:X86")
-    assert "pip install 'pico_tg[cpu]'" in line
-    assert float(total) == 20
-
-
-def test_clang_comes_after_llvm(tmp_path):
-    if not on_cpu(tmp_path):
-        pytest.skip("an accelerator comes first")
-    clang = tmp_path / "bin" / "clang"
-    clang.parent.mkdir(exist_ok=True)
-    clang.write_text("#!/bin/sh\necho clang version 19\n")
-    clang.chmod(0o755)
-    assert start(tmp_path, NO_LLVM + CHOICE)[0].startswith("CPU:CLANGJIT")
-    if find_llvm():
-        assert start(tmp_path, CHOICE)[0].startswith("CPU:LLVM")
-
-
-@pytest.mark.parametrize("dev", ["NULL", "PYTHON", "CPU:CLANGJIT", "CPU:X86", "CPU:LLVM:x86_64"])
-def test_the_user_is_obeyed(dev, tmp_path):
-    assert start(tmp_path, CHOICE, DEV=dev)[0].startswith(dev)
+    renderer, line, total = done.stdout.split("|")
+    assert (renderer, float(total)) == ("LLVM" if llvm == "LLVM" else "X86", 20)
+    assert ("five times faster" in line) == (renderer == "X86")
 
 
 def test_devices():

@@ -1,10 +1,12 @@
 """Atomic writing; what a full disk or a kill leaves is in test_checkpoint.py."""
 
+import errno
 import os
+import stat
 
 import pytest
 
-from pico_tg.files import PicoError, atomic_write, check_writable
+from pico_tg.files import PicoError, atomic_write, check_writable, fsync_folder
 
 
 def test_a_link_is_followed(tmp_path):
@@ -47,3 +49,28 @@ def test_what_is_no_file_is_not_replaced(kind, tmp_path):
         with pytest.raises(PicoError, match=r"cannot write .* not a file"):
             write(path)
     assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems do not sync folders")
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EIO])
+def test_a_file_system_without_fsync_of_folders(code, tmp_path, monkeypatch):
+    """EINVAL and ENOTSUP say that it cannot be had; EIO says that data may be lost."""
+    fsync = os.fsync
+
+    def refuse(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(code, os.strerror(code))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    if code == errno.EIO:
+        with pytest.raises(OSError, match=os.strerror(code)):
+            fsync_folder(tmp_path)
+        with pytest.raises(PicoError, match="cannot write"), atomic_write(tmp_path / "a") as file:
+            file.write(b"text")
+    else:
+        fsync_folder(tmp_path)
+        with atomic_write(tmp_path / "a") as file:
+            file.write(b"text")
+    assert (tmp_path / "a").read_bytes() == b"text"
+    assert os.listdir(tmp_path) == ["a"]
