@@ -21,6 +21,7 @@ from .formats import format_of, reason
 from .hub import hub_splits
 from .sources import (
     HUB,
+    LEFT_OUT,
     Source,
     Splits,
     file_source,
@@ -73,21 +74,21 @@ def load_data(spec: DataSpec, progress: bool = True) -> Data:
     """
     found = _find(spec)
     folder, train = cached(found.train, progress)
-    remarks = list(train.remarks)
+    files, remarks = _files_read(found.train, train), list(train.remarks)
     if found.validation is None:
         label = found.train.label
         train, validation, origin = _hold_out(label, folder, train, spec.validation_size)
-        held_out = _sizes(validation, None)
+        held_out = _sizes(validation)
     else:
         _, validation = cached(found.validation, progress)
         origin = found.validation.label
-        held_out = _sizes(validation, found.validation)
+        held_out = _sizes(validation) + _files_read(found.validation, validation)
         remarks += validation.remarks
         if spec.validation_size is not None:
             origin += " (so validation_size is not used)"
     if train.fingerprint == validation.fingerprint:
         raise _both(found.train.label)
-    note = f"training on {_sizes(train, found.train)}; validating on {origin}: {held_out}"
+    note = f"training on {_sizes(train)}{files}; validating on {origin}: {held_out}"
     if found.unused:
         note = f"{note}\nnot used: {'; '.join(found.unused)}"
     return Data(train, validation, "\n".join([note, *remarks]), found.spec)
@@ -106,13 +107,21 @@ def has_validation(spec: DataSpec) -> bool:
     return spec.validation_size is not None or _find(spec).validation is not None
 
 
-def _sizes(corpus: Corpus, source: Source | None) -> str:
+def _sizes(corpus: Corpus) -> str:
     documents = "1 document" if corpus.documents == 1 else f"{corpus.documents:,} documents"
-    sizes = f"{len(corpus.bytes):,} bytes in {documents}"
-    names = [file.name for file in source.files] if source is not None else []
+    return f"{len(corpus.bytes):,} bytes in {documents}"
+
+
+def _files_read(source: Source, corpus: Corpus) -> str:
+    """From which files of `source` the text of `corpus` is; a remark names each one left out."""
+    names = [
+        file.name
+        for file in source.files
+        if not any(text.startswith(f"{LEFT_OUT}{file.name} in ") for text in corpus.remarks)
+    ]
     if len(names) > 1:
-        return f"{sizes} from {len(names)} files ({listed(names)})"
-    return f"{sizes} from {names[0]}" if names else sizes
+        return f" from {len(names)} files ({listed(names)})"
+    return f" from {names[0]}" if names else ""
 
 
 def _both(label: str) -> PicoError:

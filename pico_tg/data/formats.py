@@ -153,7 +153,7 @@ def document(label: str, name: str, value: object, columns: list[str]) -> bytes 
 def read_json(file: BinaryIO, label: str, column: str | None, remark: Remark) -> Pieces:
     """The rows of JSON Lines, or of a JSON list of objects. A row has to fit into memory."""
     name, columns, number = None, {}, 0
-    for number, row in enumerate(_json_rows(file), 1):
+    for number, row in enumerate(_json_rows(file, label), 1):
         if name is None:
             columns |= dict.fromkeys(row)
             name = next((name for name in wanted_columns(column) if name in row), None)
@@ -165,13 +165,15 @@ def read_json(file: BinaryIO, label: str, column: str | None, remark: Remark) ->
         find_column(label, list(columns), column)
 
 
-def _json_rows(file: BinaryIO) -> Iterator[dict]:
+def _json_rows(file: BinaryIO, label: str) -> Iterator[dict]:
     start = 3 if file.read(3) == b"\xef\xbb\xbf" else 0  # a byte order mark
     file.seek(start)
     try:
         lines = _is_json_lines(file)
         file.seek(start)
         for place, row in _json_lines(file) if lines else _json_values(file):
+            if not isinstance(row, dict) and place == "record 1":
+                raise MissingColumn(f"{label} holds {type(row).__name__} in place of rows")
             if not isinstance(row, dict):
                 raise ValueError(f"JSON parse error in {place}: it is no object")
             yield row

@@ -35,6 +35,7 @@ SPLIT_WORDS = {
 }
 SPLITS = ("train", "validation", "test")
 HUB = "hf://"
+LEFT_OUT = "left out: "  # how the remark on a file without text begins
 KNOWN = f"{', '.join(READERS)}, each also compressed (.gz, .bz2, .xz) or in a .zip"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -112,11 +113,14 @@ class Splits:
 
     def pick(self, name: str | None, dataset: str) -> Source:
         """The split `name`; None is `train` if there is one, otherwise the only split."""
+        hint = ""
         if name is None:
             name = next(iter(self.sources)) if len(self.sources) == 1 else "train"
+            hint = "; name the split to train on"
         found = self.find(name)
         if found is None:
-            raise PicoError(f"{dataset} has no split {name!r}; there is: {', '.join(self.sources)}")
+            there = ", ".join(self.sources)
+            raise PicoError(f"{dataset} has no split {name!r}; there is: {there}{hint}")
         return found
 
     def find(self, name: str) -> Source | None:
@@ -172,7 +176,7 @@ def _read_files(label: str, files: tuple[File, ...], column: str | None, remark:
                 yield from reader(file.open(stack), name, column, remark)
         except MissingColumn as error:
             missing.append(error)
-            remark(f"left out: {error}")
+            remark(f"{LEFT_OUT}{error}")
         except PicoError:
             raise
         except Exception as error:  # OSError, ValueError; pyarrow, zlib and the hub have their own
