@@ -1,8 +1,9 @@
-"""Dense linear algebra on the host, for many middle-sized matrices at once.
+"""Linear algebra on the host: QR and eigenvectors of many float32 matrices in parallel.
 
-NumPy's own `qr` computes float32 matrices in float64, one after another, with more than one thread
-each, which is three times slower than what its LAPACK can do. Where NumPy brings OpenBLAS (its
-wheels for Linux and Windows), `qr` calls the float32 routines in there; elsewhere it is NumPy's.
+NumPy's `qr` computes float32 matrices in float64, one after the other with several threads each,
+and takes three times as long as float32 LAPACK with one matrix per core. Where NumPy ships with
+OpenBLAS (its wheels for Linux and Windows), `qr` calls the float32 routines of that library;
+elsewhere it is NumPy's.
 """
 
 import contextlib
@@ -17,20 +18,26 @@ import numpy as np
 
 
 def qr(a: np.ndarray) -> np.ndarray:
-    """The orthonormal factor of a float32 [s, s], float32 [s, s]; in float64 if float32 fails."""
+    """The orthonormal factor Q [s, s] of a [s, s], float32; in float64 where float32 fails.
+
+    Raises LinAlgError if `a` is not finite.
+    """
     lapack = openblas()
     if lapack is not None:
-        basis = _householder(lapack, a)
-        if basis is not None and np.isfinite(basis).all():
-            return basis
-    basis = np.linalg.qr(a.astype(np.float64))[0].astype(np.float32)
-    if not np.isfinite(basis).all():
+        Q = _householder(lapack, a)
+        if Q is not None and np.isfinite(Q).all():
+            return Q
+    Q = np.linalg.qr(a.astype(np.float64))[0].astype(np.float32)
+    if not np.isfinite(Q).all():
         raise np.linalg.LinAlgError("no orthonormal basis: the matrix is not finite")
-    return basis
+    return Q
 
 
 def eigenvectors(a: np.ndarray) -> np.ndarray:
-    """Orthonormal eigenvectors of a symmetric float32 [s, s] as columns, largest first."""
+    """Orthonormal eigenvectors of a symmetric a [s, s], float32, as columns; largest value first.
+
+    Raises LinAlgError if `a` is not finite.
+    """
     for dtype in (np.float32, np.float64):
         with contextlib.suppress(np.linalg.LinAlgError):
             vectors = np.linalg.eigh(a.astype(dtype))[1][:, ::-1]
@@ -40,14 +47,14 @@ def eigenvectors(a: np.ndarray) -> np.ndarray:
 
 
 def parallel(tasks: Iterable[Callable[[], None]]) -> None:
-    """Run tasks that spend their time in NumPy, each on one core, as many at once as there are."""
+    """Run tasks that spend their time in NumPy, one on each core."""
     tasks = list(tasks)
     lapack = openblas()
     if lapack is None:
         for task in tasks:
             task()
         return
-    # threads inside each call would fight with ours
+    # one OpenBLAS thread per call: more would compete with the threads of the pool
     threads = lapack.scipy_openblas_get_num_threads64_()
     lapack.scipy_openblas_set_num_threads64_(1)
     try:
@@ -60,7 +67,7 @@ def parallel(tasks: Iterable[Callable[[], None]]) -> None:
 
 @functools.cache
 def openblas() -> ctypes.CDLL | None:
-    """The OpenBLAS inside NumPy's wheel, with 64-bit integers, if it is there."""
+    """The OpenBLAS with 64-bit integers in NumPy's wheel, or None."""
     package = Path(np.__file__).parent
     for folder in (package.parent / "numpy.libs", package / ".dylibs"):
         for path in sorted(folder.glob("libscipy_openblas64_*")):
@@ -74,7 +81,7 @@ def openblas() -> ctypes.CDLL | None:
 
 
 def _householder(lapack: ctypes.CDLL, a: np.ndarray) -> np.ndarray | None:
-    """LAPACK's sgeqrf, then sorgqr; None if one of them complains."""
+    """LAPACK's sgeqrf, then sorgqr: Q [s, s] of a [s, s]; None if either reports an error."""
     size = len(a)
     n, info = ctypes.byref(ctypes.c_int64(size)), ctypes.c_int64(0)
     columns = np.array(a, np.float32, order="F")
