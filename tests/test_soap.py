@@ -287,6 +287,7 @@ def test_refresh_inside_a_jit_is_refused():
             step(Tensor([1.0]).realize())
 
 
+@pytest.mark.slow
 def test_operations_of_a_step():
     """6mn(m+n) for each matrix, and at most a fifth more for the rest of the update."""
     shapes = [(372, 372), (744, 372), (744, 372), (372,)]
@@ -337,7 +338,7 @@ def test_docstring_example_learns():
 
     losses = []
     with Tensor.train():
-        for _ in range(150):
+        for _ in range(70):
             losses.append(train_step(x, y).item())
             optimizer.refresh()
-    assert losses[-1] < 0.1 * losses[0]
+    assert losses[-1] < 0.1 * losses[0], losses
