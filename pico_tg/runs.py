@@ -80,6 +80,7 @@ class Run:
         self.folder = folder
         self.last_checkpoint: Path | None = None  # the one written or loaded last
         self.saved_step = 0  # the step of the last checkpoint, also of one that failed
+        self.records: list[Record] = []  # those of the steps before resuming
         self.best = (math.inf, 0)  # bits per byte of the best validation, and its step
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -146,28 +147,24 @@ class Run:
         self.best = found if better else self.best
         return better
 
-    def truncate_to(self, step: int) -> list[Record]:
-        """Remove records after `step`, quarantine later checkpoints; returns what records remain.
-
-        Later checkpoints exist only where they are not valid.
-        """
+    def truncate_to(self, step: int) -> None:
+        """Remove records after `step`; quarantine later checkpoints, which are not valid."""
         checkpoints = dict(list_checkpoints(self.folder))
         for later in (path for at, path in checkpoints.items() if at > step):
             quarantine(later)
         path = self.folder / "metrics.jsonl"
         records = read_metrics(self.folder) if path.exists() else []
-        records = [record for record in records if record["step"] <= step]
-        self.rewrite(records)
-        for record in records:
+        self.records = [record for record in records if record["step"] <= step]
+        self.rewrite()
+        for record in self.records:
             if record["step"] in checkpoints:
                 self.is_best(record)
         self.saved_step = step
-        return records
 
-    def rewrite(self, records: list[Record]) -> None:
-        """Replace metrics.jsonl."""
+    def rewrite(self) -> None:
+        """Replace metrics.jsonl by `records`."""
         with atomic_write(self.folder / "metrics.jsonl") as file:
-            for record in records:
+            for record in self.records:
                 file.write((json.dumps(record) + "\n").encode())
 
 

@@ -43,7 +43,6 @@ from .runs import (
     differences,
     open_data,
     read_description,
-    read_metrics,
     resumed_settings,
 )
 from .runtime import exclusive, jit_method, on_devices, write_all, write_into
@@ -503,9 +502,8 @@ def _loop(
 
 def _catch_up(run: Run, progress: Progress, settings: TrainSettings, validate: Validation) -> None:
     """Measure the last step if a stop left that out, as a run without a stop would have."""
-    records = read_metrics(run.folder) if progress.step else []
     due = progress.step % settings.validation_interval == 0 and not progress.validated
-    if due and records and records[-1]["step"] == progress.step:
-        records[-1] |= validate()
-        run.is_best(records[-1])
-        run.rewrite(records)
+    if due and run.records and run.records[-1]["step"] == progress.step:
+        run.records[-1] |= validate()
+        run.is_best(run.records[-1])
+        run.rewrite()

@@ -1,137 +1,44 @@
-"""Files: read what the safetensors package writes and the reverse; never trust a header."""
+"""Checkpoints: weights that fit the model, pairs of files of one moment, whatever interrupts."""
 
-import contextlib
-import json
 import os
 import random
 import signal
-import struct
 import subprocess
-import sys
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.numpy
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tinygrad import Tensor, nn
 
 from pico_tg.checkpoint import (
+    check,
+    checkpoint_path,
+    delete_older,
     list_checkpoints,
-    load_config,
+    load_checkpoint,
+    load_newest,
     load_weights,
+    remove_leftovers,
+    save_checkpoint,
     save_weights,
 )
 from pico_tg.config import Config
 from pico_tg.files import PicoError
 from pico_tg.model import Pico
-from pico_tg.runs import find_checkpoint, load
 from pico_tg.safetensors import read_safetensors, write_safetensors
 
 GOLDEN = Path(__file__).parent / "golden" / "small.safetensors"
 CONFIG = Config.from_json(GOLDEN.with_suffix(".json"))
-
-
-def example() -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    kinds = ["f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1"]
-    tensors = {kind: (rng.normal(size=(3, 2)) * 9).astype(kind) for kind in kinds}
-    return tensors | {"?": np.array([True, False, True]), "scalar": np.array(3, np.float32)}
+ARRAYS = {"w": np.arange(40_000, dtype=np.float32)}
+ENDS = (".safetensors", ".state.safetensors")
 
 
 @pytest.fixture(scope="module")
 def model() -> Pico:
     return Pico(CONFIG)
-
-
-def test_the_package_reads_ours(tmp_path):
-    write_safetensors(tmp_path / "a.safetensors", example(), {"step": "3"})
-    found = safetensors.numpy.load_file(tmp_path / "a.safetensors")
-    for name, array in example().items():
-        assert found[name].dtype == array.dtype
-        assert np.array_equal(found[name], array)
-
-
-def test_we_read_the_package_s(tmp_path):
-    safetensors.numpy.save_file(example(), tmp_path / "a.safetensors", {"step": "3"})
-    found, metadata = read_safetensors(tmp_path / "a.safetensors")
-    assert metadata == {"step": "3"}
-    assert found.keys() == example().keys()
-    for name, array in example().items():
-        assert found[name].dtype == array.dtype
-        assert np.array_equal(found[name], array)
-
-
-def by_hand(path: Path, header: object, data: bytes = b"", length: int | None = None) -> Path:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
-    return path
-
-
-def entry(kind: str, shape: list, first: int, last: int) -> dict:
-    return {"dtype": kind, "shape": shape, "data_offsets": [first, last]}
-
-
-def test_bf16_is_read_exactly(tmp_path):
-    values = np.array([1.5, -2.0, 3.140625], np.float32)
-    halves = (values.view(np.uint32) >> 16).astype("<u2").tobytes()
-    path = by_hand(tmp_path / "a", {"x": entry("BF16", [3], 0, 6)}, halves)
-    assert np.array_equal(read_safetensors(path)[0]["x"], values)
-
-
-BROKEN = {
-    "empty file": (b"", b"", 0),
-    "absurd header size": ({}, b"", 1 << 62),
-    "header longer than the file": ({}, b"", 3),
-    "no JSON": (b"{{{", b"", None),
-    "no object": ([], b"", None),
-    "no text": (b"\xff\xfe", b"", None),
-    "deep": (b"[" * 100_000, b"", None),
-    "duplicate": (b'{"x":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"x":{}}', b"", None),
-    "unknown type": ({"x": entry("F9", [1], 0, 1)}, b"1", None),
-    "type no text": ({"x": entry(["U8"], [1], 0, 1)}, b"1", None),
-    "negative": ({"x": entry("U8", [-1], 0, 1)}, b"1", None),
-    "bool": ({"x": entry("U8", [True], 0, 1)}, b"1", None),
-    "size": ({"x": entry("F32", [2], 0, 4)}, b"1234", None),
-    "huge": ({"x": entry("U8", [1 << 40], 0, 1 << 40)}, b"1", None),
-    "overlap": ({"x": entry("U8", [2], 0, 2), "y": entry("U8", [2], 1, 3)}, b"123", None),
-    "hole": ({"x": entry("U8", [1], 0, 1), "y": entry("U8", [1], 2, 3)}, b"123", None),
-    "truncated": ({"x": entry("U8", [4], 0, 4)}, b"123", None),
-    "too long": ({"x": entry("U8", [2], 0, 2)}, b"123", None),
-    "extra key": ({"x": entry("U8", [1], 0, 1) | {"y": 1}}, b"1", None),
-    "metadata": ({"__metadata__": {"a": 1}}, b"", None),
-}
-
-
-@pytest.mark.parametrize(("header", "data", "length"), BROKEN.values(), ids=BROKEN)
-def test_broken_files_are_refused(header, data, length, tmp_path):
-    path = by_hand(tmp_path / "broken", header, data, length)
-    with pytest.raises(PicoError, match="broken"):
-        read_safetensors(path)
-
-
-@settings(max_examples=300, deadline=None, derandomize=True)
-@given(st.data())
-def test_any_damage_reads_or_is_refused(data):
-    """Flip, cut, append: a PicoError or tensors, nothing else, and no absurd memory."""
-    raw = bytearray(DAMAGED)
-    for _ in range(data.draw(st.integers(1, 4))):
-        raw[data.draw(st.integers(0, min(400, len(raw) - 1)))] = data.draw(st.integers(0, 255))
-    raw = raw[: data.draw(st.integers(0, len(raw)))] if data.draw(st.booleans()) else raw
-    path = Path(FOLDER) / "damaged"
-    path.write_bytes(raw)
-    with contextlib.suppress(PicoError):
-        read_safetensors(path)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def damaged(tmp_path_factory):
-    global FOLDER, DAMAGED
-    FOLDER = tmp_path_factory.mktemp("damage")
-    write_safetensors(FOLDER / "whole", example())
-    DAMAGED = (FOLDER / "whole").read_bytes()
 
 
 def test_the_golden_weights_load_and_are_saved_the_same(model, tmp_path):
@@ -180,106 +87,172 @@ def test_weights_that_do_not_fit_change_nothing(defect, model, tmp_path):
     assert np.abs(model.embedding.weight.numpy()).max() > 0
 
 
-def test_finding_checkpoints(tmp_path):
-    run = tmp_path / "model" / "run"
-    run.mkdir(parents=True)
-    with pytest.raises(PicoError, match=r"pico_tg train .*model run"):
-        find_checkpoint(run)
-    for step in (5, 100, 20):
-        write_safetensors(run / f"{step:08d}.safetensors", {})
-    (run / ".00000900.safetensors.x.tmp").write_bytes(b"")
-    (run / "notes.safetensors").write_bytes(b"")
-    assert [step for step, _ in list_checkpoints(run)] == [5, 20, 100]
-    names = [find_checkpoint(run, i).name for i in (-1, -3, 20)]
-    assert names == ["00000100.safetensors", "00000005.safetensors", "00000020.safetensors"]
-    for missing in (-4, 7):
-        with pytest.raises(PicoError, match="5, 20, 100"):
-            find_checkpoint(run, missing)
+class Array:
+    """A model of one array."""
+
+    def __init__(self) -> None:
+        self.w = Tensor(ARRAYS["w"]).clone().realize()
 
 
-def test_load(tmp_path):
-    CONFIG.to_json(tmp_path / "model.json")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "00000001.safetensors").write_bytes(GOLDEN.read_bytes())
-    found = load(tmp_path, "run")
-    assert np.array_equal(found.norm.weight.numpy(), read_safetensors(GOLDEN)[0]["norm.weight"])
-    with pytest.raises(PicoError, match="init"):
-        load_config(tmp_path / "run")
+def save(folder: Path, step: int) -> None:
+    weights = {"w": ARRAYS["w"].copy()}
+    weights["w"][0] = step
+    save_checkpoint(weights, {"m": weights["w"]}, {"step": step}, folder)
 
 
-def test_writing_where_nothing_can_be_written(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(PicoError, match="cannot write"):
-        write_safetensors(tmp_path / "file" / "a.safetensors", {})
+@pytest.fixture
+def run(tmp_path):
+    """A folder with checkpoints of steps 2 and 4."""
+    for step in (2, 4):
+        save(tmp_path, step)
+    return tmp_path
 
 
-def test_saving_over_a_file_that_is_open(tmp_path):
-    path = tmp_path / "a.safetensors"
-    write_safetensors(path, {"x": np.zeros(1000, np.float32)})
-    with open(path, "rb") as file:
-        old = np.memmap(file, np.uint8, "r")
-        write_safetensors(path, {"x": np.ones(1000, np.float32)})
-        assert not old[-4000:].any()
-    assert read_safetensors(path)[0]["x"].all()
-    assert os.listdir(tmp_path) == ["a.safetensors"]
+def break_weights(run: Path) -> None:
+    path = checkpoint_path(run, 4)
+    path.write_bytes(path.read_bytes()[:-5])
 
 
-def write_for_ever(path: Path, report: int) -> None:
-    i = 0
+def break_state(run: Path) -> None:
+    (run / "00000004.state.safetensors").unlink()
+
+
+def mix(run: Path) -> None:
+    checkpoint_path(run, 4).write_bytes(checkpoint_path(run, 2).read_bytes())
+
+
+def alter_state(run: Path) -> None:
+    """A number in the optimizer's state, of the same size."""
+    path = run / "00000004.state.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+
+
+def rename(run: Path) -> None:
+    """The pair of step 2 under the name of step 4."""
+    for end in ("safetensors", "state.safetensors"):
+        (run / f"00000004.{end}").write_bytes((run / f"00000002.{end}").read_bytes())
+
+
+@pytest.mark.parametrize("damage", [break_weights, break_state, mix, alter_state, rename])
+def test_broken_checkpoints_are_passed_over(damage, run):
+    damage(run)
+    path, _, progress, refused = load_newest(Array(), run)
+    assert path == checkpoint_path(run, 2)
+    assert progress["step"] == 2
+    assert "00000004" in refused[0]
+
+
+def test_checking_reads_only_the_headers(run):
+    check(checkpoint_path(run, 2))
+    write_safetensors(checkpoint_path(run, 3), ARRAYS)  # from elsewhere: there is no state
+    check(checkpoint_path(run, 3))
+    break_weights(run)
+    with pytest.raises(PicoError, match=r"00000004\.safetensors is not a valid.*truncated"):
+        check(checkpoint_path(run, 4))
+    (run / "00000002.state.safetensors").unlink()
+    with pytest.raises(PicoError, match=r"00000002\.state\.safetensors"):
+        check(checkpoint_path(run, 2))
+
+
+def test_deleting_older_ones(tmp_path):
+    """A later, broken one does not count; the spared one neither."""
+    checkpoint_path(tmp_path, 9).write_bytes(b"broken")
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+        delete_older(tmp_path, step, keep=1, spared=2)
+    assert [s for s, _ in list_checkpoints(tmp_path)] == [2, 3, 9]
+    assert len(list(tmp_path.glob("*.state.safetensors"))) == 2
+
+
+def valid_steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints, each of which must load, into a model of one array."""
+    found = []
+    for step, path in list_checkpoints(folder):
+        model = Array()
+        state, progress = load_checkpoint(model, path)
+        assert progress["step"] == step
+        assert model.w.numpy()[0] == state["m"][0] == step
+        found.append(step)
+    return found
+
+
+def save_for_ever(folder: Path, step: int, report) -> None:
     while True:
-        i += 1
-        os.write(report, b".")
-        write_safetensors(path, {"x": np.full(1 << 18, i, np.float32)})
+        step += 1
+        save(folder, step)
+        os.write(report, step.to_bytes(4, "little"))
+        delete_older(folder, step, 2)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_while_saving(tmp_path):
-    """SIGKILL at random moments, 30 times: the file is always one of those written, whole."""
-    path = tmp_path / "a.safetensors"
+    """SIGKILL at random moments: what was reported as saved is there, and nothing is half there."""
     moments = random.Random(0)
-    for _ in range(30):
+    reached = 0
+    for _ in range(15):
         reading, writing = os.pipe()
         if (child := os.fork()) == 0:
             try:
-                write_for_ever(path, writing)
+                save_for_ever(tmp_path, reached, writing)
             finally:
                 os._exit(1)
         os.close(writing)
-        assert os.read(reading, 1) == b"."  # it has begun
+        os.read(reading, 4)  # at least one was saved
         time.sleep(moments.uniform(0, 0.03))
         os.kill(child, signal.SIGKILL)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        os.waitpid(child, 0)
+        said = os.read(reading, 1 << 16)
         os.close(reading)
-        if path.exists():
-            x = read_safetensors(path)[0]["x"]
-            assert x[0] >= 1
-            assert (x == x[0]).all()
-    assert path.exists()
+        confirmed = int.from_bytes(said[-4:], "little") if said else reached + 1
+        remove_leftovers(tmp_path)  # as a resumed run does
+        whole = {f"{step:08d}{end}" for step, _ in list_checkpoints(tmp_path) for end in ENDS}
+        assert {path.name for path in tmp_path.iterdir()} == whole
+        steps = valid_steps(tmp_path)  # asserts that each is whole
+        assert steps[-1] >= confirmed > reached
+        reached = steps[-1]
 
 
-@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounting needs root")
-def test_a_full_disk_keeps_the_old_file(tmp_path):
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(tmp_path)]
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root")
+def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
     if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("no tmpfs can be mounted here")
+        pytest.skip("may not mount")
     try:
-        path = tmp_path / "a.safetensors"
-        write_safetensors(path, {"x": np.ones(1 << 18, np.float32)})
-        with pytest.raises(PicoError, match="No space left"):
-            write_safetensors(path, {"x": np.zeros(1 << 18, np.float32)})
-        assert read_safetensors(path)[0]["x"].all()
-        assert os.listdir(tmp_path) == ["a.safetensors"]
+        weights = {"w": np.ones(1 << 17, np.float32)}  # 0.5 MB, twice
+        save_checkpoint(weights, weights, {"step": 1}, disk)
+        with pytest.raises(PicoError, match=r"cannot write .*00000002.*No space left"):
+            save_checkpoint(weights, weights, {"step": 2}, disk)
+        assert [step for step, _ in list_checkpoints(disk)] == [1]
+        np.testing.assert_array_equal(
+            read_safetensors(checkpoint_path(disk, 1))[0]["w"], weights["w"]
+        )
+        assert {path.name for path in disk.iterdir()} == {f"00000001{end}" for end in ENDS}
     finally:
-        subprocess.run(["umount", str(tmp_path)], check=True)
+        subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_tensors_survive_a_round_trip(tmp_path):
-    """Through tinygrad as well: what is loaded is what computes."""
-    model = Pico(CONFIG)
-    load_weights(model, GOLDEN)
-    x = Tensor(np.arange(32, dtype=np.uint8).reshape(1, 32))
-    first = model(x)[0].numpy()
-    save_weights(model, tmp_path / "w")
-    other = Pico(CONFIG)
-    load_weights(other, tmp_path / "w")
-    assert np.array_equal(other(x)[0].numpy(), first)
+def test_a_folder_that_became_read_only(tmp_path):
+    """As nobody, since root may write anywhere; once it may, then it may not."""
+    with tempfile.TemporaryDirectory() as name:  # whose parents anybody may enter
+        folder = Path(name)
+        for step, mode, status in ((1, 0o777, 0), (2, 0o555, 3)):
+            folder.chmod(mode)
+            child = os.fork()
+            if child == 0:
+                try:
+                    if os.geteuid() == 0:
+                        os.setuid(65534)
+                    save_checkpoint(ARRAYS, {}, {"step": step}, folder)
+                    os._exit(0)
+                except PicoError as error:
+                    os._exit(3 if "Permission denied" in str(error) else 4)
+                finally:
+                    os._exit(5)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status
+            folder.chmod(0o777)
+        assert [step for step, _ in list_checkpoints(folder)] == [1]
+        assert len(list(folder.iterdir())) == 2

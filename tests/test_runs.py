@@ -1,0 +1,497 @@
+"""The folder of a run: what is refused, what is kept, what starts again, which one is the best."""
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from helpers import TINY, WINDOWS
+from tinygrad import Tensor
+
+from pico_tg import describe, load
+from pico_tg.checkpoint import checkpoint_path, list_checkpoints, save_checkpoint, weights_of
+from pico_tg.config import Config
+from pico_tg.data import DataSpec, Windows, load_data
+from pico_tg.files import PicoError
+from pico_tg.model import Pico
+from pico_tg.runs import (
+    BITS,
+    Run,
+    differences,
+    find_checkpoint,
+    read_description,
+    read_metrics,
+    run_folder,
+    stored_spec,
+)
+from pico_tg.safetensors import read_safetensors, write_safetensors
+from pico_tg.training import TrainStep, train
+
+FORMER = Path(__file__).parent / "golden" / "run_5601c96"
+QUICK = WINDOWS | {"warmup_steps": 2, "learning_rate": 1e-2, "epochs": 99, "optimizer": "adamw"}
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("the cat sat on the mat; " * 19)
+    return str(path)
+
+
+@pytest.fixture
+def quick_steps(monkeypatch):
+    """Steps and validations that compile nothing: each adds 1 to a weight."""
+
+    def step(self, batches, lr, interrupt=lambda done: False):
+        if len(batches) > 1:
+            for done in range(1, len(batches) + 1):
+                if interrupt(done) and done < len(batches):
+                    return None
+        weight = self.model.norm.weight
+        weight.assign(Tensor(weight.numpy() + 1)).realize()
+        return np.array([2, 0, 2, 0.25, 1], np.float32)
+
+    class Validation:
+        bits = iter([3.0, 2.0, 2.5, 2.6, 2.7, 2.8])
+
+        def __init__(self, *args):
+            pass
+
+        def __call__(self):
+            return {BITS: next(self.bits)}
+
+    monkeypatch.setattr(TrainStep, "__call__", step)
+    monkeypatch.setattr("pico_tg.training.Validation", Validation)
+    return Validation
+
+
+def start(text: str, folder: Path, **settings):
+    return train(Pico(TINY, 0), text, folder, **QUICK | settings)
+
+
+def steps_of(weights: Path) -> int:
+    """How many steps of `quick_steps` weights have seen; they begin at 1."""
+    return int(read_safetensors(weights)[0]["norm.weight"][0]) - 1
+
+
+def steps(records) -> list[int]:
+    return [record["step"] for record in records]
+
+
+# A run of the former commit ------------------------------------------------------------------
+
+
+@pytest.fixture
+def former(tmp_path):
+    """A run that commit 5601c96 stopped after 6 of 9 steps (AdamW, TINY)."""
+    shutil.copytree(FORMER, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_run_of_the_former_commit_is_read(former):
+    weights = read_safetensors(former / "run" / "00000006.safetensors")[0]
+    model = load(former, "run")
+    assert all(np.array_equal(value, weights[name]) for name, value in weights_of(model).items())
+    facts = describe(former, "run")["run"]
+    assert facts["settings"]["optimizer"] == "adamw"
+    assert facts["checkpoints"][0]["bits_per_byte"] == pytest.approx(6.843, abs=1e-3)
+    spec = stored_spec(read_description(former / "run"), former / "run")
+    assert spec == DataSpec("/home/somebody/text.txt")
+
+
+def test_a_run_of_the_former_commit_resumes(former):
+    """With the losses that the former commit had without a stop."""
+    records = list(train(load(former, "run"), former / "text.txt", former / "run", resume=True))
+    straight = json.loads((former / "straight.json").read_text())[6:]
+    assert len(records) == len(straight) == 3
+    for ours, theirs in zip(records, straight, strict=True):
+        for key in theirs.keys() - {"bytes_per_second", "validation_seconds"}:
+            # to the bit on the machine that made it
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-5), key
+
+
+# What ends a run -----------------------------------------------------------------------------
+
+
+def test_whoever_leaves_the_loop_saves_the_last_step(text, tmp_path, quick_steps):
+    run = tmp_path / "run"
+    records = start(text, run, max_steps=20, validation_interval=2)
+    assert steps(next(records) for _ in range(3)) == [1, 2, 3]
+    with pytest.raises(ZeroDivisionError):
+        records.throw(ZeroDivisionError())
+    assert [at for at, _ in list_checkpoints(run)] == [3]
+    assert steps_of(checkpoint_path(run, 3)) == 3
+    for record in train(Pico(TINY, 1), None, run, resume=True, say=lambda text: None):
+        if record["step"] == 5:
+            break
+    assert steps_of(checkpoint_path(run, 5)) == 5
+    assert steps(read_metrics(run)) == [1, 2, 3, 4, 5]
+
+
+def test_a_validation_that_fails_loses_no_step(text, tmp_path, quick_steps):
+    run = tmp_path / "run"
+    quick_steps.bits = iter(())  # raises StopIteration, which a generator makes a RuntimeError
+    with pytest.raises(RuntimeError):
+        list(start(text, run, max_steps=20, validation_interval=2))
+    assert steps(read_metrics(run)) == [1, 2]
+    quick_steps.bits = iter([3.0, 2.0])
+    assert steps(train(Pico(TINY, 1), None, run, resume=True, max_steps=3)) == [3]
+    assert [record.get(BITS) for record in read_metrics(run)] == [None, 3.0, 2.0]
+
+
+def test_a_step_that_fails_saves_nothing(text, tmp_path, quick_steps, monkeypatch):
+    """The weights may be half updated."""
+    records = start(text, tmp_path / "run", max_steps=20)
+    next(records)
+
+    def fail(self, *args):
+        self.consistent = False
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TrainStep, "__call__", fail)
+    with pytest.raises(KeyboardInterrupt):
+        next(records)
+    assert list_checkpoints(tmp_path / "run") == []
+
+
+def test_a_stop_takes_effect_after_the_micro_batch(text, tmp_path, quick_steps):
+    """The step in progress is discarded, and the one before it is saved."""
+    run, seen = tmp_path / "run", []
+    records = start(
+        text,
+        run,
+        max_steps=20,
+        grad_accumulation_steps=4,
+        batch_size=1,
+        on_micro_batch=lambda done, total: seen.append((done, total)),
+        stop=lambda: len(seen) == 6,
+    )
+    assert steps(records) == [1]
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4), (1, 4), (2, 4)]
+    assert steps_of(find_checkpoint(run)) == 1
+    assert steps(train(Pico(TINY, 1), None, run, resume=True, max_steps=3)) == [2, 3]
+    assert steps_of(find_checkpoint(run)) == 3
+
+
+def test_a_run_without_a_checkpoint_starts_again(text, tmp_path, quick_steps):
+    run = tmp_path / "run"
+    weights = tmp_path / "base.safetensors"
+    write_safetensors(weights, weights_of(Pico(TINY, 9)))
+    records = start(text, run, max_steps=3, stop=lambda: True, grad_accumulation_steps=2)
+    assert list(records) == []  # stopped within the first step
+    assert list_checkpoints(run) == []
+    assert steps(start(text, run, max_steps=2, base_weights=weights, stop=lambda: False)) == [1, 2]
+    with pytest.raises(PicoError, match="exists; continue it with --resume"):
+        start(text, run)
+    for path in run.glob("0*"):
+        path.unlink()
+    said = []
+    resumed = Pico(TINY, 1)
+    assert steps(train(resumed, None, run, resume=True, say=said.append)) == [1, 2]
+    assert "ended before its first checkpoint" in said[0]
+    expected = read_safetensors(weights)[0]["embedding.weight"]
+    np.testing.assert_array_equal(resumed.embedding.weight.numpy(), expected)
+    assert steps(read_metrics(run)) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "left", ["notes.txt", "00000002.safetensors", "00000002.safetensors.broken"]
+)
+def test_a_folder_with_anything_else_is_no_new_run(left, text, tmp_path, quick_steps):
+    (tmp_path / "run").mkdir()
+    assert len(list(start(text, tmp_path / "run", max_steps=1))) == 1  # an empty one is
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / left).write_bytes(b"")
+    with pytest.raises(PicoError, match="other exists"):
+        start(text, other)
+
+
+def test_max_minutes(text, tmp_path, quick_steps, monkeypatch):
+    """10 s a step, 60 s in all; the first two steps of a process compile, which is left out."""
+    clock = iter(range(0, 10**6, 10))
+    time = SimpleNamespace(perf_counter=lambda: next(clock))
+    monkeypatch.setattr("pico_tg.training.time", time)
+    run = tmp_path / "run"
+    settings = {"max_minutes": 1.0, "max_steps": 1000, "warmup_steps": 0, "learning_rate": 1.0}
+    records = list(start(text, run, stop=lambda: False, **settings))
+    assert len(records) == 8
+    assert [round(record["minutes"] * 60) for record in records] == [0, 0, 10, 20, 30, 40, 50, 60]
+    assert BITS in records[-1]
+    assert steps_of(find_checkpoint(run)) == 8
+    # a cosine over the time: half way down after 30 of 60 s
+    assert records[5]["lr"] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 2)), abs=2e-3)
+    assert records[-1]["lr"] < 0.2
+    resumed = list(train(Pico(TINY, 1), None, run, resume=True, max_minutes=1.5))
+    assert resumed[0]["minutes"] == pytest.approx(1 + 1 / 8)  # compiles: as long as the mean
+    assert resumed[-1]["minutes"] >= 1.5
+
+
+# Which checkpoints are kept, and found -----------------------------------------------------------
+
+
+def test_keep_best(text, tmp_path, quick_steps):
+    """Validations after 3, 6, 9, … steps; that of 6 is the best."""
+    run = tmp_path / "run"
+    settings = {"keep_checkpoints": 1, "checkpoint_interval": 4, "validation_interval": 3}
+    list(start(text, run, max_steps=14, keep_best=True, **settings))
+    assert [at for at, _ in list_checkpoints(run)] == [6, 14]
+    assert find_checkpoint(run, "best") == checkpoint_path(run, 6)
+    assert json.loads((run / "training.json").read_text())["checkpoints"] == [
+        "00000006.safetensors",
+        "00000014.safetensors",
+    ]
+    quick_steps.bits = iter([9.0, 9.0, 9.0])
+    list(train(Pico(TINY, 1), None, run, resume=True, max_steps=16))
+    assert [at for at, _ in list_checkpoints(run)] == [6, 16]
+
+
+def test_finding_checkpoints(tmp_path):
+    run = tmp_path / "model" / "run"
+    run.mkdir(parents=True)
+    with pytest.raises(PicoError, match=r"pico_tg train .*model run"):
+        find_checkpoint(run)
+    for step in (5, 100, 20):
+        write_safetensors(run / f"{step:08d}.safetensors", {})
+    (run / ".00000900.safetensors.x.tmp").write_bytes(b"")
+    (run / "notes.safetensors").write_bytes(b"")
+    assert [step for step, _ in list_checkpoints(run)] == [5, 20, 100]
+    names = [find_checkpoint(run, i).name for i in (-1, -3, 20)]
+    assert names == ["00000100.safetensors", "00000005.safetensors", "00000020.safetensors"]
+    for missing in (-4, 0, 7):
+        with pytest.raises(PicoError, match="5, 20, 100"):
+            find_checkpoint(run, missing)
+    (run / "metrics.jsonl").write_text('{"step": 5}\n')
+    with pytest.raises(PicoError, match="was validated"):
+        find_checkpoint(run, "best")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../other/run", "/tmp", "a/../../b"])
+def test_a_run_is_within_its_model(name, tmp_path):
+    with pytest.raises(PicoError, match="RUN must name a run of"):
+        run_folder(tmp_path, name)
+    assert run_folder(tmp_path, "sub/a") == tmp_path / "sub" / "a"
+
+
+def test_differences():
+    assert differences({"a": 1, "b": 2, "c": 3}, {"b": 5, "c": 3, "d": 4}) == "b was 2, now 5"
+    assert (
+        differences({"a": "x", "b": None}, {"a": "y", "b": 0})
+        == "a was x, now y, b was None, now 0"
+    )
+
+
+def test_training_goes_on_from_the_newest_valid_checkpoint(run, text):
+    path = checkpoint_path(run, 4)
+    path.write_bytes(path.read_bytes()[:-5])
+    said = []
+    assert steps(train(Pico(TINY), text, run, resume=True, say=said.append)) == [3, 4]
+    assert (run / "00000004.safetensors.broken").exists()
+    assert "00000004" in said[0]
+    assert "resuming after step 2" in said[1]
+    assert steps(read_metrics(run)) == [1, 2, 3, 4]
+    assert steps_of(path) == 4
+
+
+def test_a_forced_batch_size_leaves_no_window_out(text, tmp_path, quick_steps, monkeypatch):
+    """11 windows an epoch: three steps of 2, then 1 at a time, and each is seen once."""
+    seen = []
+    batch_at = Windows.batch_at
+
+    def watched(self, position):
+        batch = batch_at(self, position)
+        seen.extend(bytes(row) for row in batch)
+        return batch
+
+    monkeypatch.setattr(Windows, "batch_at", watched)
+    list(start(text, tmp_path / "run", epochs=1, stop=lambda: len(seen) == 6))
+    resumed = train(Pico(TINY), text, tmp_path / "run", resume=True, batch_size=1, force=True)
+    assert steps(resumed) == [4, 5, 6, 7, 8]
+    whole = Windows(load_data(DataSpec(text)).train, 40, TINY.next_tokens, 11, 0)
+    assert len(whole) == len(seen) == 11
+    assert sorted(seen) == sorted(bytes(row) for row in whole.batch(0))
+
+
+# training.json and metrics.jsonl -----------------------------------------------------------------
+
+
+@pytest.fixture
+def run(text, tmp_path, quick_steps):
+    """Four steps, with checkpoints after 2 and 4."""
+    list(start(text, tmp_path / "run", max_steps=4, checkpoint_interval=2))
+    return tmp_path / "run"
+
+
+def test_changed_settings_are_refused_by_name(run, text):
+    def resume(**changes):
+        return list(train(Pico(TINY, 0), text, run, resume=True, **changes))
+
+    with pytest.raises(PicoError, match=r"learning_rate was 0.01, now 0.5, optimizer was adamw"):
+        resume(learning_rate=0.5, optimizer="soap")
+    with pytest.raises(PicoError, match=r"batch_size was 2, now 1.*--force"):
+        resume(batch_size=1)
+    assert resume(context_len=40) == []  # the same as before; nothing is left to do
+    said = []
+    records = resume(say=said.append, max_steps=6, batch_size=1, force=True)
+    assert "6 steps in all, not 4: from step 5 on the learning rate" in said[-1]
+    assert steps(records) == [5, 6]
+    assert records[-1]["bytes"] == 4 * 2 * 40 + 2 * 1 * 40
+    assert read_description(run)["settings"]["batch_size"] == 1
+
+
+def test_another_model_is_refused(run, text):
+    other = Config(**(vars(TINY) | {"fb_att_window_size": 3, "router": "space"}))
+    named = "fb_att_window_size was 6, now 3, router was learned, now space"
+    with pytest.raises(PicoError, match=named):
+        train(Pico(other), text, run, resume=True)
+
+
+def test_data_may_have_moved(run, text, tmp_path):
+    moved = tmp_path / "elsewhere.txt"
+    Path(text).rename(moved)
+    with pytest.raises(PicoError, match=r"text\.txt"):
+        train(Pico(TINY), None, run, resume=True)
+    assert steps(train(Pico(TINY), moved, run, resume=True, max_steps=5)) == [5]
+    assert read_description(run)["dataset"]["dataset"] == str(moved)
+
+
+def test_changed_data_are_refused(run, text, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("something else; " * 60)
+    with pytest.raises(PicoError, match="other data: dataset was"):
+        train(Pico(TINY), str(other), run, resume=True)
+    Path(text).write_text("the dog sat on the log; " * 25)
+    with pytest.raises(PicoError, match="have changed since"):
+        train(Pico(TINY), text, run, resume=True)
+
+
+def test_a_relative_path_is_found_from_anywhere(text, tmp_path, monkeypatch, quick_steps):
+    monkeypatch.chdir(tmp_path)
+    list(train(Pico(TINY), "text.txt", "run", max_steps=1, **QUICK))
+    (tmp_path / "deeper").mkdir()
+    monkeypatch.chdir(tmp_path / "deeper")
+    assert steps(train(Pico(TINY), None, "../run", resume=True, max_steps=2)) == [2]
+
+
+def test_the_revision_of_a_run_is_kept(run, monkeypatch):
+    """A data set on the hub may have a newer one, also when its name is given again."""
+    path = run / "training.json"
+    description = json.loads(path.read_text())
+    description["dataset"] |= {"dataset": "owner/name", "revision": "0123abc"}
+    path.write_text(json.dumps(description))
+    asked = []
+
+    def load_data(spec, progress=True):
+        asked.append((spec.dataset, spec.revision))
+        raise PicoError("enough")
+
+    monkeypatch.setattr("pico_tg.runs.load_data", load_data)
+    for dataset in (None, "owner/name", DataSpec("owner/name", revision="fff"), "owner/other"):
+        with pytest.raises(PicoError, match="enough"):
+            train(Pico(TINY), dataset, run, resume=True)
+    assert [revision for _, revision in asked] == ["0123abc", "0123abc", "fff", None]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda d: "[]",
+        lambda d: "{",
+        lambda d: "[" * 100_000,
+        lambda d: json.dumps({"settings": {}}),
+        lambda d: json.dumps(d | {"model": []}),
+        lambda d: json.dumps(d | {"settings": d["settings"] | {"depth": 3}}),
+        lambda d: json.dumps(d | {"dataset": d["dataset"] | {"color": "red"}}),
+    ],
+)
+def test_a_broken_description(damage, run):
+    path = run / "training.json"
+    path.write_text(damage(json.loads(path.read_text())))
+    with pytest.raises(PicoError, match=r"training\.json"):
+        train(Pico(TINY), None, run, resume=True)
+
+
+def test_metrics_that_are_none(run):
+    with open(run / "metrics.jsonl", "ab") as file:
+        file.write(b'3\n{"step": "x"}\n\xff\xfe\n{"step": 5, "bi')
+    assert steps(read_metrics(run)) == [1, 2, 3, 4]
+
+
+def test_a_run_is_trained_by_one_at_a_time(run, text):
+    records = train(Pico(TINY), text, run, resume=True, max_steps=6)
+    next(records)
+    with pytest.raises(PicoError, match="another process trains"):
+        train(Pico(TINY), text, run, resume=True, max_steps=6)
+    records.close()
+    assert steps(train(Pico(TINY), text, run, resume=True, max_steps=6)) == [6]
+
+
+def test_leftovers_of_killed_processes_are_removed(run, text):
+    left = [".00000004.safetensors.abc.tmp", ".training.json.x.tmp", "00000003.state.safetensors"]
+    for name in left:
+        (run / name).write_bytes(b"half")
+    (run / "notes.tmp").write_bytes(b"mine")
+    assert list(train(Pico(TINY), text, run, resume=True)) == []
+    names = {path.name for path in run.iterdir()}
+    assert not names & {*left}
+    assert "notes.tmp" in names
+
+
+def test_a_full_log_does_not_lose_the_training(run, text, monkeypatch):
+    """What was trained is saved before the error."""
+
+    def full(self, record, durable=False):
+        raise PicoError("cannot write metrics.jsonl: No space left on device")
+
+    records = train(Pico(TINY), text, run, resume=True, max_steps=9)
+    next(records)
+    monkeypatch.setattr(Run, "log", full)
+    with pytest.raises(PicoError, match="No space left"):
+        next(records)
+    assert list_checkpoints(run)[-1][0] == 6
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_log_that_cannot_be_written_is_one_line(run, text):
+    records = train(Pico(TINY), text, run, resume=True, max_steps=6)
+    (run / "metrics.jsonl").unlink()
+    (run / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(PicoError, match=r"cannot write .*metrics\.jsonl: No space left"):
+        list(records)
+
+
+def test_nothing_to_resume(tmp_path, text):
+    with pytest.raises(PicoError, match="no training run to resume"):
+        train(Pico(TINY), text, tmp_path / "none", resume=True)
+    with pytest.raises(PicoError, match="no run was named"):
+        train(Pico(TINY), text, resume=True)
+    assert not (tmp_path / "none").exists()
+
+
+def test_no_valid_checkpoint(run, text):
+    for _, path in list_checkpoints(run):
+        path.write_bytes(b"")
+    with pytest.raises(PicoError, match="no checkpoint to resume from"):
+        train(Pico(TINY), text, run, resume=True)
+
+
+def test_weights_stay_those_of_the_model(run):
+    """A checkpoint's weights load elsewhere: the optimizer's state is in a file of its own."""
+    found = read_safetensors(checkpoint_path(run, 4))[0]
+    assert found.keys() == weights_of(Pico(TINY)).keys()
+
+
+def test_load(tmp_path):
+    TINY.to_json(tmp_path / "model.json")
+    (tmp_path / "first").mkdir()
+    for seed in (1, 2):
+        save_checkpoint(weights_of(Pico(TINY, seed)), {}, {"step": seed}, tmp_path / "first")
+    expected = Pico(TINY, 2).embedding.weight.numpy()
+    assert np.array_equal(load(tmp_path, "first").embedding.weight.numpy(), expected)
+    assert np.array_equal(load(str(tmp_path), "first", 2).embedding.weight.numpy(), expected)
+    with pytest.raises(PicoError, match="init"):
+        load(tmp_path / "first", "first")
