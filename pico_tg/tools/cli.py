@@ -104,6 +104,8 @@ def command_train(args: argparse.Namespace) -> int:
     spec = data_to_train_on(args)
     if args.resume and args.base_weights:
         raise PicoError("--base-weights starts a run; it cannot go with --resume")
+    if args.resume and args.settings:
+        raise PicoError("--settings starts a run; a run that is resumed has its own")
     if args.force and not args.resume:
         raise PicoError("--force goes with --resume")
     config = load_config(args.path)
@@ -157,7 +159,7 @@ def complete_settings(
     settings, lines = given(args, TrainSettings), []
     device = (devices or (Device.DEFAULT,))[0]
     machine = (train_bytes, device, gemm_rate(settings.get("precision", "auto"), device))
-    if args.settings == "chosen" and (chosen := recipe.choose(config, *machine, settings)):
+    if args.settings != "published" and (chosen := recipe.choose(config, *machine, settings)):
         settings |= chosen
         lines.append(f"chosen: {', '.join(f'{name} {value}' for name, value in chosen.items())}")
     lines.append(recipe.describe_cost(config, TrainSettings(**settings), *machine))

@@ -111,9 +111,10 @@ def add_train_options(parser: Parser) -> None:
     )  # fmt: skip
     add_fields(parser, TrainSettings, defaults=dict.fromkeys(recipe.CHOSEN, "see --settings"))
     parser.add_argument(
-        "--settings", choices=["chosen", "published"], default="chosen",
+        "--settings", choices=["chosen", "published"],
         help="where the settings come from that the command line leaves out: chosen for the "
-        "device, the model and the data, or published, for a GPU and hundreds of megabytes",
+        "device, the model and the data, or published, for a GPU and hundreds of megabytes "
+        "(default: chosen)",
     )  # fmt: skip
     parser.add_argument(
         "--sample-prompt", metavar="TEXT",
