@@ -1,0 +1,70 @@
+"""Print as JSON what kernels a training step and a decoding pass are on a NULL device.
+
+Argument: fp32 or bf16. DEV=NULL:... schedules and renders kernels of a GPU, and runs none. Where
+NVRTC_PATH names NVIDIA's compiler, CUDA kernels are compiled as well.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import types
+
+import numpy as np
+from tinygrad.device import Compiler
+from tinygrad.runtime.support import compiler_cuda
+
+# without the GPU's compilers the source is enough
+if "NVRTC_PATH" not in os.environ:
+    compiler_cuda.NVRTCCompiler = lambda *args, **options: Compiler()
+sys.modules["tinygrad.runtime.ops_metal"] = types.SimpleNamespace(MetalCompiler=Compiler)
+
+from helpers import TINY  # noqa: E402
+from tinygrad import Tensor  # noqa: E402
+from tinygrad.engine import realize  # noqa: E402
+from tinygrad.uop.ops import Ops  # noqa: E402
+
+from pico_tg import Decoder, Pico, TrainSettings  # noqa: E402
+from pico_tg.soap import all_finite  # noqa: E402
+from pico_tg.training import TrainStep  # noqa: E402
+
+kernels, estimate_uop = [], realize.estimate_uop
+
+
+def watch(call):  # tinygrad estimates each kernel that it executes
+    estimate, program = estimate_uop(call), call.src[0]
+    if program.op is Ops.PROGRAM:
+        tensor_cores = any(uop.op is Ops.WMMA for uop in program.toposort())
+        source = next(part.arg for part in program.src if part.op is Ops.SOURCE)
+        kernels.append((len(program.arg.globals), tensor_cores, estimate.ops, source))
+    return estimate
+
+
+realize.estimate_uop = watch
+# no size is a multiple of a tile: dim 83, heads of 41, as odd as the README's 372 and 41
+model = Pico(dataclasses.replace(TINY, dim=83, att_q_heads=2, att_kv_heads=1), fresh=False)
+kernels.clear()
+settings = TrainSettings(context_len=1024, batch_size=8, precision=sys.argv[1])
+windows = np.zeros((1, 8, 1024 + TINY.next_tokens), np.uint8)
+TrainStep(model, settings)(windows, 1e-3)
+train, kernels = kernels, []
+# as nothing is computed, the router would select no byte
+sys.modules["pico_tg.decoder"].read = lambda x: np.ones(x.shape, np.float32)
+decoder = Decoder(model)
+decoder.forward(b"abc")
+decode, kernels = kernels, []
+Tensor.realize(all_finite([Tensor.empty(4, 4 + i) for i in range(90)]))  # as of a deep model
+operations = sum(work for _, _, work, _ in train)
+print(
+    json.dumps(
+        {
+            "train": len(train),
+            "decode": len(decode),
+            "selected": decoder.selected,
+            "on_tensor_cores": sum(on for _, on, _, _ in train),
+            "share": sum(work for _, on, work, _ in train if on) / operations,
+            "buffers": max(count for count, *_ in (*train, *decode, *kernels)),
+            "sources": [source for _, on, _, source in train if on][:1],
+        }
+    )
+)
