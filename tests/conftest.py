@@ -1,4 +1,4 @@
-"""What every test gets: a data cache of its own, and a watch on TinyJit's memory planner."""
+"""For every test: a data cache of its own, and a watch on TinyJit's memory planner."""
 
 import pytest
 import tinygrad.engine.jit
@@ -11,7 +11,7 @@ pico_tg.enable_compile_cache()
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """The cache folder of data; never the user's."""
+    """An empty folder for cached data, instead of the user's."""
     path = tmp_path / "cache"
     monkeypatch.setenv("PICO_CACHE", str(path))
     return path
@@ -19,19 +19,20 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def planned_memory(monkeypatch):
-    """No kernel in any captured graph reads memory that the planner may have given to others.
+    """Fail where a captured graph reads a planned buffer through a view.
 
-    0.13's planner ends a buffer's life at its last use by name; views do not count as uses.
+    TinyJit's planner (0.13) does not count a view as a use of its buffer, and may give the buffer's
+    memory to another one while the view is still read.
     """
     plan = tinygrad.engine.jit.memory_plan_rewrite
 
-    def watched(linear, held_bufs=None):
+    def checked(linear, held_bufs=None):
         views = {b for call in linear.src for b in call.src[1:] if b.op is Ops.BUFFER_VIEW}
         unseen = {view.src[0] for view in views} - {*(held_bufs or ())}
         assert all(buffer.op is not Ops.BUFFER for buffer in unseen), "views of planned buffers"
         return plan(linear, held_bufs)
 
-    monkeypatch.setattr(tinygrad.engine.jit, "memory_plan_rewrite", watched)
+    monkeypatch.setattr(tinygrad.engine.jit, "memory_plan_rewrite", checked)
 
 
 def pytest_collection_modifyitems(items):

@@ -1,14 +1,41 @@
-"""Matrix products and attention in NumPy, float64, and checks of pico_tg's against them."""
+"""References in NumPy, and checks of pico_tg's products, attention and models against them."""
 
 import math
 from functools import partial
 
 import numpy as np
-from oracle import softmax
-from tinygrad import Tensor, dtypes
+import oracle
+from tinygrad import Tensor, dtypes, nn
 
 from pico_tg.attention import banded_attention
+from pico_tg.config import Config
+from pico_tg.model import Pico
 from pico_tg.ops import linear, matmul
+
+TEXT = "Ça va?  'Tis 3.5 °C — née in 東京, (e.g.) <b>x_1</b>; and, a \t b\n\nend. ".encode()
+
+
+def assert_close(found: np.ndarray, expected: np.ndarray, tolerance: float, name: str = "") -> None:
+    """Within `tolerance`, relative to the largest entry."""
+    assert found.shape == expected.shape, name
+    error = np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-6)
+    assert error <= tolerance, f"{name}: {error}"
+
+
+def build(config: Config, seed: int = 0) -> tuple[Pico, oracle.Weights]:
+    """A model and the same weights for the oracle, norms away from 1 as well."""
+    rng = np.random.default_rng(seed)
+    weights = {
+        name: (value + 0.1 * rng.standard_normal(value.shape)).astype(np.float32)
+        for name, value in oracle.random_weights(config, rng).items()
+    }
+    model = Pico(config)
+    state = nn.state.get_state_dict(model)
+    assert {name: t.shape for name, t in state.items()} == oracle.shapes(config)
+    for name, tensor in state.items():
+        tensor.assign(Tensor(weights[name])).realize()
+    return model, weights
+
 
 # (leading, M, L, N) of products: sizes that fill whole tiles and sizes that do not
 PRODUCTS = [
@@ -80,7 +107,7 @@ def dense_attention(q, k, v, window, upstream):
     distance = np.arange(N)[:, None] - np.arange(N)[None]
     slopes = 2.0 ** (-8 * (np.arange(H) + 1) / H)
     scores = q @ k.swapaxes(2, 3) / math.sqrt(C) - slopes[:, None, None] * distance
-    p = softmax(np.where((distance >= 0) & (distance <= window), scores, -np.inf))
+    p = oracle.softmax(np.where((distance >= 0) & (distance <= window), scores, -np.inf))
     dp = upstream @ v.swapaxes(2, 3)
     ds = p * (dp - (dp * p).sum(-1, keepdims=True)) / math.sqrt(C)
     dk, dv = (

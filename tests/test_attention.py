@@ -1,11 +1,11 @@
-"""Banded attention against dense attention in NumPy: values, gradients and operations."""
+"""Banded attention against dense attention in NumPy, with its gradients; rotary positions."""
 
 import numpy as np
 import pytest
 from references import check_attention
 from tinygrad import GlobalCounters, Tensor
 
-from pico_tg.attention import alibi_slopes, banded_attention, block_sizes
+from pico_tg.attention import alibi_slopes, banded_attention, block_sizes, rotate
 
 # (B, query heads, key/value heads, N, head_dim, window)
 SHAPES = [
@@ -69,3 +69,17 @@ def test_cost_grows_with_the_length_not_its_square():
         return GlobalCounters.global_ops
 
     assert operations(2048) <= 4.1 * operations(512)
+
+
+@pytest.mark.parametrize("channels", [1, 8, 41])
+def test_rotation_of_far_positions(channels):
+    """As exact at a million, and at the largest int, as at 0."""
+    positions = np.array([0, 1, 1000, 10**6, 10**6 + 1, 2**31 - 1])
+    x = np.random.default_rng(0).standard_normal((2, len(positions), channels)).astype(np.float32)
+    found = rotate(Tensor(x), Tensor(positions.astype(np.int32))).numpy()
+    half = channels // 2
+    rotated = x[..., :half] + 1j * x[..., half : 2 * half]
+    rates = 10000.0 ** -(np.arange(half) / max(1, half))
+    rotated = rotated * np.exp(1j * positions[:, None] * rates)
+    expected = np.concatenate([rotated.real, rotated.imag, x[..., 2 * half :]], axis=-1)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=5e-6)

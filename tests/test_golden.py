@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from references import assert_close
 from tinygrad import Tensor, TinyJit, nn
 
 from pico_tg import Config, Pico, load_weights, loss_fn
@@ -24,13 +25,6 @@ def model() -> Pico:
     return model
 
 
-def assert_close(found: np.ndarray, expected: np.ndarray, tolerance: float, name: str = "") -> None:
-    """Within `tolerance`, relative to the largest entry."""
-    assert found.shape == expected.shape, name
-    error = np.abs(found - expected).max() / np.abs(expected).max()
-    assert error <= tolerance, f"{name}: {error}"
-
-
 def step(model: Pico, x: Tensor, targets: Tensor) -> list[Tensor]:
     with Tensor.train():
         logits, z, decisions = model(x)
@@ -41,7 +35,7 @@ def step(model: Pico, x: Tensor, targets: Tensor) -> list[Tensor]:
     return outputs
 
 
-@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("jit", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_training_step(jit, model, golden):
     x, targets = (Tensor(golden[name]).clone().realize() for name in ("x", "targets"))
     run = TinyJit(lambda x, targets: step(model, x, targets)) if jit else None

@@ -7,6 +7,7 @@ import oracle
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from references import assert_close, build
 from tinygrad import Tensor, dtypes, nn
 
 from pico_tg import ops
@@ -15,7 +16,7 @@ from pico_tg.model import Pico, loss_fn
 from pico_tg.ops import cross_entropy
 
 ODD = Config(
-    dim=22,  # 3 heads of 7: one number of the 22 is in none
+    dim=22,  # 3 heads of 7: one channel is in no head
     next_tokens=3,
     att_q_heads=3,
     att_kv_heads=1,
@@ -27,7 +28,7 @@ ODD = Config(
 )
 
 
-# every example compiles some hundred kernels of its own: few of them, and no shrinking
+# every example compiles some hundred kernels of its own: few examples, and no shrinking
 FEW = settings(max_examples=2, deadline=None, derandomize=True, phases=[Phase.generate])
 
 
@@ -44,29 +45,8 @@ def configs(draw) -> Config:
         fb_att_window_size=draw(st.integers(1, 14)),
         latent_capacity_factor=draw(st.floats(0.3, 1.0)),
         latent_num_blocks=draw(st.integers(1, 2)),
-        latent_att_window_size=draw(st.integers(1, 6)),  # mostly fewer than are selected
+        latent_att_window_size=draw(st.integers(1, 6)),  # mostly fewer than the selected bytes
     )
-
-
-def build(config: Config, seed: int = 0) -> tuple[Pico, oracle.Weights]:
-    """A model, and its weights for the oracle; norms and all away from their first values."""
-    rng = np.random.default_rng(seed)
-    weights = {
-        name: (value + 0.1 * rng.standard_normal(value.shape)).astype(np.float32)
-        for name, value in oracle.random_weights(config, rng).items()
-    }
-    model = Pico(config)
-    state = nn.state.get_state_dict(model)
-    assert {name: t.shape for name, t in state.items()} == oracle.shapes(config)
-    for name, tensor in state.items():
-        tensor.assign(Tensor(weights[name])).realize()
-    return model, weights
-
-
-def close(found: np.ndarray, expected: np.ndarray, tolerance: float, name: str = "") -> None:
-    assert found.shape == expected.shape, name
-    scale = max(np.abs(expected).max(), 1e-6)
-    assert np.abs(found - expected).max() / scale <= tolerance, name
 
 
 def compare_training(config: Config, B: int, N: int) -> None:
@@ -88,31 +68,34 @@ def compare_training(config: Config, B: int, N: int) -> None:
         np.stack([oracle.decide(r, b, config, False) for r, b in zip(z.numpy(), x, strict=True)]),
     )
     expected = oracle.forward(weights, config, x, decisions=chosen)
-    close(logits.numpy(), expected[0], 1e-4)
-    close(z.numpy(), expected[1], 1e-4)
+    assert_close(logits.numpy(), expected[0], 1e-4)
+    assert_close(z.numpy(), expected[1], 1e-4)
     expected_losses, expected_gradients = oracle.loss_and_grads(
         weights, config, x, targets, decisions=chosen
     )
     np.testing.assert_allclose([t.item() for t in losses], expected_losses, rtol=1e-5)
     for (name, _), gradient in zip(state.items(), gradients, strict=True):
-        close(gradient.numpy(), expected_gradients[name], 1e-4, name)
+        assert_close(gradient.numpy(), expected_gradients[name], 1e-4, name)
 
 
+@pytest.mark.slow
 @FEW
 @given(configs(), st.integers(1, 2), st.integers(10, 40))
 def test_training_on_odd_configurations(config, B, N):
     compare_training(config, B, N)
 
 
-def test_training_with_every_product_scheduled(monkeypatch):
+@pytest.mark.slow
+def test_training_with_cpu_kernels_for_every_product(monkeypatch):
     monkeypatch.setattr(ops, "SMALL", 0)
     compare_training(ODD, 2, 37)
 
 
-def test_capacity_of_no_byte_skips_the_latent_blocks():
+def test_a_capacity_of_zero_skips_the_latent_blocks():
     compare_training(dataclasses.replace(ODD, latent_capacity_factor=0.01), 1, 20)
 
 
+@pytest.mark.slow
 @FEW
 @given(configs(), st.integers(1, 2), st.integers(10, 40))
 def test_causal_on_odd_configurations(config, B, N):
@@ -121,7 +104,7 @@ def test_causal_on_odd_configurations(config, B, N):
     logits, z, decisions = (t.numpy() for t in model(Tensor(x), causal=True))
     np.testing.assert_array_equal(decisions, z > 0)
     expected = oracle.forward(weights, config, x, causal=True, decisions=decisions)
-    close(logits, expected[0], 1e-4)
+    assert_close(logits, expected[0], 1e-4)
 
 
 @pytest.mark.parametrize("chosen", ["none", "all"])
@@ -129,7 +112,7 @@ def test_causal_when_the_router_is_extreme(chosen):
     model, weights = build(ODD)
     x = np.random.default_rng(3).integers(0, 256, (2, 30), np.uint8)
     h = model.encode(Tensor(x))[0].numpy()
-    # a direction on which every byte of x falls on the same side
+    # a router weight for which all logits have the same sign
     direction = np.linalg.lstsq(h.reshape(-1, ODD.dim)[: ODD.dim], np.ones(ODD.dim), rcond=None)[0]
     x = x[:1, : ODD.dim]
     direction = direction.astype(np.float32) * (1 if chosen == "all" else -1)
@@ -137,7 +120,7 @@ def test_causal_when_the_router_is_extreme(chosen):
     model.latent.router.weight.assign(Tensor(direction[None])).realize()
     logits, _, decisions = (t.numpy() for t in model(Tensor(x), causal=True))
     assert decisions.all() if chosen == "all" else not decisions.any()
-    close(logits, oracle.forward(weights, ODD, x, causal=True)[0], 1e-3)
+    assert_close(logits, oracle.forward(weights, ODD, x, causal=True)[0], 1e-3)
 
 
 def test_changing_a_byte_changes_no_causal_logits_before_it():
@@ -153,18 +136,18 @@ def test_changing_a_byte_changes_no_causal_logits_before_it():
         assert np.abs(before[0, j] - after[0, j]).max() > 1e-3
 
 
-def test_slots_for_fewer_bytes_than_were_chosen_serve_the_first():
+def test_the_first_selected_bytes_are_served():
     model, weights = build(ODD)
     x = np.random.default_rng(5).integers(0, 256, (1, 40), np.uint8)
     logits, _, decisions = (t.numpy() for t in model(Tensor(x), causal=True, count=3))
     served = decisions & (np.cumsum(decisions, axis=1) <= 3)
     assert served.sum() == 3 < decisions.sum()
-    close(logits, oracle.forward(weights, ODD, x, causal=True, decisions=served)[0], 1e-4)
+    assert_close(logits, oracle.forward(weights, ODD, x, causal=True, decisions=served)[0], 1e-4)
 
 
 @pytest.mark.parametrize("byte", [0, 127, 128, 255])
 def test_a_lone_byte(byte):
-    """One position, one target: tinygrad's gather from a lone uint8 would read out of bounds."""
+    """One position, one target: 0.13's lookup by a lone uint8 would read out of bounds."""
     logits = np.random.default_rng(6).standard_normal((1, 1, 1, 256)).astype(np.float32)
     found = cross_entropy(Tensor(logits), Tensor(np.full((1, 1, 1), byte, np.uint8))).item()
     expected = np.logaddexp.reduce(logits.astype(np.float64), axis=-1) - logits[..., byte]

@@ -117,6 +117,7 @@ def test_losses_are_within_a_hundredth_over_100_steps():
     assert np.abs(bf16 / fp32 - 1).max() < 0.01
 
 
+@pytest.mark.slow
 def test_the_optimizer_stays_in_float32(monkeypatch):
     """Its products as well, whatever the precision of the model's products."""
     monkeypatch.setattr(ops, "SMALL", 0)

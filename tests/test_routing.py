@@ -1,13 +1,14 @@
-"""Top-k selection, and the gather/scatter pair whose gradients are each other."""
+"""Routers' decisions, slots, and the gather/scatter pair whose gradients are each other."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from references import TEXT
 from tinygrad import GlobalCounters, Tensor
 
 from pico_tg.ops import gather, scatter
-from pico_tg.routing import slots, top_k_decisions
+from pico_tg.routing import next_decisions, rule_decisions, slots, top_k_decisions
 
 
 def expected_top_k(z: np.ndarray, capacity: int) -> np.ndarray:
@@ -79,3 +80,24 @@ def test_cost_is_linear_both_ways(direction):
 
     # the quotient of a quadratic cost would be 16, of a linear one with fixed parts less than 4
     assert operations(2048) <= 4.1 * operations(512)
+
+
+def test_the_rule_of_spaces():
+    marks = {i for i, c in enumerate("ab, c.d\n x") if c in ",.\n" or (i == 4 and c == " ")}
+    data = b"ab, c.d\n x"
+    found = next_decisions("space", data, 0, 4)
+    assert set(np.flatnonzero(found)) == marks == {2, 5, 7}
+    # a UTF-8 lead byte counts as a space, its continuation bytes as letters
+    assert np.flatnonzero(next_decisions("space", "aé b".encode(), 0, 4)).tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("router", ["space", "stride", "all", "none"])
+def test_rules_a_byte_at_a_time(router):
+    whole = rule_decisions(router, Tensor([list(TEXT)]), 4, None).numpy()[0]
+    np.testing.assert_array_equal(next_decisions(router, TEXT, 0, 4), whole)
+    for i in range(len(TEXT)):
+        piece = TEXT[max(0, i - 1) : i + 1]
+        assert next_decisions(router, piece, i, 4).tolist() == [whole[i]]
+    capped = rule_decisions(router, Tensor([list(TEXT)]), 4, 3).numpy()[0]
+    if router == "space":
+        assert np.flatnonzero(capped).tolist() == np.flatnonzero(whole)[:3].tolist()
