@@ -154,12 +154,12 @@ def test_a_lone_byte(byte):
     assert found == pytest.approx(expected.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", [dtypes.uint8, dtypes.int32, dtypes.int64])
-def test_bytes_may_be_any_integer(kind):
+def test_bytes_may_be_any_integer():
     model, _ = build(ODD)
-    x = np.arange(20).reshape(1, 20)
-    plain = model(Tensor(x.astype(np.uint8)))[0].numpy()
-    np.testing.assert_array_equal(model(Tensor(x).cast(kind))[0].numpy(), plain)
+    x = np.arange(40).reshape(1, 40)
+    plain = model(Tensor(x.astype(np.uint8)), causal=True)[0].numpy()
+    wide = model(Tensor(x).cast(dtypes.int64), causal=True)[0].numpy()
+    np.testing.assert_array_equal(wide, plain)
 
 
 def test_fresh_weights():

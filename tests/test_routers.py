@@ -38,12 +38,10 @@ VARIANTS = [
         ("none", "alibi"),
     )
 ]
-SLOW = [pytest.param(config, marks=pytest.mark.slow) for config in VARIANTS[1:]]
+SLOW = [pytest.param(config, marks=pytest.mark.slow) for config in VARIANTS]
 
 
-@pytest.fixture(
-    scope="module", params=[VARIANTS[0], *SLOW], ids=lambda c: f"{c.router}-{c.position}"
-)
+@pytest.fixture(scope="module", params=SLOW, ids=lambda c: f"{c.router}-{c.position}")
 def variant(request):
     """(config, model, weights)."""
     return request.param, *build(request.param)
@@ -130,6 +128,7 @@ def test_a_stride_fits_the_capacity(factor):
     assert config.stride - 1 < 1 / factor + 1e-6
 
 
+@pytest.mark.slow
 def test_positions_beyond_a_million():
     """With rotary positions only distances matter: a text that begins far out reads the same."""
     model, _ = build(dataclasses.replace(TINY, router="all", position="rope"))
