@@ -1,11 +1,10 @@
-"""Pico once more, in plain NumPy: slow and obvious, what `pico_tg` is compared with.
+"""Reference implementation of Pico in plain NumPy, slow and obvious, to test `pico_tg` against.
 
-Nothing but the config's fields comes from `pico_tg`, and nothing is clever: float64 throughout,
-one sequence at a time, dense T x T attention, gradients by hand. Every operation
-returns its output and a function `backward(d_output, grads)`, which returns the gradient of its
-input and adds those of its weights to the dict `grads`. `decode` is the same model a second
-time, a byte at a time with lists for caches, and shares only the arithmetic of one position with
-the rest.
+Only the fields of Config come from `pico_tg`. Everything is float64, one sequence at a time, with
+dense T x T attention and gradients by hand. Every operation returns its output and a function
+`backward(d_output, grads)`, which returns the gradient of the operation's input and adds those of
+its weights to the dict `grads`. `decode` implements the model a second time, one byte at a time
+with lists as KV caches, and shares only the arithmetic of one position with the rest.
 
 Shape letters: B sequences, N bytes of a sequence, S selected bytes, T positions (N or S), D dim,
 H query heads, K key/value heads, G = H // K, C head_dim, P next_tokens (heads of prediction).
@@ -98,44 +97,44 @@ def _float64(weights: Weights) -> Weights:
 
 
 class Alibi:
-    """Positions as a penalty on the score, slope_h * (i - j) (arXiv 2108.12409).
+    """Position encoding by a penalty on the score, slope_h * (i - j) (arXiv 2108.12409).
 
-    A scheme of positions has these three methods; another one (a rotation, say) can stand in.
+    Every position encoding has these three methods.
     """
 
-    def place(self, vectors: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    def rotate(self, vectors: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Queries or keys [T, heads, C] at integer positions [T], before their product."""
         return vectors
 
-    def place_backward(self, d_placed: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """The gradient of `place` for its vectors: [T, heads, C]."""
-        return d_placed
+    def rotate_backward(self, d_rotated: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """The gradient of `rotate` for its vectors: [T, heads, C]."""
+        return d_rotated
 
     def bias(self, heads: int, i: np.ndarray, j: np.ndarray) -> np.ndarray:
-        """What is added to the scores of queries at i [I] for keys at j [J]: [heads, I, J]."""
+        """The term added to the scores of queries at i [I] for keys at j [J]: [heads, I, J]."""
         slopes = np.array([2.0 ** (-8 * (h + 1) / heads) for h in range(heads)])
         return -slopes[:, None, None] * (i[:, None] - j[None, :])
 
 
 class Rope(Alibi):
-    """Channels j and j + C // 2 turned by position * 10000^(-2j / C) (arXiv 2104.09864).
+    """Channels j and j + C // 2 rotated by position * 10000^(-2j / C) (arXiv 2104.09864).
 
-    If C is odd, the last channel stays, and C is one less.
+    If C is odd, the last channel is not rotated, and C - 1 takes the place of C.
     """
 
-    def place(self, vectors: np.ndarray, positions: np.ndarray, sign: int = 1) -> np.ndarray:
-        placed = vectors.astype(np.float64)
+    def rotate(self, vectors: np.ndarray, positions: np.ndarray, sign: int = 1) -> np.ndarray:
+        rotated = vectors.astype(np.float64)
         pairs = vectors.shape[-1] // 2
         for j in range(pairs):
             angle = sign * positions * 10000.0 ** (-2 * j / (2 * pairs))  # (T,)
             cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
             a, b = vectors[..., j], vectors[..., j + pairs]
-            placed[..., j] = a * cos - b * sin
-            placed[..., j + pairs] = a * sin + b * cos
-        return placed
+            rotated[..., j] = a * cos - b * sin
+            rotated[..., j + pairs] = a * sin + b * cos
+        return rotated
 
-    def place_backward(self, d_placed: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        return self.place(d_placed, positions, sign=-1)
+    def rotate_backward(self, d_rotated: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        return self.rotate(d_rotated, positions, sign=-1)
 
     def bias(self, heads: int, i: np.ndarray, j: np.ndarray) -> np.ndarray:
         return np.zeros((heads, len(i), len(j)))
@@ -172,7 +171,7 @@ def rms_norm(weights: Weights, name: str, x: np.ndarray) -> tuple[np.ndarray, Ba
     def backward(dy: np.ndarray, grads: Weights) -> np.ndarray:
         grads[f"{name}.weight"] += (dy * normed).sum(axis=0)
         d_normed = dy * scale
-        # the length of x also depends on x
+        # through the root mean square, each output depends on all of x
         along = (d_normed * normed).mean(axis=1, keepdims=True)  # (T, 1)
         return inverse * (d_normed - along * normed)
 
@@ -191,7 +190,7 @@ def softmax(scores: np.ndarray) -> np.ndarray:
 
 
 def swiglu(weights: Weights, name: str, x: np.ndarray) -> tuple[np.ndarray, Backward]:
-    """fc2(silu(gate) * value), fc1's first half being the value (arXiv 2002.05202): [T, D]."""
+    """fc2(silu(gate) * value), where fc1's first half is the value (arXiv 2002.05202): [T, D]."""
     both, fc1_backward = linear(weights, f"{name}.fc1", x)
     value, gate = np.split(both, 2, axis=1)  # (T, D) each
     s = sigmoid(gate)
@@ -225,7 +224,7 @@ def attention(
 
     fused, qkv_backward = linear(weights, f"{name}.fused_qkv", x)
     q, k, v = split_qkv(config, fused)
-    q, k = positions.place(q, at), positions.place(k, at)
+    q, k = positions.rotate(q, at), positions.rotate(k, at)
     k, v = np.repeat(k, G, axis=1), np.repeat(v, G, axis=1)  # (T, H, C): head h reads h // G
 
     scores = np.einsum("ihc,jhc->hij", q, k) / math.sqrt(C) + positions.bias(H, at, at)
@@ -243,10 +242,10 @@ def attention(
         d_scores = attended * (d_attended - mean) / math.sqrt(C)
         d_q = np.einsum("hij,jhc->ihc", d_scores, k)
         d_k = np.einsum("hij,ihc->jhc", d_scores, q)
-        # a key/value head collects from the G query heads that read it
+        # a key/value head receives gradients from the G query heads that share it
         d_k = d_k.reshape(T, K, G, C).sum(axis=2)  # (T, K, C)
         d_v = d_v.reshape(T, K, G, C).sum(axis=2)  # (T, K, C)
-        d_q, d_k = positions.place_backward(d_q, at), positions.place_backward(d_k, at)
+        d_q, d_k = positions.rotate_backward(d_q, at), positions.rotate_backward(d_k, at)
         d_fused = np.concatenate([d_q, d_k, d_v], axis=1).reshape(T, (H + 2 * K) * C)
         return qkv_backward(d_fused, grads)
 
@@ -256,7 +255,7 @@ def attention(
 def block(
     weights: Weights, name: str, config: Config, window: int, positions: Alibi, x: np.ndarray
 ) -> tuple[np.ndarray, Backward]:
-    """x + att(norm1(x)), then that + glu(norm2(that)): [T, D]."""
+    """y + glu(norm2(y)), where y = x + att(norm1(x)): [T, D]."""
     normed, norm1_backward = rms_norm(weights, f"{name}.norm1", x)
     att, att_backward = attention(weights, f"{name}.att", config, window, positions, normed)
     middle = x + att
@@ -304,7 +303,7 @@ def in_word(byte: int) -> bool:
 
 
 def select(config: Config, position: int, byte: int, before: int | None, z: float) -> bool:
-    """Whether the causal router selects the byte at `position`; `before`: the one before it."""
+    """Whether causal routing selects the byte at `position`; `before` is the byte before it."""
     if config.router == "space":
         return before is not None and in_word(before) and not in_word(byte)
     if config.router == "stride":
@@ -318,9 +317,9 @@ def decide(
 ) -> np.ndarray:
     """Which bytes of one sequence go through the latent blocks: logits [N], bytes [N] -> bool [N].
 
-    A learned router in training: the int(N * factor) largest, ties to the earlier byte.
-    Causal: those above 0, where sigmoid(logit) > 0.5. The others: see `select`. Ranked by logit,
-    which is the order of the sigmoids before rounding.
+    A learned router selects in training the int(N * factor) bytes of the largest logits (a tie goes
+    to the earlier byte), and when causal those of a logit above 0, where sigmoid(logit) > 0.5. For
+    the other routers see `select`. Logits have the order of their sigmoids before rounding.
     """
     if causal or config.router != "learned":
         before = [None, *map(int, x[:-1])]
@@ -330,9 +329,9 @@ def decide(
         decisions = np.array(selected, bool)
         if (
             config.router in ("space", "stride") and not causal
-        ):  # the first ones, as many as are served
-            most = int(len(x) * config.latent_capacity_factor)
-            decisions[np.flatnonzero(decisions)[most:]] = False
+        ):  # training serves only the first `capacity` of them
+            capacity = int(len(x) * config.latent_capacity_factor)
+            decisions[np.flatnonzero(decisions)[capacity:]] = False
         return decisions
     capacity = int(len(router_logits) * config.latent_capacity_factor)
     by_rank = sorted(range(len(router_logits)), key=lambda n: (-router_logits[n], n))
@@ -342,7 +341,7 @@ def decide(
 
 
 class _Sequence(NamedTuple):
-    """What became of one sequence, and the way back."""
+    """The outputs of one sequence, and its backward pass."""
 
     logits: np.ndarray  # (N, P, 256)
     router_logits: np.ndarray  # (N,)
@@ -413,7 +412,7 @@ def forward(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Bytes x [B, N] -> (logits [B, N, P, 256], router_logits [B, N], decisions bool [B, N]).
 
-    `decisions` [B, N] forces the routing, for a comparison where two logits are nearly equal.
+    `decisions` [B, N] replaces the router's, for comparisons where two logits are nearly equal.
     """
     weights = _float64(weights)
     sequences = [
@@ -430,7 +429,7 @@ def forward(
 
 
 def head_shares(config: Config) -> np.ndarray:
-    """The share of each prediction head in the loss: 1.618^(P-1-k), normalised to sum 1: [P]."""
+    """The weight of each prediction head in the loss: 1.618^(P-1-k), normalized to sum 1: [P]."""
     shares = np.array([PHI ** (config.next_tokens - 1 - k) for k in range(config.next_tokens)])
     return shares / shares.sum()
 
@@ -444,8 +443,8 @@ def loss(
 ) -> tuple[float, float, float]:
     """(loss, aux_loss, next_byte_loss) in nats, for targets [B, N, P].
 
-    loss = 0.9 * LM + 0.1 * aux_loss is what training minimises. aux_loss is the bare router loss,
-    not yet times 0.1. next_byte_loss is head 0's cross-entropy alone, unweighted.
+    Training minimizes loss = 0.9 * LM + 0.1 * aux_loss. aux_loss is the router loss before the
+    factor 0.1. next_byte_loss is head 0's cross-entropy alone, unweighted.
     """
     log_sum = np.logaddexp.reduce(logits, axis=-1)  # (B, N, P)
     at_target = np.take_along_axis(logits, targets[..., None].astype(int), axis=-1)[..., 0]
@@ -466,10 +465,10 @@ def loss_and_grads(
     decisions: np.ndarray | None = None,
     positions: Alibi | None = None,
 ) -> tuple[tuple[float, float, float], Weights]:
-    """The training losses, as `loss` returns them, and the float64 gradient of the first.
+    """The training losses, as `loss` returns them, and the float64 gradients of the first one.
 
-    x [B, N], targets [B, N, P]. The gradients have the names and shapes of the weights. The
-    decisions are constants; `decisions` [B, N] forces them.
+    x [B, N], targets [B, N, P]. The gradients have the names and shapes of the weights. Decisions
+    count as constants; `decisions` [B, N] replaces them.
     """
     weights = _float64(weights)
     B, N = x.shape
@@ -505,10 +504,10 @@ def loss_and_grads(
 def decode(
     weights: Weights, config: Config, data: bytes, positions: Alibi | None = None
 ) -> np.ndarray:
-    """The logits after each byte of `data`, a byte at a time: [N, P, 256].
+    """The logits after each byte of `data`, computed one byte at a time: [N, P, 256].
 
-    Each block keeps a list of the keys and values that it has seen. A latent block sees selected
-    bytes only, and counts its positions in those.
+    Each block keeps lists of its keys and values. A latent block receives only selected bytes, and
+    its positions count only these.
     """
     weights = _float64(weights)
     keys: dict[str, list[np.ndarray]] = defaultdict(list)
@@ -538,7 +537,7 @@ def _step(weights, config, position, byte, before, keys, values, positions) -> n
 
 
 def _step_blocks(weights, stack, config, h, keys, values, positions) -> np.ndarray:
-    """h [D] through all blocks of a stack, whose caches grow by one position: [D]."""
+    """h [D] through all blocks of a stack, each of which appends one key and value: [D]."""
     H, K, C = config.att_q_heads, config.att_kv_heads, config.dim // config.att_q_heads
     window = _window(config, stack)
     for n in range(_count(config, stack)):
@@ -546,7 +545,7 @@ def _step_blocks(weights, stack, config, h, keys, values, positions) -> np.ndarr
         fused = weights[f"{name}.att.fused_qkv.weight"] @ _rms(h, weights[f"{name}.norm1.weight"])
         q, k, v = split_qkv(config, fused[None])  # (1, H, C), (1, K, C), (1, K, C)
         i = len(keys[name])
-        q, k = positions.place(q, np.array([i])), positions.place(k, np.array([i]))
+        q, k = positions.rotate(q, np.array([i])), positions.rotate(k, np.array([i]))
         keys[name].append(k[0])
         values[name].append(v[0])
         visible = range(max(0, i - window), i + 1)

@@ -1,4 +1,4 @@
-"""The oracle against the recorded model, against finite differences, and against itself."""
+"""The oracle against the recorded model, finite differences, and its own decoder."""
 
 from pathlib import Path
 
@@ -156,17 +156,17 @@ def test_full_capacity_takes_every_byte():
 
 
 class Rotation(Alibi):
-    """Pairs of coordinates turned by an angle that grows with the position (arXiv 2104.09864)."""
+    """Pairs of channels rotated by an angle that grows with the position (arXiv 2104.09864)."""
 
-    def place(self, vectors, positions, sign=1):
+    def rotate(self, vectors, positions, sign=1):
         pairs = vectors.shape[-1] // 2
         angle = sign * positions[:, None, None] * 0.5 ** np.arange(pairs)  # (T, 1, C/2)
         a, b = vectors[..., :pairs], vectors[..., pairs:]
         cos, sin = np.cos(angle), np.sin(angle)
         return np.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
 
-    def place_backward(self, d_placed, positions):
-        return self.place(d_placed, positions, sign=-1)
+    def rotate_backward(self, d_rotated, positions):
+        return self.rotate(d_rotated, positions, sign=-1)
 
     def bias(self, heads, i, j):
         return np.zeros((heads, len(i), len(j)))
@@ -174,10 +174,10 @@ class Rotation(Alibi):
 
 def test_positions_can_be_swapped():
     weights, x, targets = tiny()
-    turned = forward(weights, TINY, x, causal=True, positions=Rotation())[0]
-    assert np.abs(turned - forward(weights, TINY, x, causal=True)[0]).max() > 1e-3
+    rotated = forward(weights, TINY, x, causal=True, positions=Rotation())[0]
+    assert np.abs(rotated - forward(weights, TINY, x, causal=True)[0]).max() > 1e-3
     stepped = decode(weights, TINY, bytes(x[0]), positions=Rotation())
-    np.testing.assert_allclose(stepped, turned[0], atol=1e-12)
+    np.testing.assert_allclose(stepped, rotated[0], atol=1e-12)
 
     name = "latent.blocks.0.att.fused_qkv.weight"
     decisions = forward(weights, TINY, x, positions=Rotation())[2]
