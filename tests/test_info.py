@@ -9,9 +9,12 @@ from helpers import TINY
 from tinygrad import nn
 
 from pico_tg.checkpoint import save_checkpoint
+from pico_tg.config import TrainSettings
 from pico_tg.decoder import Decoder
 from pico_tg.flops import cache_bytes, decoding_flops
 from pico_tg.model import Pico
+from pico_tg.recipe import memory_bytes
+from pico_tg.runs import DESCRIBED
 from pico_tg.tools.info import describe
 from pico_tg.tools.report import describe_model
 
@@ -97,3 +100,23 @@ def test_a_truncated_checkpoint_is_named(truncated, tmp_path):
     assert str(file) in second["defect"]
     assert "truncated" in second["defect"]
     assert second["defect"] in describe_model(facts)
+
+
+def test_the_estimates_of_training(tmp_path):
+    """Of the settings that `train` chooses, and of those of a run; a faster machine is faster."""
+    CONFIG.to_json(tmp_path / "model.json")
+    assert "training" not in describe(tmp_path)
+    slow, fast = (describe(tmp_path, gflops=rate)["training"] for rate in (1, 100))
+    assert slow["seconds_a_step"] > fast["seconds_a_step"]
+    assert slow["seconds"] == slow["steps"] * slow["seconds_a_step"]
+    assert slow["memory_bytes"] > 16 * CONFIG.parameters  # weights, gradients, two moments
+    settings = dataclasses.asdict(TrainSettings(context_len=40, batch_size=2, max_steps=7))
+    (tmp_path / "run").mkdir()
+    description = {key: {} for key in DESCRIBED} | {"settings": settings, "model": CONFIG.to_dict()}
+    (tmp_path / "run" / "training.json").write_text(json.dumps(description))
+    facts = describe(tmp_path, "run", gflops=1)
+    training = facts["training"]
+    assert (training["context_len"], training["batch_size"], training["steps"]) == (40, 2, 7)
+    expected = memory_bytes(CONFIG, TrainSettings(**settings))
+    assert training["memory_bytes"] == sum(expected.values())
+    assert "2 windows of 40 bytes" in describe_model(facts)

@@ -400,8 +400,13 @@ def write_page(path: Path, page: str) -> None:
 
 
 def command_info(args: argparse.Namespace) -> int:
-    """Print the parameters and costs of the model PATH, and the checkpoints of its RUN."""
-    facts = describe(args.path, args.run)
+    """Print the parameters and costs of the model PATH, and the checkpoints of its RUN.
+
+    Memory and time of training are estimates for this machine, from the measured rate of a matrix
+    product.
+    """
+    load_config(args.path)  # an error comes before the measurement
+    facts = describe(args.path, args.run, gemm_rate("auto", Device.DEFAULT))
     put((json.dumps(facts, indent=2) if args.json else describe_model(facts)) + "\n")
     return 0
 

@@ -1,19 +1,26 @@
 """What is known of a model and its runs without computing: sizes, costs, checkpoints, losses."""
 
+import math
 import os
 from pathlib import Path
 from typing import Any
+
+from tinygrad import Device
 
 from ..checkpoint import check, list_checkpoints, load_config
 from ..config import Config, TrainSettings
 from ..files import PicoError, command
 from ..flops import cache_bytes, decoding_flops, forward_flops, training_flops
+from ..recipe import choose, memory_bytes, step_seconds
 from ..runs import find_description, read_description, read_metrics, run_folder
 
+AMPLE_BYTES = 10**9  # of training data: enough for any choice of settings
 FIGURES = ("bits_per_byte", "validation_bits_per_byte", "router_rate")
 
 
-def describe(path: str | os.PathLike, run: str | None = None) -> dict[str, Any]:
+def describe(
+    path: str | os.PathLike, run: str | None = None, gflops: float | None = None
+) -> dict[str, Any]:
     """All that `info` shows of the model PATH, and of RUN if given; valid JSON.
 
     - model: the sizes; parameters: of each part, and total
@@ -27,6 +34,11 @@ def describe(path: str | os.PathLike, run: str | None = None) -> dict[str, Any]:
       bytes, the figures of that step's record where one exists, and `defect` if a file of the
       checkpoint is truncated or broken (headers and sizes are checked, not digests). Weights from
       elsewhere, without a training.json of pico_tg, have neither settings nor dataset
+
+    - training, if gflops (the rate of a plain matrix product on this machine) is given: estimates
+      of memory_bytes, seconds_a_step, and seconds without compiling, of `steps` steps of batch_size
+      windows of context_len bytes. These settings are the run's, or those that `train` chooses for
+      ample data
 
     context_len is the run's, or the default. Raises PicoError on a missing or broken model or run.
     """
@@ -48,7 +60,24 @@ def describe(path: str | os.PathLike, run: str | None = None) -> dict[str, Any]:
             "decoding_router_rate": rate,
         },
         "cache_bytes": cache_bytes(config),
-    } | described
+        **({} if gflops is None else {"training": _training(config, settings, gflops)}),
+        **described,
+    }
+
+
+def _training(config: Config, settings: dict[str, Any], gflops: float) -> dict[str, Any]:
+    device = Device.DEFAULT
+    known = settings or choose(config, AMPLE_BYTES, device, gflops, {})
+    chosen = TrainSettings(**known)
+    seconds = step_seconds(config, chosen, device, gflops)
+    return {
+        "context_len": chosen.context_len,
+        "batch_size": chosen.batch_size * chosen.grad_accumulation_steps,
+        "steps": chosen.max_steps,
+        "memory_bytes": sum(memory_bytes(config, chosen).values()),
+        "seconds_a_step": seconds,
+        "seconds": min(seconds * chosen.max_steps, 60 * chosen.max_minutes or math.inf),
+    }
 
 
 def _decoding_rate(config: Config, checkpoints: list[dict[str, Any]]) -> float:

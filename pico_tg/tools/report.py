@@ -78,13 +78,21 @@ def describe_model(facts: Mapping[str, Any]) -> str:
     parameters = [("parameters", ""), *((_words(name), f"{n:,}") for name, n in parts.items())]
     routed = f"{operations['decoding_router_rate']:.0%} routed"
     costs = [
-        (f"operations a byte, context {length:,}", ""),
+        (f"model FLOPs a byte, context {length:,}", ""),
         ("forward", f"{operations['forward']:,.0f}"),
         ("training", f"{operations['training']:,.0f}"),
         (f"decoding, after {length:,} bytes, {routed}", f"{operations['decoding']:,.0f}"),
-        ("memory of decoding's caches", f"{facts['cache_bytes']:,} bytes"),
+        ("memory of the KV caches", f"{facts['cache_bytes']:,} bytes"),
     ]
     parts = [sizes, parameters, costs]
+    if training := facts.get("training"):
+        windows = f"{training['batch_size']} windows of {training['context_len']:,} bytes"
+        parts.append([
+            ("training on this machine, estimated", ""),
+            (f"memory, a step of {windows}", f"{training['memory_bytes'] / 1e6:,.0f} MB"),
+            ("time of a step", f"{training['seconds_a_step']:.2g} s"),
+            (f"time of {training['steps']:,} steps", f"{training['seconds'] / 60:.2g} minutes"),
+        ])  # fmt: skip
     if run := facts.get("run"):
         data = [("data " + name, str(v)) for name, v in run["dataset"].items() if v is not None]
         own = [(name, str(value)) for name, value in run["settings"].items()]
