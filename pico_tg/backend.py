@@ -60,7 +60,7 @@ def choose_backend(problem: str | None = None) -> None:
     found = {}
     renderer = next((name for name in wanted if found.setdefault(name, finders[name]())), None)
     if renderer is None:
-        _problem = f"{' and '.join(wanted)} cannot be used here; {_how_to_get_llvm()}"
+        _problem = f"no code generator (tried {', '.join(wanted)}); {_how_to_get_llvm()}"
         if "CLANGJIT" in wanted and "CC" in os.environ:
             _problem += f"; CC={os.environ['CC']} is not clang"
         return

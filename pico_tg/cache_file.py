@@ -6,6 +6,7 @@ the program: a read-only home, a full disk, a damaged file, a second thread. `sh
 its own object where tinygrad keeps that connection. Tests: test_cache_file.py.
 """
 
+import contextlib
 import os
 import pickle
 import sqlite3
@@ -99,14 +100,13 @@ def _path() -> str:
 
 def _connect() -> sqlite3.Connection:
     try:
+        if os.path.expanduser("~") == "~" and f"{os.sep}~{os.sep}" in _path():
+            raise OSError("this user has no home folder")  # nor is a folder named ~ wanted
         os.makedirs(os.path.dirname(_path()), exist_ok=True)
         connection = sqlite3.connect(_path(), timeout=60, isolation_level=None)
-        # readers do not wait for a writer; it fails while another connection does the same
-        try:
+        # so that readers do not wait for a writer; fails while another connection does the same
+        with contextlib.suppress(sqlite3.OperationalError):
             connection.execute("PRAGMA journal_mode=WAL").fetchone()
-        except sqlite3.OperationalError as error:
-            if "locked" not in str(error):
-                raise
         return connection
     except (sqlite3.Error, OSError) as error:
         _give_up(error)
@@ -117,7 +117,7 @@ def _give_up(error: Exception) -> None:
     """Go on without the cache."""
     if CACHELEVEL >= 1:
         CACHELEVEL.value = 0
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason = getattr(error, "strerror", None) or error
         if sys.stderr:
             print(
                 f"pico_tg: warning: going on without a kernel cache: {_path()}: {reason}; "

@@ -82,6 +82,8 @@ def prepare(kind: str, path: Path) -> Path:
     if kind == "no folder":
         path.write_text("a file")
         return path / "cache.db"
+    if kind == "no home":
+        return path.parent / "~" / "cache.db"
     if kind == "read-only":  # SQLite's own way, which also refuses root
         with sqlite3.connect(path) as file:
             file.execute("CREATE TABLE x (y)")
@@ -93,7 +95,7 @@ def prepare(kind: str, path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", ["no folder", "read-only", "damaged", "a folder"])
+@pytest.mark.parametrize("kind", ["no folder", "no home", "read-only", "damaged", "a folder"])
 def test_an_unusable_file_is_one_warning(kind, use, tmp_path, capsys, monkeypatch):
     path = prepare(kind, tmp_path / "cache.db")
     if kind == "read-only":
@@ -103,11 +105,14 @@ def test_an_unusable_file_is_one_warning(kind, use, tmp_path, capsys, monkeypatc
             "connect",
             lambda path, **options: connect(f"file:{path}?mode=ro", uri=True, **options),
         )
+    if kind == "no home":
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     use(path)
     for key in "ab":
         assert put_and_get(key) is None
         assert helpers.diskcache_put("compiled", key, 3) == 3
     assert_one_warning(capsys.readouterr().err, path)
+    assert not (tmp_path / "~").exists()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sets a limit on the size of files")
