@@ -115,6 +115,21 @@ def test_opencl_without_a_gpu_is_not_preferred_to_the_cpu(choose, monkeypatch):
     assert choose(llvm="/l.so") == ""
 
 
+@pytest.mark.parametrize(("kind", "is_gpu"), [(2, False), (4, True), (5, True)])
+def test_kinds_of_opencl_devices(kind, is_gpu, monkeypatch):
+    """CL_DEVICE_TYPE is a set of bits: 1 default, 2 CPU, 4 GPU."""
+    opencl = pytest.importorskip("tinygrad.runtime.autogen.opencl")
+
+    def answer(device, name, size, value, size_written) -> int:
+        assert (device, name, size) == ("id", opencl.CL_DEVICE_TYPE, 8)
+        value._obj.value = kind
+        return 0
+
+    monkeypatch.setattr(opencl, "clGetDeviceInfo", answer)
+    monkeypatch.setattr(backend, "Device", {"CL": SimpleNamespace(device_id="id")})
+    assert backend._is_gpu() == is_gpu
+
+
 @pytest.mark.parametrize("variables", [{"DEV": "A:B:C:D"}, {"CPU": "1"}])
 def test_the_command_line_says_what_cannot_be_used(variables, tmp_path):
     """Status 2 and one line; --version works."""
