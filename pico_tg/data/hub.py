@@ -154,16 +154,16 @@ def _name_in(path: str, root: str) -> str:
 
 
 def _splits(label: str, name: str, config: str, entry: dict, column: str | None) -> Splits:
-    sources = {}
+    sources, revision = {}, entry["revision"]
     for split, files in entry["splits"].items():
         text = split_label(label, split, entry["splits"])
-        if files is not None:
-            sources[split] = file_source(text, [File(*file) for file in files], column)
-            continue
-        identity = ["hub", name, config, entry["revision"], column, split]
-        read = partial(_read_split, text, name, config, entry["revision"], split, column)
-        sources[split] = Source(text, identity, read)
-    return Splits(sources, list(entry["unused"]), entry["revision"])
+        identity = ["hub", label, revision, column, split]
+        if files is None:
+            read = partial(_read_split, text, name, config, revision, split, column)
+            sources[split] = Source(text, identity, read)
+        else:
+            sources[split] = file_source(text, [File(*file) for file in files], column, identity)
+    return Splits(sources, list(entry["unused"]), revision)
 
 
 def _read_split(

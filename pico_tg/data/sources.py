@@ -72,16 +72,15 @@ class File:
 
     def stamp(self) -> list:
         """What changes whenever the content might: [path, member, size, time of change in ns]."""
-        if self.path.startswith(HUB):  # a revision never changes
-            return [self.path, self.member]
         stat = os.stat(self.path)
         return [os.path.abspath(self.path), self.member, stat.st_size, stat.st_mtime_ns]
 
     def key(self) -> tuple:
         """Equal for two names of one file, links included."""
-        if self.path.startswith(HUB):
+        try:
+            stat = os.stat(self.path)
+        except OSError:  # on the hub
             return self.path, self.member
-        stat = os.stat(self.path)
         return stat.st_dev, stat.st_ino, self.member
 
 
@@ -151,19 +150,20 @@ def listed(names: Iterable[str], limit: int = 5) -> str:
 # Files --------------------------------------------------------------------------------------------
 
 
-def file_source(label: str, files: Iterable[File], column: str | None) -> Source:
-    """The documents of `files`, one file after another."""
-    files = tuple(files)
-    stamps = [file.stamp() for file in files]
-    only_text = all(os.path.splitext(file.name.lower())[1] == ".txt" for file in files)
-    known = only_text and all(len(stamp) == 4 and stamp[1] is None for stamp in stamps)
-    return Source(
-        label,
-        ["files", column, stamps],
-        partial(_read_files, label, files, column),
-        sum(stamp[2] for stamp in stamps) if known else None,
-        files,
-    )
+def file_source(
+    label: str, files: Iterable[File], column: str | None, identity: list | None = None
+) -> Source:
+    """The documents of `files`, one file after another.
+
+    identity: that of the content; by default the path, size and time of change of each file.
+    """
+    files, size = tuple(files), None
+    if identity is None:
+        stamps = [file.stamp() for file in files]
+        identity = ["files", column, stamps]
+        if all(file.name.lower().endswith(".txt") and file.member is None for file in files):
+            size = sum(stamp[2] for stamp in stamps)
+    return Source(label, identity, partial(_read_files, label, files, column), size, files)
 
 
 def _read_files(label: str, files: tuple[File, ...], column: str | None, remark: Remark) -> Pieces:
@@ -191,7 +191,8 @@ def without(source: Source, files: Iterable[File], column: str | None) -> Source
     left = [file for file in source.files if file.key() not in keys]
     if len(left) == len(source.files):
         return source
-    return file_source(source.label, left, column) if left else None
+    identity = [*source.identity, "only", [file.name for file in left]]
+    return file_source(source.label, left, column, identity) if left else None
 
 
 def one_file(path: str) -> list[File]:
