@@ -100,7 +100,7 @@ class Decoder:
 
     @exclusive
     def __init__(self, model: Pico, use_latent: bool = True) -> None:
-        self.config, self.use_latent = model.config, use_latent
+        self.model, self.config, self.use_latent = model, model.config, use_latent
         self.changes = 0
         self.fb_in, self.latent, self.fb_out = (
             [CachedBlock(block) for block in part.blocks]

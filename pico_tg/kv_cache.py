@@ -9,19 +9,16 @@ import math
 import numpy as np
 from tinygrad import Tensor
 
+from .ops import round_up
 from .runtime import has_cpu_kernels
 
 PANEL = 32  # outputs of one panel of a PackedLinear; also what a cache's slots are a multiple of
 VECTOR = 16  # what a cache's columns are a multiple of; both are multiples of cpu.loops.TILE_N
 
 
-def _round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
-
-
 def padded_width(width: int, device: str) -> int:
     """Columns of a row of `width` numbers in decoding: whole panels, if there are CPU kernels."""
-    return _round_up(width, PANEL) if has_cpu_kernels(device) else width
+    return round_up(width, PANEL) if has_cpu_kernels(device) else width
 
 
 class PackedLinear:
@@ -61,7 +58,7 @@ def cache_shape(head_dim: int, window: int, max_rows: int) -> tuple[int, int]:
     There is a slot for each position of the window and each row of the largest pass, and a column
     more than head_dim, for the ones.
     """
-    return _round_up(window + max_rows, PANEL), _round_up(head_dim + 1, VECTOR)
+    return round_up(window + max_rows, PANEL), round_up(head_dim + 1, VECTOR)
 
 
 class KVCache:
