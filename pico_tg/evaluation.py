@@ -46,8 +46,8 @@ WHOLE = 4  # scored, in a window without padding
 class CausalPass:
     """One compiled pass over a batch of windows, with causal routing.
 
-    The latent blocks get twice the capacity in slots, which keeps them cheap. A batch in which a
-    window routes more bytes than that is computed again with one slot a byte.
+    The latent blocks have slots for twice the capacity, which keeps them cheap. If a window routes
+    more bytes than that, its batch is computed again with one slot for each byte.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class CausalPass:
         router_logits: Tensor,
         decisions: Tensor,
     ) -> tuple[Tensor, ...]:
-        """What a pass returns: a function of what `Pico` made of x [B, N]; flags uint8 [B, N]."""
+        """What the pass returns, from the outputs of `Pico` for x [B, N]; flags uint8 [B, N]."""
         raise NotImplementedError
 
     @exclusive
@@ -284,7 +284,7 @@ def evaluate(
     with bar:
         for first in range(0, len(windows), batch_size):
             rows = windows[first : first + batch_size]
-            # rows that the last batch lacks lie after the end: padding
+            # the last batch is filled up with windows that start after the end: padding
             starts = np.array([start for start, _, _ in rows] + [total] * (batch_size - len(rows)))
             real = starts[:, None] + np.arange(1, length + 1) < total
             figures = run(_windows_at(measured.data, starts, length), real.astype(np.uint8))
@@ -310,15 +310,15 @@ def check_options(
     ):
         if value not in allowed:
             raise PicoError(f"{name} must be {' or '.join(allowed)}, not {value!r}")
-    for name, value, least in (
+    for name, value, minimum in (
         ("context_len", context_len, 1),
         ("stride", stride, 1),
         ("batch_size", batch_size, 1),
         ("max_bytes", max_bytes, 2),
     ):
         whole = isinstance(value, int) and not isinstance(value, bool)
-        if value is not None and not (whole and value >= least):
-            raise PicoError(f"{name} must be a whole number of at least {least}, not {value!r}")
+        if value is not None and not (whole and value >= minimum):
+            raise PicoError(f"{name} must be a whole number of at least {minimum}, not {value!r}")
 
 
 def _windows(total: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -329,7 +329,7 @@ def _windows(total: int, length: int, stride: int) -> Iterator[tuple[int, int, i
 
 
 def _windows_at(values: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
-    """values [N] at starts [B] and the `length` places after each: [B, length + 1], 0 after N."""
+    """values [N] from each of starts [B] on: [B, length + 1], padded with 0 after the end."""
     at = starts[:, None] + np.arange(length + 1)  # (B, length + 1)
     return np.where(at < len(values), values[np.minimum(at, len(values) - 1)], values.dtype.type(0))
 
@@ -348,14 +348,14 @@ class _TextPass(CausalPass):
 
 
 class _Measured:
-    """A text of N bytes, what the model says at each position, and the figures made of that."""
+    """A text of N bytes, the outputs of the model at each position, and figures from both."""
 
     def __init__(self, corpus: Corpus, text: np.ndarray, next_tokens: int) -> None:
         N = len(text)
         self.corpus, self.data = corpus, corpus.bytes[:N]
         self.text = text  # bool [N]: not of a wrapper tag
-        self.nats = np.zeros(N, np.float32)  # of head 0, at position i for byte i + 1
-        self.nats_without = np.zeros(N, np.float32)  # likewise, without latent blocks
+        self.nats = np.zeros(N, np.float32)  # cross-entropy of head 0: at position i, of byte i + 1
+        self.nats_without = np.zeros(N, np.float32)  # the same without the latent blocks
         self.guesses = np.zeros((N, next_tokens), np.uint8)  # the likeliest byte of each head
         self.router_logits = np.zeros(N, np.float32)
         self.decisions = np.zeros(N, bool)
@@ -378,7 +378,7 @@ class _Measured:
             places[name] = ByteKind(size / count, _ratio(hits, routed), _ratio(hits, size))
         boundary = places["after_whitespace"]
         right_text, accepted_text, drafted = self._drafts(self.data)
-        # the byte that head 0 prefers, at the place of the byte that it predicts
+        # the likeliest byte of head 0 at position i - 1, which predicts byte i
         greedy = np.concatenate([self.data[:1], self.guesses[:-1, 0]])
         right_greedy, accepted_greedy, _ = self._drafts(greedy)
         return Evaluation(
@@ -408,9 +408,9 @@ class _Measured:
         return accuracy
 
     def _drafts(self, truth: np.ndarray) -> tuple[list[float], float, np.ndarray]:
-        """Drafts against the bytes `truth` [N].
+        """Drafts compared with the bytes `truth` [N].
 
-        Returns how often the first j drafts are all right [T - 1], the mean number of accepted
+        Returns how often the first j drafts are all accepted [T - 1], the mean number of accepted
         drafts of a pass, and which bytes are accepted drafts, bool [N].
         """
         N, T = self.guesses.shape
@@ -424,7 +424,7 @@ class _Measured:
             accepted += right
             shares.append(_ratio(int(right.sum()), int(starts.sum())))
         # a pass at position i produces byte i + 1 and the accepted drafts after it
-        drafted, position, passes = np.zeros(N, bool), 0, 0
+        drafted, passes = np.zeros(N, bool), 0
         for position in _visited(1 + accepted):
             if starts[position]:
                 passes += 1
@@ -432,7 +432,7 @@ class _Measured:
         return shares, _ratio(int(drafted.sum()), passes), drafted
 
     def _kinds(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Names of the kinds of bytes, and which bytes of the text are of that kind, bool [N]."""
+        """Each kind of byte: its name, and which bytes of the text are of that kind, bool [N]."""
         before = np.zeros(len(self.data), np.uint8)
         before[1:] = self.data[:-1]
         follows = np.append(False, self.text[:-1])  # the byte before is text as well
@@ -464,8 +464,8 @@ class _Measured:
 
 
 def _visited(steps: np.ndarray) -> Iterator[int]:
-    """Positions from 0 on, each followed by the position steps[position] after it."""
-    steps, position = memoryview(steps), 0  # a memoryview yields Python's integers, and is faster
+    """Positions from 0 on, where steps[position] leads from each to the next."""
+    steps, position = memoryview(steps), 0  # its items are Python's integers, which is faster
     while position < len(steps):
         yield position
         position += steps[position]

@@ -1,4 +1,4 @@
-"""Evaluation against the oracle and plain loops: every byte once, heads, drafts, the router."""
+"""Evaluation against the oracle and plain loops: windows, heads, drafts, the router."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model() -> Pico:
-    """Which likes a few of the bytes, so that some of its guesses are right."""
+    """A model with a bias for a few bytes, so that some of its predictions are right."""
     model = Pico(CONFIG, seed=14)
     bias = np.zeros((3, 256), np.float32)
     bias[:, [*b" at", 0xE2]] = 1.2
@@ -44,7 +44,7 @@ def model() -> Pico:
 
 @dataclasses.dataclass
 class Read:
-    """The text, and what the oracle says at each position, read in the windows it documents."""
+    """The text, and the outputs of the oracle at each position, in the documented windows."""
 
     data: np.ndarray  # [N]
     own: np.ndarray  # [N]: no wrapper tag
@@ -118,7 +118,7 @@ def test_head_accuracy(found, read):
 
 @pytest.mark.parametrize("which", ["text", "greedy"])
 def test_drafts(which, found, read):
-    """A decoder, played through: a pass makes one byte, and those that were guessed right."""
+    """Simulate a decoder: a pass produces one byte and the accepted drafts after it."""
     likeliest = read.logits.argmax(axis=2)  # (N, T)
 
     def accepted(p: int) -> int:
@@ -203,7 +203,7 @@ def test_random_routing(found, read):
 
 
 def test_passage(found, read):
-    """Every byte of text among the first 60, by document, with what the oracle says of it."""
+    """Every byte of text among the first 60, by document, against the oracle."""
     at = [p for p in np.flatnonzero(read.own) if p < 60]
     first = DOCUMENTS[0].encode()
     assert [bytes(r.byte for r in d) for d in found.passage] == [
@@ -235,7 +235,7 @@ def test_as_dict_is_json(found):
 @pytest.mark.parametrize("total", [1, 40, 41, 55, 56, 57, 200])
 @pytest.mark.parametrize("stride", [1, 7, 16, 40])
 def test_windows_score_every_position_once(total, stride):
-    """And each of them has a whole context before it, or everything."""
+    """And each position has a whole context before it, or all bytes before it."""
     length = min(24 + stride, total)
     windows = list(_windows(total, length, min(stride, length)))
     assert [p for _, begin, end in windows for p in range(begin, end)] == list(range(total))
@@ -293,7 +293,7 @@ def test_bad_options(options, named):
 
 
 def test_other_parts(model, data, tmp_path, monkeypatch):
-    """All of the data is a corpus that may also be given; a text of one byte is enough of it."""
+    """A split, the whole data and a corpus; one byte of text is enough for a corpus."""
     measured = []
 
     def kept(corpus, *rest):

@@ -1,13 +1,14 @@
-"""The same model in PyTorch, beside pico_tg: seconds of forward and backward, and their ratio.
+"""Compare with PyTorch: seconds of forward and backward of the same model, and their ratio.
 
     pip install -e '.[bench]'
-    python tests/bench_torch_peer.py --dim 372 --latent-num-blocks 8 --fb-att-window-size 32
+    python examples/studies/bench_torch_peer.py --dim 372 --fb-att-window-size 32
 
-Two ways of attention: `dense` is scaled_dot_product_attention under an N x N mask, `banded` cuts
-the sequence into blocks that see their own keys and those of a window before them. The peer reads
-weights that pico_tg wrote, and its loss on the same bytes must be the same, or nothing is measured.
-With --cuda both are measured on the GPU, torch compiled and in both precisions; `flex` is then
-flex_attention. pico_tg is measured by its own `bench`, in a process of its own, while torch waits.
+Two implementations of attention in PyTorch: `dense` is scaled_dot_product_attention with an N x N
+mask; `banded` cuts the sequence into blocks, each of which sees its own keys and those of a window
+before it. The PyTorch model reads weights that pico_tg wrote, and the program ends unless both
+models have the same loss on the same bytes. With --cuda both run on the GPU in both precisions, the
+PyTorch model compiled, and `flex` is flex_attention. pico_tg is measured by its own `bench` in a
+separate process.
 """
 
 import argparse
@@ -38,7 +39,7 @@ def slopes(heads, device):
 
 
 def bias(distance, window, heads):
-    """0 and below where visible, -inf elsewhere: [H, *distance.shape]."""
+    """ALiBi's term where a key is visible, -inf elsewhere: [H, *distance.shape]."""
     visible = (distance >= 0) & (distance <= window)
     by_head = slopes(heads, distance.device).view(-1, *[1] * distance.ndim)
     return torch.where(visible, -by_head * distance, -math.inf)
@@ -54,20 +55,20 @@ def dense(q, k, v, window):
 
 
 def banded(q, k, v, window):
-    """As `dense`, in O(N * window): G query heads that share keys are rows of one matrix."""
+    """As `dense`, in O(N * window). The G query heads that share keys are rows of one matrix."""
     B, H, N, C = q.shape
     K = k.shape[1]
     if window >= N - 1:
         return dense(q, k, v, window)
     step = min(window, max(16, math.ceil(window / 4)))
-    reach, blocks = math.ceil(window / step) * step, math.ceil(N / step)
+    lookback, blocks = math.ceil(window / step) * step, math.ceil(N / step)
     pad = blocks * step - N
     q = F.pad(q, (0, 0, 0, pad)).view(B, K, H // K, blocks, step, C)
     q = q.transpose(2, 3).reshape(B, K, blocks, -1, C)  # (B, K, b, G*q, C)
-    k, v = (F.pad(x, (0, 0, reach, pad)).unfold(2, reach + step, step) for x in (k, v))
+    k, v = (F.pad(x, (0, 0, lookback, pad)).unfold(2, lookback + step, step) for x in (k, v))
     i = torch.arange(blocks * step, device=q.device).view(blocks, step, 1)
-    j = torch.arange(blocks, device=q.device).view(blocks, 1, 1) * step - reach
-    j = j + torch.arange(reach + step, device=q.device)
+    j = torch.arange(blocks, device=q.device).view(blocks, 1, 1) * step - lookback
+    j = j + torch.arange(lookback + step, device=q.device)
     mask = bias(torch.where(j >= 0, i - j, -1), window, H).to(q.dtype)  # (H, b, q, s)
     mask = mask.view(K, H // K, blocks, step, -1).transpose(1, 2).reshape(K, blocks, -1, j.shape[2])
     weights = (q @ k / math.sqrt(C) + mask).softmax(-1)  # unfold left k as (…, C, s)
@@ -181,7 +182,7 @@ class Pico(nn.Module):
         return 0.9 * (each * share / share.sum()).sum() + 0.1 * aux
 
 
-OURS = """
+LOSS_OF_PICO_TG = """
 import sys
 import numpy as np
 import pico_tg
@@ -197,7 +198,7 @@ print(ForwardBackward(model)(Tensor(np.load(sys.argv[1] + "/windows.npy")).reali
 def our_loss(config, folder, windows):
     config.to_json(folder / "model.json")
     np.save(folder / "windows.npy", windows)
-    command = [sys.executable, "-c", OURS, str(folder)]
+    command = [sys.executable, "-c", LOSS_OF_PICO_TG, str(folder)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
@@ -242,26 +243,26 @@ def main():
     sizes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     config = Config.preset("xs", **sizes)
     device = "cuda" if args.cuda else "cpu"
-    ways = {"dense": dense, "banded": banded} | ({"flex": flex} if args.cuda else {})
+    attentions = {"dense": dense, "banded": banded} | ({"flex": flex} if args.cuda else {})
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        few = rng.integers(0, 256, (1, 96 + config.next_tokens)).astype(np.uint8)
-        expected = our_loss(config, folder, few)
+        windows = rng.integers(0, 256, (1, 96 + config.next_tokens)).astype(np.uint8)
+        expected = our_loss(config, folder, windows)
         weights = load_file(folder / "weights.safetensors")
         models = {}
-        for way, attention in ways.items():
+        for way, attention in attentions.items():
             models[way] = Pico(config, attention).to(device)
             models[way].load_state_dict(weights)
-            found = models[way](torch.tensor(few, device=device).long()).item()
+            found = models[way](torch.tensor(windows, device=device).long()).item()
             print(f"loss: pico_tg {expected:.6f}, torch {way} {found:.6f}", file=sys.stderr)
             if abs(found - expected) > (1e-2 if args.cuda else 1e-4) * expected:
-                sys.exit(f"torch {way} is another model")
+                sys.exit(f"torch {way} computes another loss")
             if args.cuda:
                 models[way] = torch.compile(models[way])
         print("| context | precision | pico_tg | " + " | ".join(
-            f"torch {way} | ratio" for way in ways) + " |")  # fmt: skip
-        print("|---" * (3 + 2 * len(ways)) + "|")
+            f"torch {way} | ratio" for way in attentions) + " |")  # fmt: skip
+        print("|---" * (3 + 2 * len(attentions)) + "|")
         for context in args.contexts:
             data = rng.integers(0, 256, (args.batch_size, context + config.next_tokens))
             windows = torch.tensor(data, device=device)
