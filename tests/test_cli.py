@@ -28,6 +28,12 @@ TINY = helpers.TINY.to_dict()
 SCRIPTS = Path(__file__).parent / "scripts"
 
 
+@pytest.fixture(autouse=True)
+def gemm_rate(monkeypatch):
+    """Not measured by every test; `trained` measures it."""
+    monkeypatch.setattr(cli, "gemm_rate", lambda precision, device: 50.0)
+
+
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "text.txt"
@@ -329,8 +335,7 @@ def tracked(model, text, monkeypatch):
 
         monkeypatch.setitem(sys.modules, "wandb", tracker)
         monkeypatch.setattr(cli, "train", four_steps)
-        monkeypatch.setattr(cli, "gemm_rate", lambda precision, device: 50.0)
-        monkeypatch.setattr(cli, "sample_line", lambda model, prompt: f"after {prompt}")
+            monkeypatch.setattr(cli, "sample_line", lambda model, prompt: f"after {prompt}")
         arguments = ["train", str(model), "r", *(flags or [str(text)]), "--tracker", "wandb"]
         return status(arguments), seen
 
@@ -541,12 +546,15 @@ def test_info(trained, capsys):
     }  # fmt: skip
     assert found["run"]["settings"]["context_len"] == found["operations_a_byte"]["context_len"]
     assert found["run"]["base_weights"] is None
+    assert found["training"]["context_len"] == 40
+    assert alone["training"]["context_len"] > 40  # chosen for this device
     assert cli.main(["info", str(trained), "run"]) == 0
     out = capsys.readouterr().out
     for text in (
         f"total +{found['parameters']['total']:,}",
         f"step 3 +[\\d.]+ +{last['bits_per_byte']:.4f} +{last['validation_bits_per_byte']:.4f}",
         "context_len +40",
+        f"time of a step +{found['training']['seconds_a_step']:.2g} s",
     ):
         assert re.search(text, out), text
     assert status(["info", str(trained), "none"]) == 2

@@ -264,19 +264,21 @@ def command_eval(args: argparse.Namespace) -> int:
     measured = evaluate(model, data, passage=passage, progress=True, **options)
     title = f"{model_name(args.path)}, run {args.run}"
     facts = {"step": int(checkpoint.stem), "data": spec.dataset, "split": options["split"]}
-    if args.html:
-        shown = facts | {
-            "bits per byte": f"{measured.bits_per_byte:.3f}",
-            "without latent blocks": f"{measured.bits_per_byte_without_latent:.3f}",
-            "router rate": f"{measured.router_rate:.1%}",
-        }
-        write_page(args.html, html_page(b"", measured.passage, title, shown, name="Passage"))
-    if args.json:
-        put(json.dumps(facts | measured.as_dict(), indent=2) + "\n")
-    else:
-        part = "all" if facts["split"] == "all" else f"{facts['split']} data"
-        put(f"{title}, step {facts['step']}: {part} of {spec.dataset}\n\n")
-        put(describe_evaluation(measured) + "\n")
+    try:
+        if args.json:
+            put(json.dumps(facts | measured.as_dict(), indent=2) + "\n")
+        else:
+            part = "all" if facts["split"] == "all" else f"{facts['split']} data"
+            put(f"{title}, step {facts['step']}: {part} of {spec.dataset}\n\n")
+            put(describe_evaluation(measured) + "\n")
+    finally:  # neither of the two is lost if the other cannot be written
+        if args.html:
+            shown = facts | {
+                "bits per byte": f"{measured.bits_per_byte:.3f}",
+                "without latent blocks": f"{measured.bits_per_byte_without_latent:.3f}",
+                "router rate": f"{measured.router_rate:.1%}",
+            }
+            write_page(args.html, html_page(b"", measured.passage, title, shown, name="Passage"))
     return 0
 
 
@@ -405,7 +407,9 @@ def command_info(args: argparse.Namespace) -> int:
     Memory and time of training are estimates for this machine, from the measured rate of a matrix
     product.
     """
-    load_config(args.path)  # an error comes before the measurement
+    load_config(args.path)  # errors come before the measurement
+    if args.run is not None:
+        run_folder(args.path, args.run)
     facts = describe(args.path, args.run, gemm_rate("auto", Device.DEFAULT))
     put((json.dumps(facts, indent=2) if args.json else describe_model(facts)) + "\n")
     return 0

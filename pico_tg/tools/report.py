@@ -71,7 +71,7 @@ def describe_evaluation(measured: Evaluation) -> str:
 
 
 def describe_model(facts: Mapping[str, Any]) -> str:
-    """What `pico_tg.describe` returned, as tables."""
+    """What `pico_tg.describe` returns, as tables."""
     parts, operations = facts["parameters"], facts["operations_a_byte"]
     length = operations["context_len"]
     sizes = [(name, str(value)) for name, value in facts["model"].items()]
