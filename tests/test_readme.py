@@ -9,7 +9,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
-from helpers import TINY, flags
+from helpers import TINY, WINDOWS, flags
 
 from pico_tg import Pico, save_weights
 from pico_tg.tools import cli
@@ -71,13 +71,17 @@ def test_quickstart_writes_words(tmp_path):
 
 @pytest.mark.slow
 def test_command_line_of_the_readme(tmp_path):
-    """The quick tour, with few steps."""
-    init, train, plot, sample = blocks("bash")[2].splitlines()
-    run(init, tmp_path)
-    run(train + " --max-steps 3", tmp_path)
+    """The quick tour, with a tiny model, few steps and another text."""
+    start, plot, sample = blocks("bash")[2].splitlines()
+    init, train = start.split(" && ")
+    assert init.endswith(" models/small")  # no other flag
+    assert train.endswith(" models/small first tinyshakespeare.txt")
+    (tmp_path / "tinyshakespeare.txt").write_text("To be, or not to be: that is the question.\n" * 99)
+    run(f"{init} {' '.join(flags(TINY.to_dict()))}", tmp_path)
+    run(f"{train} {' '.join(flags(WINDOWS))} --max-steps 3", tmp_path)
     assert (tmp_path / run(plot, tmp_path).strip()).read_text().startswith("<svg")
     out = run(sample + " --max-bytes 20", tmp_path)
-    assert out.startswith("The import statement")
+    assert out.startswith("ROMEO:")
 
 
 def test_flags_in_the_table_exist(capsys):
@@ -144,8 +148,8 @@ def test_comparison_of_settings(tmp_path):
     """The study, with one rule, one data set and a step of a tiny model."""
     command = command_of("compare_settings.py").replace(" tinyshakespeare.txt", "")
     TINY.to_json(tmp_path / "model.json")
-    files = f"--model {tmp_path}/model.json --results {tmp_path}/s.jsonl"
-    command += f" --flops 1 --rules 1 --evaluation-bytes 600 {files}"
+    command = command.replace("models/sample/model.json", "model.json")
+    command += " --flops 1 --rules 1 --evaluation-bytes 600 --results s.jsonl"
     out = run(command, tmp_path)
     assert re.search(r"^\| rate 0.001, .* \| 1 \| [\d.]+ \|$", out, re.MULTILINE)
     assert len((tmp_path / "s.jsonl").read_text().splitlines()) == 1
