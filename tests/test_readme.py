@@ -76,7 +76,7 @@ def test_command_line_of_the_readme(tmp_path):
     init, train = start.split(" && ")
     assert init.endswith(" models/small")  # no other flag
     assert train.endswith(" models/small first tinyshakespeare.txt")
-    (tmp_path / "tinyshakespeare.txt").write_text("To be, or not to be: that is the question.\n" * 99)
+    (tmp_path / "tinyshakespeare.txt").write_text("To be, or not to be: that is the question." * 99)
     run(f"{init} {' '.join(flags(TINY.to_dict()))}", tmp_path)
     run(f"{train} {' '.join(flags(WINDOWS))} --max-steps 3", tmp_path)
     assert (tmp_path / run(plot, tmp_path).strip()).read_text().startswith("<svg")
