@@ -335,7 +335,7 @@ def tracked(model, text, monkeypatch):
 
         monkeypatch.setitem(sys.modules, "wandb", tracker)
         monkeypatch.setattr(cli, "train", four_steps)
-            monkeypatch.setattr(cli, "sample_line", lambda model, prompt: f"after {prompt}")
+        monkeypatch.setattr(cli, "sample_line", lambda model, prompt: f"after {prompt}")
         arguments = ["train", str(model), "r", *(flags or [str(text)]), "--tracker", "wandb"]
         return status(arguments), seen
 
