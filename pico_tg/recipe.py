@@ -107,11 +107,12 @@ def describe_cost(
     batch = settings.batch_size * settings.grad_accumulation_steps
     steps = min(settings.max_steps, math.ceil(settings.epochs * windows / batch))
     seconds = step_seconds(config, settings, device, gflops)
-    minutes = min(steps * seconds / 60, settings.max_minutes or math.inf)
+    total = min(steps * seconds, 60 * settings.max_minutes or math.inf)
+    time = f"{total:.0f} s" if total < 100 else f"{total / 60:,.0f} minutes"
     parts = {name: size / 1e6 for name, size in memory_bytes(config, settings).items()}
     named = ", ".join(f"{name} {size:,.0f}" for name, size in parts.items())
     return (
-        f"training will take about {minutes:.2g} minutes after compiling, {seconds:.2g} s a step, "
+        f"training will take about {time} after compiling, {seconds:.2g} s a step, "
         f"and {sum(parts.values()):,.0f} MB of memory ({named})"
     )
 

@@ -82,3 +82,7 @@ def test_the_cost_is_one_line():
     assert "about 4 minutes" in line
     assert "MB of memory (parameters 14, optimizer 75, activations 182)" in line
     assert "\n" not in line
+    timed = TrainSettings(max_steps=10**6, epochs=10**6, max_minutes=1200)
+    assert "about 1,200 minutes" in describe_cost(XS, timed, SHAKESPEARE, "CPU", 150)
+    few = TrainSettings(max_steps=3, context_len=64, batch_size=1)
+    assert "about 1 s after" in describe_cost(XS, few, SHAKESPEARE, "CPU", 150)
