@@ -125,8 +125,15 @@ def run_python(*args: str, hide_cpu: Path | None = None) -> str:
     return done.stdout
 
 
+def test_import_without_cpu_kernels(tmp_path):
+    """Every module imports; a product is computed."""
+    script = str(TESTS / "scripts" / "import_all.py")
+    assert run_python(script, hide_cpu=tmp_path) == "False 64.0\n"
+
+
+@pytest.mark.slow
 def test_a_pass_without_cpu_kernels(tmp_path):
-    """The package imports, trains and decodes; it decodes what it does with the CPU's kernels."""
+    """A model decodes the same with the folder cpu/ and without."""
     script = str(TESTS / "scripts" / "without_cpu.py")
     none, *plain = run_python(script, hide_cpu=tmp_path).split()
     _, *ours = run_python(script).split()
