@@ -23,6 +23,7 @@ def run(script, cache, *arguments, **environment) -> tuple[int, str]:
     return int(made), rest
 
 
+@pytest.mark.slow
 def test_a_second_process_makes_nothing_again(tmp_path):
     first, expected = run("count_compiled.py", tmp_path / "a.db")
     assert first > 0
@@ -50,6 +51,7 @@ def test_the_worker_compiles_while_a_function_is_recorded(tmp_path):
     assert rest == f"0 {found}"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGKILL")
 def test_the_worker_ends_with_a_killed_process(tmp_path):
     _, rest = run("compile_with_worker.py", tmp_path / "a.db", "killed", **WORKER)
