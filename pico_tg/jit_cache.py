@@ -248,7 +248,8 @@ class _Worker:
         """In a thread: the pipe may be full, and the worker busy."""
         with contextlib.suppress(Exception):  # then there is no worker; this process compiles all
             while True:
-                pickle.dump(self._messages.get(), self._process.stdin)
+                message = pickle.dumps(self._messages.get())
+                self._process.stdin.write(len(message).to_bytes(8, "little") + message)
                 self._process.stdin.flush()
 
     def _end(self) -> None:
@@ -272,19 +273,21 @@ def _worker() -> _Worker:
 def work() -> None:
     """The worker's program: compile what arrives on stdin, the last first, until stdin closes."""
     cache_file.share_cache_file()
-    kernels: queue.LifoQueue = queue.LifoQueue()
+    messages: queue.SimpleQueue = queue.SimpleQueue()
 
     def receive() -> None:
-        with contextlib.suppress(Exception):  # EOFError: the other process has ended
-            while True:
-                context, asts = pickle.load(sys.stdin.buffer)
-                for ast in asts:
-                    kernels.put((context, ast))
-        os._exit(0)
+        # bytes only: tinygrad's table of UOps, into which unpickling writes, is not thread-safe
+        while size := sys.stdin.buffer.read(8):
+            messages.put(sys.stdin.buffer.read(int.from_bytes(size, "little")))
+        os._exit(0)  # the other process has ended
 
     threading.Thread(target=receive, daemon=True).start()
+    kernels: list[tuple[dict, UOp]] = []
     while True:
-        context, ast = kernels.get()
+        while not (kernels and messages.empty()):
+            context, asts = pickle.loads(messages.get())
+            kernels += [(context, ast) for ast in asts]
+        context, ast = kernels.pop()
         # the other process meets the same error, and reports it
         with contextlib.suppress(Exception), Context(**context):
             cached_program(ast, Device["CPU"].renderer)
