@@ -112,7 +112,7 @@ class Decoder:
         self.embedding = model.embedding.weight.detach().pad(padding).contiguous().realize()
         self.router = model.latent.router.weight.detach().pad(padding).contiguous().realize()
         self.unembedding = PackedLinear(model.unembedding.weight, model.norm.weight)
-        self.bias = model.unembedding.bias.detach().reshape(1, -1)
+        self.bias = model.unembedding.bias.detach().reshape(1, -1).clone().realize()
         # the hidden states of a pass, and a spare row, to which unused slots add
         hidden = Tensor.zeros(PREFILL_CHUNK + 1, width, device=device)
         self.hidden = hidden.contiguous().realize()
