@@ -7,11 +7,13 @@ In the order of reading: `learning_rate`, `TrainStep` (one optimizer step), `tra
 resumes a run), `_loop` (the steps).
 """
 
+import atexit
 import contextlib
 import dataclasses
 import math
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -278,12 +280,9 @@ def train(
         load_weights(model, base_weights)
     validate = Validation(model, data.validation, chosen, devices)
     train_step = TrainStep(model, chosen, devices)
-    run, reached = None, Progress()
-    if folder is not None:
-        run = Run(folder, resumed=resume)
-    if resume:
-        reached = _resume(run, train_step, stored, say)
-    else:
+    run = None if folder is None else Run(folder, resumed=resume)
+    reached = _resume(run, train_step, stored, say) if resume else Progress()
+    if not resume:
         say(data.note)
     _set_steps(reached, chosen, windows, say)
     if len(data.validation.bytes) > chosen.validation_bytes:
@@ -300,7 +299,15 @@ def train(
                 "tracker": tracker or stored.get("tracker"),
             }
         )
-    return _loop(train_step, windows, validate, run, reached, stop, on_micro_batch)
+    records = _loop(train_step, windows, validate, run, reached, stop, on_micro_batch)
+    # a script's error may leave the generator open until Python's modules are gone: close it before
+    atexit.register(_close, weakref.ref(records))
+    return records
+
+
+def _close(reference: weakref.ref) -> None:
+    if (records := reference()) is not None:
+        records.close()
 
 
 def _stored_run(

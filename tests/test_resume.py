@@ -115,6 +115,16 @@ def test_resumed_in_a_new_process(text, tmp_path):
 
 
 @SLOW
+def test_a_script_s_error_saves_the_last_step(text, tmp_path):
+    """Although the traceback holds the generator until the interpreter ends."""
+    script = Path(__file__).parent / "scripts" / "uncaught.py"
+    command = [sys.executable, script, text, tmp_path / "run"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "SystemError: uncaught" in done.stderr
+    assert [step for step, _ in list_checkpoints(tmp_path / "run")] == [3]
+
+
+@SLOW
 def test_steps_do_not_leak():
     """Memory on the device is flat over 200 steps, and the process's as good as."""
     model = make()
