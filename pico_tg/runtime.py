@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 from tinygrad import Tensor, TinyJit, UOp, helpers
 from tinygrad.dtype import DType, _to_np_dtype
-from tinygrad.engine import realize
+from tinygrad.engine import jit, realize
 from tinygrad.engine.realize import capturing
 from tinygrad.helpers import (
     ALLOW_TF32,
     BEAM,
     CACHELEVEL,
-    CPU_COUNT,
     DEV,
     JIT,
     USE_TC,
@@ -31,6 +30,11 @@ from tinygrad.helpers import (
 from tinygrad.runtime.support.c import DLL
 from tinygrad.schedule.rangeify import resolve_function
 from tinygrad.uop.ops import Ops, PatternMatcher, UPat, graph_rewrite
+
+try:  # 0.14 runs each kernel on one thread
+    from tinygrad.helpers import CPU_COUNT
+except ImportError:
+    CPU_COUNT = ContextVar("CPU_COUNT", 1)
 
 try:  # 0.14 has neither unique constants nor a need to number them
     from tinygrad.function import pm_transform_unique_const
@@ -145,19 +149,22 @@ def jit_method(method: Callable, *constants: int) -> TinyJit:
     TinyJit would execute it once uncaptured and so build and schedule everything twice: whatever
     the method writes must be in buffers that exist before the first call.
 
-    The jit refers to the object weakly. A reference cycle would leave the captured graph to
+    The TinyJit refers to the object weakly. A reference cycle would leave the captured graph to
     Python's garbage collector, which may run on the CPU device's own thread; freeing a graph there
     waits for that same thread, forever (seen with 0.13).
     """
     if cpu is not None:
         cpu.use_launcher()
     reference = weakref.WeakMethod(method)
-    jit = MethodJit(lambda *inputs: reference()(*constants, *inputs))
-    jit.cnt = 1
-    return jit
+    method_jit = MethodJit(lambda *inputs: reference()(*constants, *inputs))
+    method_jit.cnt = 1
+    return method_jit
 
 
-class MethodJit(TinyJit):
+_TinyJit = getattr(jit, "_TinyJit", TinyJit)  # in 0.14 TinyJit is a function that makes these
+
+
+class MethodJit(_TinyJit):
     """A TinyJit; without inputs it is replayed by the launcher of cpu/ alone, where that serves.
 
     TinyJit's own checks before a replay take longer than a decoding pass of a small model.
