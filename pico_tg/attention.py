@@ -1,8 +1,8 @@
-"""Grouped-query attention in a band, with ALiBi; rotary positions as its alternative.
+"""Grouped-query attention in a band, with ALiBi or rotary positions.
 
-Query i sees key j iff i - window <= j <= i. The sequence is cut into blocks of queries, which see
-their own keys and the `lookback` keys before them. So the cost is O(N * window), and no N x N
-matrix exists unless the window spans the sequence.
+Query i sees key j iff i - window <= j <= i. The sequence is cut into blocks of queries; a block is
+scored against its own keys and the `lookback` keys before them. So the cost is O(N * window), and
+no N x N matrix exists unless the window spans the sequence.
 
 Shape letters: B batch, N positions, H query heads, K key/value heads, G = H / K query heads per
 key/value head, C head_dim, b blocks, q queries and s = lookback + q keys of a block.
@@ -26,14 +26,14 @@ def alibi_slopes(heads: int, device: str | tuple[str, ...] | None = None) -> Ten
 def rotate(x: Tensor, positions: Tensor) -> Tensor:
     """x [..., N, C] rotated by its positions, int [N]: rotary embeddings (arXiv 2104.09864).
 
-    Channels j and j + C // 2 are a pair, rotated by position * 10000^(-2j / C) radians (if C is
-    odd, C - 1 stands for C, and the last channel stays). The error is at most 2e-6 radians at any
-    position: angles are integers, in 2^-64 of a revolution, and whole revolutions overflow.
+    Channels j and j + C // 2 are a pair, rotated by position * 10000^(-2j / C) radians (an odd C
+    counts as C - 1, and the last channel is not rotated). Angles are uint64 in units of 2^-64
+    revolutions; whole revolutions overflow, so the error is at most 2e-6 radians at any position.
     """
     half = x.shape[-1] // 2
     if half == 0:
         return x
-    rates = [10000 ** (-j / half) / (2 * math.pi) for j in range(half)]  # revolutions a position
+    rates = [10000 ** (-j / half) / (2 * math.pi) for j in range(half)]  # revolutions per position
     units = [Tensor.full((1,), int(r * 2**64), dtype=dtypes.uint64, device=x.device) for r in rates]
     angle = positions.cast(dtypes.uint64).unsqueeze(1) * Tensor.cat(*units)  # (N, C // 2)
     angle = (angle >> 40).cast(dtypes.int32).cast(dtypes.float32) * (2 * math.pi / 2**24)
@@ -53,7 +53,7 @@ def banded_attention(q: Tensor, k: Tensor, v: Tensor, window: int, alibi: bool =
     if has_cpu_kernels(q.device):
         from .cpu.band_attention import band_attention
 
-        # 2^-100 changes no score; 0 times the infinite distance of a hidden key would be NaN
+        # no ALiBi: 2^-100 changes no score, while 0 times a masked key's infinite distance is NaN
         slopes = alibi_slopes(H, q.device) * (1.0 if alibi else 2.0**-100)
         return band_attention(q, k, v, window, slopes)
     queries, lookback, blocks = block_sizes(N, window)
@@ -76,7 +76,7 @@ def block_sizes(length: int, window: int) -> tuple[int, int, int]:
     """(queries of a block, lookback, blocks); lookback is a multiple of queries, >= window.
 
     A query is scored against lookback + queries keys, window + 1 of them visible: small blocks
-    waste few scores, large ones make efficient matrices. A quarter of the window is between them.
+    waste few scores, large blocks make efficient matmuls. A quarter of the window is a compromise.
     """
     if window >= length - 1:
         return length, 0, 1

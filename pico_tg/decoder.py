@@ -1,12 +1,12 @@
 """Decoding: a model with KV caches of fixed size, and compiled passes over a few bytes each.
 
-A pass takes R bytes in and gives their logits. It is three compiled graphs: the first blocks and
-the router on all R rows; the latent blocks on the rows that the router selects, if there are any;
-the last blocks and the heads on all rows. Each graph exists for a few sizes only, and fewer rows
-are padded to the next one:
+A pass reads R bytes and returns their logits. A pass runs three compiled graphs: the first blocks
+and the router on all R rows; the latent blocks on the rows that the router selects, if any; the
+last blocks and the heads on all rows. Each graph is compiled for a few numbers of rows only; other
+numbers are padded to the next compiled one:
 
-- decode: 1, 4 or 8 rows, the newest byte and its drafts, or a short prompt in pieces of 8
-- prefill: PREFILL_CHUNK rows, for a prompt long enough to be worth another set of graphs
+- decode: 1, 4 or 8 rows, for the newest byte and its drafts, or a short prompt in pieces of 8
+- prefill: PREFILL_CHUNK rows, for prompts of MIN_PREFILL bytes, which justify another compilation
 """
 
 import math
@@ -22,13 +22,13 @@ from .model import RMS_EPS, Block, Pico
 from .routing import next_decisions
 from .runtime import exclusive, jit_method, read, write_into
 
-DECODE_ROWS = (1, 4, 8)  # a padded row costs little time, another size seconds of compiling
+DECODE_ROWS = (1, 4, 8)  # few: a padded row costs little time, another size seconds of compiling
 PREFILL_CHUNK = 64  # rows of a prefill pass
 MIN_PREFILL = 4096  # bytes of the shortest prompt for which prefill passes are compiled
 
 
 def graph_size(rows: int) -> int:
-    """Rows of the smallest compiled pass that takes `rows` rows in."""
+    """Rows of the smallest compiled pass that holds `rows` rows."""
     return next((size for size in DECODE_ROWS if rows <= size), PREFILL_CHUNK)
 
 
@@ -40,7 +40,7 @@ class CachedBlock:
         heads, kv_heads, head_dim = attention.heads, attention.kv_heads, attention.head_dim
         self.dim = block.norm1.weight.shape[0]
         self.alibi = attention.position == "alibi"
-        self.rotated = heads + kv_heads, head_dim  # of qkv: the queries and keys
+        self.rotated = heads + kv_heads, head_dim  # shape of the queries and keys in qkv
         slopes = alibi_slopes(heads, block.norm1.weight.device) * self.alibi
         self.cache = KVCache(heads, kv_heads, head_dim, attention.window, PREFILL_CHUNK, slopes)
         self.qkv = PackedLinear(attention.fused_qkv.weight, block.norm1.weight)
@@ -49,18 +49,19 @@ class CachedBlock:
         self.fc2 = PackedLinear(block.glu.fc2.weight)
 
     def __call__(self, h: Tensor, start: Tensor) -> Tensor:
-        """Rows h [R, D padded] at positions start, start + 1, … (start: int32 [1]) -> the same
-        shape. The padding is zeros and stays zeros."""
+        """Rows h [R, D padded] at positions start, start + 1, … -> [R, D padded].
+
+        start: int32 [1]. The padding is zeros and stays zeros.
+        """
         qkv = self._rotate(self.qkv(h, rms_scale(h, self.dim)), start)
         h = self.proj(self.cache.attend(qkv, start), residual=h)
         both = self.fc1(h, rms_scale(h, self.dim))
         value, gate = both[:, : self.dim], both[:, self.dim : 2 * self.dim]
-        # realized block by block: the next block then has the same graph, already scheduled
+        # realize each block separately: all blocks then have equal graphs, which are scheduled once
         return self.fc2((gate.silu() * value).contiguous(), residual=h).realize()
 
     def _rotate(self, qkv: Tensor, start: Tensor) -> Tensor:
-        """Rotary embeddings of the queries and keys in qkv [R, H*C | K*C | …], where the model has
-        them."""
+        """qkv [R, H*C | K*C | …], with rotary embeddings of the queries and keys unless ALiBi."""
         if self.alibi:
             return qkv
         R, width = qkv.shape[0], math.prod(self.rotated)
@@ -71,7 +72,7 @@ class CachedBlock:
 
 
 def rms_scale(h: Tensor, dim: int) -> Tensor:
-    """1 / RMS of rows h [R, D padded] with `dim` numbers each: [R, 1]."""
+    """1 / RMS of rows h [R, D padded] with `dim` channels each: [R, 1]."""
     mean = h.square().sum(axis=-1, keepdim=True) / dim
     return (mean + RMS_EPS).rsqrt().contiguous()
 
@@ -88,14 +89,14 @@ class Snapshot(NamedTuple):
 class Decoder:
     """A model with KV caches: feed bytes, get the logits after each of them.
 
-    Memory and time of a pass do not depend on how many bytes were fed. The weights are copied when
-    the decoder is made, and later changes of the model are not seen. All methods may be called from
-    any thread, one at a time.
+    Memory and time of a pass do not depend on the number of bytes fed. The decoder copies the
+    weights, so later changes of the model have no effect. All methods may be called from any
+    thread, one at a time.
 
     - position: bytes fed; selected: how many of them went through the latent blocks
-    - last_decisions: bool [n], which bytes of the last pass did
-    - use_latent: False leaves the latent blocks out
-    - changes: how often the state changed, so that a user notices another user of this decoder
+    - last_decisions: bool [n], which bytes of the last pass went through the latent blocks
+    - use_latent: False skips the latent blocks
+    - changes: number of state changes, by which a generator detects another user of the decoder
     """
 
     @exclusive
@@ -113,7 +114,7 @@ class Decoder:
         self.router = model.latent.router.weight.detach().pad(padding).contiguous().realize()
         self.unembedding = PackedLinear(model.unembedding.weight, model.norm.weight)
         self.bias = model.unembedding.bias.detach().reshape(1, -1).clone().realize()
-        # the hidden states of a pass, and a spare row, to which unused slots add
+        # the hidden states of a pass, and a spare last row that unused slots add to
         hidden = Tensor.zeros(PREFILL_CHUNK + 1, width, device=device)
         self.hidden = hidden.contiguous().realize()
         self.graphs: dict[tuple[str, int], TinyJit] = {}
@@ -121,10 +122,10 @@ class Decoder:
         self.reset()
 
     def reset(self, use_latent: bool | None = None) -> None:
-        """Forget all bytes fed; `use_latent`, if given, holds from now on."""
+        """Forget all bytes fed; `use_latent`, if given, replaces the attribute."""
         self.changes += 1
         self.position = self.selected = 0
-        self.recent = b""  # the bytes of the last pass, after the byte before it
+        self.recent = b""  # the bytes of the last pass, preceded by the byte before that pass
         self.last_decisions = np.zeros(0, bool)
         if use_latent is not None:
             self.use_latent = use_latent
@@ -133,8 +134,8 @@ class Decoder:
     def forward(self, data: bytes) -> tuple[np.ndarray, np.ndarray]:
         """Feed at least one byte -> (logits float32 [n, T, 256], router logits float32 [n]).
 
-        Row i holds what the model predicts after byte i: head 0 the next byte, head k the byte k
-        later.
+        Row i is computed from the bytes up to byte i: head 0 predicts the next byte, head k the
+        byte k positions after that.
         """
         self.changes += 1
         rows = PREFILL_CHUNK if len(data) >= MIN_PREFILL else DECODE_ROWS[-1]
@@ -143,7 +144,7 @@ class Decoder:
         return np.concatenate(logits), np.concatenate(router_logits)
 
     def rollback(self, count: int) -> None:
-        """Forget the newest `count` bytes, which must be of the last pass."""
+        """Forget the newest `count` bytes, all of which the last pass must have read."""
         kept = len(self.last_decisions) - count
         assert kept >= 0, "more bytes than the last pass took in"
         self.changes += 1
@@ -184,7 +185,7 @@ class Decoder:
         if len(selected):
             count = graph_size(len(selected))
             source = np.zeros(count, np.int32)  # the row that each slot reads
-            target = np.full(count, PREFILL_CHUNK, np.int32)  # the row to which it adds
+            target = np.full(count, PREFILL_CHUNK, np.int32)  # the row that each slot adds to
             source[: len(selected)] = target[: len(selected)] = selected
             start = np.array([self.selected], np.int32)  # the position of the first slot
             write_into(self._input("slots", 2 * count + 1), np.concatenate([source, target, start]))
@@ -195,7 +196,7 @@ class Decoder:
         return logits, router_logits
 
     def _decide(self, data: bytes, router_logits: np.ndarray) -> np.ndarray:
-        """Which of the bytes from `position` on are selected, without a capacity: bool [n]."""
+        """Which bytes, from `position` on, are selected, without a capacity limit: bool [n]."""
         self.recent = (self.recent[-1:] if self.position else b"") + data
         if self.config.router == "learned":
             return router_logits > 0
@@ -204,7 +205,7 @@ class Decoder:
     def _input(self, name: str, length: int) -> Tensor:
         """The int32 buffer [length] through which a pass receives its integers.
 
-        The graphs hold it. As an argument of a graph it would cost a tenth of a millisecond a pass.
+        The captured graphs refer to this buffer: as an argument it would cost 0.1 ms per pass.
         """
         if (name, length) not in self.inputs:
             zeros = Tensor.zeros(length, dtype=dtypes.int32, device=self.router.device)
@@ -219,7 +220,7 @@ class Decoder:
         return self.graphs[key]()
 
     def _encode(self, rows: int) -> Tensor:
-        """Bytes -> their hidden states before the latent blocks, in `hidden`; router logits [R]."""
+        """Write the hidden states before the latent blocks to `hidden` -> router logits [R]."""
         inputs = self._input("rows", 1 + rows)
         start, data = inputs[:1].contiguous(), inputs[1:]
         h = self.embedding[data].contiguous()  # (R, D padded)
@@ -230,7 +231,7 @@ class Decoder:
         return router_logits.realize(self.hidden)
 
     def _add_latent(self, count: int) -> Tensor:
-        """Adds to `hidden` what the latent blocks make of the selected rows, in `count` slots."""
+        """Run the latent blocks on the selected rows, in `count` slots, and update `hidden`."""
         inputs = self._input("slots", 2 * count + 1)
         source, target, start = (part.contiguous() for part in inputs.split([count, count, 1]))
         selected = deep = self.hidden[source].contiguous()  # (slots, D padded)

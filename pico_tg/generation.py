@@ -1,17 +1,17 @@
-"""Generation: a sampler, drafts, and a generator that yields one record for each byte.
+"""Generation: a sampler, drafts, and a generator that yields one record per byte.
 
 Decoding is self-speculative and exact. At each position head 0 predicts the next byte, and the
 extra heads draft the bytes after it at no extra cost. A round is one pass of the model:
 
-1. The pass takes in the byte that was just sampled, followed by some drafts.
-2. Head 0 at the sampled byte gives the distribution of the next byte. It is sampled as always.
-3. If the sampled byte is the draft, the draft is accepted: the pass has already taken it in, so
-   that head 0 at the draft gives the distribution of the byte after it, and step 2 repeats there.
+1. The pass reads the newest sampled byte, followed by some drafts.
+2. The next byte is sampled from the distribution of head 0 at the newest byte, as without drafts.
+3. If the next byte equals its draft, the draft is accepted. The pass has already read that draft,
+   so step 2 repeats with the draft as the newest byte, without another pass.
 4. Otherwise the decoder is rolled back to before the draft, and the next round begins with the
    byte that was sampled.
 
-Every byte is sampled from the model's own distribution with a random number of its own. So drafts
-change how many passes a text takes, never the text.
+Every byte is sampled from head 0's distribution and consumes one random number. So drafts change
+the number of passes, never the text.
 """
 
 import math
@@ -69,13 +69,13 @@ class Stats:
     seconds: float = 0.0
 
 
-# A filter maps probabilities float64 [256] to the same with the bytes it excludes at 0; the sum
-# need not be 1.
+# A filter sets the probabilities, float64 [256], of the bytes that it excludes to 0; the sum of the
+# result need not be 1.
 Filter = Callable[[np.ndarray], np.ndarray]
 
 
 def top_k_filter(p: np.ndarray, k: int) -> np.ndarray:
-    """Keeps the k likeliest bytes; of equally likely ones the smaller."""
+    """Keeps the k likeliest bytes; the smaller byte wins a tie."""
     kept = np.argsort(-p, kind="stable")[:k]
     filtered = np.zeros_like(p)
     filtered[kept] = p[kept]
@@ -83,7 +83,7 @@ def top_k_filter(p: np.ndarray, k: int) -> np.ndarray:
 
 
 def top_p_filter(p: np.ndarray, threshold: float) -> np.ndarray:
-    """Keeps the likeliest bytes, as few as reach the sum `threshold` (arXiv 1904.09751)."""
+    """Keeps the fewest likeliest bytes that reach the total `threshold` (arXiv 1904.09751)."""
     order = np.argsort(-p, kind="stable")
     sum_before = np.cumsum(p[order]) - p[order]
     kept = order[sum_before < threshold]
@@ -106,7 +106,7 @@ class Sampler:
     - top_p: only the likeliest bytes that together reach this probability; 1 keeps all
     - min_p: only bytes at least this likely, as a fraction of the likeliest one; 0 keeps all
 
-    They apply in this order; what is left is scaled to a sum of 1.
+    The options apply in this order; the remaining probabilities are normalized.
     """
 
     temperature: float = 1.0
@@ -140,7 +140,7 @@ class Sampler:
         if self.temperature == 0:
             return np.eye(256)[np.argmax(logits)]
         scaled = logits.astype(np.float64)
-        with np.errstate(over="ignore"):  # a tiny temperature takes unlikely bytes to -inf
+        with np.errstate(over="ignore"):  # a tiny temperature sends unlikely bytes to -inf
             scaled = (scaled - scaled.max()) / self.temperature
         p = np.exp(scaled)
         p /= p.sum()
@@ -165,14 +165,14 @@ class Sampler:
 
 
 class DraftPolicy:
-    """Chooses how many drafts a pass takes in, from how often drafts were right lately.
+    """Chooses the number of drafts per pass from the recent acceptance rate.
 
-    `acceptance[j]` estimates the probability that draft j is right, given that all drafts before it
-    are: a running average over all drafts that the heads made, whether a pass took them in or not.
-    It depends on the text alone.
+    `acceptance[j]` estimates the probability that draft j is right if all drafts before it are: a
+    running average over all drafts of the heads, whether or not a pass read them, so that the
+    estimate depends on the text alone.
     """
 
-    ROW_COST = 0.25  # time of one more row, in passes of one row; latent blocks included
+    ROW_COST = 0.25  # time of an additional row, latent blocks included, in passes of one row
     WEIGHT = 0.05  # of a new observation in the running average
 
     def __init__(self, limit: int) -> None:
@@ -182,23 +182,23 @@ class DraftPolicy:
         self.observed = 0  # how many of them have been right
 
     def num_drafts(self) -> int:
-        """The number of drafts with the most expected bytes for the time of the pass."""
+        """The number of drafts that maximizes the expected bytes per unit of time."""
         expected, all_right = [1.0], 1.0
         for probability in self.acceptance:
             all_right *= probability
             expected.append(expected[-1] + all_right)
         limit = len(self.acceptance)
-        # a pass of another size would be padded to the next compiled one
+        # other numbers of rows would be padded to the next compiled size
         numbers = [k for k in range(limit + 1) if k + 1 == graph_size(k + 1)] + [limit]
         return max(numbers, key=lambda k: expected[k] / (1 + self.ROW_COST * k))
 
     def propose(self, drafts: list[int]) -> None:
-        """All drafts of the heads, for the bytes after the newest one."""
+        """Observe `drafts` of the next bytes, unless earlier drafts are still being observed."""
         if not self.drafts:
             self.drafts, self.observed = drafts, 0
 
     def observe(self, byte: int) -> None:
-        """The byte that was sampled next."""
+        """Compare the byte that was sampled next with its draft, if drafts are being observed."""
         if not self.drafts:
             return
         right = self.drafts[self.observed] == byte
@@ -211,8 +211,8 @@ class DraftPolicy:
 class _Session:
     """One generator's use of a decoder: `with session as decoder` around each access.
 
-    The first access takes the decoder over. A later one raises PicoError if anything else, another
-    generator as a rule, has used the decoder in between: the KV caches then hold another text.
+    The first access claims the decoder. A later access raises PicoError if anything else, usually
+    another generator, used the decoder in between: the KV caches then hold another text.
     """
 
     def __init__(self, decoder: Decoder) -> None:
@@ -256,15 +256,15 @@ def generate(
     - temperature, top_k, top_p, min_p: see `Sampler`; temperature 0 is greedy
     - seed: the same seed gives the same bytes on the same backend
     - num_samples: the number of continuations, one after the other; the prompt is read only once
-    - speculative: False takes in one byte a pass; the distribution is the same
+    - speculative: False reads one byte per pass, without drafts; the distribution is the same
     - ignore_end: go on after `</pico:seq>`, which is then part of the text
     - raw_prompt: the model sees the prompt only; otherwise the prompt follows `<pico:seq>`, the
       start of a document
-    - latent: False leaves the latent blocks out
+    - latent: False skips the latent blocks
     - stats: updated with every byte
-    - decoder: a `Decoder(model)` to use; making one takes seconds, so that a program that generates
-      often keeps one. It serves one generator at a time: a generator whose decoder another one has
-      taken over raises PicoError when it is resumed
+    - decoder: a `Decoder(model)` to reuse, since making one takes seconds. A decoder serves one
+      generator at a time: once another generator uses the decoder, the earlier generator raises
+      PicoError at its next byte
 
     May be called from any thread. Raises PicoError on a bad option, and on logits that are not
     finite.
@@ -312,7 +312,7 @@ def _rounds(
     stats: Stats,
     began: float,
 ) -> Iterator[GeneratedByte]:
-    """`max_bytes` bytes, from the logits [T, 256] of all heads at the last byte of the prompt."""
+    """Generate `max_bytes` bytes; heads: logits [T, 256] at the last byte of the prompt."""
     limit = len(policy.acceptance)
     generated = rejected = 0
     drafted = False
@@ -348,7 +348,7 @@ def _rounds(
 
 
 def _until_end_tag(records: Iterator[GeneratedByte]) -> Iterator[GeneratedByte]:
-    """The records before `</pico:seq>`; bytes that may belong to it are held back until decided."""
+    """The records before `</pico:seq>`; bytes that may begin that tag are held back until known."""
     held: list[GeneratedByte] = []
     for record in records:
         held.append(record)

@@ -1,7 +1,7 @@
-"""What decoding keeps in memory: weights in the order they are read, and sliding KV caches.
+"""Packed weights and sliding-window KV caches for decoding.
 
-Both classes have two halves that compute the same: plain tinygrad, here, and hand-scheduled kernels
-in cpu/decoding.py, where they exist for the device.
+Each class has two implementations of the same computation: plain tinygrad here, and hand-scheduled
+CPU kernels in cpu/decoding.py.
 """
 
 import math
@@ -12,24 +12,24 @@ from tinygrad import Tensor
 from .ops import round_up
 from .runtime import has_cpu_kernels
 
-PANEL = 32  # outputs of one panel of a PackedLinear; also what a cache's slots are a multiple of
-VECTOR = 16  # what a cache's columns are a multiple of; both are multiples of cpu.loops.TILE_N
+PANEL = 32  # outputs of one panel of a PackedLinear; the slots of a cache are a multiple of PANEL
+VECTOR = 16  # the columns of a cache are a multiple of VECTOR; cpu.loops.TILE_N divides both
 
 
 def padded_width(width: int, device: str) -> int:
-    """Columns of a row of `width` numbers in decoding: whole panels, if there are CPU kernels."""
+    """`width`, rounded up to whole panels if the device has CPU kernels."""
     return round_up(width, PANEL) if has_cpu_kernels(device) else width
 
 
 class PackedLinear:
     """A weight [O, I], copied for decoding: x [R, I] -> x @ weight.T [R, O]; it has no gradient.
 
-    With CPU kernels the copy is in panels of PANEL outputs, each read front to back, and rows are
+    With CPU kernels the copy consists of panels [I, PANEL], each read sequentially, and rows are
     padded: x may have more than I columns, and the result has `width` >= O.
     """
 
     def __init__(self, weight: Tensor, input_scale: Tensor | None = None) -> None:
-        """`input_scale` [I] multiplies x; it becomes part of the copy."""
+        """`input_scale` [I] multiplies x; the scale is folded into the copied weight."""
         weight = weight.detach() if input_scale is None else weight.detach() * input_scale.detach()
         self.outputs, inputs = weight.shape
         self.width = padded_width(self.outputs, weight.device)
@@ -55,8 +55,8 @@ class PackedLinear:
 def cache_shape(head_dim: int, window: int, max_rows: int) -> tuple[int, int]:
     """(slots S, columns P) of a `KVCache`, whose keys are [K, C, S] and values [K, S, P].
 
-    There is a slot for each position of the window and each row of the largest pass, and a column
-    more than head_dim, for the ones.
+    There is a slot for each position of the window and each row of the largest pass. The first
+    head_dim columns hold values, the next one holds ones.
     """
     return round_up(window + max_rows, PANEL), round_up(head_dim + 1, VECTOR)
 
@@ -65,9 +65,10 @@ class KVCache:
     """The keys and values of one attention layer for the newest positions.
 
     A ring buffer: position p is in slot p % slots. A pass of R rows at positions start, start + 1,
-    … writes R slots. Because `slots` >= window + R, those slots held positions that are outside
-    every later window. So a pass can be rolled back by starting the next one earlier: what it
-    overwrote is not needed, and what it wrote lies after every later query until it is overwritten.
+    … writes R slots. Because `slots` >= window + R, the overwritten positions are outside every
+    later window. So a pass is rolled back by starting the next pass earlier: no later query needs
+    the overwritten positions, and the rejected positions are masked, since they are after every
+    query, until a later pass overwrites them.
 
     H query heads, K key/value heads, G = H / K, C head_dim, S slots, P columns, R rows of a pass.
     """
@@ -82,13 +83,13 @@ class KVCache:
         self.has_cpu_kernels = has_cpu_kernels(self.slopes.device)
         keys = np.zeros((kv_heads, head_dim, self.slots), np.float32)
         values = np.zeros((kv_heads, self.slots, columns), np.float32)
-        values[:, :, head_dim] = 1  # weights @ values then also gives the sum of the weights
+        values[:, :, head_dim] = 1  # so that weights @ values also gives the sum of the weights
         device = self.slopes.device
         self.keys = Tensor(keys, device=device).clone().realize()  # (K, C, S)
         self.values = Tensor(values, device=device).clone().realize()  # (K, S, P)
 
     def attend(self, qkv: Tensor, start: Tensor) -> Tensor:
-        """Stores the keys and values of R rows, then attends from each to itself and the window.
+        """Store the keys and values of R rows, then let each row attend to itself and the window.
 
         qkv [R, H*C | K*C | K*C | padding] at positions start, start + 1, … (start: int32 [1])
         -> [R, H*C].
@@ -108,10 +109,10 @@ class KVCache:
         R, H, K, C = qkv.shape[0], self.heads, self.kv_heads, self.head_dim
         new = qkv[:, H * C : (H + 2 * K) * C].reshape(R, 2, K, C)
         row = (Tensor.arange(self.slots, device=start.device) + self.slots - start) % self.slots
-        written = row < R  # (S,): slots of this pass, and the row that each gets
+        written = row < R  # (S,): the slots that this pass writes; `row` is the row for each
         row = written.where(row, 0)
-        # new[:, i].contiguous() would be a view of `qkv` for one row. 0.13's vector loads assume an
-        # alignment that a view lacks: segmentation fault in tests/test_kv_cache.py::test_attend
+        # new[:, i].contiguous() would be a view of `qkv` for one row. tinygrad 0.13's vector loads
+        # assume an alignment that a view lacks: segmentation fault in test_kv_cache.test_attend
         keys, values = (new[:, i][row].permute(1, 0, 2) for i in range(2))  # (K, S, C)
         self.keys.assign(written.reshape(1, 1, -1).where(keys.transpose(1, 2), self.keys))
         values = values.pad((None, None, (0, self.values.shape[2] - C)))
@@ -131,7 +132,7 @@ class KVCache:
         return scores.reshape(K, -1, self.slots).contiguous()  # (K, G*R, S)
 
     def _distances(self, start: Tensor, rows: int) -> Tensor:
-        """How many positions each slot lies before each row: int [R, S], negative if after it."""
+        """Position of each row minus the position of each slot's content: int [R, S]."""
         newest = start + rows - 1
         slot = Tensor.arange(self.slots, device=start.device)
         position = newest - (newest + self.slots - slot) % self.slots  # of the slot's content

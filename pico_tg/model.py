@@ -1,15 +1,15 @@
-"""Pico: a byte-level language model that learns which bytes deserve depth.
+"""Pico: a byte-level language model whose router learns which bytes the deep blocks process.
 
     bytes -> embedding -> full-bandwidth blocks -> latent blocks -> full-bandwidth blocks -> heads
 
 - Every block: pre-norm grouped-query attention in a band (ALiBi or rotary positions), then SwiGLU.
 - Full-bandwidth blocks (narrow window) run on every byte.
-- Latent blocks (wide window) run on the bytes that a Mixture-of-Depths router selects: in training
-  the top `capacity` of a sequence, when `causal` those of weight > 0.5; or those of a rule.
+- Latent blocks (wide window) run on selected bytes. A Mixture-of-Depths router selects the top
+  `capacity` in training, and those of weight > 0.5 if `causal`; a rule may replace the router.
 - Head k at position i predicts byte i + 1 + k.
 
 Shape letters: B batch, N bytes, S selected bytes, D dim, H query heads, K key/value heads,
-C head_dim, T next_tokens. A layer's weights are uninitialized until `Pico` draws or loads them.
+C head_dim, T next_tokens. A layer allocates its weights; `Pico` or `load_weights` sets the values.
 """
 
 import math
@@ -61,13 +61,13 @@ class RMSNorm:
 
 
 class Router:
-    """h [B, N, D] -> logits [B, N]; the sigmoid of a byte's logit is its weight."""
+    """h [B, N, D] -> logits [B, N]; the sigmoid of a logit is the router weight of the byte."""
 
     def __init__(self, dim: int) -> None:
         self.weight = Tensor.empty(1, dim)
 
     def __call__(self, h: Tensor) -> Tensor:
-        # one output: a sum is cheaper than a matrix product
+        # one output: a sum is cheaper than a matmul
         return materialize((h * self.weight[0]).sum(axis=-1))
 
 
@@ -117,7 +117,7 @@ class Block:
 
 
 class Blocks:
-    """`count` blocks of one window, one after the other: [B, N, D] -> [B, N, D]."""
+    """`count` blocks in sequence, all with the same window: [B, N, D] -> [B, N, D]."""
 
     def __init__(self, config: Config, window: int, count: int) -> None:
         self.blocks = [Block(config, window) for _ in range(count)]
@@ -140,7 +140,7 @@ class Latent(Blocks):
     def __call__(self, h: Tensor, router_logits: Tensor, decisions: Tensor, count: int) -> Tensor:
         """h [B, N, D] plus weight * (blocks(h) - h), where decisions [B, N] select a byte.
 
-        router_logits [B, N]. `count` slots are computed; decisions beyond them are not served.
+        router_logits [B, N]. `count` slots are computed; further selected bytes skip the blocks.
         """
         index, slot = slots(decisions, count)  # (B, S), (B, N)
         selected = gather(h, index, slot)  # (B, S, D)
@@ -150,7 +150,7 @@ class Latent(Blocks):
 
 
 class Pico:
-    """The model. If `fresh`, weights are random: for a `seed` >= 0 the same on every device."""
+    """The model. If `fresh`, weights are random; equal seeds give equal weights on any device."""
 
     @exclusive
     def __init__(self, config: Config, seed: int | None = None, fresh: bool = True) -> None:
@@ -169,13 +169,13 @@ class Pico:
 
     def _draw(self, weights: dict[str, Tensor], rng: np.random.Generator) -> None:
         """Draw the embedding ~ N(0, 1), the rest ~ U(+-1/sqrt(inputs)); norms' scales are 1."""
-        # by NumPy: a generator on the device compiles for seconds
+        # NumPy draws: tinygrad's random number generator takes seconds to compile
         for name, weight in weights.items():
             if name == "embedding.weight":
                 values = rng.standard_normal(weight.shape, np.float32)
             elif "norm" in name:
                 values = np.ones(weight.shape, np.float32)
-            else:  # the one bias is that of a layer with `dim` inputs
+            else:  # the only bias is the unembedding's, which has `dim` inputs
                 inputs = weight.shape[1] if weight.ndim == 2 else self.config.dim
                 values = (2 * rng.random(weight.shape, np.float32) - 1) / math.sqrt(inputs)
             write_into(weight, values)
@@ -205,8 +205,8 @@ class Pico:
         """x [B, N] of uint8 or int -> (logits, router_logits, router_decisions).
 
         logits float32 [B, N, T, 256], router_logits float32 [B, N], router_decisions bool [B, N].
-        When `causal`, the latent blocks serve the first `count` selected bytes of each sequence
-        (default: all, at the cost of N slots); in training, the `capacity` that are selected.
+        If `causal`, the latent blocks process the first `count` selected bytes of each sequence
+        (default: all, at the cost of N slots), otherwise the `capacity` selected bytes.
         """
         N = x.shape[1]
         h, router_logits = self.encode(x)
@@ -229,8 +229,8 @@ def loss_fn(
 
     logits [B, N, T, 256], router_logits and router_decisions [B, N], targets [B, N, T] of bytes.
     loss = 0.9 * LM + 0.1 * AUX. LM averages the heads' cross-entropies, weighted by 1.618^(T-1-k).
-    AUX is the router's binary cross-entropy against its own top-k decisions: at inference a
-    threshold replaces the top-k. If not `learned`, loss = LM and AUX = 0. next_byte_loss: head 0's.
+    AUX is the router's binary cross-entropy against its own top-k decisions, so that at inference a
+    threshold can replace top-k; if not `learned`, AUX = 0 and loss = LM. next_byte_loss: head 0's.
     """
     T = logits.shape[2]
     total = sum(1.618 ** (T - 1 - k) for k in range(T))
@@ -239,16 +239,16 @@ def loss_fn(
     lm_loss = (per_head * (1.618 ** (T - 1 - head) / total)).sum()
     if not learned:
         return lm_loss, lm_loss.zeros_like(), per_head[0]
-    # -log sigmoid(z) where selected, -log(1 - sigmoid(z)) elsewhere, written so as not to overflow
+    # -log sigmoid(z) where selected, -log(1 - sigmoid(z)) elsewhere, in a form without overflow
     z, t = router_logits, router_decisions.cast(dtypes.float32).detach()  # (B, N)
     aux_loss = (z.maximum(0) - z * t + ((-z.abs()).exp() + 1).log()).mean()
     return 0.9 * lm_loss + 0.1 * aux_loss, aux_loss, per_head[0]
 
 
 def inputs_and_targets(windows: Tensor, next_tokens: int) -> tuple[Tensor, Tensor]:
-    """Windows [B, N + T] of bytes -> inputs [B, N], targets [B, N, T]; target n, k is n + 1 + k."""
+    """Bytes [B, N + T] -> inputs [B, N], targets [B, N, T]; targets[:, n, k] is byte n + 1 + k."""
     N = windows.shape[1] - next_tokens
     targets = Tensor.stack(*[windows[:, k : k + N] for k in range(1, next_tokens + 1)], dim=2)
-    # no `contiguous`: for one window tinygrad 0.13 makes it a view, and TinyJit then replays the
-    # first call's input (test_training.test_a_lone_window_is_read_at_every_call)
+    # no `contiguous`: for one window tinygrad 0.13 makes the copy a view, and TinyJit then replays
+    # the first call's input (test_training.test_a_lone_window_is_read_at_every_call)
     return windows[:, :N], targets

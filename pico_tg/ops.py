@@ -1,13 +1,13 @@
-"""Operations of the model with gradients of their own: products, lookup, gather, scatter, SwiGLU.
+"""The model's operations with custom gradients: matmul, lookup, gather, scatter, SwiGLU.
 
-tinygrad fuses lazily: without `materialize` it would compute an activation again inside every
-kernel that reads it. A matrix product is computed by the first of these that takes its size:
+tinygrad fuses lazily: without `materialize`, every kernel that reads an activation would recompute
+that activation. A matmul is computed by the first of these that accepts its sizes and device:
 
 - `cpu.matmul.gemm`, hand-scheduled kernels (see `runtime.has_cpu_kernels`);
 - `_tensor_core_gemm`, from factors padded to whole tiles, in a form that maps to tensor cores;
 - tinygrad's own `@`.
 
-Shape letters: Z matrices, M x L times L x N.
+Shape letters: Z matrices in a batch, [M, L] @ [L, N].
 """
 
 import functools
@@ -21,14 +21,14 @@ from .runtime import DType, has_cpu_kernels, without_views
 
 Gemm = Callable[..., Tensor]  # (a, b, M, N, L, trans_a, trans_b) -> [Z, M, N]; see `_plain_gemm`
 
-TILE = 16  # sides of factors are padded to a multiple of this
-# below this many multiplications a product is bound by memory or by the call, not by arithmetic
+TILE = 16  # each side of a factor is padded to a multiple of TILE
+# a matmul of fewer multiplications is bound by memory or by the launch, not by arithmetic
 SMALL = 1 << 15
-MIN_ROWS = 8  # a product of fewer rows is left to tinygrad
+MIN_ROWS = 8  # a matmul of fewer rows is left to tinygrad
 
 
 def materialize(x: Tensor) -> Tensor:
-    """Compute `x`, and its gradient, once each, instead of again inside each consumer."""
+    """Compute `x` and its gradient once each, instead of again inside every consumer."""
     return x.contiguous().contiguous_backward()
 
 
@@ -82,10 +82,9 @@ def _factor_dtype() -> DType:
 
 
 def _choose_gemm(x: Tensor, M: int, L: int, N: int, dtype: DType) -> Gemm | None:
-    """What computes a product [M, L] @ [L, N] of x from factors of `dtype`; None: tinygrad's `@`.
+    """The function for a matmul [M, L] @ [L, N] of x, factors of `dtype`; None: tinygrad's `@`.
 
-    M, L and N are each summed over, in the product or in a gradient of it; a sum of one term is no
-    loop, and no tiling fits it.
+    The matmul sums over L, its two gradients over M and N. A sum of one term has no loop to tile.
     """
     has_loops = M >= MIN_ROWS and min(L, N) > 1
     if has_loops and M * L * N >= SMALL and has_cpu_kernels(x.device):
@@ -93,17 +92,17 @@ def _choose_gemm(x: Tensor, M: int, L: int, N: int, dtype: DType) -> Gemm | None
 
         return gemm
     rounded = dtype == dtypes.bfloat16
-    # tensor cores share all Z matrices of x, so that their number counts
+    # one kernel on the tensor cores computes all Z matrices, so the threshold counts all of x
     if (rounded or (has_loops and x.numel() * N >= SMALL)) and has_tensor_cores(x.device, dtype):
         return _tensor_core_gemm
     return _plain_gemm if rounded else None
 
 
 def _padded_size(size: int, gemm: Gemm) -> int:
-    """What a side of a factor is padded to.
+    """The padded size of one side of a factor: a multiple of TILE.
 
-    A multiple of TILE. For tensor cores 4 or 2 tiles, where this adds less than a twentieth:
-    tinygrad's kernels then keep more tiles in registers, and load less.
+    On tensor cores a multiple of 4 or 2 tiles, if that adds at most a twentieth: tinygrad's kernels
+    then keep more tiles in registers and load less.
     """
     if gemm is _plain_gemm:
         return size
@@ -124,8 +123,7 @@ def _pad(x: Tensor, rows: int, columns: int) -> Tensor:
 def _product(gemm: Gemm, a: Tensor, b: Tensor) -> Tensor:
     """a [Z, M, L] @ b [Z, N, L].T by `gemm`, on padded and rounded copies, with its gradient.
 
-    Padding and rounding happen in the kernel that computes `a` or `b`, and the gradient's in the
-    one that computes the gradient.
+    Padding and rounding are fused into the kernels that compute `a`, `b` and the upstream gradient.
     """
     _, M, L = a.shape
     N = b.shape[1]
@@ -134,15 +132,15 @@ def _product(gemm: Gemm, a: Tensor, b: Tensor) -> Tensor:
         materialize(rounded_factor(_pad(x.float(), rows, l), bool(BF16)))
         for x, rows in ((a, m), (b, n))
     )
-    if a.uop is b.uop:  # the call below would merge the two arguments, and lose a gradient
-        raise ValueError("a product of a tensor with itself has no gradient here")
+    if a.uop is b.uop:  # the call below would merge the two arguments and lose one gradient
+        raise ValueError("a matmul of a tensor with itself would lose a gradient; clone one factor")
     product = _product_function(M, N, L, gemm, bool(BF16))
     return product(a, b)[:, :M, :N].contiguous_backward()
 
 
 @functools.cache
 def _product_function(M: int, N: int, L: int, gemm: Gemm, to_bf16: bool) -> Callable[..., Tensor]:
-    """a, b (padded) -> a @ b.T, whose gradient is two more such products."""
+    """a, b (padded) -> a @ b.T; the gradients are two more calls of `gemm`."""
 
     def gradient(upstream: UOp, call: UOp) -> tuple[UOp | None, ...]:
         a, b, *buffers = (Tensor(uop) for uop in call.src[1:])
@@ -175,7 +173,8 @@ def _tensor_core_gemm(
 ) -> Tensor:
     """`_plain_gemm` of padded factors, in the form that tinygrad maps to tensor cores.
 
-    The zeros of the padding are multiplied as well. Products are exact, sums are float32.
+    The zeros of the padding are multiplied as well. The accumulator is float32, in which products
+    of bf16 factors are exact.
     """
     a, b = a.contiguous(), (b.transpose(1, 2) if trans_b else b).contiguous()
     a = a.transpose(1, 2) if trans_a else a
@@ -209,14 +208,14 @@ def _lookup(weight: Tensor, index: Tensor) -> Tensor:
 def gather(x: Tensor, index: Tensor, slot: Tensor) -> Tensor:
     """x [B, N, D] -> [B, S, D]: row index[b, s] in each slot.
 
-    index int32 [B, S] and slot int32 [B, N] are inverse maps (see `routing.slots`). The gradient of
-    `gather` is therefore a `scatter` by the same pair and the reverse; both cost O(N * D).
+    index int32 [B, S] and slot int32 [B, N] are inverse maps (see `routing.slots`). So the gradient
+    of `gather` is `scatter` with the same maps and vice versa; both cost O(N * D).
     """
     return _gather(x.contiguous(), index, slot).contiguous()
 
 
 def scatter(x: Tensor, index: Tensor, slot: Tensor) -> Tensor:
-    """x [B, S, D] -> [B, N, D]: slot[b, n] in each row, zeros where it is -1; see `gather`."""
+    """x [B, S, D] -> [B, N, D]: row n is slot slot[b, n] of x, or zeros if that is -1."""
     return _scatter(x.contiguous(), index, slot)
 
 
@@ -235,7 +234,7 @@ def _gather_gradient(gradient: UOp, call: UOp) -> tuple[UOp | None, ...]:
 
 def _scatter_gradient(gradient: UOp, call: UOp) -> tuple[UOp | None, ...]:
     _, index, slot = (Tensor(uop) for uop in call.src[1:])
-    # an unused slot's index is that of another row: its gradient is zero
+    # an unused slot holds index 0, which is not its own row: the slot's gradient is zero
     used = slot.gather(1, index) == Tensor.arange(index.shape[1], device=index.device)  # (B, S)
     taken = _take(Tensor(gradient).contiguous(), index)  # (B, S, D)
     return used.unsqueeze(2).where(taken, 0).uop, None, None
@@ -244,7 +243,8 @@ def _scatter_gradient(gradient: UOp, call: UOp) -> tuple[UOp | None, ...]:
 # without grad_fxn, tinygrad's gradient of an indexed load is a one-hot sum, O(N * S * D)
 @function(grad_fxn=_gather_gradient)
 def _gather(x: Tensor, index: Tensor, slot: Tensor) -> Tensor:
-    return _take(x, index) + 0 * slot[:, :1].unsqueeze(2)  # only what is read is in `call.src`
+    # 0 * slot: the gradient needs `slot`, and `call.src` holds only tensors that the function reads
+    return _take(x, index) + 0 * slot[:, :1].unsqueeze(2)
 
 
 @function(grad_fxn=_scatter_gradient)
@@ -272,7 +272,7 @@ def _swiglu(x: Tensor, sigmoid: Tensor) -> Tensor:
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """-log softmax(logits)[target] in nats: logits [..., 256], targets [...] -> [...]."""
-    # the largest logit and the sum are materialized: tinygrad would compute them for each logit
+    # materialize the maximum and the sum, which tinygrad would otherwise recompute for each logit
     top = logits.max(axis=-1, keepdim=True).detach().contiguous()
     log_sum = (logits - top).exp().sum(axis=-1, keepdim=True).contiguous().log() + top
     hit = Tensor.arange(256, device=logits.device) == as_index(targets).unsqueeze(-1)

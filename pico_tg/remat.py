@@ -1,9 +1,9 @@
-"""Blocks as functions: scheduled once, run once per layer, recomputed in the backward if asked.
+"""Blocks as functions: scheduled once, called per layer, with optional activation checkpointing.
 
-In one graph of n blocks tinygrad schedules each of them anew, which takes many times as long. Here
-a block and its gradient are traced once, as two functions, and called with each block's weights.
-Between the two calls, everything that the gradient reads stays in memory, or, with activation
-checkpointing, nothing but the block's input.
+tinygrad would schedule each block of an n-block graph separately, which takes many times as long.
+Here a block and its gradient are traced once, as two functions, and called with each block's
+weights. Between the two calls, all activations that the gradient reads stay in memory; with
+activation checkpointing, only the block's input does.
 """
 
 import itertools
@@ -24,7 +24,7 @@ from .runtime import (
     resolve_function,
 )
 
-# activation checkpointing in graphs built within `with Context(PICO_RECOMPUTE=1)`
+# switches on activation checkpointing in graphs built within `with Context(PICO_RECOMPUTE=1)`
 RECOMPUTE = ContextVar("PICO_RECOMPUTE", 0)
 
 # slots of PARAMs while a block is traced: numbers that no function inside the block uses
@@ -32,10 +32,11 @@ UPSTREAM_SLOT, INPUT_SLOT, SAVED_SLOT = 999_999, 1_000_000, 2_000_000
 
 
 def graph_context(settings: TrainSettings, devices: tuple[str, ...]) -> Context:
-    """The context in which a run's graphs are built: precision, checkpointing, one graph or many.
+    """The context in which a run's graphs are built: precision, checkpointing, graph batching.
 
-    On several devices captured steps are not batched into one graph (JIT=2): on two CPU devices,
-    0.13's graphs read weights from before the update (test_training's runs on two devices).
+    On several devices JIT=2 keeps TinyJit from batching kernels into one graph: on two CPU devices,
+    tinygrad 0.13's graphs read weights from before the update
+    (test_training.test_two_devices_are_the_same_as_one).
     """
     options = {
         "PICO_BF16": int(choose_precision(settings.precision, devices) == "bf16"),
@@ -47,15 +48,15 @@ def graph_context(settings: TrainSettings, devices: tuple[str, ...]) -> Context:
 
 
 def run_blocks(block: Callable[[Tensor], Tensor], weights: list[list[Tensor]], x: Tensor) -> Tensor:
-    """x [B, N, D] through len(weights) blocks, one after the other -> [B, N, D].
+    """x [B, N, D] through len(weights) blocks in sequence -> [B, N, D].
 
-    `block` computes the first one, with weights[0]; each other block is the same function of its
-    own weights. Gradients reach `x` and the weights, and no other tensor that `block` reads. With
-    RECOMPUTE the backward computes each block's activations again; otherwise they are saved.
+    `block` is the first block, with weights[0]; every other block is the same function of other
+    weights. Gradients reach `x` and `weights`, and no other tensor that `block` reads. With
+    RECOMPUTE the backward recomputes each block's activations; otherwise the forward saves them.
     """
     function = BlockFunction(block, weights[0], x)
-    for own in weights:
-        x = function(x, own)
+    for block_weights in weights:
+        x = function(x, block_weights)
     return x
 
 
@@ -66,7 +67,8 @@ class BlockFunction:
     backward: upstream, out, x, weights, saved, kernels' buffers, scratch -> gradients
 
     `saved` are the activations that both graphs need. Hand-scheduled kernels write into buffers
-    (scratch) that a call must bring along; those of them that the gradient reads are passed on.
+    (scratch), which each call allocates and passes in. The backward receives the forward's scratch
+    buffers that the gradient reads ("kernels' buffers").
     """
 
     def __init__(self, block: Callable[[Tensor], Tensor], weights: list[Tensor], x: Tensor) -> None:
@@ -79,8 +81,8 @@ class BlockFunction:
         gradients = out.gradient(x, *weights, gradient=Tensor(upstream))
         graph = UOp.maketuple(out.uop, *[g.uop for g in gradients]).substitute(params)
         graph = graph_rewrite(graph, _inline_functions)
-        # number the constants that tinygrad 0.13 makes unique alike in all traces: equal graphs
-        # are then scheduled once
+        # tinygrad 0.13 numbers constants uniquely: number them from 0 in each trace, so that equal
+        # graphs are scheduled once
         graph = graph_rewrite(graph, pm_transform_unique_const, ctx=(None, itertools.count(0)))
         out, *gradients = graph.src
         x, *weights = params.values()
@@ -91,7 +93,7 @@ class BlockFunction:
         self.scratch = _written_buffers(forward)
         self.forward = _as_function(forward, [x, *weights, *self.scratch])
 
-        # what kernels wrote is not returned: the gradient reads it in their buffers
+        # hand-scheduled kernels' results are not returned: the gradient reads the scratch buffers
         in_buffers = {uop: uop.src[0] for uop in shared if uop.op is Ops.AFTER}
         self.kept = [buffer.base for buffer in in_buffers.values()]
         params = {uop: uop.param_like(SAVED_SLOT + i) for i, uop in enumerate(saved)}
@@ -105,15 +107,15 @@ class BlockFunction:
         scratch = {b: UOp.new_buffer(b.device, b.arg, b.dtype) for b in self.scratch}
 
         def gradient(upstream: UOp, call: UOp) -> tuple[UOp | None, ...]:
-            # `contiguous` copies nothing here: 0.13 loses track of the buffer of a function's bare
-            # result, and its memory planner then gives that buffer to others
+            # `contiguous` copies nothing here: without it, tinygrad 0.13's memory planner loses
+            # track of the buffer of a function's result and reuses that buffer too early
             out, *saved = (call.gettuple(i).contiguous() for i in range(len(call.src[0].src)))
-            x, own = call.src[1], call.src[2 : 2 + len(weights)]
+            x, block_weights = call.src[1], call.src[2 : 2 + len(weights)]
             kept = [scratch[b] for b in self.kept]
             new = [UOp.new_buffer(b.device, b.arg, b.dtype) for b in self.scratch_back]
             # `out` is an argument so that the backward waits until the kernels' buffers are written
             found = self.backward.call(
-                *(upstream, out, x, *own, *saved, *kept, *new),
+                *(upstream, out, x, *block_weights, *saved, *kept, *new),
                 name="block_backward",
                 precompile=True,
             )
@@ -136,8 +138,8 @@ def _as_function(graph: UOp, inputs: list[UOp]) -> UOp:
     return graph.substitute({uop: uop.param_like(i) for i, uop in enumerate(inputs)})
 
 
-# inline nested functions; drop each `contiguous` of what is in memory already: inside a function
-# tinygrad would execute it as a copy
+# inline nested functions; drop each `contiguous` of a value that is in memory already: inside a
+# function tinygrad would execute that `contiguous` as a copy
 _inline_functions = PatternMatcher(
     [
         (UPat(Ops.FUNCTION, name="c"), resolve_function),
@@ -157,7 +159,7 @@ def _in_memory(uop: UOp) -> bool:
 def _shared(out: UOp, gradients: list[UOp]) -> list[UOp]:
     """The activations that the graph of `out` puts in memory and that the gradients read.
 
-    Without those that depend on no input, such as masks: they cost little to compute again.
+    Activations that depend on no input, such as masks, are left out: recomputing them is cheap.
     """
     depends: dict[UOp, bool] = {}
     for uop in out.toposort(enter_calls=False):

@@ -1,11 +1,11 @@
 """Mixture-of-Depths routing (arXiv 2404.02258): which bytes the latent blocks process.
 
 The `learned` router selects the `capacity` bytes of largest weight in training, and those of weight
-above 0.5 when causal. Others are rules to compare it with: `space` (arXiv 2404.14408), a byte that
-is no letter, digit or UTF-8 continuation byte, after one that is; `stride`, every n-th byte;
-`all`; `none`. Rules are causal in training as well, where the first `capacity` bytes that a rule
-selects are served (when causal, all). Under a rule the router's weight decides nothing, but still
-scales what the latent blocks add.
+above 0.5 when causal. The others are fixed rules for comparison: `space` (arXiv 2404.14408), a byte
+that is not a letter, digit or UTF-8 continuation byte and follows one; `stride`, every n-th byte;
+`all`; `none`. A rule never reads later bytes. In training, the latent blocks process the first
+`capacity` bytes that a rule selects; when causal, all of them. Under a rule the router weight does
+not select, but still scales the output of the latent blocks.
 
 Shape letters: B batch, N bytes, S slots.
 """
@@ -23,7 +23,7 @@ def in_word(x: Tensor | np.ndarray) -> Tensor | np.ndarray:
 
 
 def rule_decisions(router: str, x: Tensor, stride: int, limit: int | None) -> Tensor:
-    """What a rule selects of the bytes x, int [B, N]: bool [B, N].
+    """Which of the bytes x, int [B, N], a rule selects: bool [B, N].
 
     `space` does not select the first byte of a sequence, which has no byte before it. `limit` keeps
     only the first `limit` selected bytes of each sequence.
@@ -45,7 +45,7 @@ def rule_decisions(router: str, x: Tensor, stride: int, limit: int | None) -> Te
 def next_decisions(router: str, data: bytes, position: int, stride: int) -> np.ndarray:
     """`rule_decisions` without a limit for the n bytes from `position` on: bool [n].
 
-    data: the byte at position - 1, unless position is 0, and those n bytes.
+    data: the n bytes, preceded by the byte at position - 1 unless position is 0.
     """
     first = min(1, position)
     if router == "space":
@@ -59,8 +59,8 @@ def next_decisions(router: str, data: bytes, position: int, stride: int) -> np.n
 def top_k_decisions(router_logits: Tensor, capacity: int) -> Tensor:
     """The `capacity` largest logits of each row of [B, N], ties to the earlier byte: bool [B, N].
 
-    Ranks are counted in one O(N^2) kernel of integers; `Tensor.topk` takes 67 kernels at N = 1024.
-    Logits are ordered as their sigmoids are, before rounding makes sigmoids equal.
+    One O(N^2) integer kernel ranks all bytes, where `Tensor.topk` runs 67 kernels at N = 1024.
+    Logits are compared instead of sigmoids, which have the same order but are rounded to ties.
     """
     z = router_logits.detach().contiguous()
     N = z.shape[1]
@@ -74,14 +74,14 @@ def top_k_decisions(router_logits: Tensor, capacity: int) -> Tensor:
 def slots(decisions: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Assign decisions bool [B, N] to `count` slots: index int32 [B, count], slot int32 [B, N].
 
-    `index` is the byte in each slot, `slot` the slot of each byte, -1 if it has none: maps that are
-    each other's inverse, for `ops.gather` and `ops.scatter`. Slots are filled in sequence order;
-    bytes selected after the last slot is taken have none. Unused slots hold index 0.
+    `index` is the byte in each slot, `slot` the slot of each byte, -1 for a byte without a slot:
+    inverse maps, as `ops.gather` and `ops.scatter` need. Slots are filled in sequence order; once
+    all slots are full, further selected bytes get -1. Unused slots hold index 0.
     """
     N = decisions.shape[1]
     order = decisions.cast(dtypes.int32).cumsum(axis=1) - 1
     slot = (decisions & (order < count)).where(order, -1).contiguous()  # (B, N)
-    # at most one byte has slot s, so that a sum over N finds it without a sort
+    # at most one byte has slot s, so a sum over N finds the byte's index without a sort
     arange = partial(Tensor.arange, device=slot.device)
     here = slot.unsqueeze(1) == arange(count).reshape(count, 1)  # (B, S, N)
     index = here.where(arange(N), 0).sum(axis=2, dtype=dtypes.int32).contiguous()  # (B, S)

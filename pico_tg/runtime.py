@@ -1,8 +1,9 @@
-"""Everything that is not public tinygrad: names, host memory of tensors, captured graphs.
+"""All uses of non-public tinygrad: names, host memory of tensors, captured graphs.
 
-Public is what `tinygrad` itself exports (`from tinygrad import ...`), and `tinygrad.nn`. All other
-names that the package needs outside cpu/ and jit_cache.py are imported here and re-exported, so
-that another version of tinygrad concerns one file (tests/test_structure.py). Checked with 0.13.0.
+Public are the names that `tinygrad` itself exports (`from tinygrad import ...`), and `tinygrad.nn`.
+All other names that the package needs outside cpu/ and jit_cache.py are imported here and
+re-exported, so that an upgrade of tinygrad changes one file (tests/test_structure.py). Checked with
+0.13.0.
 """
 
 import contextlib
@@ -68,24 +69,24 @@ __all__ = [  # re-exported
 
 
 def opencl_bindings() -> ModuleType:
-    """tinygrad's bindings of OpenCL, imported on demand: that loads the OpenCL library."""
+    """tinygrad's bindings of OpenCL, imported on demand: the import loads the OpenCL library."""
     from tinygrad.runtime.autogen import opencl
 
     return opencl
 
 
 def has_cpu_kernels(device: str | tuple[str, ...]) -> bool:
-    """Whether products, attention and decoding on `device` take the hand-scheduled kernels of cpu/.
+    """Whether matmul, attention and decoding on `device` use the hand-scheduled kernels of cpu/.
 
-    Not on several devices, not with PICO_KERNELS=0, and not where the folder is absent.
+    False on several devices, with PICO_KERNELS=0, and without the folder cpu/.
     """
     return cpu is not None and cpu.enabled(device)
 
 
 def write_into(x: Tensor, values: np.ndarray) -> None:
-    """Overwrite the realized tensor `x` in place, whole on each of its devices.
+    """Overwrite the buffer of the realized tensor `x` in place, on each device that holds a copy.
 
-    Unlike an assignment this builds no graph, and captured graphs go on reading the same buffer.
+    Unlike `assign`, this builds no graph, and captured graphs keep reading the same buffer.
     """
     assert values.dtype.itemsize * values.size == x.nbytes(), "size of the buffer"
     for buffer in _buffers(x):
@@ -94,7 +95,7 @@ def write_into(x: Tensor, values: np.ndarray) -> None:
 
 
 def write_all(tensors: dict[str, Tensor], values: dict[str, np.ndarray]) -> None:
-    """`write_into` each tensor of an optimizer's state the values of its name.
+    """`write_into` each tensor of an optimizer's state the values of the same name.
 
     Raises ValueError, before anything is written, unless all names, shapes and dtypes fit.
     """
@@ -129,11 +130,11 @@ def _buffers(x: Tensor) -> list:
 
 
 def without_views(x: Tensor) -> Tensor:
-    """`x`; where it is a whole buffer, reshaped, that buffer with one reshape. No gradient.
+    """`x`; if `x` is a reshaped whole buffer, that buffer with a single reshape. No gradient.
 
-    0.13 hands a custom kernel a view of the buffer after two reshapes, and TinyJit's memory planner
-    does not see views: it gives the buffer to others while the kernel still needs it (SOAP's
-    gradients were overwritten; test_ops.test_factors_keep_their_memory_in_a_jit).
+    After two reshapes, tinygrad 0.13 passes a view of the buffer to a custom kernel. TinyJit's
+    memory planner does not see views and reuses the buffer while the kernel still needs it: SOAP's
+    gradients were overwritten (test_ops.test_factors_keep_their_memory_in_a_jit).
     """
     base = x.uop.base
     if base.op is not Ops.BUFFER or base.numel() != x.numel():
@@ -145,13 +146,14 @@ def without_views(x: Tensor) -> Tensor:
 def jit_method(method: Callable, *constants: int) -> TinyJit:
     """TinyJit of a bound method, to be kept in an attribute of the method's own object.
 
-    `constants` are its first arguments in every call. The first call is already captured, where
-    TinyJit would execute it once uncaptured and so build and schedule everything twice: whatever
-    the method writes must be in buffers that exist before the first call.
+    `constants` are the method's first arguments in every call. The first call is already captured;
+    TinyJit would execute the first call uncaptured, and so build and schedule everything twice.
+    Therefore all buffers that the method writes must exist before the first call.
 
-    The TinyJit refers to the object weakly. A reference cycle would leave the captured graph to
-    Python's garbage collector, which may run on the CPU device's own thread; freeing a graph there
-    waits for that same thread, forever (seen with 0.13).
+    The TinyJit holds a weak reference to the object. A reference cycle would leave the captured
+    graph to Python's garbage collector, which may run on the CPU device's own thread. Freeing a
+    graph there waits for that same thread: a deadlock in tinygrad 0.13
+    (test_resume.test_graphs_are_freed_immediately).
     """
     if cpu is not None:
         cpu.use_launcher()
@@ -165,7 +167,7 @@ _TinyJit = getattr(jit, "_TinyJit", TinyJit)  # in 0.14 TinyJit is a function th
 
 
 class MethodJit(_TinyJit):
-    """A TinyJit; without inputs it is replayed by the launcher of cpu/ alone, where that serves.
+    """A TinyJit that the launcher of cpu/ replays directly, if it can and there are no inputs.
 
     TinyJit's own checks before a replay take longer than a decoding pass of a small model.
     """
@@ -182,7 +184,7 @@ class MethodJit(_TinyJit):
 
 
 def is_capturing() -> bool:
-    """Whether a TinyJit is capturing: work on the host now would be missing from its replays."""
+    """Whether a TinyJit is capturing: host work done now would be missing from the replays."""
     return bool(capturing)
 
 
@@ -190,7 +192,7 @@ def is_capturing() -> bool:
 def count_kernels() -> Iterator[list[int]]:
     """Count the kernels that run inside the `with` block, in the yielded list's only element.
 
-    GlobalCounters.kernel_count takes a captured graph of many kernels for one.
+    GlobalCounters.kernel_count counts a captured graph of many kernels as one.
     """
     count, estimate = [0], realize.estimate_uop
 
@@ -208,15 +210,15 @@ def count_kernels() -> Iterator[list[int]]:
 
 
 def on_devices(values: np.ndarray, devices: tuple[str, ...], axis: int | None = None) -> Tensor:
-    """A realized tensor of `values`, split along `axis` over the devices, or whole on each."""
+    """A realized tensor of `values`, sharded along `axis` over the devices, or replicated."""
     x = Tensor(values)
     return (x.shard(devices, axis=axis) if len(devices) > 1 else x).realize()
 
 
 # tinygrad 0.13 has global state without locks: the TinyJit that is capturing, `Context` variables,
-# caches of graphs and kernels. Whatever builds or runs a graph holds this lock meanwhile; without
-# it threads that decode at the same time fail or compute wrong values
-# (tests/test_generation.py::test_two_threads).
+# caches of graphs and kernels. All code that builds or runs a graph holds this lock; without the
+# lock, threads that decode concurrently fail or compute wrong values
+# (test_generation.test_two_threads).
 tinygrad_lock = threading.RLock()
 
 

@@ -1,10 +1,10 @@
-"""Training: a generator that yields one record a step. Nothing here prints.
+"""Training: a generator that yields one record per step. Nothing here prints.
 
 for record in train(model, "python-docs", max_steps=200, context_len=512, batch_size=4):
     print(record["step"], record["bits_per_byte"])
 
-In the order of reading: `learning_rate`, `TrainStep` (one optimizer step), `train` (opens or
-resumes a run), `_loop` (the steps).
+Reading order: `learning_rate`, `TrainStep` (one optimizer step), `train` (opens or resumes a run),
+`_loop` (the steps).
 """
 
 import atexit
@@ -56,7 +56,7 @@ ADAMW_STATE = ("b1_t", "b2_t", "m", "v")
 def learning_rate(position: float, settings: TrainSettings, total_steps: int) -> float:
     """The learning rate at step 0, 1, …: linear warm-up, then a cosine to 10 % at `total_steps`.
 
-    With max_minutes the position is not whole: it follows the time.
+    With max_minutes, `position` follows the elapsed training time and is not a whole number.
     """
     if position < settings.warmup_steps:
         return settings.learning_rate * min(1.0, (position + 1) / settings.warmup_steps)
@@ -73,7 +73,7 @@ def adamw(parameters: list[Tensor], weight_decay: float) -> nn.optim.OptimizerGr
         nn.optim.AdamW(matrices, lr=0.0, weight_decay=weight_decay),
         nn.optim.AdamW(vectors, lr=0.0, weight_decay=0.0),
     )
-    # tinygrad makes the state of constants, which have no memory that resuming could overwrite
+    # tinygrad initializes the state with constants, which have no buffer for resuming to overwrite
     for part in group.optimizers:
         for tensor in (part.b1_t, part.b2_t, *part.m, *part.v):
             tensor.replace(tensor.contiguous().realize())
@@ -82,7 +82,7 @@ def adamw(parameters: list[Tensor], weight_decay: float) -> nn.optim.OptimizerGr
 
 @exclusive
 def move(tensors: list[Tensor], devices: tuple[str, ...]) -> None:
-    """Put tensors, in place, on one device or whole on each of several; none: leave them."""
+    """Move tensors in place to one device, or replicate them on several; () leaves them alone."""
     if devices:
         for tensor in tensors:
             tensor.to_(devices if len(devices) > 1 else devices[0])
@@ -90,10 +90,10 @@ def move(tensors: list[Tensor], devices: tuple[str, ...]) -> None:
 
 
 class TrainStep:
-    """One optimizer step on uint8 [A, B, N + T] bytes, compiled; A micro-batches are averaged.
+    """One compiled optimizer step on bytes uint8 [A, B, N + T], averaged over A micro-batches.
 
     Returns float32 [5]: loss, aux loss, next-byte loss (nats), share of the bytes that causal
-    routing selects, and 1 if every gradient is finite; if it is 0, no weight has changed.
+    routing selects, and 1 if every gradient is finite, else 0; then no weight has changed.
     `consistent` is False while weights and optimizer state are being updated.
     """
 
@@ -132,7 +132,7 @@ class TrainStep:
         rate = self.model.decide(x, z, causal=True).cast(dtypes.float32).mean()
         gradients = loss.gradient(*self.parameters)
         losses = Tensor.stack(loss, aux_loss, next_byte_loss, rate).detach().contiguous()
-        # a loss that is not finite makes a gradient NaN, so that nothing is updated
+        # a loss that is not finite sets one gradient to NaN, which makes `_apply` skip the update
         smallest = min(range(len(gradients)), key=lambda i: gradients[i].numel())
         finite = losses.sum().isfinite()
         gradients[smallest] = finite.where(gradients[smallest], math.nan)
@@ -140,7 +140,7 @@ class TrainStep:
 
     def _apply(self, gradients: list[Tensor], lr: Tensor) -> Tensor:
         """Update the parameters; float32 [1]: 1 if the gradients are finite, else 0."""
-        if isinstance(self.optimizer, SOAP):  # changes nothing if they are not
+        if isinstance(self.optimizer, SOAP):  # skips an update with non-finite gradients itself
             finite = self.optimizer.finite
         else:
             finite = all_finite(gradients)
@@ -180,8 +180,8 @@ class TrainStep:
     ) -> np.ndarray | None:
         """Take the step. `interrupt(done)` is called after each of several micro-batches.
 
-        If it returns True before the last one, the gradients are discarded: the result is None,
-        and weights and optimizer are those of the step before.
+        If `interrupt` returns True before the last micro-batch, the gradients are discarded,
+        weights and optimizer stay unchanged, and the result is None.
         """
         rate = on_devices(np.array([lr], np.float32), self.devices)
         with Tensor.train(), graph_context(self.settings, self.devices):
@@ -217,12 +217,12 @@ class TrainStep:
 
     @exclusive
     def load_state(self, state: dict[str, np.ndarray], path: Path) -> None:
-        """Overwrite the optimizer's state. Raises PicoError if what `path` held does not fit."""
+        """Overwrite the optimizer's state. Raises PicoError, naming `path`, if it does not fit."""
         try:
             write_all(self._state(), state)
         except ValueError as error:
             raise PicoError(
-                f"the optimizer's state beside {path} is not of this model: {error}"
+                f"the optimizer state of {path} does not fit this model: {error}"
             ) from error
 
 
@@ -242,29 +242,32 @@ def train(
     tracker: dict[str, str] | None = None,
     **settings: int | float | str,
 ) -> Iterator[Record]:
-    """Train `model` in place, yielding one record (a dict that is valid JSON) a step.
+    """Train `model` in place, yielding one record (a dict that is valid JSON) per step.
 
     - dataset: `pico_tg.DataSpec`, its `dataset` alone, or loaded data; None is `python-docs`
     - run_dir: receives training.json, metrics.jsonl (the records) and checkpoints, see
       `pico_tg.runs`; must be new, or of a run that ended before its first checkpoint
-    - devices: several, ("CUDA:0", "CUDA:1"), share each batch; afterwards the model is on the first
+    - devices: names such as ("CUDA:0", "CUDA:1") share each batch; training leaves the model on the
+      first
     - resume: continue the run in run_dir from its newest valid checkpoint, bit for bit. Data and
-      settings default to the run's; only those in `pico_tg.runs.MAY_CHANGE` may differ, and with
-      `force` batch_size. The same data may have moved
-    - base_weights: .safetensors to start from; tracker: {package: id of its run}; both are recorded
-    - stop: asked after every micro-batch; True saves the last complete step and ends training
+      settings default to the run's. Only settings in `pico_tg.runs.MAY_CHANGE` may differ, with
+      `force` also batch_size, and the path of the data if the content is the same
+    - base_weights: .safetensors file to start from; recorded in training.json
+    - tracker: {package: id of the run at the tracker}; recorded in training.json
+    - stop: called after every micro-batch; True saves the last complete step and ends training
     - on_micro_batch: called with (done, total) after each of several micro-batches of a step
-    - progress: show a bar while data are read; say: receives remarks, one line each
+    - progress: show a bar while data are read; say: called with each message, a line, for the user
     - settings: the fields of `pico_tg.TrainSettings`
 
-    A record has: step (from 1), steps (in all), epoch (from 0), loss, next_byte_loss, aux_loss
+    A record has: step (from 1), steps (total), epoch (from 0), loss, next_byte_loss, aux_loss
     (nats), bits_per_byte (of the next byte, training routing), router_rate (share of bytes that
-    causal routing selects), lr, bytes (trained on so far), bytes_per_second; with max_minutes also
-    minutes (used so far), after a validation its keys (see `Validation`), and with a checkpoint its
-    path, `checkpoint`. If the caller closes the generator or raises, the last step is saved.
+    causal routing selects), lr, bytes (trained on so far), bytes_per_second. With max_minutes a
+    record also has minutes (used so far), after a validation the keys of `Validation`, and with a
+    checkpoint `checkpoint`, its path. If the caller closes the generator or raises, the last step
+    is saved.
 
-    Raises PicoError on bad settings or data before anything is written, and when a loss or gradient
-    is not finite; the weights are then those before that step.
+    Raises PicoError on bad settings or data, before anything is written, and on a loss or gradient
+    that is not finite, before that step changes the weights.
     """
     folder = None if run_dir is None else Path(run_dir)
     stored = _stored_run(model.config, folder, base_weights) if resume else {}
@@ -300,7 +303,8 @@ def train(
             }
         )
     records = _loop(train_step, windows, validate, run, reached, stop, on_micro_batch)
-    # a script's error may leave the generator open until Python's modules are gone: close it before
+    # an uncaught error in a script can keep the generator open until the interpreter has torn down
+    # the modules that saving needs: close the generator before that
     atexit.register(_close, weakref.ref(records))
     return records
 
@@ -315,7 +319,7 @@ def _stored_run(
 ) -> dict[str, Any]:
     """The training.json of the run to resume. Raises PicoError if it trained another model."""
     if base_weights is not None:
-        raise PicoError("base_weights start a run; a run that is resumed has its own")
+        raise PicoError("base_weights is for a new run; a resumed run has its own weights")
     if folder is None:
         raise PicoError("nothing to resume: no run was named")
     stored = read_description(folder)
@@ -352,7 +356,7 @@ def _check_context_len(context_len: int, config: Config) -> None:
 def _resume(
     run: Run, train_step: TrainStep, stored: dict[str, Any], say: Callable[[str], None]
 ) -> Progress:
-    """Load the newest valid checkpoint; without any, the run starts at step 0."""
+    """Load the newest valid checkpoint; without a checkpoint, the run starts at step 0."""
     model, reached = train_step.model, Progress()
     if list_checkpoints(run.folder):
         path, state, values, refused = load_newest(model, run.folder)
@@ -393,7 +397,7 @@ def _set_steps(
 
 
 class _NotFinite(PicoError):
-    """A loss or gradient is not finite: what led there is not worth a checkpoint."""
+    """A loss or gradient is not finite; `_loop` then writes no checkpoint."""
 
 
 def _loop(
@@ -405,9 +409,10 @@ def _loop(
     stop: Callable[[], bool],
     on_micro_batch: Callable[[int, int], None],
 ) -> Iterator[Record]:
-    """The steps, until the last one or a stop. Whatever ends them, the last complete one is saved.
+    """Run the steps until the last one or a stop, and save the last complete step.
 
-    Afterwards the model is on the first device, and the run is free for other processes.
+    An error saves that step as well, except for a loss or gradient that is not finite. At the end
+    the model is on the first device, and other processes may train the run.
     """
     settings = train_step.settings
     accumulation, context_len = settings.grad_accumulation_steps, settings.context_len
@@ -432,7 +437,7 @@ def _loop(
         stopped, steps_here = False, 0
         while not stopped and not ended():
             start = time.perf_counter()
-            # the learning rate follows the steps or the time, whichever is further
+            # the learning rate follows steps or time, whichever has progressed further
             position = max(progress.step, progress.steps * progress.seconds / time_limit)
             rate = learning_rate(position, settings, progress.steps)
             batch = windows.batch_at(progress.windows)  # (A * B, N + T)
@@ -450,7 +455,7 @@ def _loop(
             seconds = time.perf_counter() - start
             epoch = progress.windows // len(windows)
             steps_here += 1
-            # the first two steps of a process compile: they count as the mean of those before
+            # the first two steps of a process compile: each counts as the mean of all steps before
             mean = progress.seconds / max(1, progress.step)
             progress.seconds += seconds if steps_here > 2 else mean
             progress.step += 1
@@ -474,7 +479,7 @@ def _loop(
                 record["minutes"] = progress.seconds / 60
             pending = record
             stopped = stop()
-            # a stop may not wait for a validation: the resumed run catches up on it
+            # a stop skips the validation, which the resumed run makes up for in `_catch_up`
             if not stopped and (ended() or progress.step % settings.validation_interval == 0):
                 record |= validate()
                 progress.validated = True
@@ -486,7 +491,7 @@ def _loop(
                 if saving:
                     record["checkpoint"] = str(checkpoint_path(run.folder, progress.step))
                 pending = None
-                # before the checkpoint, so that a resumed run has the records of all its steps
+                # log before saving, so that a resumed run has the records of all its steps
                 run.log(record, durable=saving)
                 if saving:
                     save()
@@ -494,7 +499,7 @@ def _loop(
         save()
     except _NotFinite:
         raise
-    except BaseException:  # of the caller, too: GeneratorExit
+    except BaseException:  # also GeneratorExit, when the caller closes the generator or raises
         if run and train_step.consistent:
             with contextlib.suppress(PicoError):
                 if pending:
@@ -508,7 +513,7 @@ def _loop(
 
 
 def _catch_up(run: Run, progress: Progress, settings: TrainSettings, validate: Validation) -> None:
-    """Measure the last step if a stop left that out, as a run without a stop would have."""
+    """Validate the last step if a stop skipped that, so that no validation is missing."""
     due = progress.step % settings.validation_interval == 0 and not progress.validated
     if due and run.records and run.records[-1]["step"] == progress.step:
         run.records[-1] |= validate()
