@@ -1,8 +1,8 @@
-"""Checkpoints: the weights of a model, and what training needs to continue, as .safetensors.
+"""Checkpoints: weights, optimizer state and progress of a training run, as .safetensors files.
 
 A checkpoint of step N is a pair of files. NNNNNNNN.state.safetensors, the optimizer's state and
 the progress, is written first; NNNNNNNN.safetensors, the weights alone, completes the pair. Each
-file holds a digest of the other's tensors, so a pair whose files are not of one moment is invalid.
+file holds a digest of the other's tensors, so a pair of files from different saves is invalid.
 """
 
 import contextlib
@@ -76,14 +76,14 @@ def save_checkpoint(
     older checkpoints stay as they are.
     """
     path = checkpoint_path(run_dir, progress["step"])
-    with contextlib.suppress(OSError):  # an invalid one of that step must not meet a new state
+    with contextlib.suppress(OSError):  # invalid weights of that step must not join a new state
         path.unlink()
     notes = {"progress": json.dumps(progress), "weights": _digest(weights)}
     write_safetensors(_state_path(path), state, notes)
     try:
         write_safetensors(path, weights, {"state": _digest(state)})
     except PicoError:
-        with contextlib.suppress(OSError):  # on a full disk others need the room
+        with contextlib.suppress(OSError):  # free the space: the disk may be full
             _state_path(path).unlink()
         raise
     return path
@@ -149,8 +149,8 @@ def delete_older(
     """
     older = [path for at, path in list_checkpoints(run_dir) if at < step and at != spared]
     for path in older[: max(0, len(older) - (keep - 1))]:
-        with contextlib.suppress(OSError):  # in a read-only folder they stay, nothing is lost
-            path.unlink()  # without weights, the checkpoint does not exist any more
+        with contextlib.suppress(OSError):  # a read-only folder keeps all checkpoints
+            path.unlink()  # first the weights: without weights, a state is a leftover
             _state_path(path).unlink(missing_ok=True)
 
 
@@ -162,7 +162,7 @@ def quarantine(path: Path) -> None:
 
 
 def remove_leftovers(run_dir: str | os.PathLike) -> None:
-    """Remove what killed processes leave: half-written files, and states without weights."""
+    """Remove the leftovers of killed processes: half-written files, and states without weights."""
     for file in Path(run_dir).iterdir():
         half = re.fullmatch(r"\.(\d{8,}\.|training\.|metrics\.).*\.tmp", file.name)
         state = re.fullmatch(r"(\d{8,})\.state\.safetensors", file.name)

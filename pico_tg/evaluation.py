@@ -1,4 +1,4 @@
-"""Evaluation: bits per byte of a text, the accuracy of each head, where the router fires.
+"""Evaluation: bits per byte of a text, accuracy of each head, kinds of bytes that are routed.
 
 `Validation` (during training) and `evaluate` (a report) run the same pass, `CausalPass`: the model
 with the routing of decoding, over windows of the text, so that every byte is predicted once.
@@ -6,9 +6,9 @@ with the routing of decoding, over windows of the text, so that every byte is pr
 - `Validation` cuts the text into windows that do not overlap, as training does.
 - `evaluate` takes overlapping windows of context_len + stride bytes. Each window after the first
   scores its last `stride` positions, so that every position has at least context_len bytes before
-  it, or all that exist. Attention windows add up over the blocks, and latent windows count selected
-  bytes, so more context can still change the figures a little; less context would measure the
-  cold start of each window.
+  it, or the whole text before it. The receptive field grows with every block, and latent windows
+  count selected bytes, so more context can still change the figures a little; less context would
+  measure the cold start of each window.
 """
 
 import dataclasses
@@ -109,8 +109,8 @@ class Validation(CausalPass):
         length = min(settings.context_len, total)
         super().__init__(model, length, settings, devices)
         count = math.ceil(total / length)
-        share = max(1, len(devices))  # each device takes as many windows as the others
-        self.batch_size = math.ceil(min(settings.batch_size, count) / share) * share
+        multiple = max(1, len(devices))  # all devices take equally many windows
+        self.batch_size = math.ceil(min(settings.batch_size, count) / multiple) * multiple
         count = math.ceil(count / self.batch_size) * self.batch_size
         starts = np.arange(count) * length
         self.windows = _windows_at(data, starts, length)
@@ -153,7 +153,12 @@ class Validation(CausalPass):
 
 @dataclass(frozen=True)
 class ByteKind:
-    """Router decisions of one kind of byte: shares of all and of the routed bytes, routed rate."""
+    """Router decisions for one kind of byte.
+
+    - share_of_bytes: the share of all bytes that are of this kind
+    - share_of_decisions: the share of all routed bytes that are of this kind
+    - rate: the share of the bytes of this kind that are routed
+    """
 
     share_of_bytes: float
     share_of_decisions: float
@@ -171,9 +176,9 @@ class PrecisionRecall:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` measured. Only the text of the documents counts, never a wrapper tag.
+    """The result of `evaluate`. Only the text of the documents counts, never a wrapper tag.
 
-    - bytes: of the text, each of them predicted once
+    - bytes: number of bytes of the text, each predicted once
     - context_len, stride: of the windows, see `pico_tg.evaluation`
     - bits_per_byte: of head 0, with causal routing; bits_per_byte_without_latent: the same without
       the latent blocks
@@ -183,14 +188,14 @@ class Evaluation:
       accepted if it equals byte i + 1 + j; greedily, if it equals the likeliest byte of head 0 at
       position i + j, given the text up to there
     - accepted_text, accepted_greedy: mean number of accepted drafts of a pass with T - 1 drafts,
-      where each pass begins after the bytes that the former pass produced. The first is the figure
-      of a decoder that writes this very text; the second estimates decoding at temperature 0
-      (whose own text is likelier than this one)
+      where each pass begins after the bytes that the previous pass produced. accepted_text is that
+      of a decoder that writes exactly this text; accepted_greedy estimates decoding at temperature
+      0, whose own text would be likelier than this one
     - router_rate: share of the bytes that went through the latent blocks
-    - places: router decisions by kind of byte. Each byte is one of: word_start, the first byte of a
+    - places: router decisions by kind of byte. The kinds are: word_start, the first byte of a
       word (ASCII letters, digits, _ and all characters beyond ASCII); word_inside, the first byte
       of a later character of a word; whitespace; punctuation (other ASCII); continuation (byte 2 to
-      4 of a UTF-8 character). In addition: after_whitespace
+      4 of a UTF-8 character). after_whitespace overlaps these kinds
     - boundaries: routed bytes against after_whitespace, the bytes that are not whitespace while
       their predecessor in the document is; boundaries_random: the expectation if every byte were
       routed with probability router_rate (F1 of the expected precision and recall)
@@ -235,10 +240,10 @@ def evaluate(
 ) -> Evaluation:
     """Measure `model` on a split of a data set. The result is the same on every run.
 
-    - dataset: what `pico_tg.DataSpec` takes, or only its `dataset`, or loaded data; None is
-      `python-docs`. A corpus is measured whole
-    - split: validation (held out if the data set has none), train, or all (train together with
-      what is held out of it)
+    - dataset: `pico_tg.DataSpec`, its `dataset` alone, or loaded data; None is `python-docs`. A
+      corpus is measured whole
+    - split: validation (held out of train if the data set has none), train, or all (train together
+      with the part that is held out of train)
     - context_len: bytes before each predicted byte, where the text has them; stride: new bytes of a
       window (default: context_len, so that every byte is computed twice)
     - batch_size: windows of one pass (default: as many as make 16,384 positions)
@@ -284,7 +289,7 @@ def evaluate(
     with bar:
         for first in range(0, len(windows), batch_size):
             rows = windows[first : first + batch_size]
-            # the last batch is filled up with windows that start after the end: padding
+            # pad the last batch with windows that start after the end of the text
             starts = np.array([start for start, _, _ in rows] + [total] * (batch_size - len(rows)))
             real = starts[:, None] + np.arange(1, length + 1) < total
             figures = run(_windows_at(measured.data, starts, length), real.astype(np.uint8))
@@ -322,7 +327,7 @@ def check_options(
 
 
 def _windows(total: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """(start of a window, first position that it scores, end of those positions)."""
+    """For each window: (start, first scored position, end of the scored positions)."""
     yield 0, 0, length
     for begin in range(length, total, stride):
         yield begin + stride - length, begin, min(begin + stride, total)
@@ -464,8 +469,8 @@ class _Measured:
 
 
 def _visited(steps: np.ndarray) -> Iterator[int]:
-    """Positions from 0 on, where steps[position] leads from each to the next."""
-    steps, position = memoryview(steps), 0  # its items are Python's integers, which is faster
+    """Positions from 0 on, each followed by position + steps[position]."""
+    steps, position = memoryview(steps), 0  # a memoryview yields Python integers, which is faster
     while position < len(steps):
         yield position
         position += steps[position]

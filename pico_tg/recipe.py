@@ -1,7 +1,7 @@
-"""Settings for those that the user leaves out, and what training will cost: memory and time.
+"""Chooses the settings that the user leaves out, and estimates memory and time of training.
 
-`TrainSettings` alone has the published defaults, for a GPU and hundreds of megabytes of text. The
-command line starts from `choose` instead.
+The defaults of `TrainSettings` are the published ones, for a GPU and hundreds of megabytes of text.
+The command line uses `choose` instead.
 """
 
 import math
@@ -15,7 +15,7 @@ CHOSEN = ("context_len", "batch_size", "epochs", "max_steps", "warmup_steps", "l
 
 @dataclass(frozen=True)
 class Scale:
-    """What a kind of device can train on: the largest step, and the time of a whole run."""
+    """The largest step, and the duration of a run, on one kind of device."""
 
     context_len: int
     batch_size: int
@@ -24,17 +24,17 @@ class Scale:
 
 CPU = Scale(context_len=512, batch_size=4, minutes=4)
 GPU = Scale(context_len=6144, batch_size=32, minutes=60)
-STEPS = (300, 3600)  # of a run; fewer teach a model little
-MIN_WINDOWS = 32  # windows that the training data should make
+STEPS = (300, 3600)  # fewest and most steps of a run; with fewer a model learns little
+MIN_WINDOWS = 32  # least number of windows in the training data
 MAX_EPOCHS = 20
-WARMUP = 0.1  # of the steps
-PEAK = (500, 0.012)  # steps up to which SOAP's learning rate is this; then it falls to
-PUBLISHED = (3600, 0.001)  # the published one
-ADAMW_FACTOR = 0.25  # AdamW's learning rate, of SOAP's
+WARMUP = 0.1  # fraction of the steps
+PEAK = (500, 0.012)  # number of steps up to which SOAP's learning rate is constant, and that rate
+PUBLISHED = (3600, 0.001)  # number of steps of the published settings, and their learning rate
+ADAMW_FACTOR = 0.25  # AdamW's learning rate as a fraction of SOAP's
 
-EFFICIENCY = 0.6  # of the rate of a plain matrix product
-SECONDS_PER_BLOCK = 0.01  # of launching kernels on a CPU
-FLOATS_PER_BLOCK = 18  # kept for the gradient, for each of a byte's channels
+EFFICIENCY = 0.6  # rate of a train step as a fraction of a plain matmul's
+SECONDS_PER_BLOCK = 0.01  # time to launch the kernels of a block on a CPU
+FLOATS_PER_BLOCK = 18  # saved for the backward, per block, byte and channel
 
 
 def choose(
@@ -42,15 +42,16 @@ def choose(
 ) -> dict[str, int | float]:
     """Values for the settings of CHOSEN that are not in `given`, for a run of a few minutes.
 
-    - context_len, batch_size: those of the device's Scale; less where the data are less than
-      MIN_WINDOWS windows
-    - max_steps: what fits in the Scale's minutes by `step_seconds`, between the two STEPS, and at
-      most MAX_EPOCHS passes over the data; epochs: as many as these steps take. With max_minutes,
-      the minutes are those, and steps and epochs leave room for a faster machine
+    - context_len, batch_size: those of the device's Scale; smaller if the data would otherwise make
+      fewer than MIN_WINDOWS windows, or fewer than the fewest STEPS in MAX_EPOCHS passes
+    - max_steps: the steps that fit in the Scale's minutes according to `step_seconds`, clipped to
+      STEPS and to MAX_EPOCHS passes over the data. With max_minutes, that time replaces the
+      Scale's, and max_steps is four times as large, in case the machine is faster than estimated
+    - epochs: as many as max_steps needs
     - warmup_steps: WARMUP of the steps
-    - learning_rate: PEAK's up to PEAK's steps, then along a power law through PUBLISHED's
+    - learning_rate: PEAK's up to PEAK's steps, then a power law of the steps through PUBLISHED
 
-    gflops: rate of a plain matrix product on the device.
+    gflops: rate of a plain matmul on the device.
     """
     scale = CPU if device.split(":")[0] == "CPU" else GPU
     values: dict[str, object] = dict(given)
@@ -120,8 +121,8 @@ def describe_cost(
 def memory_bytes(config: Config, settings: TrainSettings) -> dict[str, int]:
     """An estimate of the memory of training, in bytes: parameters, optimizer, activations.
 
-    parameters: the weights and their gradients. activations: what one micro-batch keeps for the
-    gradient.
+    parameters: the weights and their gradients. activations: those that one micro-batch saves for
+    the backward.
     """
     moments = 2 * config.parameters
     if settings.optimizer == "soap":

@@ -47,9 +47,9 @@ MAY_CHANGE = (
 
 @dataclass
 class Progress:
-    """How far a run has got; a checkpoint holds it as JSON.
+    """The progress of a run, which a checkpoint holds as JSON.
 
-    - step: complete steps; steps: number of steps at which training ends
+    - step: completed steps; steps: number of steps at which training ends
     - windows: position in the order of the windows; bytes: bytes trained on
     - validated: the step was measured on the held-out data
     - seconds: time spent in steps, without compiling
@@ -64,13 +64,13 @@ class Progress:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Progress":
-        """What a checkpoint of this or an earlier version holds; keys that it lacks are 0."""
+        """The progress in a checkpoint of this or an earlier version; missing keys are 0."""
         names = {field.name for field in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in names})
 
 
 class Run:
-    """A run that this process alone trains, until `close`.
+    """The folder of a run, locked against other training processes until `close`.
 
     Raises PicoError if another process trains it, or if the folder cannot be written.
     """
@@ -79,8 +79,8 @@ class Run:
         """Make the folder of a new run, or open that of a run to resume."""
         self.folder = folder
         self.last_checkpoint: Path | None = None  # the one written or loaded last
-        self.saved_step = 0  # the step of the last checkpoint, also of one that failed
-        self.records: list[Record] = []  # those of the steps before resuming
+        self.saved_step = 0  # the step of the last checkpoint, even if writing it failed
+        self.records: list[Record] = []  # records of the steps before resuming
         self.best = (math.inf, 0)  # bits per byte of the best validation, and its step
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ class Run:
         except OSError:
             pass  # a file system without locks
         remove_leftovers(folder)
-        if not resumed:  # the records of a run that ended before its first checkpoint
+        if not resumed:  # delete the records of a run that ended before its first checkpoint
             with contextlib.suppress(OSError):
                 (folder / "metrics.jsonl").unlink()
 
@@ -119,7 +119,7 @@ class Run:
         progress: Progress,
         settings: TrainSettings,
     ) -> None:
-        """Write a checkpoint, list it in training.json, delete those that are not to be kept."""
+        """Write a checkpoint, list it in training.json, delete the ones that need not be kept."""
         self.saved_step = step = progress.step
         values = dataclasses.asdict(progress)
         self.last_checkpoint = save_checkpoint(weights, state, values, self.folder)
@@ -141,7 +141,7 @@ class Run:
             raise PicoError(f"cannot write {path}: {error.strerror or error}") from error
 
     def is_best(self, record: Record) -> bool:
-        """Whether the record holds the best validation so far, which is then the one to beat."""
+        """Whether the record holds the best validation so far, which is then stored in `best`."""
         found = (record.get(BITS, math.inf), record["step"])
         better = found[0] < self.best[0]
         self.best = found if better else self.best
@@ -180,9 +180,10 @@ def run_folder(path: str | os.PathLike, run: str | os.PathLike) -> Path:
 
 
 def find_checkpoint(run_dir: str | os.PathLike, checkpoint: int | str = -1) -> Path:
-    """The checkpoint of a step; negative counts from the newest, -1; "best" validated best.
+    """The checkpoint of a step, -1 for the newest, -2 for the one before, or "best".
 
-    Raises PicoError if there is none, naming those that exist.
+    "best" is the checkpoint of the best validation. Raises PicoError, naming the existing
+    checkpoints, if there is no such checkpoint.
     """
     found = dict(list_checkpoints(run_dir))
     if not found:
@@ -201,7 +202,7 @@ def find_checkpoint(run_dir: str | os.PathLike, checkpoint: int | str = -1) -> P
     if isinstance(checkpoint, int) and 0 < -checkpoint <= len(found):
         return list(found.values())[checkpoint]
     steps = ", ".join(map(str, found))
-    raise PicoError(f"{run_dir} has no checkpoint {checkpoint}; there are those of steps {steps}")
+    raise PicoError(f"{run_dir} has no checkpoint {checkpoint}; the steps of its own are {steps}")
 
 
 def load(path: str | os.PathLike, run: str, checkpoint: int | str = -1) -> Pico:
@@ -228,7 +229,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise PicoError(f"{path} is broken ({error})") from error
     if isinstance(description, dict) and not description.keys() & DESCRIBED:
-        raise _Foreign(f"{path} was not written by pico_tg; the run cannot go on from it")
+        raise _Foreign(f"{path} was not written by pico_tg, so the run cannot be resumed")
     if not isinstance(description, dict) or not description.keys() >= DESCRIBED:
         raise PicoError(f"{path} is broken: it must hold {', '.join(sorted(DESCRIBED))}")
     for key in ("settings", "dataset", "model"):
@@ -242,7 +243,7 @@ class _Foreign(PicoError):
 
 
 def find_description(folder: Path) -> dict[str, Any] | None:
-    """A run's training.json; None if it has none of pico_tg, only weights from elsewhere."""
+    """A run's training.json; None if pico_tg has written none, only weights from elsewhere."""
     if not (folder / "training.json").exists():
         return None
     try:
@@ -252,9 +253,9 @@ def find_description(folder: Path) -> dict[str, Any] | None:
 
 
 def read_metrics(folder: Path) -> list[Record]:
-    """The records in a run's metrics.jsonl, without a line that is still being written.
+    """The records in a run's metrics.jsonl; an incomplete last line is skipped.
 
-    Raises PicoError if there is none.
+    Raises PicoError if the file cannot be read.
     """
     path = folder / "metrics.jsonl"
     try:
@@ -276,7 +277,7 @@ def read_metrics(folder: Path) -> list[Record]:
 def check_startable(folder: Path) -> None:
     """Raise PicoError unless a new run may be trained in `folder`.
 
-    It must not exist, or hold only what a run leaves that ended before its first checkpoint.
+    `folder` must not exist, or hold only files of a run that ended before its first checkpoint.
     """
     left = r"\.lock|training\.json|metrics\.jsonl|\d{8,}\.state\.safetensors|\..*\.tmp"
     if not folder.exists() or (
@@ -289,7 +290,7 @@ def check_startable(folder: Path) -> None:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """What changed, in words, among the keys of both: "dim was 24, now 48, router was …"."""
+    """The changed values of keys that both have, in words: "dim was 24, now 48, router was …"."""
     both = [(name, before[name], now[name]) for name in now if name in before]
     return ", ".join(f"{name} was {old}, now {new}" for name, old, new in both if old != new)
 
@@ -310,8 +311,8 @@ def resumed_settings(
     if changed := differences(dataclasses.asdict(settings), fixed):
         hint = "; --force allows another batch_size" if "batch_size was" in changed else ""
         raise PicoError(
-            f"{run} was trained otherwise: {changed}; leave these out to resume with what it had, "
-            f"or train a new RUN{hint}"
+            f"{run} was trained with other settings: {changed}; leave these out to resume with the "
+            f"stored ones, or train a new RUN{hint}"
         )
     return dataclasses.replace(settings, **given)
 
@@ -326,7 +327,7 @@ def check_model(config: Config, stored: dict[str, Any], run: Path) -> None:
 
 
 def stored_spec(stored: dict[str, Any], run: Path) -> DataSpec:
-    """The data of a run, from its training.json. Raises PicoError if that is broken."""
+    """The data of a run, from its training.json. Raises PicoError if the entry is broken."""
     try:
         return DataSpec(**stored["dataset"])
     except TypeError as error:
@@ -339,9 +340,9 @@ def open_data(
     run: Path | None,
     progress: bool,
 ) -> Data:
-    """The data to train on; those of a run to resume (`stored`) by default.
+    """The data to train on; by default those of the run to resume, whose training.json is `stored`.
 
-    Raises PicoError if that run was trained on other data; the same data may have moved.
+    Raises PicoError if that run was trained on other data; the path of the same data may differ.
     """
     if isinstance(dataset, str | os.PathLike):
         dataset = DataSpec(dataset)
@@ -361,7 +362,7 @@ def open_data(
 
 
 def describe_data(data: Data) -> dict[str, Any]:
-    """What training.json says of the data."""
+    """The entries of training.json about the data."""
     spec = data.spec.absolute()  # so that the run can be resumed from any folder
     fingerprints = [data.train.fingerprint, data.validation.fingerprint]
     return {"dataset": dataclasses.asdict(spec), "data": data.note, "fingerprints": fingerprints}

@@ -7,9 +7,9 @@ that approximates its eigenvectors. Adam's moments M and V live in these bases:
     projected = Q0ᵀ G Q1                      M, V: moving averages of projected, projected²
     W -= lr * Q0 (M / (sqrt(V) + eps)) Q1ᵀ    Q = qr(GG Q), a power iteration, every few steps
 
-A tensor of more dimensions has one GG and Q for each side. Two details are of the authors' code and
-not of the paper: the first gradient only initializes GG and Q, and a refresh sorts the columns of Q
-by their estimated eigenvalues.
+A tensor of more dimensions has one GG and Q for each side. Two details come from the authors' code,
+not from the paper: the first gradient only initializes GG and Q, and a refresh sorts the columns of
+Q by their estimated eigenvalues.
 
 Shape letters: Z parameters of one shape [m, n, …], which are stacked; s the size of one side.
 """
@@ -45,10 +45,10 @@ class SOAP(Optimizer):
 
     The first gradient only initializes GG and Q; parameters change from the second step on. A step
     whose gradients are not all finite changes nothing: after each step, `self.finite` (a bool
-    Tensor [1]) tells whether they were. Raises ValueError on a bad option.
+    Tensor [1]) tells whether the gradients were finite. Raises ValueError on a bad option.
 
-    `step()` does everything. Under TinyJit, call `schedule_step()` and realize its result inside
-    the compiled function, and call `refresh()` after each call of that function:
+    `step()` includes the refresh. Under TinyJit, call `schedule_step()` and realize its result
+    inside the compiled function, and call `refresh()` after each call of that function:
 
         @TinyJit
         def train_step(x, y):
@@ -123,7 +123,7 @@ class SOAP(Optimizer):
         return Tensor(values, device=self.device).clone().realize().is_param_(False)
 
     def _step(self, params: list[Tensor], grads: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Called by `schedule_step`: what to subtract from each parameter, and the state."""
+        """Called by `schedule_step`: the deltas to subtract from the parameters, and the state."""
         stacked = [
             Tensor.stack(*[grads[i].cast(dtypes.float32) for i in stack.members]).contiguous()
             for stack in self.stacks
@@ -160,7 +160,7 @@ class SOAP(Optimizer):
         self.refresh()
 
     def refresh(self) -> bool:
-        """Refresh the bases if that is due; returns whether it was. Call it after each step.
+        """Refresh the bases if a refresh is due; returns whether it was. To be called each step.
 
         Raises RuntimeError while TinyJit captures, since replays would not repeat work on the host.
         """
@@ -197,8 +197,8 @@ class SOAP(Optimizer):
 
 def all_finite(gradients: list[Tensor]) -> Tensor:
     """Whether all gradients, and the sums of their squares, are finite: one bool."""
-    # contiguous, since one fused kernel would use a single GPU thread, and its name would list the
-    # lengths of all gradients: pocl uses it as a file name and fails when it is too long
+    # contiguous: one fused kernel would use a single GPU thread, and its name would list the
+    # lengths of all gradients; pocl fails when a kernel's name is too long for a file name
     sums = [g.square().sum().contiguous() for g in gradients]
     return Tensor.stack(*sums).sum().isfinite().contiguous()
 
@@ -300,7 +300,7 @@ def _lerp(average: Tensor, value: Tensor, weight: float, condition: Tensor) -> N
 
 
 def _project(x: Tensor, side: int, Q: Tensor, back: bool = False) -> Tensor:
-    """x [Z, *shape] into the basis Q [Z, s, s] along `side`; with `back`, from it."""
+    """Project x [Z, *shape] into the basis Q [Z, s, s] along `side`; `back`: out of that basis."""
     if side == x.ndim - 2:  # the last side: x Q, which needs no permutation
         rows = x.reshape(x.shape[0], -1, x.shape[-1])  # (Z, rest, s)
         return bmm(rows, Q, trans_b=back).reshape(x.shape)

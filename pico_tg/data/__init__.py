@@ -1,9 +1,9 @@
-"""A DATASET string becomes two flat byte corpora, train and validation, read by memory map.
+"""Data: a DATASET string becomes two flat, memory-mapped byte corpora, train and validation.
 
 - spec.py: DataSpec, which data to train and validate on
 - sources.py and hub.py: which files those are, and which split each belongs to
 - formats.py: files become documents; cache.py: documents become a corpus
-- here: training and validation data without a document in common
+- __init__.py: training and validation data without a document in common
 - windows.py: a corpus becomes batches
 """
 
@@ -66,11 +66,11 @@ class Data:
 
 
 def load_data(spec: DataSpec, progress: bool = True) -> Data:
-    """Open the data of `spec`, streaming it into the cache first if this is the first time.
+    """Open the data of `spec`; the first time, stream the data into the cache.
 
-    progress: show a bar on stderr while building the cache. Raises PicoError, and leaves nothing
-    behind, on data that is not there, cannot be read or is empty, on a column or split that does
-    not exist, and on a full disk.
+    progress: show a bar on stderr while building the cache. Raises PicoError, and leaves no files,
+    on data that is missing, unreadable or empty, on a column or split that does not exist, and on a
+    full disk.
     """
     found = _find(spec)
     folder, train = cached(found.train, progress)
@@ -95,15 +95,15 @@ def load_data(spec: DataSpec, progress: bool = True) -> Data:
 
 
 def load_whole(spec: DataSpec, progress: bool = True) -> Corpus:
-    """What `load_data` would train on, together with what it would hold out of that.
+    """The training data of `load_data`, including the part that `load_data` would hold out.
 
-    So one document of one byte will do. Raises PicoError as `load_data` does.
+    One document of one byte is enough. Raises PicoError as `load_data` does.
     """
     return cached(_find(spec).train, progress)[1]
 
 
 def has_validation(spec: DataSpec) -> bool:
-    """Whether validation data are named or a split of their own; else some are held out."""
+    """Whether `spec` gives a validation_size, names validation data or has a validation split."""
     return spec.validation_size is not None or _find(spec).validation is not None
 
 
@@ -113,7 +113,7 @@ def _sizes(corpus: Corpus) -> str:
 
 
 def _files_read(source: Source, corpus: Corpus) -> str:
-    """From which files of `source` the text of `corpus` is; a remark names each one left out."""
+    """The files of `source` that hold the text of `corpus`; remarks name the files left out."""
     names = [
         file.name
         for file in source.files
@@ -126,8 +126,8 @@ def _files_read(source: Source, corpus: Corpus) -> str:
 
 def _both(label: str) -> PicoError:
     return PicoError(
-        f"{label} is to be both the training and the validation data; leave the validation file "
-        "or split out, and the end of the data is held out"
+        f"{label} is to be both the training and the validation data; to hold out the end of the "
+        "data instead, give no validation file or split"
     )
 
 
@@ -146,7 +146,7 @@ class _Found:
 
 def _find(spec: DataSpec) -> _Found:
     splits = _splits(spec, spec.train_file)
-    spec = dataclasses.replace(spec, revision=splits.revision)  # for validation data, too
+    spec = dataclasses.replace(spec, revision=splits.revision)  # also of the validation data
     train = splits.pick(spec.train_split, spec.train_file or spec.dataset)
     if spec.validation_file is not None:
         file = spec.validation_file
@@ -164,8 +164,8 @@ def _find(spec: DataSpec) -> _Found:
     if validation is not None:
         if not train.files and validation.files and validation.files[0].path.startswith(HUB):
             raise PicoError(
-                f"{spec.validation_file} may be a part of {train.label}, which is not read file by "
-                "file; name a train_file too"
+                f"{spec.validation_file} may be part of {train.label}, whose files are not known; "
+                "name a train_file too"
             )
         left = without(train, validation.files, spec.column_name)
         if left is None or train is validation:
@@ -175,7 +175,7 @@ def _find(spec: DataSpec) -> _Found:
 
 
 def _unused_splits(splits: Splits, used: list[Source | None], spec: DataSpec) -> Iterator[str]:
-    """The splits that are not used, with those of their files that are not used either."""
+    """The unused splits, each with those of its files that no used split contains."""
     files = [file for source in used if source is not None for file in source.files]
     for name, source in splits.sources.items():
         left = without(source, files, spec.column_name)
@@ -201,7 +201,7 @@ def _splits(spec: DataSpec, file: str | None) -> Splits:
                 raise PicoError(f"there is no file {file!r}, neither in {spec.dataset} nor here")
         elif embedded:
             if column is not None:
-                raise PicoError(f"python-docs has no column {column!r}, nor any; leave it out")
+                raise PicoError(f"python-docs has no column {column!r}; leave column_name out")
             return python_docs()
         elif local and os.path.isdir(path):
             return local_folder(path, config, column)
@@ -241,7 +241,7 @@ def _hold_out(
             )
         first = corpus.documents - size
     else:
-        # the start of a document that comes nearest to the wanted cut
+        # the document start that is nearest to the wanted cut
         wanted = len(corpus.bytes) * (1 - (size or HELD_OUT))
         first = int(np.searchsorted(corpus.offsets, wanted))
         if wanted - corpus.offsets[first - 1] < corpus.offsets[first] - wanted:
@@ -264,10 +264,10 @@ def _hold_out(
 def _cut_document(
     label: str, folder: Path, corpus: Corpus, fraction: float
 ) -> tuple[Corpus, Corpus]:
-    """Cut a lone document in two that are both wrapped, without another copy on disk.
+    """Cut a single document into two wrapped documents, without another copy on disk.
 
-    The two are private maps of the cached file, in which the tag at the cut is written over the
-    other part's text: that changes a page in memory, and never the file.
+    Both are copy-on-write maps of the cached file. The tag at the cut overwrites text of the other
+    part, which changes a page in memory and never the file.
     """
     length = len(corpus.bytes) - len(SEQ_START) - len(SEQ_END)
     held_out = max(1, round(length * fraction))

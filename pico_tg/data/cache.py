@@ -1,7 +1,7 @@
 """The cache: a source is streamed once into PICO_CACHE/<key>/{bytes, offsets, meta.json}.
 
-From then on a corpus is a view of a memory-mapped file. A cache is built beside its place and
-renamed there, so it is whole or not there; the leftovers of a killed builder are removed.
+A corpus is a view of the memory-mapped cache. A cache is built in a temporary folder that is then
+renamed, so a cache is complete or absent; temporary folders of killed processes are removed.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from .sources import Source
 SEQ_START: bytes = b"<pico:seq>"
 SEQ_END: bytes = b"</pico:seq>"
 
-CACHE_FORMAT = 2  # part of every cache's key: raise it when the files or readers change
+CACHE_FORMAT = 2  # part of every cache's key: to be increased when the files or readers change
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ class Corpus:
     - bytes: uint8 [total], read-only, a view of a memory-mapped file
     - offsets: int64 [documents + 1], where each document starts in `bytes`, and the total
     - fingerprint: a hash of the content; the same text has the same one on any machine
-    - remarks: what the user should know of the files that were read
+    - remarks: what the user should know about the files that were read
     """
 
     bytes: np.ndarray
@@ -89,7 +89,7 @@ def cache_folder(source: Source) -> Path:
 
 
 def cached(source: Source, progress: bool) -> tuple[Path, Corpus]:
-    """The corpus of `source` and its folder in the cache, which is built if it is not there."""
+    """The folder of `source` in the cache and its corpus; builds the cache if it is missing."""
     folder = cache_folder(source)
     corpus = open_cache(folder)
     if corpus is not None:
@@ -119,7 +119,7 @@ def writing_cache() -> Iterator[None]:
 
 
 def open_cache(folder: Path) -> Corpus | None:
-    """The corpus in `folder`; None if there is none, or if its sizes say that it is damaged."""
+    """The corpus in `folder`; None if there is no corpus or if its sizes are inconsistent."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
         data = np.memmap(folder / "bytes", np.uint8, "r")
@@ -140,11 +140,11 @@ def _build(source: Source, folder: Path, progress: bool) -> None:
     try:
         _write(source, temporary, progress)
         if open_cache(folder) is None:
-            shutil.rmtree(folder, ignore_errors=True)  # damaged, if there is one
+            shutil.rmtree(folder, ignore_errors=True)  # a damaged cache, if any
             try:
                 os.rename(temporary, folder)
             except OSError:
-                if open_cache(folder) is None:  # else another process won, with the same bytes
+                if open_cache(folder) is None:  # else another process built the same cache first
                     raise
             fsync_folder(folder.parent)
     finally:
@@ -152,9 +152,9 @@ def _build(source: Source, folder: Path, progress: bool) -> None:
 
 
 def _write(source: Source, folder: Path, progress: bool) -> None:
-    """Stream `source` into the files of a cache, all of them on disk at the return."""
+    """Stream `source` into the files of a cache and fsync them."""
     total = documents = 0
-    inside = False  # a document
+    in_document = False
     remarks: list[str] = []
     content = hashlib.blake2b(digest_size=16)
     with (
@@ -170,18 +170,18 @@ def _write(source: Source, folder: Path, progress: bool) -> None:
     ):
         offsets.write(struct.pack("<q", 0))
         for piece, ends in source.read(remarks.append):
-            block = (b"" if inside else SEQ_START) + piece + (SEQ_END if ends else b"")
+            block = (b"" if in_document else SEQ_START) + piece + (SEQ_END if ends else b"")
             data.write(block)
             content.update(block)
             total += len(block)
             if ends:
                 offsets.write(struct.pack("<q", total))
                 documents += 1
-            inside = not ends
+            in_document = not ends
             bar.update(len(piece))
         if documents == 0:
             raise PicoError(f"{source.label} holds no text")
-        bar.update(max(0, (source.size or 0) - bar.n))  # markers were read as well
+        bar.update(max(0, (source.size or 0) - bar.n))  # the pieces do not include the markers
         for file in (data, offsets):
             file.flush()
             os.fsync(file.fileno())
@@ -203,8 +203,8 @@ def _write(source: Source, folder: Path, progress: bool) -> None:
 def _lock(path: Path, progress: bool) -> Iterator[None]:
     """Hold the lock of one cache, so that one process builds it and the others wait.
 
-    The system frees the lock of a process that dies. Where a file system has no locks, two
-    processes may build the same cache, and the rename settles which one stays.
+    The system frees the lock of a process that dies. On a file system without locks, two processes
+    may build the same cache, and the first to rename its folder wins.
     """
     lock = FileLock(path)
     with contextlib.suppress(OSError, NotImplementedError):

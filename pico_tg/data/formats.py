@@ -1,7 +1,7 @@
-"""Readers of data files: each turns an open file into documents, a few of them in memory at a time.
+"""Readers of data files: each yields the documents of an open file, with few in memory at a time.
 
-`READERS` maps a suffix to the reader. A reader takes (file, label, column, remark): `label` names
-the file in messages, and `remark` takes a sentence that the user should read.
+`READERS` maps a suffix to a reader. A reader takes (file, label, column, remark): `label` names the
+file in messages, and `remark` is called with each sentence that the user should read.
 """
 
 import bz2
@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 from ..files import PicoError
 
-# A document may be larger than memory, so it comes in pieces, each with: does a document end here?
+# (piece of a document, whether the document ends with that piece): documents may exceed memory
 Pieces = Iterator[tuple[bytes, bool]]
 Remark = Callable[[str], None]
 
@@ -26,10 +26,10 @@ COMPRESSIONS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 CHUNK = 1 << 20  # bytes read at a time
 MARKER = b"<|endoftext|>"  # between the documents of a .txt
 NEWLINES = b"\r\n"
-PARQUET_ROWS = 4  # decoded at a time: few, since rows may be long
+PARQUET_ROWS = 4  # rows decoded at a time: few, since rows may be long
 MAX_CSV_FIELD = 1 << 26  # characters; Python's csv module needs 4 bytes for each
 MAX_JSON_RECORD = 1 << 28  # characters of a record that is not on one line
-COLUMN_WITHIN = 1000  # rows of JSON, one of which must have the column
+COLUMN_WITHIN = 1000  # number of first rows of JSON, one of which must have the column
 
 
 class MissingColumn(PicoError):
@@ -37,7 +37,7 @@ class MissingColumn(PicoError):
 
 
 def format_of(name: str) -> str | None:
-    """The suffix in READERS that tells how to read a file of this name, compressed or not."""
+    """The key in READERS for a file of this name, compressed or not; None if no reader fits."""
     stem, suffix = os.path.splitext(name.lower())
     if suffix in COMPRESSIONS:
         suffix = os.path.splitext(stem)[1]
@@ -45,13 +45,13 @@ def format_of(name: str) -> str | None:
 
 
 def decompress(file: BinaryIO, name: str) -> BinaryIO:
-    """`file` itself, or a stream of what it holds if its name ends in .gz, .bz2 or .xz."""
+    """`file`, or its decompressed content as a stream if `name` ends in .gz, .bz2 or .xz."""
     opener = COMPRESSIONS.get(os.path.splitext(name.lower())[1])
     return opener(file) if opener else file
 
 
 def reason(error: Exception) -> str:
-    """The error in one line; names the file that the system refused."""
+    """The error in one line, with the file name of an OSError."""
     if isinstance(error, UnicodeDecodeError):
         byte = error.object[error.start]
         return f"byte {byte:#04x} is not valid UTF-8; convert the file to UTF-8"
@@ -65,19 +65,19 @@ def reason(error: Exception) -> str:
 
 
 def read_text(file: BinaryIO, label: str, column: str | None, remark: Remark) -> Pieces:
-    """The documents of a .txt file: all of it, or what stands between markers.
+    """The documents of a .txt file: the whole file, or the texts between markers.
 
-    Between markers, surrounding newlines are no part of the document, and a document of nothing
-    else is left out. A file without a marker is taken as it is, to the byte. Memory stays bounded
-    whatever the bytes are: newlines beyond a chunk of nothing but newlines count as text.
+    In a file with markers, newlines around a document are removed, and a document of newlines only
+    is skipped. A file without a marker is one document, byte for byte. To bound memory, a run of
+    more than CHUNK newlines counts as text.
     """
     if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
         remark(f"{label} is UTF-16 and is read byte by byte; convert the file to UTF-8")
     file.seek(0)
-    # The first document's leading newlines go only if a marker follows, perhaps gigabytes later.
+    # Remove the first document's leading newlines only if a marker follows, at any distance.
     split = file.read(1) in (b"\r", b"\n") and _has_marker(file)
     file.seek(0)
-    started = False  # has a part of the present document been yielded?
+    started = False  # has a piece of the current document been yielded?
     rest = b""
     while block := file.read(CHUNK):
         *ended, rest = (rest + block).split(MARKER)
@@ -89,7 +89,7 @@ def read_text(file: BinaryIO, label: str, column: str | None, remark: Remark) ->
             split = True
         if split and not started:
             rest = rest.lstrip(NEWLINES)
-        # Hold back what may be the head of a marker, and the newlines that may precede a marker.
+        # Hold back bytes that may begin a marker, and newlines that may precede a marker.
         safe = max(0, len(rest) - len(MARKER) + 1)
         safe = len(rest[:safe].rstrip(NEWLINES)) or (safe if safe > CHUNK else 0)
         if safe:
@@ -116,7 +116,7 @@ def _has_marker(file: BinaryIO) -> bool:
 
 
 def wanted_columns(column: str | None) -> list[str]:
-    """The names that the column of text may have, the preferred one first."""
+    """The possible names of the column of text, the preferred one first."""
     return ["text", "bytes"] if column is None else [column]
 
 
@@ -132,7 +132,7 @@ def find_column(label: str, columns: list[str], column: str | None) -> str:
 
 
 def _listed(columns: list[str]) -> str:
-    """The columns in a line; a file without a header has long texts in their place."""
+    """The column names in one line, shortened: without a header, texts stand in their place."""
     short = [name if len(name) <= 40 else name[:40] + "…" for name in columns[:20]]
     text = " ".join(", ".join(short).split()) or "none"
     return text + (", …" if len(columns) > 20 else "")
@@ -182,7 +182,7 @@ def _json_rows(file: BinaryIO, label: str) -> Iterator[dict]:
 
 
 def _is_json_lines(file: BinaryIO) -> bool:
-    """Whether the first line is an object of its own, and not the head of a longer one."""
+    """Whether the first line is a complete object, not the beginning of a longer one."""
     while (head := file.read(1)).isspace():
         pass
     if head != b"{":  # a list may be a single line of any length
@@ -225,7 +225,7 @@ def _json_values(file: BinaryIO) -> Iterator[tuple[str, object]]:
             try:
                 value, at = decode(buffer, at)
             except json.JSONDecodeError as error:
-                # an error at the end of the buffer may be one of a record that goes on
+                # an error near the end of the buffer may mean that the record continues after it
                 cut = error.msg.startswith("Unterminated string") or error.pos > len(buffer) - 32
                 if at_end or not cut or len(buffer) > MAX_JSON_RECORD:
                     raise ValueError(f"JSON parse error in record {number}: {error.msg}") from error
@@ -244,14 +244,14 @@ def _json_values(file: BinaryIO) -> Iterator[tuple[str, object]]:
 def read_csv(file: BinaryIO, label: str, column: str | None, remark: Remark) -> Pieces:
     """The rows of a CSV file with a header. Every value is text: 007, NA and null too.
 
-    Fields are separated by what separates the header's: comma, semicolon or tab. More fields than
-    the header has are an error, unless they are empty: an unquoted comma would cut the text.
+    The separator is comma, semicolon or tab, whichever is most frequent in the header. Nonempty
+    fields beyond those of the header are an error: an unquoted comma would truncate the text.
     """
     text = io.TextIOWrapper(file, "utf-8-sig", newline="")
     first = next((line for line in text if line.strip()), "")
-    separator = max(",", ";", "\t", key=first.count)  # the comma, if none is there
+    separator = max(",", ";", "\t", key=first.count)  # the comma for a single column
     rows = csv.reader(itertools.chain([first], text), delimiter=separator, strict=True)
-    limit = csv.field_size_limit(MAX_CSV_FIELD)  # one for the whole process
+    limit = csv.field_size_limit(MAX_CSV_FIELD)  # global to the process, so restored below
     try:
         header = [name.strip() for name in next(rows, [])]
         index = header.index(find_column(label, header, column))
@@ -272,13 +272,13 @@ def read_csv(file: BinaryIO, label: str, column: str | None, remark: Remark) -> 
 def read_parquet(file: BinaryIO, label: str, column: str | None, remark: Remark) -> Pieces:
     """The rows of a Parquet file.
 
-    The unit of reading is the page, whatever the size of the row group, and a page has to fit into
-    memory twice: at worst as it is in the file, and decompressed. Writers make pages of about 1 MB,
-    but some look at the size only once in 1024 rows: 40 rows of 5 MB in one page took 650 MB.
+    The unit of reading is the page, whatever the size of the row group. A page has to fit into
+    memory twice: as stored in the file, and decompressed. Writers make pages of about 1 MB, but
+    some check the size only once in 1024 rows: 40 rows of 5 MB in one page took 650 MB.
     """
     import pyarrow.parquet
 
-    # a buffer: without one, pyarrow would read a row group's column whole
+    # without buffer_size, pyarrow would read the whole column of a row group
     options = {"pre_buffer": False, "buffer_size": CHUNK}
     source = file.name if isinstance(file, io.BufferedReader) else file  # a path is read faster
     with pyarrow.parquet.ParquetFile(source, **options) as parquet:

@@ -1,7 +1,7 @@
-"""Data sets on the Hugging Face hub, of a fixed revision, and without network once they are cached.
+"""Data sets on the Hugging Face hub at a fixed revision; cached ones are read without network.
 
-PICO_CACHE/hub-<key>.json records which splits and files each revision of a data set had, the one
-used last at the end. Together with the cached corpora it answers all that the hub is asked.
+PICO_CACHE/hub-<key>.json lists the splits and files of each revision of a data set that was used,
+the latest use last. With this file and the cached corpora, a run needs no answer from the hub.
 """
 
 import json
@@ -29,8 +29,8 @@ from .sources import (
 def hub_splits(dataset: str, revision: str | None, file: str | None, column: str | None) -> Splits:
     """The splits of `owner/name` or `owner/name:config`, or of one file of it, at a revision.
 
-    revision: a commit, tag or branch; None is the newest. If the hub cannot be reached, it is the
-    one that was used last and is cached. Raises PicoError where there is no such data set.
+    revision: a commit, tag or branch; None is the newest, or, if the hub cannot be reached, the
+    cached revision that was used last. Raises PicoError if there is no such data set.
     """
     name, _, config = dataset.partition(":")
     label = dataset if file is None else f"{dataset}/{file}"
@@ -47,7 +47,7 @@ def hub_splits(dataset: str, revision: str | None, file: str | None, column: str
     try:
         from huggingface_hub import HfApi
 
-        # asked first: `load_dataset` retries for half a minute before it gives up
+        # before `load_dataset`, which retries for half a minute without network
         options = {} if revision is None else {"revision": revision}
         info = HfApi().dataset_info(name, timeout=10, **options)
         entry = next((entry for entry in entries if entry["revision"] == info.sha), None)
@@ -55,7 +55,7 @@ def hub_splits(dataset: str, revision: str | None, file: str | None, column: str
             entry = _ask_hub(name, config, info, file)
     except PicoError:
         raise
-    except Exception as error:  # httpx, huggingface_hub, fsspec and datasets each raise their own
+    except Exception as error:  # httpx, huggingface_hub, fsspec and datasets have their own types
         for entry in reversed(entries if revision is None else []):
             splits = splits_of(entry)
             if any(open_cache(cache_folder(source)) for source in splits.sources.values()):
@@ -90,9 +90,9 @@ def _write_index(path: Path, entries: list[dict]) -> None:
 
 
 def _ask_hub(name: str, config: str, info, file: str | None) -> dict:
-    """What the hub says of a revision: its splits, the files of each, and what is not in them.
+    """Ask the hub for the splits of a revision, the files of each split, and the other files.
 
-    The files of a split are None where only `datasets` can read it.
+    The files are None for a split that only `datasets` can read.
     """
     root = f"{HUB}datasets/{name}@{info.sha}/"
     entry = {"revision": info.sha, "splits": {}, "unused": []}
@@ -113,7 +113,7 @@ def _ask_hub(name: str, config: str, info, file: str | None) -> dict:
         used |= {file.name for file in found}
         files, unread = expand_archives(found)
         if not files or any(unread.get(file.name) for file in found):
-            # by lines, this builder would tear documents apart
+            # this builder yields lines, which would split documents
             if getattr(rows.info, "builder_name", None) == "text":
                 raise PicoError(
                     f"cannot find the .txt files of {name} on the hub; name one as the train file"

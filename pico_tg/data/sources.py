@@ -1,6 +1,6 @@
-"""Sources: which files a local data set holds, which split each belongs to, and their documents.
+"""Sources: the files of a local data set, the split of each file, and their documents.
 
-Whatever a folder or an archive holds is read, or `Splits.unused` names it and says why not.
+Every file of a folder or an archive is either read, or listed in `Splits.unused` with the reason.
 """
 
 import glob
@@ -35,7 +35,7 @@ SPLIT_WORDS = {
 }
 SPLITS = ("train", "validation", "test")
 HUB = "hf://"
-LEFT_OUT = "left out: "  # how the remark on a file without text begins
+LEFT_OUT = "left out: "  # beginning of the remark about a file without the column of text
 KNOWN = f"{', '.join(READERS)}, each also compressed (.gz, .bz2, .xz) or in a .zip"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -44,9 +44,9 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 class File:
     """One file of a data set.
 
-    - name: the path within the data set, which tells format and split
-    - path: where it is: a local path, or hf://datasets/owner/name@revision/path
-    - member: the name within the archive `path`, if that is a .zip
+    - name: the path within the data set, which determines format and split
+    - path: a local path, or hf://datasets/owner/name@revision/path
+    - member: the name within the archive, if `path` is a .zip
     """
 
     name: str
@@ -54,7 +54,7 @@ class File:
     member: str | None = None
 
     def open(self, stack: ExitStack) -> BinaryIO:
-        """The content, decompressed, as a stream that seeks; `stack` closes it."""
+        """The decompressed content as a seekable stream, which `stack` closes."""
         if self.path.startswith(HUB):
             from huggingface_hub import HfFileSystem
 
@@ -71,12 +71,12 @@ class File:
         return decompress(file, self.name)
 
     def stamp(self) -> list:
-        """What changes whenever the content might: [path, member, size, time of change in ns]."""
+        """Changes whenever the content may have: [path, member, size, modification time in ns]."""
         stat = os.stat(self.path)
         return [os.path.abspath(self.path), self.member, stat.st_size, stat.st_mtime_ns]
 
     def key(self) -> tuple:
-        """Equal for two names of one file, links included."""
+        """Equal for two paths of the same file, links included."""
         try:
             stat = os.stat(self.path)
         except OSError:  # on the hub
@@ -89,10 +89,10 @@ class Source:
     """One split, not yet read.
 
     - label: for messages
-    - identity: JSON that changes whenever the text might, so that a cache is found by it
-    - read: the documents; raises PicoError and nothing else
+    - identity: JSON that changes whenever the text may have; its hash is the key of the cache
+    - read: yields the documents; raises no other exception than PicoError
     - size: bytes, if known beforehand, for the progress bar
-    - files: what is read, in this order; none where `datasets` reads the rows
+    - files: the files to read, in this order; none if `datasets` reads the rows
     """
 
     label: str
@@ -104,7 +104,7 @@ class Source:
 
 @dataclass
 class Splits:
-    """The splits of a data set by name, and sentences on what no split holds."""
+    """The splits of a data set by name, and sentences about the files in no split."""
 
     sources: dict[str, Source] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
@@ -129,9 +129,9 @@ class Splits:
 
 
 def split_of(name: str) -> str:
-    """The split that a path within a data set belongs to; the file's own name counts first.
+    """The split of a path within a data set; the file's name takes precedence over its folders.
 
-    Where one name holds the words of several splits, it is not training data.
+    A name with the words of several splits is not training data.
     """
     for part in reversed(name.lower().split("/")):
         found = {SPLIT_WORDS[word] for word in re.split(r"[\W\d_]+", part) if word in SPLIT_WORDS}
@@ -155,7 +155,7 @@ def file_source(
 ) -> Source:
     """The documents of `files`, one file after another.
 
-    identity: that of the content; by default the path, size and time of change of each file.
+    identity: see `Source`; by default the path, size and modification time of each file.
     """
     files, size = tuple(files), None
     if identity is None:
@@ -179,7 +179,7 @@ def _read_files(label: str, files: tuple[File, ...], column: str | None, remark:
             remark(f"{LEFT_OUT}{error}")
         except PicoError:
             raise
-        except Exception as error:  # OSError, ValueError; pyarrow, zlib and the hub have their own
+        except Exception as error:  # also the types of pyarrow, zlib and the hub
             raise PicoError(f"cannot read {name}: {reason(error)}") from error
     if len(missing) == len(files):
         raise missing[0]
@@ -196,7 +196,7 @@ def without(source: Source, files: Iterable[File], column: str | None) -> Source
 
 
 def one_file(path: str) -> list[File]:
-    """The file `path`, or what an archive of that name holds."""
+    """The file `path`, or its members if it is an archive."""
     files, _ = expand_archives([File(os.path.basename(path), path)])
     if not files:
         raise PicoError(f"cannot tell what {path} is by its name; the formats are {KNOWN}")
@@ -204,7 +204,7 @@ def one_file(path: str) -> list[File]:
 
 
 def expand_archives(found: Iterable[File]) -> tuple[list[File], dict[str, str]]:
-    """The files that have a reader, those of archives too; and why each of the others has none."""
+    """The files that have a reader, members of archives included; why each other file has none."""
     files, unused = [], {}
     for file in found:
         if file.name.lower().endswith(".zip"):
@@ -265,7 +265,7 @@ def local_folder(path: str, config: str | None, column: str | None) -> Splits:
             splits[split] = [file for file in files if file.path in paths]
         chosen = {file.name for members in splits.values() for file in members}
         unused |= {f.name: "not in the configuration" for f in files if f.name not in chosen}
-        del unused["README.md"]  # it was read
+        del unused["README.md"]  # was read for the configuration
     label = path if config is None else f"{path}:{config}"
     return _file_splits(label, splits, unused, column)
 
@@ -273,7 +273,7 @@ def local_folder(path: str, config: str | None, column: str | None) -> Splits:
 def local_archive(path: str, column: str | None) -> Splits:
     """The splits of a .zip, by the names of its files."""
     files, unused = expand_archives([File(os.path.basename(path), path)])
-    # the name of the archive itself, which was asked for, tells no split
+    # only the names of the members determine splits, not the archive's name, which the user gave
     splits = _by_name([replace(file, name=file.member) for file in files])
     return _file_splits(path, splits, unused, column)
 
@@ -299,12 +299,12 @@ def _file_splits(
 
 
 def split_label(label: str, name: str, splits: Collection[str]) -> str:
-    """How messages name a split; one that is alone bears the data set's name."""
+    """The name of a split in messages; the only split has the data set's name."""
     return label if len(splits) == 1 else f"{label}, split {name}"
 
 
 def _list_files(folder: Path) -> tuple[list[File], dict[str, str]]:
-    """The files in a folder and below, sorted, and why other things are none. Skips hidden names.
+    """All files below a folder, sorted; why each other entry is no file. Skips hidden names.
 
     Raises OSError on a folder that cannot be listed.
     """
@@ -326,7 +326,7 @@ def _list_files(folder: Path) -> tuple[list[File], dict[str, str]]:
 
 
 def _choose(path: str, configs: dict[str, dict], name: str | None) -> dict | None:
-    """The configuration `name`, or the one that is the default; None if there are none."""
+    """The configuration `name`, by default the default one; None if there are none."""
     if name is None:
         defaults = [n for n in configs if configs[n].get("default") or n == "default"]
         if len(configs) > 1 and not defaults:
@@ -342,7 +342,7 @@ def _choose(path: str, configs: dict[str, dict], name: str | None) -> dict | Non
 
 
 def unused_sentences(unused: dict[str, str]) -> list[str]:
-    """Names by the reason for which they are not used."""
+    """One sentence for each reason, with the names of the unused files."""
     reasons: dict[str, list[str]] = {}
     for name, why in unused.items():
         reasons.setdefault(why, []).append(name)
@@ -372,7 +372,7 @@ def _configurations(folder: Path) -> dict[str, dict]:
 
 
 def _patterns(about: dict) -> dict[str, list[str]]:
-    """The patterns of the files of each split of a configuration."""
+    """The file patterns of each split of a configuration."""
     files, base = about.get("data_files"), about.get("data_dir", "")
     if files is None:
         files = [f"{glob.escape(base)}/**" if base else "**"]
@@ -392,7 +392,7 @@ def _patterns(about: dict) -> dict[str, list[str]]:
 
 
 def python_docs() -> Splits:
-    """The texts of Python's own help."""
+    """The topics of Python's built-in help, one document each."""
     from pydoc_data.topics import topics
 
     documents = [topics[name].encode() for name in sorted(topics) if topics[name]]
@@ -410,7 +410,7 @@ def _saved(folder: Path, column: str | None) -> Splits:
     identity = ["saved", column, [file.stamp() for file in files]]
     try:
         loaded = quiet_datasets().load_from_disk(str(folder))
-    except Exception as error:  # pyarrow and datasets each raise their own
+    except Exception as error:  # pyarrow and datasets have their own types
         raise PicoError(f"cannot read the dataset in {folder}: {reason(error)}") from error
     splits = loaded if isinstance(loaded, dict) else {"train": loaded}
     sources = {}
@@ -422,18 +422,18 @@ def _saved(folder: Path, column: str | None) -> Splits:
 
 
 def quiet_datasets():
-    """The `datasets` module. Its import takes seconds, so it waits until it is needed."""
+    """The `datasets` module, imported on demand, since the import takes seconds."""
     import datasets
     import huggingface_hub
 
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)  # what goes wrong is raised as well
+    datasets.logging.set_verbosity(logging.CRITICAL)  # errors are raised as well
     huggingface_hub.logging.set_verbosity(logging.ERROR)
     return datasets
 
 
 def read_rows(label: str, dataset, column: str | None, remark: Remark) -> Pieces:
-    """One document a row, of a dataset of `datasets`. Empty rows are left out."""
+    """One document per row of a dataset of `datasets`. Empty rows are skipped."""
     try:
         # Arrow batches are far faster than rows, and each text is copied only when it is yielded;
         # few rows a batch, since `datasets` collects them in memory, and they may be long
@@ -444,5 +444,5 @@ def read_rows(label: str, dataset, column: str | None, remark: Remark) -> Pieces
                     yield text, True
     except PicoError:
         raise
-    except Exception as error:  # pyarrow, fsspec and datasets each raise their own
+    except Exception as error:  # pyarrow, fsspec and datasets have their own types
         raise PicoError(f"cannot read {label}: {reason(error)}") from error

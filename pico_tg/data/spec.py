@@ -17,11 +17,11 @@ def _option(help: str) -> str | None:
 @documented
 @dataclass(frozen=True)
 class DataSpec:
-    """What to train and validate on. Raises PicoError on options that cannot be.
+    """Which data to train and validate on. Raises PicoError on invalid options.
 
-    A path may be a pathlib.Path. Names of files and folders tell splits as in Hugging Face
+    A path may be a pathlib.Path. Names of files and folders determine splits as in Hugging Face
     `datasets`: a name with the word train or training is training data; valid, validation, val or
-    dev is validation data; test, testing, eval or evaluation is left out unless it is asked for.
+    dev is validation data; test, testing, eval or evaluation is not used unless named explicitly.
     Files without such a word are training data. Names that begin with a dot are ignored.
     """
 
@@ -81,7 +81,7 @@ class DataSpec:
             )
 
     def path_and_config(self) -> tuple[str, str | None]:
-        """The path that a local `dataset` has, and the configuration after a colon."""
+        """The path of a local `dataset`, and the configuration after a colon."""
         path = os.path.expanduser(self.dataset)
         folder, _, config = path.rpartition(":")
         if not os.path.exists(path) and os.path.isdir(folder):

@@ -5,7 +5,7 @@ import numpy as np
 from ..files import PicoError
 from .cache import Corpus
 
-MAX_BATCH_BYTES = 1 << 30  # of one step; more is taken for a mistake
+MAX_BATCH_BYTES = 1 << 30  # bytes of one step; a larger step is rejected as a mistake
 
 
 class Windows:
@@ -44,7 +44,7 @@ class Windows:
         self._shuffled: tuple[int, np.ndarray] | None = None  # the latest epoch and its order
 
     def __len__(self) -> int:
-        """The number of windows, which is that of one epoch."""
+        """The number of windows of one epoch."""
         return self._count
 
     def batch(self, step: int) -> np.ndarray:
@@ -52,7 +52,7 @@ class Windows:
         return self.batch_at(step * self.batch_size)
 
     def batch_at(self, position: int) -> np.ndarray:
-        """The batch after `position` windows; batches run across the ends of epochs."""
+        """The batch after `position` windows; a batch may span two epochs."""
         batch = np.empty((self.batch_size, self.context_len + self.next_tokens), np.uint8)
         for row in range(self.batch_size):
             epoch, index = divmod(position + row, len(self))
@@ -63,7 +63,7 @@ class Windows:
     def _order(self, epoch: int) -> np.ndarray:
         """The windows of an epoch in the order of training: uint32, or int64, [windows]."""
         if self._shuffled is None or self._shuffled[0] != epoch:
-            self._shuffled = None  # frees the former epoch's order before the next one is made
+            self._shuffled = None  # free the previous epoch's order before making the next one
             # the same order as `permutation(len(self))`, in half the memory
             order = np.arange(len(self), dtype=np.uint32 if len(self) <= 1 << 32 else np.int64)
             np.random.default_rng((self.seed, epoch)).shuffle(order)
