@@ -2,9 +2,9 @@
 
 The published implementation stores a model as pico_tg does: DIR/model.json beside
 DIR/RUN/NNNNNNNN.safetensors, with the same names, shapes and layouts. `python -m pico_tg run DIR
-RUN` therefore reads its checkpoints without conversion, and it reads checkpoints of pico_tg that
-use the learned router and ALiBi. This script converts the other form, a state_dict in memory or in
-a file of torch.save. It needs pip install -e '.[bench]'.
+RUN` therefore reads published checkpoints without conversion, and the published implementation
+reads checkpoints of pico_tg that use the learned router and ALiBi. This script converts state_dicts
+in memory or in a file of torch.save. To install its packages: pip install -e '.[bench]'.
 
 python examples/interop.py from-torch WEIGHTS.pt DIR RUN
 python examples/interop.py to-torch DIR RUN WEIGHTS.pt

@@ -10,7 +10,7 @@ with quiet_interrupts():  # the imports take a second
     problem = import_tinygrad()
     from .backend import choose_backend
 
-    choose_backend(problem)  # before any module can make a Tensor
+    choose_backend(problem)  # before any module creates a Tensor
     del problem
 
     from .backend import enable_compile_cache

@@ -1,10 +1,10 @@
-"""The device that computes, and on a CPU the code generator.
+"""Chooses the device and, on a CPU, the code generator.
 
-`import pico_tg` chooses both, before the first Tensor. A `DEV` in the environment is obeyed.
-Without DEV, the choice is the first accelerator that tinygrad can open, else the CPU; an OpenCL
-device that is no GPU does not count. On a CPU, where DEV names no code generator, the choice is the
-first usable one of libLLVM 16 or later, clang, and tinygrad's own assembler (x86-64 only). tinygrad
-alone would assume clang and fail at the first kernel without it.
+`import pico_tg` chooses both, before the first Tensor. `DEV` in the environment takes precedence.
+Without DEV, the device is the first accelerator that tinygrad can open, else the CPU; an OpenCL
+device that is not a GPU is not taken. On a CPU, unless DEV names a code generator, the choice is
+the first usable one of libLLVM 16 or later, clang, and tinygrad's own assembler (x86-64 only).
+tinygrad itself would assume clang and, without clang, fail at the first kernel.
 
 The import never fails because of DEV. `check_backend` does: the command line and `Pico()` call it.
 """
@@ -29,15 +29,15 @@ from .runtime import BEAM, CPU_COUNT, DEV, DLL, USE_TC, opencl_bindings
 MACHINE = platform.machine().lower()
 MACHINE = {"amd64": "x86_64", "aarch64": "arm64"}.get(MACHINE, MACHINE)  # tinygrad's names
 
-_wish = os.environ.get("DEV", "")  # what the user asked for, before `choose_backend` completes it
-_problem: str | None = None  # why the wish cannot be had, as far as `choose_backend` knows
+_wish = os.environ.get("DEV", "")  # the user's DEV, before `choose_backend` completes it
+_problem: str | None = None  # why DEV cannot be used, as far as `choose_backend` knows
 
 
 def choose_backend(problem: str | None = None) -> None:
-    """Settle `tinygrad.Device.DEFAULT` and, on a CPU, its code generator. Idempotent.
+    """Determine `tinygrad.Device.DEFAULT` and, on a CPU, its code generator. Idempotent.
 
     Sets tinygrad's context variables DEV and TC, and DEV and LLVM_PATH in the environment, for
-    child processes. Raises nothing, whatever `problem` DEV has: `check_backend` does.
+    child processes. Never raises: `check_backend` reports a `problem` with DEV.
     """
     global _problem
     _problem = problem
@@ -66,11 +66,11 @@ def choose_backend(problem: str | None = None) -> None:
         return
     if renderer == "LLVM":
         os.environ["LLVM_PATH"] = found["LLVM"]
-        getenv.cache_clear()  # tinygrad remembers variables, also that they were missing
+        getenv.cache_clear()  # tinygrad caches variables, including missing ones
     target = dataclasses.replace(DEV.value[0], device="CPU", renderer=renderer)
     if not target.arch:
-        # AMX is tinygrad's word for vectors of 16 floats; with 4, a matmul is half as fast. The
-        # tensor core of that name is not meant: TC, which would select it, is off.
+        # AMX makes tinygrad use vectors of 16 floats instead of 4, which doubles the speed of a
+        # matmul. TC is switched off below, since it would select the tensor cores named AMX.
         wide = "" if renderer == "X86" else ",AMX"
         target = dataclasses.replace(target, arch=f"{MACHINE},native{wide}")
     DEV.value = [target, *DEV.value[1:]]
@@ -80,10 +80,10 @@ def choose_backend(problem: str | None = None) -> None:
 
 
 def check_backend() -> None:
-    """Open the default device, for those who are about to compute.
+    """Open the default device, before the first computation.
 
-    Also makes tinygrad's cache file safe (cache_file.py). Raises PicoError if DEV, or this machine,
-    has no usable device.
+    Also calls `share_cache_file`. Raises PicoError if DEV names no usable device, or if this
+    machine has none.
     """
     share_cache_file()
     reason = _problem
@@ -91,10 +91,10 @@ def check_backend() -> None:
         try:
             device = Device.DEFAULT
             if device.split(":")[0] in ("DISK", "NPY", "TINYFS"):
-                raise ValueError(f"{device} stores, it does not compute")
+                raise ValueError(f"{device} stores data and cannot compute")
             Device[device].renderer  # noqa: B018  # a property that loads the compiler
             return
-        except Exception as error:  # each device has exceptions of its own
+        except Exception as error:  # each device raises its own exception types
             reason = _first_line(error)
     if _wish:
         raise PicoError(
@@ -104,11 +104,11 @@ def check_backend() -> None:
 
 
 def enable_compile_cache() -> None:
-    """Keep schedules and compiled kernels on disk: the next start takes a third of the time.
+    """Cache schedules and compiled kernels on disk: the next start takes a third of the time.
 
-    The file is tinygrad's CACHEDB; CACHELEVEL=0 turns it off. The command line calls this; a script
-    may, once, before its first Tensor. It replaces functions of tinygrad for the whole process,
-    which is why the import does not do it (jit_cache.py says which).
+    The file is tinygrad's CACHEDB; CACHELEVEL=0 turns the cache off. The command line calls this
+    function; a script may call it once, before its first Tensor. The import does not, because the
+    cache replaces functions of tinygrad in the whole process (listed in `jit_cache.install`).
     """
     from .jit_cache import install
 
@@ -117,7 +117,7 @@ def enable_compile_cache() -> None:
 
 
 def parse_devices(text: str) -> tuple[str, ...]:
-    """`--devices`: the number of the default backend's devices, or names such as CUDA:0,CUDA:1.
+    """`--devices`: a number of devices of the default backend, or names such as CUDA:0,CUDA:1.
 
     Raises PicoError on anything else, and on a device that cannot be opened.
     """
@@ -128,7 +128,7 @@ def parse_devices(text: str) -> tuple[str, ...]:
     for name in devices:
         try:
             Device[name]
-        except Exception as error:  # each device has exceptions of its own
+        except Exception as error:  # each device raises its own exception types
             raise PicoError(
                 f"--devices {text}: cannot open {name!r} ({_first_line(error)}); give a number, or "
                 "names such as CUDA:0,CUDA:1"
@@ -141,9 +141,8 @@ def parse_devices(text: str) -> tuple[str, ...]:
 def kernel_search(width: int | None) -> contextlib.AbstractContextManager:
     """A context in which tinygrad searches schedules for new kernels, `width` candidates at a time.
 
-    `None` leaves the width to the environment's BEAM. tinygrad keeps the results in its cache
-    file. Kernels with schedules of their own (cpu/) are not searched. Raises PicoError on a width
-    below 0.
+    `None` leaves the width to the environment's BEAM. tinygrad stores the results in its cache
+    file. Hand-scheduled kernels (cpu/) are not searched. Raises PicoError on a width below 0.
     """
     if width is not None and width < 0:
         raise PicoError(f"beam must be at least 0 (no search), not {width}")
@@ -151,7 +150,7 @@ def kernel_search(width: int | None) -> contextlib.AbstractContextManager:
 
 
 def describe_backend() -> str:
-    """One line: the device, and what would make it faster where that is known."""
+    """One line: the device, and a way to make it faster, if one is known."""
     name = Device.DEFAULT
     if name.split(":")[0] != "CPU":
         return f"backend {name}"
@@ -177,14 +176,14 @@ def find_llvm() -> str | None:
 
 def _is_llvm_16(path: str) -> bool:
     try:
-        # LLVMGetVersion came with LLVM 16; 15 refuses tinygrad's code, which mixes pointer types
+        # LLVM 16 introduced LLVMGetVersion; 15 rejects tinygrad's code, which mixes pointer types
         return hasattr(ctypes.CDLL(path), "LLVMGetVersion")
     except OSError:
         return False
 
 
 def find_clang() -> str | None:
-    """The clang that tinygrad would start: $CC, else the one on PATH. None if it is no clang."""
+    """The clang that tinygrad would start: $CC, else the one on PATH. None if it is not clang."""
     path = shutil.which(os.environ.get("CC", "clang"))
     if path is None:
         return None
@@ -196,7 +195,7 @@ def find_clang() -> str | None:
 
 
 def _is_gpu() -> bool:
-    """Whether tinygrad's OpenCL device is a GPU: pocl and Intel's CPU runtime are none."""
+    """Whether tinygrad's OpenCL device is a GPU, unlike pocl and Intel's CPU runtime."""
     opencl, kind = opencl_bindings(), ctypes.c_uint64()
     opencl.clGetDeviceInfo(
         Device["CL"].device_id, opencl.CL_DEVICE_TYPE, 8, ctypes.byref(kind), None
@@ -205,7 +204,7 @@ def _is_gpu() -> bool:
 
 
 def _how_to_get_llvm() -> str:
-    """For this machine: the extra `cpu` has wheels for Linux on x86-64 only."""
+    """Advice for this machine: the extra `cpu` has wheels for Linux on x86-64 only."""
     if sys.platform == "linux" and MACHINE == "x86_64":
         return "pip install 'pico_tg[cpu]' brings libLLVM"
     if sys.platform == "darwin":

@@ -1,9 +1,9 @@
-"""tinygrad's cache file, usable from every thread, and never the reason for a program to end.
+"""Makes tinygrad's cache file usable from every thread, and its errors warnings.
 
-tinygrad 0.13 keeps what it compiled in one SQLite file, CACHEDB. It opens one connection per
-process, which only the thread that opened it may use, and lets every error of that connection end
-the program: a read-only home, a full disk, a damaged file, a second thread. `share_cache_file` puts
-its own object where tinygrad keeps that connection. Tests: test_cache_file.py.
+tinygrad 0.13 caches compiled kernels in one SQLite file, CACHEDB, through one connection per
+process, which only the thread that opened it may use. Every error of that connection ends the
+program: a read-only home, a full disk, a damaged file, a second thread. `share_cache_file` replaces
+tinygrad's connection by an object without these defects. Tests: test_cache_file.py.
 """
 
 import contextlib
@@ -17,24 +17,24 @@ from .runtime import CACHELEVEL, helpers
 
 
 def share_cache_file() -> None:
-    """From now on every thread has a connection of its own, and a failure is a warning, once."""
+    """Give every thread its own connection, and turn the first failure into a warning."""
     if not isinstance(helpers._db_connection, _CacheFile):
         helpers._db_connection = _CacheFile()
 
 
 def contains(table: str, key: str) -> bool:
-    """Whether there is a value under `key`. Requires `share_cache_file`, as do the next two."""
+    """Whether `table` has a value for `key`. All three functions need `share_cache_file` first."""
     return _select("1", table, key) is not None
 
 
 def read(table: str, key: str) -> bytes | None:
-    """The value kept under `key`, None if there is none."""
+    """The value of `key`; None if there is none."""
     row = _select("val", table, key)
     return row[0] if row else None
 
 
 def write(table: str, key: str, value: bytes) -> None:
-    """Keep `value` under `key`."""
+    """Store `value` for `key`."""
     if CACHELEVEL >= 1:
         cursor = helpers.db_connection().cursor()
         cursor.execute(f"CREATE TABLE IF NOT EXISTS {table} (key text PRIMARY KEY, val blob)")
@@ -53,7 +53,7 @@ def _select(column: str, table: str, key: str) -> tuple | None:
 
 
 class _CacheFile:
-    """What tinygrad takes for its SQLite connection: `cursor()` and `commit()`."""
+    """The part of a SQLite connection that tinygrad uses: `cursor()` and `commit()`."""
 
     def __init__(self) -> None:
         self._local = threading.local()
@@ -64,7 +64,7 @@ class _CacheFile:
         return self._local.connection.cursor(_Cursor)
 
     def commit(self) -> None:
-        """Nothing: each statement is a transaction of its own (isolation_level=None)."""
+        """Do nothing: each statement is its own transaction (isolation_level=None)."""
 
 
 class _Cursor(sqlite3.Cursor):
@@ -72,7 +72,7 @@ class _Cursor(sqlite3.Cursor):
         try:
             super().execute(sql, parameters)
         except sqlite3.Error as error:
-            # tinygrad expects this error of a SELECT and takes it for "not in the cache"
+            # tinygrad treats this error of a SELECT as "not in the cache"
             if sql.startswith("SELECT") and "no such table" in str(error):
                 raise
             _give_up(error)
@@ -86,11 +86,11 @@ class _Cursor(sqlite3.Cursor):
             return None
 
     def fetchone(self) -> tuple | None:
-        """For tinygrad, which does not expect a damaged value: none, where one is."""
+        """For tinygrad, which cannot handle damaged values: return None for a damaged value."""
         row = self.fetchrow()
         try:
             return row and (pickle.loads(row[0]), row)[1]
-        except Exception:  # unpickling raises anything
+        except Exception:  # unpickling a damaged value may raise any exception
             return None
 
 
@@ -101,10 +101,10 @@ def _path() -> str:
 def _connect() -> sqlite3.Connection:
     try:
         if os.path.expanduser("~") == "~" and f"{os.sep}~{os.sep}" in _path():
-            raise OSError("this user has no home folder")  # nor is a folder named ~ wanted
+            raise OSError("this user has no home folder")  # instead of making a folder named ~
         os.makedirs(os.path.dirname(_path()), exist_ok=True)
         connection = sqlite3.connect(_path(), timeout=60, isolation_level=None)
-        # so that readers do not wait for a writer; fails while another connection does the same
+        # readers then do not wait for a writer; fails while another connection sets WAL, too
         with contextlib.suppress(sqlite3.OperationalError):
             connection.execute("PRAGMA journal_mode=WAL").fetchone()
         return connection
@@ -114,7 +114,7 @@ def _connect() -> sqlite3.Connection:
 
 
 def _give_up(error: Exception) -> None:
-    """Go on without the cache."""
+    """Switch the cache off, with a warning."""
     if CACHELEVEL >= 1:
         CACHELEVEL.value = 0
         reason = getattr(error, "strerror", None) or error

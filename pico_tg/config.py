@@ -1,7 +1,7 @@
 """Config, the sizes of a model (model.json), and TrainSettings, how a run trains it.
 
-Each field's help, limits and choices stand once, in the field's metadata: `check_fields` enforces
-them, the command line makes its flags of them, and the class docstrings list them.
+The metadata of each field hold its help, limits and choices: `check_fields` enforces the metadata,
+the command line derives its flags from them, and the class docstrings list them.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ ROUTERS = ("learned", "space", "stride", "all", "none")
 POSITIONS = ("alibi", "rope")
 OPTIMIZERS = ("soap", "adamw")
 PRECISIONS = ("auto", "fp32", "bf16")
-MAX_PARAMETERS = 10**11  # more is taken for a mistake
+MAX_PARAMETERS = 10**11  # a larger model is rejected as a mistake
 
 
 def setting(
@@ -50,7 +50,7 @@ def setting(
 def check_fields(instance: Any) -> None:
     """Raise PicoError, naming the field, unless every field has its type and is within its limits.
 
-    NumPy's scalars become Python's own numbers, which JSON takes.
+    NumPy scalars become Python numbers, which JSON can represent.
     """
     for field in dataclasses.fields(instance):
         value, name = getattr(instance, field.name), field.name
@@ -90,14 +90,14 @@ def documented(cls: type) -> type:
 @documented
 @dataclass(frozen=True)
 class Config:
-    """The sizes of a Pico. Raises PicoError on an impossible one, with the way out.
+    """The sizes of a Pico. Raises PicoError on an impossible size and says how to correct it.
 
-    router and position are written to model.json only where they are not the default, so that the
-    file otherwise holds the published keys.
+    router and position are written to model.json only if they differ from the default, so that the
+    file otherwise holds exactly the keys of the published implementation.
     """
 
     dim: int = setting("width of the residual stream")
-    next_tokens: int = setting("number of next bytes predicted at once, one head each")
+    next_tokens: int = setting("number of next bytes that one position predicts, one head each")
     att_q_heads: int = setting("query heads of each attention")
     att_kv_heads: int = setting("key/value heads, each shared by equally many query heads")
     fb_num_blocks: int = setting(
@@ -154,7 +154,7 @@ class Config:
     @property
     def block_weights(self) -> int:
         """Weights in the matrices of one block: attention's two and SwiGLU's two."""
-        heads = 2 * (self.att_q_heads + self.att_kv_heads)  # queries, keys, values, and the output
+        heads = 2 * (self.att_q_heads + self.att_kv_heads)  # queries, keys, values, output
         return self.dim * heads * self.head_dim + 3 * self.dim**2
 
     @property
@@ -176,7 +176,7 @@ class Config:
         return sum(self.parameters_by_part.values())
 
     def capacity(self, length: int) -> int:
-        """The most bytes of a sequence of `length` bytes that training selects."""
+        """The largest number of bytes that training selects in a sequence of `length` bytes."""
         return int(length * self.capacity_share)
 
     @property
@@ -186,7 +186,7 @@ class Config:
 
     @property
     def stride(self) -> int:
-        """The router `stride` selects one byte in this many: 1 / capacity, rounded up."""
+        """n, for the router `stride`, which selects every n-th byte: 1 / capacity, rounded up."""
         return math.ceil(1 / self.latent_capacity_factor - 1e-9)
 
     @classmethod
@@ -211,7 +211,7 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict, where: str) -> "Config":
-        """The Config of what `to_dict` gave. Raises PicoError, which starts with `where`."""
+        """The inverse of `to_dict`. Raises PicoError with a message that starts with `where`."""
         defaults = {field.name: field.default for field in dataclasses.fields(cls)}
         for key in values:
             if key not in defaults:
@@ -226,7 +226,7 @@ class Config:
             raise PicoError(f"{where}: {error}") from None
 
     def to_dict(self) -> dict[str, int | float | str]:
-        """What model.json holds: all keys but those that have their default."""
+        """The content of model.json: all keys except those with their default value."""
         pairs = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)]
         return {field.name: value for field, value in pairs if value != field.default}
 
@@ -247,7 +247,7 @@ class TrainSettings:
     context_len: int = setting("bytes of one training window", 6144)
     batch_size: int = setting("windows of one micro-batch", 32)
     learning_rate: float = setting(
-        "peak of the learning rate, which warms up linearly, then falls along a cosine to a tenth",
+        "peak of the learning rate: linear warm-up, then cosine decay to a tenth of the peak",
         1e-3,
         minimum=0,
     )
@@ -255,12 +255,12 @@ class TrainSettings:
     epochs: int = setting("passes over the data; training ends earlier if max_steps is reached", 1)
     max_steps: int = setting("number of steps after which training ends", 3600)
     max_minutes: float = setting(
-        "end training after this many minutes, compiling and validations left out, and let the "
+        "end training after this many minutes, without compiling and validations, and let the "
         "learning rate follow that time; 0: no limit",
         0.0,
         minimum=0,
     )
-    warmup_steps: int = setting("steps until the learning rate is at its peak", 150, minimum=0)
+    warmup_steps: int = setting("steps until the learning rate reaches its peak", 150, minimum=0)
     grad_accumulation_steps: int = setting(
         "micro-batches whose gradients are averaged for one step", 1
     )
@@ -271,27 +271,27 @@ class TrainSettings:
         "steps between checkpoints; the last step always writes one", 500
     )
     validation_bytes: int = setting(
-        "held-out bytes that a validation measures at most, always the same ones", 1 << 18
+        "maximum number of held-out bytes per validation, the same bytes every time", 1 << 18
     )
     optimizer: str = setting("soap or adamw", "soap", choices=OPTIMIZERS)
     precision: str = setting(
-        "of the factors of matrix products: fp32, or bf16 (sums, weights, softmax, norms, router, "
-        "loss and optimizer stay float32); auto: bf16 where the device has tensor cores for it",
+        "of the factors of matmuls: fp32, or bf16 (sums, weights, softmax, norms, router, loss and "
+        "optimizer stay float32); auto: bf16 if the device has bf16 tensor cores",
         "auto",
         choices=PRECISIONS,
     )
     checkpoint_activations: bool = setting(
-        "recompute the activations inside each block for its gradient instead of keeping them: "
+        "recompute the activations inside each block in the backward instead of keeping them: "
         "less memory, more operations",
         False,
     )
     keep_checkpoints: int = setting(
-        "number of newest checkpoints to keep, the older ones are deleted; 0 keeps all",
+        "number of newest checkpoints to keep; older ones are deleted; 0 keeps all",
         0,
         minimum=0,
     )
     keep_best: bool = setting(
-        "write a checkpoint after the best validation so far, and never delete it", False
+        "write a checkpoint after each best validation so far, and never delete the best one", False
     )
     seed: int = setting("seed of the order of the windows, and of fresh weights", 0, minimum=0)
 

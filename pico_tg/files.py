@@ -1,4 +1,4 @@
-"""Files that are complete or not there, and the one error that a user is meant to read."""
+"""Atomic and durable writes, and PicoError, the exception for errors that a user can fix."""
 
 import contextlib
 import errno
@@ -11,14 +11,14 @@ from typing import BinaryIO
 
 
 class PicoError(Exception):
-    """Something the user can mend: one line that names the thing and the way out.
+    """An error that the user can fix: one line that names the cause and a remedy.
 
     The command line prints it on stderr and exits with status 2; a script may catch it.
     """
 
 
 def command(*words: object) -> str:
-    """A pico_tg command for a message, quoted so that a shell takes it as it is."""
+    """A pico_tg command for a message, quoted for the shell."""
     return f"python -m pico_tg {shlex.join(map(str, words))}"
 
 
@@ -28,8 +28,8 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
     The data is on disk (fsync) before the rename, and the rename before the return, so a crash at
     any moment leaves the old file or the new one. On an exception the temporary file is removed and
-    `path` is untouched. A link stays one: what it points to is written. An OSError (disk full,
-    read-only folder) is raised as PicoError, and so is a `path` that is there and no file.
+    `path` is untouched. If `path` is a link, the target of the link is written. Raises PicoError
+    for an OSError (disk full, read-only folder) and if `path` exists and is not a regular file.
     """
     path = _target(path)
     temporary = None
@@ -53,9 +53,9 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 def check_writable(path: str | os.PathLike) -> None:
-    """Raise PicoError unless `atomic_write` could write `path` now: before work that it is to keep.
+    """Raise PicoError unless `atomic_write` could write `path` now; called before long work.
 
-    What exists under that name must be a file, which would be replaced.
+    If `path` exists, it must be a regular file, which `atomic_write` would replace.
     """
     path = _target(path)
     if not path.parent.is_dir():
@@ -67,19 +67,20 @@ def check_writable(path: str | os.PathLike) -> None:
 
 
 def _target(path: str | os.PathLike) -> Path:
-    """Where links lead; whatever is there must be a file: a device or a pipe is not replaced."""
+    """`path` with links resolved. Raises PicoError if it is a device, a pipe or a folder."""
     path = Path(os.path.realpath(path))
-    # these two do not raise: a name that cannot be looked up fails where it is written
-    if os.path.lexists(path) and not os.path.isfile(path):  # a loop of links is a link still
-        raise PicoError(f"cannot write {path}: there is something else of that name, not a file")
+    # lexists and isfile do not raise: a name that cannot be looked up fails when it is written;
+    # lexists is also true for a cycle of links
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise PicoError(f"cannot write {path}: it exists and is not a file")
     return path
 
 
 def fsync_folder(folder: str | os.PathLike) -> None:
-    """Make the names in `folder` durable: until then, a rename may be in memory only.
+    """Make the names in `folder` durable: before, a rename may be in memory only.
 
-    File systems that cannot do that for folders (CIFS, VirtualBox, some FUSE) answer EINVAL or
-    ENOTSUP; the file is then as durable as they make it. Raises OSError for anything else.
+    File systems that cannot fsync a folder (CIFS, VirtualBox, some FUSE) return EINVAL or ENOTSUP,
+    which is ignored. Raises OSError for anything else.
     """
     if os.name != "posix":  # Windows cannot open a folder
         return

@@ -1,9 +1,9 @@
 """Model FLOPs: the floating-point operations that the mathematics of a Pico requires.
 
-A multiplication and an addition are two FLOPs. Only matrix products count, as is customary: each
-weight once for every byte that it multiplies, and for each pair of a query and a key two products
-of head_dim (the score, and the share of the value). Norms, activations, softmax, the loss, the
-embedding's lookup and the optimizer are left out.
+A multiplication and an addition are two FLOPs. Only matmuls count, as is customary: for each weight
+one multiply-add per byte that passes its layer, and for each pair of a query and a key head_dim
+multiply-adds for the score and head_dim for the weighted value. Norms, activations, softmax, the
+loss, the embedding lookup and the optimizer are left out.
 """
 
 from .config import Config
@@ -14,8 +14,8 @@ from .kv_cache import cache_shape
 def forward_flops(config: Config, length: int, batch_size: int = 1) -> int:
     """FLOPs of one forward pass over `batch_size` sequences of `length` bytes, as in training.
 
-    A sequence selects as many bytes as its capacity. A learned router reads every byte, a rule's
-    gate only the selected bytes.
+    The number of selected bytes is the capacity. A learned router computes the weight of every
+    byte, a rule only the weights of the selected bytes.
     """
     selected = config.capacity(length)
     pairs = visible_pairs(length, config.fb_att_window_size)
@@ -24,12 +24,12 @@ def forward_flops(config: Config, length: int, batch_size: int = 1) -> int:
 
 
 def training_flops(config: Config, length: int, batch_size: int = 1) -> int:
-    """FLOPs of a forward and a backward pass: the gradients of a product are two products."""
+    """FLOPs of a forward and a backward pass: the gradients of a matmul are two matmuls."""
     return 3 * forward_flops(config, length, batch_size)
 
 
 def decoding_flops(config: Config, position: int, router_rate: float) -> float:
-    """FLOPs of decoding one byte after `position` bytes, of which the share router_rate was routed.
+    """FLOPs of decoding one byte after `position` bytes, at the router rate `router_rate`.
 
     Rejected drafts are not counted: the mathematics does not require them.
     """
@@ -55,7 +55,7 @@ def _flops(
 
 
 def visible_pairs(length: int, window: int) -> int:
-    """Pairs of a query and a key that it sees: its own position and `window` before it."""
+    """Pairs of a query and a visible key: the query's position or one of `window` before."""
     full = max(0, length - window)  # queries that see a whole window
     return full * (window + 1) + (length - full) * (length - full + 1) // 2
 

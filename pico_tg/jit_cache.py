@@ -1,22 +1,22 @@
-"""Schedules and compiled kernels on disk, and a second process that compiles.
+"""A cache of schedules and compiled kernels on disk, and a second process that compiles.
 
-tinygrad 0.13 keeps on disk only the binary that a compiler made of a kernel's source. Each process
-cuts its graphs into kernels and generates their source anew, which takes many times as long. Here
-two tables in the same file (CACHEDB) keep the rest:
+tinygrad 0.13 caches on disk only the binary that a compiler made of a kernel's source. Each process
+schedules its graphs and generates source code again, which takes many times as long as compiling.
+Here two tables in the same file (CACHEDB) cache the rest:
 
 - pico_schedules: from a graph to its list of kernels, not compiled yet;
 - pico_kernels: from a kernel to its program: binary, launch sizes, counts of operations and bytes.
 
 The key of a graph or kernel is `UOp.key`, a hash of its operations, shapes, dtypes and constants.
-Beside it, the key holds everything else that decides the value: tinygrad's version, all context
+The key also includes everything else that determines the value: tinygrad's version, all context
 variables, the environment variables that tinygrad's code generation reads, and for a kernel the
-renderer, its target, its compiler and the processor. So an entry never becomes invalid: what
-differs has another key. A value that cannot be read counts as missing. The file only grows; it may
-be deleted at any time. CACHELEVEL=0 turns both tables off.
+renderer, its target, its compiler and the processor. So no entry becomes invalid: a different
+setting has a different key. A value that cannot be read counts as missing. The file only grows and
+may be deleted at any time. CACHELEVEL=0 turns both tables off.
 
-Generating code is mostly Python's work, on one core. Where many kernels are missing, a worker (a
-process of its own) compiles them from the last to the first and puts them into the file, while this
-process starts with the first.
+Code generation is mostly Python's work, on one core. If many kernels are missing, a worker (another
+process) compiles them from the last to the first and writes them to the file, while this process
+starts with the first.
 """
 
 import atexit
@@ -48,17 +48,17 @@ from tinygrad.uop.ops import CallInfo, Ops, UOp
 from . import cache_file
 
 VERSION = importlib.metadata.version("tinygrad")
-# context variables that decide what is printed, recorded or kept, not what is made
+# context variables that affect what is printed, recorded or cached, but not the result
 IRRELEVANT = {
     *("ALLOW_DEVICE_USAGE", "CACHELEVEL", "CAPTURING", "DEBUG", "JIT", "PROFILE"),
     "TRACK_MATCH_STATS",
 }
-# devices that run the list of operations itself, which the cache does not keep
+# devices that interpret a kernel's list of operations, which the cache does not store
 INTERPRETERS = ("PYTHON", "NULL", "DSP")
-# the least number of missing kernels that is worth a worker: it takes half a second to start
+# least number of missing kernels for which a worker, which takes half a second to start, pays
 MIN_FOR_WORKER = 16
 
-_programs: dict[tuple, UOp] = {}  # this process's copy of what it read or compiled
+_programs: dict[str, UOp] = {}  # the kernels that this process has read or compiled, by key
 
 
 def install() -> None:
@@ -81,21 +81,21 @@ def install() -> None:
 
     def add_with_worker(jit: TinyJit, linear: UOp, var_vals: dict) -> None:
         add_linear(jit, linear, var_vals)
-        # the worker compiles while this process goes on recording
+        # the worker compiles while this process continues to capture
         _use_worker(linear, getenv("JITBEAM", BEAM.value))
 
     tinygrad.engine.realize.compile_linear = compile_with_worker
     tinygrad.engine.jit.compile_linear = compile_with_worker
     TinyJit.add_linear = add_with_worker
-    # tinygrad's own holds id(grad_fxn), which differs between processes, and so would UOp.key
+    # tinygrad's __repr__ includes id(grad_fxn), so UOp.key would differ between processes
     CallInfo.__repr__ = lambda self: f"CallInfo({self.__reduce__()[1]})"
 
 
 class Schedules(dict):
-    """tinygrad's schedule cache, from a graph's key to its schedule, continued on disk."""
+    """tinygrad's schedule cache, from a graph's key to its schedule, backed by the file."""
 
     def get(self, graph: bytes, default: UOp | None = None) -> UOp | None:
-        """The schedule of the graph with this key, `default` if it was never made."""
+        """The schedule of the graph with this key; `default` if no schedule is cached."""
         if graph not in self:
             schedule = _read("pico_schedules", _key(graph))
             if schedule is None:
@@ -109,8 +109,8 @@ class Schedules(dict):
 
 
 def cached_program(ast: UOp, renderer: Renderer) -> UOp:
-    """tinygrad's `to_program`: the compiled kernel, without the list of operations it came from."""
-    # BEAM's candidates arrive compiled, in thousands; DEBUG >= 3 prints while it compiles
+    """tinygrad's `to_program`, cached: the compiled kernel without its list of operations."""
+    # BEAM passes thousands of compiled candidates; DEBUG >= 3 prints while compiling
     if _is_compiled(ast) or renderer.target.device in INTERPRETERS or DEBUG >= 3:
         return to_program(ast, renderer)
     key = _kernel_key(ast, renderer)
@@ -129,7 +129,7 @@ def _is_compiled(ast: UOp) -> bool:
 
 def _without_operations(program: UOp) -> UOp:
     sink, device, _, source, binary = program.src
-    # launching a kernel looks for its parameters and variables only
+    # launching a kernel needs only its parameters and variables
     kept = tuple(u for u in sink.toposort() if u.op in (Ops.PARAM, Ops.DEFINE_VAR))
     return program.replace(src=(sink.replace(src=kept), device, UOp(Ops.LINEAR), source, binary))
 
@@ -142,7 +142,7 @@ def _key(*parts: object) -> str:
 
 
 def _kernel_key(ast: UOp, renderer: Renderer) -> str:
-    # the target may say "native" only: the compiler's key, or else _processor, names the processor
+    # the target may be just "native": the compiler's key or _processor identifies the processor
     compiler = str(renderer.compiler.cachekey) if renderer.compiler else ""
     return _key(ast.key, type(renderer).__name__, str(renderer.target), compiler, _processor())
 
@@ -152,7 +152,7 @@ def _options() -> list[tuple[str, object]]:
     return sorted((context | _environment()).items())
 
 
-@functools.cache  # as tinygrad's getenv, which never reads a variable twice
+@functools.cache  # like tinygrad's getenv, which reads each variable once
 def _environment() -> dict[str, str | None]:
     """The environment variables that tinygrad's code generation reads: its source names them."""
     root = Path(tinygrad.__file__).parent
@@ -195,10 +195,10 @@ def _write(table: str, key: str, value: UOp) -> None:
 
 
 def _use_worker(linear: UOp, beam: int) -> None:
-    """Let the worker compile the kernels of a schedule, from the last, where many are missing.
+    """Let the worker compile the kernels of a schedule, the last first, if many are missing.
 
-    It compiles for the device CPU only, whose compiler needs no driver. It leaves BEAM alone, which
-    runs what it compiles. CPU_COUNT=1 and CACHELEVEL=0 do without a worker.
+    The worker compiles for the device CPU only, whose compiler needs no driver. There is no worker
+    with BEAM, which times the kernels that it compiles, with CPU_COUNT=1 and with CACHELEVEL=0.
     """
     if CACHELEVEL < 1 or CPU_COUNT.value == 1 or DEBUG >= 3 or beam:
         return
@@ -231,13 +231,13 @@ class _Worker:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-            start_new_session=True,  # Ctrl-C is for this process, which ends the other
+            start_new_session=True,  # Ctrl-C reaches this process only, which then ends the worker
         )
         atexit.register(self._end)
         threading.Thread(target=self._write, daemon=True).start()
 
     def send(self, kernels: dict[str, UOp]) -> None:
-        """Give it those of the kernels, by key, that it did not receive before."""
+        """Send the worker the kernels, by key, that it has not received before."""
         kernels = {key: ast for key, ast in kernels.items() if key not in self._sent}
         self._sent |= kernels.keys()
         if kernels:
@@ -245,8 +245,8 @@ class _Worker:
             self._messages.put((context, list(kernels.values())))
 
     def _write(self) -> None:
-        """In a thread: the pipe may be full, and the worker busy."""
-        with contextlib.suppress(Exception):  # then there is no worker; this process compiles all
+        """Runs in a thread, since the pipe may be full while the worker is busy."""
+        with contextlib.suppress(Exception):  # without a worker, this process compiles all kernels
             while True:
                 message = pickle.dumps(self._messages.get())
                 self._process.stdin.write(len(message).to_bytes(8, "little") + message)
@@ -264,19 +264,19 @@ _starting = threading.Lock()
 
 def _worker() -> _Worker:
     with _starting:
-        # a process that was forked from the owner must not write into the owner's pipe
+        # a process that was forked from the owner must not write to the owner's pipe
         if not _workers or _workers[-1].owner != os.getpid():
             _workers.append(_Worker())
         return _workers[-1]
 
 
 def work() -> None:
-    """The worker's program: compile what arrives on stdin, the last first, until stdin closes."""
+    """The worker's main: compile the kernels from stdin, the last first, until stdin closes."""
     cache_file.share_cache_file()
     messages: queue.SimpleQueue = queue.SimpleQueue()
 
     def receive() -> None:
-        # bytes only: tinygrad's table of UOps, into which unpickling writes, is not thread-safe
+        # do not unpickle here: unpickling writes tinygrad's table of UOps, which is not thread-safe
         while size := sys.stdin.buffer.read(8):
             messages.put(sys.stdin.buffer.read(int.from_bytes(size, "little")))
         os._exit(0)  # the other process has ended
@@ -288,6 +288,6 @@ def work() -> None:
             context, asts = pickle.loads(messages.get())
             kernels += [(context, ast) for ast in asts]
         context, ast = kernels.pop()
-        # the other process meets the same error, and reports it
+        # the other process gets the same error and reports it
         with contextlib.suppress(Exception), Context(**context):
             cached_program(ast, Device["CPU"].renderer)

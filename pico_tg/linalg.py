@@ -1,9 +1,9 @@
 """Linear algebra on the host: QR and eigenvectors of many float32 matrices in parallel.
 
-NumPy's `qr` computes float32 matrices in float64, one after the other with several threads each,
-and takes three times as long as float32 LAPACK with one matrix per core. Where NumPy ships with
-OpenBLAS (its wheels for Linux and Windows), `qr` calls the float32 routines of that library;
-elsewhere it is NumPy's.
+NumPy's `qr` computes float32 matrices in float64, sequentially with several threads for each, which
+takes three times as long as float32 LAPACK with one matrix per core. If NumPy ships with OpenBLAS
+(as in its wheels for Linux and Windows), `qr` here calls the float32 routines of that library;
+otherwise `qr` calls NumPy's.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import numpy as np
 
 
 def qr(a: np.ndarray) -> np.ndarray:
-    """The orthonormal factor Q [s, s] of a [s, s], float32; in float64 where float32 fails.
+    """The orthonormal factor Q [s, s] of a [s, s], float32; computed in float64 if float32 fails.
 
     Raises LinAlgError if `a` is not finite.
     """

@@ -1,4 +1,4 @@
-"""Mixed precision: factors of matrix products in bfloat16, and which devices multiply it fast.
+"""Mixed precision: factors of matmuls in bfloat16, and which devices have tensor cores for it.
 
 Weights, sums, gradients and the optimizer stay float32.
 """
@@ -9,7 +9,7 @@ from tinygrad import Context, Device, Tensor, dtypes
 
 from .runtime import ALLOW_TF32, USE_TC, ContextVar, DType, has_cpu_kernels
 
-# round the factors of products to bfloat16 in graphs built within `with Context(PICO_BF16=1)`
+# round the factors of matmuls to bfloat16 in graphs built within `with Context(PICO_BF16=1)`
 BF16 = ContextVar("PICO_BF16", 0)
 
 
@@ -21,7 +21,8 @@ def has_bf16_tensor_cores(device: str | tuple[str, ...]) -> bool:
 def has_tensor_cores(device: str | tuple[str, ...], dtype: DType) -> bool:
     """Whether tinygrad uses the device's tensor cores for factors of `dtype`.
 
-    For float32 only on Apple: CUDA's would round factors to 10 bits (ALLOW_TF32=1 allows it).
+    For float32 only on Apple: CUDA's tensor cores would round factors to 10 bits of mantissa, which
+    ALLOW_TF32=1 permits.
     """
     with Context(ALLOW_DEVICE_USAGE=1):  # tinygrad forbids opening a device inside @function
         renderer = Device[device if isinstance(device, str) else device[0]].renderer
@@ -35,7 +36,7 @@ def has_tensor_cores(device: str | tuple[str, ...], dtype: DType) -> bool:
 
 
 def rounded_factor(x: Tensor, to_bf16: bool) -> Tensor:
-    """`x`, rounded to bfloat16 if `to_bf16`; for CPU kernels the rounded values as float32."""
+    """`x`, rounded to bfloat16 if `to_bf16`; for CPU kernels, rounded but stored as float32."""
     if not to_bf16:
         return x
     rounded = x.cast(dtypes.bfloat16)
@@ -44,7 +45,7 @@ def rounded_factor(x: Tensor, to_bf16: bool) -> Tensor:
 
 
 def choose_precision(precision: str, devices: tuple[str, ...] = ()) -> str:
-    """fp32 or bf16; `auto` is bf16 where the devices (default: tinygrad's) multiply it fast."""
+    """fp32 or bf16; `auto`: bf16 if the devices (default: tinygrad's) have tensor cores for it."""
     if precision != "auto":
         return precision
     return "bf16" if has_bf16_tensor_cores((devices or (Device.DEFAULT,))[0]) else "fp32"

@@ -1,7 +1,7 @@
 """Messages and progress on stderr: a bar on a terminal, plain lines in a pipe or a log.
 
-Neither ever ends the work that is reported: where stderr is gone (a closed terminal, a full disk),
-the messages are dropped.
+Output errors never interrupt the work: if stderr cannot be written (a closed terminal, a full
+disk), messages are dropped.
 """
 
 import os
@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-LINE_SECONDS = 10.0  # at most one plain line in this time, apart from the last one
+LINE_SECONDS = 10.0  # least time between two plain lines, except for the last line
 LINE = "{desc}: {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
 
@@ -24,7 +24,7 @@ def say(text: str) -> None:
 
 
 def drop_output() -> None:
-    """Send standard streams that cannot be written to the null device from now on.
+    """Redirect standard streams that cannot be written to the null device.
 
     Otherwise Python's flush at exit would fail again.
     """
@@ -36,7 +36,7 @@ def drop_output() -> None:
 
 
 class Progress(tqdm):
-    """A tqdm bar; where stderr is no terminal, a line every LINE_SECONDS and one at the end."""
+    """A tqdm bar; if stderr is not a terminal, a line every LINE_SECONDS and one at the end."""
 
     def __init__(self, **options: Any) -> None:
         self.has_bar = sys.stderr.isatty()
@@ -65,5 +65,5 @@ class Progress(tqdm):
     def close(self) -> None:
         if not self.disable and not self.has_bar:
             say(str(self))
-            self.disable = True  # tqdm's own last lines are for a bar
+            self.disable = True  # keeps tqdm from printing a last bar
         super().close()

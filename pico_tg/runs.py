@@ -202,7 +202,7 @@ def find_checkpoint(run_dir: str | os.PathLike, checkpoint: int | str = -1) -> P
     if isinstance(checkpoint, int) and 0 < -checkpoint <= len(found):
         return list(found.values())[checkpoint]
     steps = ", ".join(map(str, found))
-    raise PicoError(f"{run_dir} has no checkpoint {checkpoint}; the steps of its own are {steps}")
+    raise PicoError(f"{run_dir} has no checkpoint {checkpoint}; checkpoints exist of steps {steps}")
 
 
 def load(path: str | os.PathLike, run: str, checkpoint: int | str = -1) -> Pico:

@@ -1,6 +1,6 @@
 """The safetensors format: every header is checked, every file is written atomically.
 
-Plain file I/O instead of tinygrad's, whose writer is not atomic and whose reader trusts the header.
+This module does not use tinygrad's, whose writer is not atomic and whose reader trusts the header.
 """
 
 import json
@@ -15,7 +15,7 @@ from .files import PicoError, atomic_write
 
 MAX_HEADER = 100 << 20  # bytes; the limit of the safetensors package
 
-# NumPy has no BF16: it is read as the upper half of a float32, which is exact
+# NumPy has no BF16: a BF16 number is read as the upper half of a float32, which is exact
 DTYPES = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
@@ -33,7 +33,7 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items() if name != "BF16"}
 
-# name -> (dtype's name, shape, first byte, end), counted from where the data start
+# name -> (dtype's name, shape, first byte, end); bytes count from the start of the data
 Entries = dict[str, tuple[str, tuple[int, ...], int, int]]
 
 
@@ -61,7 +61,7 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], di
 
 
 def read_header(path: str | os.PathLike) -> tuple[Entries, dict[str, str]]:
-    """The tensors' entries and the metadata; checked as by `read_safetensors`, data not read."""
+    """The tensors' entries and the metadata, checked as in `read_safetensors` without the data."""
     try:
         with open(path, "rb") as file:
             return _parse_header(file, path)[:2]
@@ -70,7 +70,7 @@ def read_header(path: str | os.PathLike) -> tuple[Entries, dict[str, str]]:
 
 
 def _parse_header(file: BinaryIO, path: str | os.PathLike) -> tuple[Entries, dict[str, str], int]:
-    """The entries, the metadata and the number of bytes of data, which the file then stands at."""
+    """(entries, metadata, bytes of data); leaves the file position at the start of the data."""
 
     def broken(why: str) -> PicoError:
         return PicoError(f"{path} is not a valid safetensors file: {why}")
@@ -89,7 +89,7 @@ def _parse_header(file: BinaryIO, path: str | os.PathLike) -> tuple[Entries, dic
 
     def unique(pairs: list[tuple]) -> dict:
         if len(dict(pairs)) != len(pairs):
-            raise broken("a name stands twice in its header")
+            raise broken("its header contains a name twice")
         return dict(pairs)
 
     try:
@@ -117,7 +117,7 @@ def _check_entry(name: str, entry: object, broken) -> tuple[str, tuple[int, ...]
         return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise broken(f"the entry {name!r} is not of the format")
+        raise broken(f"the entry {name!r} does not have the keys dtype, shape and data_offsets")
     kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(kind, str) or kind not in DTYPES:
         raise broken(f"{name!r} has the unknown type {kind!r}")

@@ -250,7 +250,7 @@ class Stack:
         return update.contiguous()
 
     def refresh(self, first: bool) -> list[Callable[[], None]]:
-        """Tasks, one for each parameter, that refresh its bases and project its moments anew."""
+        """Tasks, one for each parameter, that refresh its bases and project its moments again."""
         if not self.sides:
             return []
         changed = (self.exp_avg, self.exp_avg_sq, *self.Q)

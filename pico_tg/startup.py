@@ -1,4 +1,4 @@
-"""The first moments of a process: Ctrl-C during the imports, and a DEV that stops tinygrad's."""
+"""Start of a process: Ctrl-C during the imports, and a DEV that makes tinygrad's import fail."""
 
 import contextlib
 import os
@@ -31,10 +31,11 @@ def _is_command_line() -> bool:
 
 
 def import_tinygrad() -> str | None:
-    """Import tinygrad although DEV may be malformed; returns tinygrad's complaint about it.
+    """Import tinygrad even if DEV is malformed; returns tinygrad's error message about DEV.
 
-    tinygrad 0.13 parses DEV on import and raises RuntimeError ("too many ':' in target string"):
-    not even --help would work. `DEV` then stands for a device that does not exist.
+    tinygrad 0.13 parses DEV on import and raises RuntimeError ("too many ':' in target string"), so
+    not even --help would work (test_backend). During a second import, DEV names a device that does
+    not exist.
     """
     dev = os.environ.get("DEV", "")
     try:

@@ -270,7 +270,7 @@ def test_training_in_a_log(capsys):
     made = [step_record(1, 3), step_record(2, 3, **MEASURED), step_record(3, 3)]
     TrainingDisplay(lambda: "The text").show(made)
     validation, sample, last = capsys.readouterr().err.splitlines()
-    assert validation.startswith("step 2: validation 2.500 bits/byte as used, 2.400 with")
+    assert validation.startswith("step 2: validation 2.500 bits/byte with decoding's routing, 2.4")
     assert sample == "  sample: The text"
     assert last.startswith("training: 3/3 step [")
     assert "loss 1.400" in last

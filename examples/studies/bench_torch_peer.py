@@ -5,10 +5,10 @@
 
 Two implementations of attention in PyTorch: `dense` is scaled_dot_product_attention with an N x N
 mask; `banded` cuts the sequence into blocks, each of which sees its own keys and those of a window
-before it. The PyTorch model reads weights that pico_tg wrote, and the program ends unless both
-models have the same loss on the same bytes. With --cuda both run on the GPU in both precisions, the
-PyTorch model compiled, and `flex` is flex_attention. pico_tg is measured by its own `bench` in a
-separate process.
+before the block. The PyTorch model loads weights that pico_tg wrote, and the program exits unless
+both models have the same loss on the same bytes. With --cuda both run on the GPU in both
+precisions, the PyTorch model is compiled, and `flex` (flex_attention) is added. The `bench` command
+of pico_tg measures pico_tg in a separate process.
 """
 
 import argparse

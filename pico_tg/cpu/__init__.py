@@ -1,8 +1,11 @@
-"""Hand-scheduled CPU kernels; with this folder deleted, pico_tg runs on tinygrad's own schedules.
+"""Hand-scheduled CPU kernels; without this folder, pico_tg runs on tinygrad's own schedules.
 
-loops: the loop nest builder and its constants; matmul: tiled matrix products; band_attention:
-attention in a band with its gradient; decoding: the kernels of a decoding pass; launcher: captured
-graphs in one native call.
+- loops: the builder of loop nests and its constants
+- matmul: tiled matmul
+- band_attention: banded attention and its gradient
+- lookup: the gradient of an embedding lookup
+- decoding: the kernels of a decoding pass
+- launcher: captured graphs in one native call
 """
 
 import os
@@ -17,15 +20,15 @@ from tinygrad.helpers import DEV
 def enabled(device: str | tuple[str, ...]) -> bool:
     """Whether hand-scheduled kernels run on this device.
 
-    They run on a single CPU device, except with PICO_KERNELS=0 and with tinygrad's X86 assembler,
-    which has no vectors.
+    The kernels run on a single CPU device, except with PICO_KERNELS=0 and with tinygrad's X86
+    assembler, which has no vectors.
     """
     wanted = os.environ.get("PICO_KERNELS", "1") != "0" and DEV.renderer != "X86"
     return wanted and isinstance(device, str) and device.split(":")[0] == "CPU"
 
 
 def use_launcher() -> None:
-    """Launch graphs that are captured from now on natively, if the default device is enabled."""
+    """Launch all graphs captured after this call natively, if the default device is enabled."""
     if enabled(Device.DEFAULT):
         from . import launcher
 

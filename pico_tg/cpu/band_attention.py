@@ -1,6 +1,6 @@
-"""Attention in a band on the CPU: matrix products with fused epilogues, and their gradients.
+"""Banded attention on the CPU: matmuls with fused epilogues, and their gradients.
 
-For each query, with S its scores in units of powers of two:
+For each query, with S its scores as exponents of 2:
 
     S = log2(e) * (q . k / sqrt(C) - ALiBi), and -inf where a key is not visible
 
@@ -11,7 +11,7 @@ For each query, with S its scores in units of powers of two:
 and with dO the gradient of the output:
 
     delta = rowsum(dO * O)
-    dS = P * (dO V^T - delta) / l     elementwise; times ln 2 where it meets q or k
+    dS = P * (dO V^T - delta) / l     elementwise; dQ and dK are multiplied by ln 2
     dQ = dS K,  dK = dS^T Q,  dV = P^T dO / l
 
 as in FlashAttention-2 (arXiv 2307.08691), except that P is kept for the backward pass: in a band it
@@ -34,10 +34,11 @@ from .matmul import pack_panels, tiled_matmul
 
 @dataclasses.dataclass(frozen=True)
 class Band:
-    """The sizes of banded attention and how its band is cut into blocks of queries.
+    """The sizes of banded attention, and of the blocks of queries that the band is cut into.
 
-    A block's `group * queries` rows share `keys` keys: those of its own positions and the
-    `lookback` before them. `lookback` is a multiple of `queries`, and `queries` one of TILE_N.
+    The `group * queries` rows of a block share `keys` keys: those of the block's own positions and
+    the `lookback` keys before them. `lookback` is a multiple of `queries`, and `queries` is a
+    multiple of TILE_N.
     """
 
     batch: int
@@ -71,12 +72,12 @@ class Band:
 
     @property
     def positions(self) -> int:
-        """Key rows of a sequence, `lookback` rows of zeros before the first byte included."""
+        """Key rows of a sequence, including `lookback` rows of zeros before the first byte."""
         return self.lookback + self.blocks * self.queries
 
     @property
     def width(self) -> int:
-        """Elements of a row of q, k or v in memory: head_dim, the column of ones, padding."""
+        """Columns of q, k and v in memory: head_dim, the column of ones, padding."""
         return round_up(self.head_dim + 1, TILE_N)
 
     def query_row(self, z: UOp, block: UOp, m: UOp) -> UOp:
@@ -91,8 +92,8 @@ class Band:
 def tiles(length: int, window: int) -> tuple[int, int, int]:
     """`attention.block_sizes` for these kernels: (queries of a block, lookback, blocks).
 
-    Blocks are multiples of TILE_N and smaller than in `block_sizes`, since no block's keys are
-    copied.
+    Blocks are multiples of TILE_N. They are smaller than those of `block_sizes`, since these
+    kernels do not copy the keys for each block.
     """
     if window >= length - 1:
         return round_up(length, TILE_N), 0, 1
@@ -134,14 +135,14 @@ def band_attention(q: Tensor, k: Tensor, v: Tensor, window: int, slopes: Tensor)
 
 @functools.cache
 def _output_function(band: Band, to_bf16: bool):
-    """q, k, v, weights, sums as matrices of rows -> the output's rows, with the gradient."""
+    """A function of the rows of q, k, v, weights and sums -> output rows, with its gradient."""
     C, P = band.head_dim, band.width
 
     def gradient(upstream: UOp, call: UOp) -> tuple[UOp | None, ...]:
         q, k, v, weights, sums = (Tensor(uop) for uop in call.src[1:])
         g = Tensor(upstream).contiguous()
         inv_l = sums[:, C : C + 1].reciprocal()
-        # -delta / l: the epilogue only adds
+        # -delta / l, since the epilogue adds
         minus_delta = (-(g * sums[:, :C]).sum(axis=1, keepdim=True) * inv_l * inv_l).contiguous()
         g = rounded_factor((g * inv_l).pad((None, (0, P - C))), to_bf16).contiguous()  # dO / l
         ds = _score_gradient(g, _key_panels(v, band), weights, minus_delta, band)
@@ -180,7 +181,7 @@ def _scores(q: Tensor, k: Tensor, slopes: Tensor, band: Band) -> Tensor:
     arange = functools.partial(Tensor.arange, device=q.device)
     distance = arange(Q).reshape(Q, 1) + band.lookback - arange(s)  # (Q, s)
     visible = (distance >= 0) & (distance <= band.window)
-    # slopes are negative: an infinite distance makes the score -inf
+    # the slopes are negative, so an infinite distance makes the score -inf
     distance = visible.where(distance.cast(dtypes.float32), math.inf).contiguous()
     before_start = (arange(band.positions) < band.lookback).where(-math.inf, 0.0).contiguous()
     return _rows_times_panels([q, k, slopes, distance, before_start], band, "scores", add_bias)
@@ -201,7 +202,7 @@ def _score_gradient(
 def _rows_times_panels(
     inputs: list[Tensor], band: Band, name: str, epilogue: Callable[..., UOp]
 ) -> Tensor:
-    """Each block's query rows times its visible keys, in panels -> rows of `keys` elements."""
+    """Each block's query rows @ its visible keys, in panels -> rows of `keys` elements."""
     Z, b, M, P, s = band.matrices, band.blocks, band.rows, band.width, band.keys
     return tiled_matmul(
         Tensor.empty(Z * b * M, s, device=inputs[0].device),
@@ -217,7 +218,7 @@ def _rows_times_panels(
 
 
 def _rows_times_keys(a: Tensor, x: Tensor, band: Band, name: str) -> Tensor:
-    """Score rows a times each block's visible key rows x -> query rows."""
+    """Each block's score rows a @ its visible key rows x -> query rows."""
     Z, b, M, P, s = band.matrices, band.blocks, band.rows, band.width, band.keys
     return tiled_matmul(
         Tensor.empty(Z * b * M, P, device=a.device),
@@ -232,8 +233,7 @@ def _rows_times_keys(a: Tensor, x: Tensor, band: Band, name: str) -> Tensor:
 
 
 def _key_gradient(a: Tensor, x: Tensor, band: Band, name: str) -> Tensor:
-    """a^T x -> key rows: for each key, the sum over the queries that see it of a's element times
-    the query row x."""
+    """a^T x -> key rows. For each key: the sum, over the queries that see the key, of a * x."""
     Z, b, M, Q, P = band.matrices, band.blocks, band.rows, band.queries, band.width
     later = band.lookback // Q  # a key is visible to its own block and to this many later ones
 
@@ -264,7 +264,7 @@ def _key_gradient(a: Tensor, x: Tensor, band: Band, name: str) -> Tensor:
 
 
 def exps(scores: Tensor, threads: int = 1) -> Tensor:
-    """2^(scores - the row's maximum): [rows, s] -> [rows, s], s a multiple of TILE_N."""
+    """2^(scores - row maximum): [rows, s] -> [rows, s], with s a multiple of TILE_N."""
     rows, s = scores.shape
 
     def kernel(out: UOp, scores: UOp) -> UOp:
@@ -277,7 +277,7 @@ def exps(scores: Tensor, threads: int = 1) -> Tensor:
             top = scores[row, lane]
         top = top.reduce(lane, arg=Ops.MAX)
         value = _exp2(scores[row, n] - top)
-        # an axis of one iteration does not count
+        # tinygrad drops an axis of one iteration, so the later axes move down
         opts = [Opt(OptOps.UPCAST, rows > 1, TILE_N), Opt(OptOps.UNROLL, s > TILE_N, TILE_N)]
         if threads > 1:
             opts.append(Opt(OptOps.THREAD, 0, threads))
@@ -296,7 +296,7 @@ EXP2_COEFFICIENTS = (
 
 
 def _exp2(x: UOp) -> UOp:
-    """2^x for x <= 0, exactly 0 below 2^-126, in a third of the time of tinygrad's exp2."""
+    """2^x for x <= 0, exactly 0 below 2^-126; three times as fast as tinygrad's exp2."""
     x = x.maximum(x.const_like(-127.0))
     whole = (x - 0.5).cast(dtypes.int32)  # x <= 0, so truncation after -0.5 rounds to nearest
     rest = x - whole.cast(dtypes.float32)

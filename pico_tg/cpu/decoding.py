@@ -1,8 +1,8 @@
-"""The kernels of a decoding pass: packed matrix products, and attention over a `KVCache`.
+"""The kernels of a decoding pass: packed matmul, and attention over a `KVCache`.
 
-A pass has few rows, so that each kernel is bound by reading weights, keys or values. Every operand
-is stored in the order in which its kernel reads it, and one kernel does what tinygrad would split
-into several.
+A pass has few rows, so reading weights, keys or values dominates the time of each kernel. Every
+operand is stored in the order in which a kernel reads the operand, and one kernel computes what
+tinygrad would split into several.
 
 H query heads, K key/value heads, G = H / K, C head_dim, S slots, R rows, P columns of the values.
 """
@@ -22,16 +22,16 @@ from .loops import TILE_N, tile_m
 if TYPE_CHECKING:
     from ..kv_cache import KVCache
 
-UNROLL = 4  # terms of a sum that one iteration adds where a tile has only one row
+UNROLL = 4  # terms of a sum that one iteration adds if a tile has only one row
 
 
 def packed_matmul(
     x: Tensor, weight: Tensor, outputs: int, scale: Tensor | None, residual: Tensor | None
 ) -> Tensor:
-    """x [R, I...] times weight in panels [n, I, panel] -> [R, n * panel].
+    """x [R, I...] @ weight in panels [n, I, panel] -> [R, n * panel].
 
-    `scale` [R, 1] multiplies the rows, then `residual` [R, n * panel] is added. `outputs`: how many
-    columns are not padding.
+    `scale` [R, 1] multiplies the rows, then `residual` [R, n * panel] is added. `outputs`: number
+    of columns that are not padding.
     """
     rows, (panels, inputs, panel) = x.shape[0], weight.shape
     tile = _tile_rows(rows)
@@ -60,8 +60,8 @@ def packed_matmul(
 def attend(cache: KVCache, qkv: Tensor, start: Tensor) -> Tensor:
     """`KVCache.attend`: stores the rows' keys and values, then attends; [R, H*C | ...] -> [R, H*C].
 
-    Intermediate rows are (head, row) pairs in one dimension: 0.13 copies a tensor that is reshaped
-    on its way into or out of a custom kernel.
+    Intermediate tensors keep (head, row) pairs in one dimension: tinygrad 0.13 copies a tensor that
+    is reshaped before or after a custom kernel.
     """
     keys, values = _store(cache, qkv, start)
     weights = exps(_scores(cache, qkv, keys, start))  # (K*G*R, S)
@@ -84,7 +84,7 @@ def _store(cache: KVCache, qkv: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _scores(cache: KVCache, qkv: Tensor, keys: Tensor, start: Tensor) -> Tensor:
-    """Scores in units of powers of two, -inf where a slot is not visible: [K*G*R, S]."""
+    """Scores as exponents of 2, -inf where a slot is not visible: [K*G*R, S]."""
     R, H, K, C, S = qkv.shape[0], cache.heads, cache.kv_heads, cache.head_dim, cache.slots
     G, tile = H // K, _tile_rows(R)
 
@@ -128,7 +128,7 @@ def _weighted_sums(cache: KVCache, weights: Tensor, values: Tensor) -> Tensor:
 
 
 def _normalize(cache: KVCache, sums: Tensor) -> Tensor:
-    """Sums [R*H, P], divided by their column C, the sum of the weights -> [R, H*C]."""
+    """Sums [R*H, P] divided by their column C, which is the sum of the weights -> [R, H*C]."""
     H, C = cache.heads, cache.head_dim
     R = sums.shape[0] // H
 
@@ -155,14 +155,13 @@ def _end(store: UOp, *loops: UOp | int) -> UOp:
 
 
 def _tile_rows(rows: int, vectors: int = 1) -> int:
-    """Rows of a register tile: the most that divide `rows` and fit, with `vectors` of TILE_N
-    elements each."""
+    """Rows of a register tile: the most that divide `rows` and fit, at `vectors` vectors a row."""
     capacity = 16 if tile_m() > 6 else 6  # vectors of TILE_N elements that the registers hold
     return next(n for n in (8, 4, 2, 1) if rows % n == 0 and n * vectors <= capacity)
 
 
 def _tile_opts(column_axis: int, vectors: int, row_axis: int, rows: int) -> list[Opt]:
-    """A register tile of `rows` rows and `vectors` times TILE_N columns."""
+    """The options for a register tile of `rows` rows and `vectors` * TILE_N columns."""
     opts = [Opt(OptOps.UPCAST, column_axis, TILE_N)]
     if vectors > 1:
         opts.append(Opt(OptOps.UPCAST, column_axis, vectors))

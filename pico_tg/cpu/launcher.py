@@ -2,17 +2,17 @@
 
 tinygrad 0.13 executes each kernel of a captured graph from Python: a wait, an exec and a signal,
 and for a kernel of several threads a queue.Queue.put, a GIL hand-over, a wake-up and a join for
-each thread: 50 to 300 µs a kernel. Here the graph becomes a table with one row a kernel (function,
-shares, arguments), and one native function walks the table.
+each thread: 50 to 300 µs per kernel. Here the graph becomes a table with one row per kernel
+(function, shares, arguments), and one native function runs all rows of the table.
 
-A kernel of T threads has T shares, numbered by its argument `core_id`. The calling thread and the
-helper threads claim shares from one atomic counter, so a kernel is complete whichever of them runs,
-and a helper that is descheduled before it claims a share delays nobody. Threads that find no work
-spin briefly and then sleep in a futex, so that processes that compete for the cores get them.
+A kernel of T threads has T shares, numbered by the kernel's argument `core_id`. The calling thread
+and the helper threads claim shares from one atomic counter, so any subset of the threads completes
+a kernel, and a helper that is descheduled before it claims a share delays no other thread. Threads
+without work spin briefly and then sleep in a futex, which leaves the cores to other processes.
 
 The graph runs in the calling thread, after all work submitted earlier; results are in memory when
-the call returns. Whatever differs from the plain case (other compilers and systems, copies,
-symbolic launch sizes, PROFILE, DEBUG >= 2) is left to tinygrad's own graph.
+the call returns. tinygrad's own graph handles all other cases: other compilers and systems, copies,
+symbolic launch sizes, PROFILE, DEBUG >= 2.
 """
 
 import ctypes
@@ -38,11 +38,11 @@ from tinygrad.runtime.graph.hcq import HCQGraph
 from tinygrad.runtime.ops_cpu import CPUProgram
 from tinygrad.uop.ops import Ops, UOp
 
-ROW = 5  # int64 a kernel: function, shares, number of arguments, position of core_id, their address
+ROW = 5  # int64s: function, shares, number of arguments, position of core_id, arguments' address
 MAX_ARGUMENTS = 96
-SPIN = 2000  # polls before a thread sleeps, some 20 to 80 µs
-SLICE = 256  # kernels a native call: signal handlers of Python run between two calls
-# bytes from the start of the shared state; what different threads write lies in different lines
+SPIN = 2000  # polls before a thread sleeps, about 20 to 80 µs
+SLICE = 256  # kernels per native call: Python's signal handlers run between two calls
+# byte offsets in the shared state, each in a separate cache line to avoid false sharing
 TICKET, DONE, SEQUENCE, SLEEPERS, WAITING, KERNEL = 0, 64, 128, 192, 256, 320
 STATE_BYTES = 512
 FUTEX = {"x86_64": 202, "aarch64": 98}  # the number of the system call
@@ -50,7 +50,7 @@ PAUSE = {"x86_64": "pause", "aarch64": "yield"}
 
 
 class NativeGraph(HCQGraph):
-    """A captured graph of kernels of one CPU device, launched natively where that is possible."""
+    """A captured graph of kernels of one CPU device, launched natively if possible."""
 
     def __init__(self, linear: UOp, input_uops: tuple[UOp, ...] = ()) -> None:
         GraphRunner.__init__(self, linear, input_uops)
@@ -102,7 +102,7 @@ class NativeGraph(HCQGraph):
     def __call__(
         self, input_uops: tuple[UOp, ...], var_vals: dict[str, int], wait: bool = False
     ) -> float | None:
-        """Run all kernels, `input_uops` in place of the graph's inputs."""
+        """Run all kernels, with `input_uops` in place of the graph's inputs."""
         if self.launcher is None:
             return super().__call__(input_uops, var_vals, wait)
         start = time.perf_counter()
@@ -142,9 +142,9 @@ class Launcher:
             threading.Thread(target=self.native, args=work, daemon=True).start()
 
     def run(self, rows: np.ndarray) -> None:
-        """Run the kernels of a table in order. An exception of a signal handler waits for the end.
+        """Run the kernels of a table in order; then raise the last exception of a signal handler.
 
-        Half a graph would leave half an optimizer step behind.
+        An exception in the middle would leave an optimizer step half done.
         """
         raised = None
         for start in range(0, len(rows), SLICE):
@@ -158,15 +158,15 @@ class Launcher:
 
 
 def install(device: str) -> None:
-    """From now on, graphs captured on this CPU device are `NativeGraph`s."""
+    """Make all graphs that are captured on this CPU device from now on `NativeGraph`s."""
     if _launcher() is not None:
         Device[device].graph = NativeGraph
 
 
 def native_replay(captured: CapturedJit) -> Callable[[], Any] | None:
-    """A function that does what `captured([], {})` does, if all of it is native graphs; else None.
+    """A function equivalent to `captured([], {})`; None unless all its calls are native graphs.
 
-    It counts in GlobalCounters as tinygrad's own does.
+    The function updates GlobalCounters as tinygrad's own replay does.
     """
     calls = captured.linear.src
     if not all(call.src[0].op is Ops.CUSTOM_FUNCTION for call in calls):
@@ -231,12 +231,12 @@ def cgroup_quota(root: Path, group: str) -> float:
 
 
 def _source(architecture: str) -> str:
-    """LLVM IR of `launch(state, rows, count, syscall)`; without rows, of a helper's endless loop.
+    """LLVM IR of `launch(state, rows, count, syscall)`; if rows is 0, a helper's endless loop.
 
     The ticket is epoch << 32 | shares << 16 | shares claimed, with a new epoch for each kernel of
     several shares. A thread claims a share by compare-and-swap of the whole ticket. The swap
-    succeeds only while a share of that epoch is unclaimed, and KERNEL is overwritten only when all
-    shares of the epoch are done, so the row that the thread read before is that epoch's.
+    succeeds only while a share of that epoch is unclaimed. KERNEL is overwritten only when all
+    shares of the epoch are done, so the row that the thread read before the swap is that epoch's.
     """
     wait, wake = 128, 129  # FUTEX_WAIT and FUTEX_WAKE, FUTEX_PRIVATE_FLAG added
 
@@ -351,7 +351,7 @@ end:
   ret void
 }}
 
-; claims one share and runs it; whether there was one
+; claims and runs one share; false if no share was left
 define internal i1 @work(ptr %state, ptr %syscall) noinline {{
 start:
   {field("done", DONE)}
@@ -388,7 +388,7 @@ none:
   ret i1 false
 }}
 
-; a helper: claims shares for ever, asleep while there are none
+; a helper: claims and runs shares in an endless loop, and sleeps while there are none
 define internal void @help(ptr %state, ptr %syscall) noinline {{
 start:
   {field("sequence", SEQUENCE)}

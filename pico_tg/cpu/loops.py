@@ -1,4 +1,4 @@
-"""A builder for CPU kernels that spells out their loops, vectors and threads."""
+"""A builder of CPU kernels with explicit loops, vectors and threads."""
 
 import contextlib
 import functools
@@ -24,8 +24,8 @@ class LoopNest:
             nest.store(i * TILE_N, nest.load(1, i * TILE_N))
         program = nest.program("copy")
 
-    The result is already in the form that tinygrad's renderer prints. tinygrad's optimizer would
-    derive the same loops from the bare sums, but takes 0.3 to 1 s for each shape.
+    The result is ready for tinygrad's renderer. tinygrad's optimizer could derive the same loops
+    from a plain sum, but takes 0.3 to 1 s for each shape.
 
     All tensors are float32. Tensor 0 is the output. Addresses count elements from a tensor's start.
     """
@@ -40,14 +40,14 @@ class LoopNest:
         self.ids = itertools.count()  # one for each loop and each register file
         self.open_loops: list[UOp] = []
         self.stores: list[UOp] = []  # the last statements of the innermost open loop
-        self.order: list[UOp] = []  # what must precede a read of memory written by this kernel
+        self.order: list[UOp] = []  # statements that must precede a read of this kernel's output
 
     def const(self, n: int) -> UOp:
         return UOp.const(self.index_dtype, n)
 
     @contextlib.contextmanager
     def loop(self, iterations: UOp | int) -> Iterator[UOp]:
-        """`with nest.loop(n) as i`: a loop after all statements so far; yields its counter."""
+        """`with nest.loop(n) as i`: a loop after all previous statements; yields the counter."""
         n = iterations if isinstance(iterations, UOp) else self.const(iterations)
         source = n, *self.open_loops, *self.stores
         counter = UOp(Ops.RANGE, self.index_dtype, source, (next(self.ids), AxisType.LOOP))
@@ -59,7 +59,7 @@ class LoopNest:
 
     @contextlib.contextmanager
     def loops(self, sizes: tuple[int, ...], shared: int) -> Iterator[list[UOp]]:
-        """Nested loops, the first outermost; the threads split the loop with index `shared`."""
+        """Nested loops, outermost first; the threads share the iterations of loop `shared`."""
         with contextlib.ExitStack() as stack:
             yield [
                 stack.enter_context(self._split(n) if i == shared else self._whole(n))
@@ -76,7 +76,7 @@ class LoopNest:
 
     @contextlib.contextmanager
     def _split(self, n: int) -> Iterator[UOp]:
-        """This thread's iterations of a loop of n."""
+        """The current thread's part of a loop of n iterations."""
         if self.threads == 1:
             with self._whole(n) as i:
                 yield i
@@ -103,7 +103,7 @@ class LoopNest:
         return UOp(Ops.LOAD, dtypes.float32.vec(width), (pointer,))
 
     def load_output(self, address: UOp) -> UOp:
-        """TILE_N elements that an earlier loop or iteration has stored."""
+        """TILE_N elements of the output, which an earlier loop or iteration has stored."""
         pointer = self._pointer(self.buffers[0].after(*self.order), address, TILE_N)
         return UOp(Ops.LOAD, VECTOR, (pointer,))
 
@@ -111,8 +111,7 @@ class LoopNest:
         self._add(self._pointer(self.buffers[0], address, TILE_N).store(vector))
 
     def registers(self, vectors: int) -> UOp:
-        """An array of vectors that lives in registers, for values carried from one iteration to
-        the next."""
+        """An array of vectors in registers, for values that are carried between iterations."""
         dtype = dtypes.float32.ptr(vectors * TILE_N, AddrSpace.REG)
         return UOp(Ops.DEFINE_REG, dtype, arg=next(self.ids))
 
@@ -126,24 +125,24 @@ class LoopNest:
         self._add(self._register(registers, i).store(vector))
 
     def _add(self, store: UOp) -> None:
-        # what the store reads already orders it after a loop that has ended
+        # a loop that has ended already precedes this store, which reads the loop's results
         self.stores = [s for s in self.stores if s.op is not Ops.END] + [store]
 
     def broadcast(self, x: UOp | float) -> UOp:
-        """A vector whose elements all are x."""
+        """A vector with all elements equal to x."""
         x = x if isinstance(x, UOp) else UOp.const(dtypes.float32, x)
         return UOp(Ops.STACK, VECTOR, (x,) * TILE_N)
 
     def program(self, name: str, operations: int = 0) -> UOp:
         """The finished kernel; `operations`: additions and multiplications of one run."""
-        # 0.13's own estimate is 0 here: it takes the whole kernel for address arithmetic
+        # tinygrad 0.13 itself estimates 0: it takes the whole kernel for address arithmetic
         info = KernelInfo(name=name, estimates=Estimates(operations, mem=self.bytes))
         device = UOp(Ops.DEVICE, arg=self.device)
         return UOp(Ops.PROGRAM, src=(UOp.sink(*self.stores, arg=info), device))
 
 
 def choose_shared_loop(sizes: tuple[int, ...]) -> tuple[int, int]:
-    """(index of the loop that threads split most evenly, number of threads); outer loops first."""
+    """(index of the loop that threads share most evenly, the outer one in a tie, threads)."""
 
     def longest_share(i: int) -> float:
         return -(-sizes[i] // min(CPU_COUNT.value, sizes[i])) / sizes[i]
@@ -156,8 +155,8 @@ def choose_shared_loop(sizes: tuple[int, ...]) -> tuple[int, int]:
 def tile_m() -> int:
     """Rows of a register tile of TILE_N columns: 8 with AVX-512, else 6.
 
-    Without AVX-512 there are 16 registers of 256 bits: 12 hold 6 rows of two vectors, 4 the
-    factors.
+    Without AVX-512 there are 16 registers of 256 bits: 12 hold 6 rows of two vectors, and 4 hold
+    the factors.
     """
     try:
         with open("/proc/cpuinfo") as file:
@@ -167,7 +166,7 @@ def tile_m() -> int:
 
 
 def even_threads(iterations: int) -> int:
-    """The largest number of threads, up to the cores, that divides `iterations`."""
+    """The largest number of threads, at most CPU_COUNT, that divides `iterations`."""
     return next(t for t in range(CPU_COUNT.value, 0, -1) if iterations % t == 0)
 
 

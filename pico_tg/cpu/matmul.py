@@ -1,4 +1,4 @@
-"""Matrix products in tiles whose sums stay in vector registers."""
+"""Matmul in tiles whose sums stay in vector registers."""
 
 import math
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from tinygrad.uop.ops import Ops, UOp
 
 from .loops import TILE_N, VECTOR, LoopNest, choose_shared_loop, round_up, tile_m
 
-PARALLEL = 1 << 19  # elements from which on a copy gains from threads, which take time to start
+PARALLEL = 1 << 19  # least number of elements for which threads make a copy faster
 UNROLL = 4  # terms of a sum that one iteration adds
 
 
@@ -28,8 +28,8 @@ def gemm(
     part of a sum.
 
     Both factors are first copied into the order in which a tile reads them, rows of a and panels of
-    b, which takes 1 to 2 % of the time. Without the copy each term of a sum lies in another cache
-    line, and every few terms in another page: 110 GFLOPS instead of 180.
+    b, which takes 1 to 2 % of the time. Without the copy, each term of a sum is in a different
+    cache line, and every few terms in a different page: 110 GFLOPS instead of 180.
     """
     a = transpose(a) if trans_a else a
     b = pack_panels(b.transpose(1, 2) if trans_b else b)  # (Z, N / TILE_N, L, TILE_N)
@@ -54,7 +54,7 @@ def pack_panels(x: Tensor) -> Tensor:
 
 
 def transpose(x: Tensor) -> Tensor:
-    """[Z, M, N] -> [Z, N, M], M and N multiples of TILE_N, by blocks of TILE_N x 8 in registers."""
+    """[Z, M, N] -> [Z, N, M] in blocks of TILE_N x 8 registers; TILE_N divides M and N."""
     Z, M, N = x.shape
     out = Tensor.empty(Z, N, M, device=x.device)
     width = 8
@@ -83,29 +83,30 @@ def tiled_matmul(
     accumulate_over: Callable[..., UOp] | None = None,
     products: int | None = None,
 ) -> Tensor:
-    """c = a @ b, (M, L) @ (L, N), for each iteration of the `outer` loops; `sizes` is (M, N, L).
+    """c = a @ b, [M, L] @ [L, N], for each iteration of the `outer` loops; `sizes` is (M, N, L).
 
-    inputs: a, b, and whatever else the epilogue loads. M and N are multiples of TILE_N.
+    inputs: a, b, and the tensors that the epilogue loads. M and N are multiples of TILE_N.
 
     - a_index(*outer, m, l): the address of one element of a
     - b_index(*outer, l, n): the address of TILE_N consecutive elements of b
     - c_index(*outer, m, n): the address of TILE_N consecutive elements of `out`
     - epilogue(nest, sums, *outer, m, n): the vector to store, from the vector of sums
-    - accumulate_over(*outer): the iterations of one more loop, inside the outer ones, over whose
-      products c is summed. Its counter is an argument of a_index and b_index after the outer ones,
-      and none of c_index
-    - products: how many products are computed in all, where accumulate_over varies
+    - accumulate_over(*outer): number of iterations of an additional innermost outer loop; c is the
+      sum of a @ b over these iterations. a_index and b_index receive the counter of this loop after
+      the outer ones, c_index does not
+    - products: total number of matmuls, if accumulate_over varies
     """
     M, N, L = sizes
     tall = tile_m()
-    # tiles of tile_m() rows, then tiles of 4: at least two of these, since the threads may have to
-    # split them
+    # tiles of tile_m() rows, then tiles of 4 rows: either none or at least two, since the threads
+    # may have to share the tiles of 4 rows
     splits = ((n, M - n * tall) for n in range(M // tall, -1, -1))
     tall_tiles, rest = next((n, rows) for n, rows in splits if rows % 4 == 0 and rows != 4)
     shared, threads = choose_shared_loop((*outer, max(tall_tiles, rest // 4)))
     nest = LoopNest(out, *inputs, threads=threads)
     zero = nest.broadcast(0.0)
-    looped = L - L % UNROLL if L >= 2 * UNROLL else 0  # 0.13 renders no loop of one iteration
+    # tinygrad 0.13 renders no loop of one iteration
+    looped = L - L % UNROLL if L >= 2 * UNROLL else 0
 
     def add_tiles(first: int, iterations: int, height: int) -> None:
         """The tiles of `height` rows, from row `first` on."""

@@ -132,7 +132,7 @@ def find_column(label: str, columns: list[str], column: str | None) -> str:
 
 
 def _listed(columns: list[str]) -> str:
-    """The column names in one line, shortened: without a header, texts stand in their place."""
+    """The column names in one line, shortened: a file without a header has texts as names."""
     short = [name if len(name) <= 40 else name[:40] + "…" for name in columns[:20]]
     text = " ".join(", ".join(short).split()) or "none"
     return text + (", …" if len(columns) > 20 else "")

@@ -9,7 +9,7 @@ MAX_BATCH_BYTES = 1 << 30  # bytes of one step; a larger step is rejected as a m
 
 
 class Windows:
-    """Windows of a fixed size over a corpus, shuffled anew each epoch.
+    """Windows of a fixed size over a corpus, shuffled again each epoch.
 
     With C = context_len, window i reads C + next_tokens bytes from byte i * C on: its inputs are
     the first C, and target k of position n is byte i * C + n + 1 + k. Only the incomplete window at

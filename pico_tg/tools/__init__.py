@@ -1,1 +1,1 @@
-"""What reports: the command line, pages, charts and measurements. Nothing imports it."""
+"""Command line, reports, pages, charts and benchmarks. The core does not depend on them."""

@@ -1,21 +1,22 @@
 """Benchmarks: speed of a training step and of the decoder on this machine, and their MFU.
 
 `bench_train` and `bench_decode` yield records, dicts that are valid JSON, and print nothing. Data
-and weights are random. A time is the median of several, after everything is compiled.
+and weights are random. Times are medians of several runs after compilation.
 
-A record of something measured has
+A record of a measurement has
 
-- measured: its name
-- seconds: of one step or pass; bytes_per_second: of the bytes that it reads or generates
-- kernels: how many run in it; operations: the FLOPs that these execute, counted by tinygrad
+- measured: the name of the step or pass
+- seconds: time of the step or pass; bytes_per_second: rate of the bytes read or generated
+- kernels: number of kernels executed; operations: FLOPs that the kernels execute, as counted by
+  tinygrad
 - model_flops: the FLOPs that the mathematics requires (`pico_tg.flops`), without the optimizer
 - gflops: model_flops / seconds / 1e9
-- mfu (model FLOPs utilization): gflops as a share of what a plain matrix product reaches on this
-  machine; hfu (hardware FLOPs utilization): the same for operations
+- mfu (model FLOPs utilization): gflops divided by the rate of a plain matmul on this machine
+- hfu (hardware FLOPs utilization): the same for operations
 
-The first record, `machine`, has that rate as gemm_gflops: on a CPU of NumPy's float32 product of
-1536 x 1536 matrices, on an accelerator of tinygrad's in the same precision, the largest of several
-sizes.
+The first record, `machine`, has the rate of a plain matmul as gemm_gflops: on a CPU NumPy's rate
+for 1536 x 1536 matrices in float32; on an accelerator tinygrad's best rate over several sizes, in
+the precision of the benchmark.
 """
 
 import gc
@@ -132,7 +133,7 @@ def bench_train(
 
 
 class ForwardBackward:
-    """Loss and all gradients of a model, compiled, and the loss read."""
+    """Compiled forward and backward of a model; a call computes all gradients, returns the loss."""
 
     def __init__(self, model: Pico) -> None:
         self.model = model
@@ -155,7 +156,7 @@ def bench_decode(
 ) -> Iterator[Record]:
     """Measure decoding after `context_len` random bytes.
 
-    Random weights predict nothing, so hardly a draft is accepted: the worst case of decoding.
+    Random weights predict nothing, so almost no draft is accepted: the worst case of decoding.
 
     Records: `machine`; `start-up` (first_byte_seconds: from the start of the process); `writing`
     (of one byte; passes_per_second, accepted_per_pass, router_rate); `pass of 1 byte`, `pass of 8
@@ -230,7 +231,7 @@ def bench_decode(
         decoder.reset()
         runs.append(run_once(lambda: decoder.forward(prompt)))
     rate = decoder.selected / decoder.position
-    # on average, half of the prompt stands before a byte of the prompt
+    # on average, half of the prompt precedes a byte of the prompt
     reading = measured("reading", runs, context_len, rate, context_len // 2)
     yield reading | {"first_byte_seconds": statistics.median(first)}
     yield {"measured": "memory"} | memory.peak()
@@ -250,7 +251,7 @@ def run_once(call: Callable[[], Any]) -> Run:
 
 
 def gemm_rate(precision: str, device: str) -> float:
-    """The rate of a plain matrix product on this machine, in GFLOPS."""
+    """The rate of a plain matmul on this machine, in GFLOPS."""
     if device.split(":")[0] == "CPU":
         size = 1536
         a, b = np.random.default_rng(0).standard_normal((2, size, size)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The command line: reads the options, calls the library and prints. One function a command."""
+"""The command line: reads the options, calls the library and prints. One function per command."""
 
 import argparse
 import contextlib
@@ -66,7 +66,7 @@ from .terminal import (
 
 
 def model_name(path: Path) -> str:
-    """How titles and trackers call the model in PATH."""
+    """The name of the model in PATH, for titles and trackers."""
     return path.resolve().name
 
 
@@ -103,11 +103,11 @@ def command_train(args: argparse.Namespace) -> int:
     run_dir, settings = run_folder(args.path, args.run), given(args, TrainSettings)
     spec = data_to_train_on(args)
     if args.resume and args.base_weights:
-        raise PicoError("--base-weights starts a run; it cannot go with --resume")
+        raise PicoError("--base-weights is for a new run; leave it out with --resume")
     if args.resume and args.settings:
-        raise PicoError("--settings starts a run; a run that is resumed has its own")
+        raise PicoError("--settings is for a new run; leave it out with --resume")
     if args.force and not args.resume:
-        raise PicoError("--force goes with --resume")
+        raise PicoError("--force requires --resume")
     config = load_config(args.path)
     devices = () if args.devices is None else parse_devices(args.devices)
     remarks: list[str] = []
@@ -137,7 +137,7 @@ def command_train(args: argparse.Namespace) -> int:
         )  # fmt: skip
         for line in (*remarks, f"{describe_backend()}; {config.parameters:,} parameters"):
             say(line)
-        # only from here on: before the first step, Ctrl-C leaves immediately
+        # catch signals only from here on: before the first step, Ctrl-C exits immediately
         with stop_signals, contextlib.closing(records):  # an error saves the last step
             checkpoint = display.show(tracker.logged(records) if tracker else records)
     if stop_signals():
@@ -155,7 +155,7 @@ def command_train(args: argparse.Namespace) -> int:
 def complete_settings(
     args: argparse.Namespace, config: Config, train_bytes: int, devices: tuple[str, ...]
 ) -> tuple[dict[str, Any], list[str]]:
-    """The settings given and those that `recipe.choose` adds; lines with these and the cost."""
+    """The given settings completed by `recipe.choose`, and lines about the choice and the cost."""
     settings, lines = given(args, TrainSettings), []
     device = (devices or (Device.DEFAULT,))[0]
     machine = (train_bytes, device, gemm_rate(settings.get("precision", "auto"), device))
@@ -172,7 +172,7 @@ def sample_line(model: Pico, prompt: bytes) -> str:
         # without drafts fewer graphs are compiled
         written = generate(model, prompt, max_bytes=SAMPLE_BYTES, seed=0, speculative=False)
         text = (prompt + bytes(record.byte for record in written)).decode(errors="replace")
-    except PicoError as error:  # weights whose logits overflow: training may go on
+    except PicoError as error:  # logits that overflow need not end training
         text = str(error)
     return visible(text).replace("\n", "\\n")
 
@@ -183,14 +183,14 @@ def data_to_train_on(args: argparse.Namespace) -> DataSpec | None:
     if not args.resume or args.dataset is not None:
         return DataSpec("python-docs" if args.dataset is None else args.dataset, **named)
     if named:
-        raise PicoError("give the DATASET too, or leave its options out: --resume knows them")
+        raise PicoError("give the DATASET too, or leave its options out: --resume uses the run's")
     return None
 
 
 class Tracker:
-    """A run at a tracker such as wandb. Once it runs, its errors end nothing: one warning.
+    """A run at a tracker such as wandb. A tracker's error after the start is only a warning.
 
-    id: the tracker's name of the run, which training.json stores for --resume.
+    id: the tracker's identifier of the run, which training.json stores for --resume.
     """
 
     def __init__(
@@ -200,7 +200,10 @@ class Tracker:
         settings: dict[str, Any],
         stored: dict[str, Any],
     ) -> None:
-        """Start it, or continue the one of `stored`, a training.json. Raises PicoError."""
+        """Start the tracker's run, or continue the one in `stored`, a training.json.
+
+        Raises PicoError if the tracker cannot start.
+        """
         self.package, self.warned = package, False
         known = (stored.get("tracker") or {}).get(package)
         resumed = {"id": known, "resume": "allow", "allow_val_change": True} if known else {}
@@ -213,11 +216,11 @@ class Tracker:
             raise PicoError(
                 f"--tracker {package} needs its package: pip install {package}"
             ) from error
-        except Exception as error:  # of the tracker's own kinds: not logged in, no network
+        except Exception as error:  # of the tracker's own types: not logged in, no network
             raise PicoError(f"--tracker {package}: {error}") from error
 
     def logged(self, records: Iterable[dict]) -> Iterator[dict]:
-        """The records, each logged on its way."""
+        """Yield the records and log each one before."""
         for record in records:
             self._call(self.run.log, record, step=record["step"])
             yield record
@@ -271,7 +274,7 @@ def command_eval(args: argparse.Namespace) -> int:
             part = "all" if facts["split"] == "all" else f"{facts['split']} data"
             put(f"{title}, step {facts['step']}: {part} of {spec.dataset}\n\n")
             put(describe_evaluation(measured) + "\n")
-    finally:  # neither of the two is lost if the other cannot be written
+    finally:  # write the page even if standard output cannot be written
         if args.html:
             shown = facts | {
                 "bits per byte": f"{measured.bits_per_byte:.3f}",
@@ -289,14 +292,14 @@ def data_to_measure(args: argparse.Namespace, stored: dict[str, Any] | None) -> 
     if args.dataset is not None:
         return DataSpec(args.dataset, **named)
     if named:
-        raise PicoError("give the DATASET too, or leave its options out: the run's are known")
+        raise PicoError("give the DATASET too, or leave its options out to use the run's data")
     if stored is None:
         raise PicoError(f"{run_dir} has no training.json that names its data; give a DATASET")
     return stored_spec(stored, run_dir)
 
 
 def default_split(args: argparse.Namespace, spec: DataSpec, stored: dict[str, Any] | None) -> str:
-    """all for a DATASET without validation data that the run was not trained on."""
+    """all for a DATASET that has no validation data and that the run was not trained on."""
     if args.dataset is None or has_validation(spec):
         return "validation"
     known = stored["dataset"].get("dataset", "") if stored else ""
@@ -348,7 +351,7 @@ def command_run(args: argparse.Namespace) -> int:
         else:
             show_samples(records, prompt, args.num_samples, args.color, args.show_router_decisions)
         complete = True
-    finally:  # after an interrupt or a closed pipe too: the page of the bytes so far, if any
+    finally:  # also after an interrupt or a closed pipe: write the page of the bytes so far
         if args.html and (kept or complete):
             write_page(args.html, sample_page(prompt, kept, args))
         if args.stats:
@@ -364,7 +367,7 @@ def read_prompt(args: argparse.Namespace) -> bytes:
             prompt = args.prompt_file.read_bytes()
         elif args.prompt == "-":
             name, option = "standard input", "--prompt"
-            stream = getattr(sys.stdin, "buffer", sys.stdin)  # a notebook's takes text only
+            stream = getattr(sys.stdin, "buffer", sys.stdin)  # a notebook's stdin is text only
             prompt = stream.read() if stream else b""
         else:
             prompt, option = args.prompt, None
@@ -376,7 +379,7 @@ def read_prompt(args: argparse.Namespace) -> bytes:
 
 
 def keep(records: Iterator[GeneratedByte], kept: list[GeneratedByte]) -> Iterator[GeneratedByte]:
-    """The records, each added to `kept` on its way."""
+    """Yield the records and append each one to `kept` before."""
     for record in records:
         kept.append(record)
         yield record
@@ -404,8 +407,7 @@ def write_page(path: Path, page: str) -> None:
 def command_info(args: argparse.Namespace) -> int:
     """Print the parameters and costs of the model PATH, and the checkpoints of its RUN.
 
-    Memory and time of training are estimates for this machine, from the measured rate of a matrix
-    product.
+    Memory and time of training are estimates for this machine, from the measured rate of a matmul.
     """
     load_config(args.path)  # errors come before the measurement
     if args.run is not None:
@@ -424,7 +426,7 @@ def command_plot(args: argparse.Namespace) -> int:
         runs[name] = [r for r in read_metrics(folder) if "bytes" in r]
         if not runs[name]:
             raise PicoError(f"{folder}/metrics.jsonl holds no step yet")
-    # a run may lie in a folder of its own: sub/a
+    # a run's name may contain a folder: sub/a
     names = [re.sub(r"[/\\]+", "-", name).strip("-.") for name in args.runs]
     output = args.output or args.path / f"{'-'.join(names)}.svg"
     write_page(output, training_chart(runs))
@@ -436,7 +438,7 @@ def command_bench(args: argparse.Namespace) -> int:
     """Measure a step of training, or decoding, on this machine: a model of random weights.
 
     Times are medians. `model` are the GFLOPs that the mathematics requires, `executed` those that
-    the kernels execute. MFU and HFU compare each, by time, with a plain matrix product here.
+    the kernels execute. MFU and HFU divide the rates of these two by that of a plain matmul.
     """
     sizes = given_sizes(args)
     if args.model:
@@ -477,7 +479,7 @@ def main(arguments: list[str] | None = None) -> int:
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        # text that the stream's encoding lacks must not stop it; a notebook's stream takes all
+        # escape characters that the encoding lacks; a notebook's stream accepts all characters
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     args = build_parser(COMMANDS).parse_args(arguments)
@@ -494,7 +496,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (PicoError, OSError, MemoryError) as error:  # OSError: a name too long, for example
         if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
             error = "not enough memory; a smaller --batch-size or --context-len needs less"
-            # tinygrad 0.13 raises again while it frees a graph that is not complete
+            # tinygrad 0.13 raises another error while it frees the incomplete graph
             sys.unraisablehook = lambda unraisable: None
         say(f"pico_tg: error: {' '.join(str(error).split())}")
         return 2

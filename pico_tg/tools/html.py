@@ -81,10 +81,10 @@ def html_page(
     facts: Mapping[str, object],
     name: str = "Sample",
 ) -> str:
-    """A page, without scripts and other files, that shows samples and the details of their bytes.
+    """A self-contained page, without scripts, that shows samples and the details of their bytes.
 
-    Characters are shaded by router weight, with a dot over routed ones and a line under accepted
-    drafts; the details of a character's bytes appear while the pointer is on it. `facts` are listed
+    Characters are shaded by router weight, with a dot over routed characters and a line under
+    accepted drafts; hovering over a character shows the details of its bytes. `facts` are listed
     under the title; `name` is the heading of a sample.
     """
     listed = "".join(
@@ -137,7 +137,7 @@ def _mark_up_character(character: Character) -> str:
 
 
 def _markup(text: str) -> str:
-    """The text in HTML; invisible characters and those that change its direction as escapes."""
+    """The text in HTML, with escapes for invisible characters and those that change direction."""
     return "".join(
         f"<i>{escape(''.join(map(escape_code, group)))}</i>" if hidden else escape("".join(group))
         for hidden, group in itertools.groupby(text, _is_hidden)

@@ -1,4 +1,4 @@
-"""What is known of a model and its runs without computing: sizes, costs, checkpoints, losses."""
+"""Facts about a model and its runs that need no computation: sizes, costs, checkpoints, losses."""
 
 import math
 import os
@@ -21,22 +21,21 @@ FIGURES = ("bits_per_byte", "validation_bits_per_byte", "router_rate")
 def describe(
     path: str | os.PathLike, run: str | None = None, gflops: float | None = None
 ) -> dict[str, Any]:
-    """All that `info` shows of the model PATH, and of RUN if given; valid JSON.
+    """Everything that `info` shows about the model PATH, and about RUN if given; valid JSON.
 
     - model: the sizes; parameters: of each part, and total
     - operations_a_byte: model FLOPs (`pico_tg.flops`), on average over a window of context_len
       bytes: forward, training (forward and backward); and decoding, for one byte after context_len
-      bytes at decoding_router_rate. That rate is what the run's newest checkpoint measured. Without
-      a measurement it is 1 / n for the router `stride` and the capacity for the others; `learned`
-      is trained to keep to its capacity, `space` is not
-    - cache_bytes: memory of the KV caches, float32, whatever the length of the text
+      bytes at decoding_router_rate. That rate is the one measured at the run's newest checkpoint.
+      Without a measurement, the rate is 1 / n for the router `stride` and the capacity for others;
+      training makes `learned` keep to the capacity, while `space` may differ
+    - cache_bytes: memory of the KV caches, float32, independent of the length of the text
     - run: its name, settings, dataset, base_weights, devices, steps, and checkpoints: step, file,
       bytes, the figures of that step's record where one exists, and `defect` if a file of the
       checkpoint is truncated or broken (headers and sizes are checked, not digests). Weights from
       elsewhere, without a training.json of pico_tg, have neither settings nor dataset
-
-    - training, if gflops (the rate of a plain matrix product on this machine) is given: estimates
-      of memory_bytes, seconds_a_step, and seconds without compiling, of `steps` steps of batch_size
+    - training, if gflops (the rate of a plain matmul on this machine) is given: estimates of
+      memory_bytes, seconds_a_step, and seconds without compiling, for `steps` steps of batch_size
       windows of context_len bytes. These settings are the run's, or those that `train` chooses for
       ample data
 
@@ -81,7 +80,7 @@ def _training(config: Config, settings: dict[str, Any], gflops: float) -> dict[s
 
 
 def _decoding_rate(config: Config, checkpoints: list[dict[str, Any]]) -> float:
-    """The share of the bytes that decoding routes, as far as it is known."""
+    """The share of bytes that decoding routes: as last measured, or else an estimate."""
     measured = [c["router_rate"] for c in checkpoints if "router_rate" in c]
     if measured:
         return measured[-1]

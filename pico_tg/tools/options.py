@@ -55,14 +55,14 @@ def build_parser(functions: dict[str, Callable]) -> Parser:
     run = shared("run", metavar="RUN", help="name of the training run")
     beam = shared(
         "--beam", type=int, metavar="N",
-        help="let tinygrad search schedules for its kernels, N candidates at a time: slow once, "
-        "then cached; without it no search",
+        help="let tinygrad search schedules for its kernels, N candidates at a time: slow the "
+        "first time, then cached; by default, no search",
     )  # fmt: skip
     as_json = shared("--json", action="store_true", help="print JSON instead of text")
     checkpoint = shared(
         "--checkpoint", type=checkpoint_name, default=-1, metavar="N",
-        help="step of the checkpoint; a negative number counts from the newest, -1; best is the "
-        "one of the best validation",
+        help="step of the checkpoint, or best for the best validation; negative numbers count from "
+        "the newest checkpoint, -1",
     )  # fmt: skip
 
     init = add("init", "describe a new model in PATH/model.json", path)
@@ -112,9 +112,8 @@ def add_train_options(parser: Parser) -> None:
     add_fields(parser, TrainSettings, defaults=dict.fromkeys(recipe.CHOSEN, "see --settings"))
     parser.add_argument(
         "--settings", choices=["chosen", "published"],
-        help="where the settings come from that the command line leaves out: chosen for the "
-        "device, the model and the data, or published, for a GPU and hundreds of megabytes "
-        "(default: chosen)",
+        help="source of the settings that the command line leaves out: chosen for the device, the "
+        "model and the data, or published, for a GPU and hundreds of megabytes (default: chosen)",
     )  # fmt: skip
     parser.add_argument(
         "--sample-prompt", metavar="TEXT",
@@ -144,20 +143,20 @@ def add_eval_options(parser: Parser) -> None:
     add_data_options(parser)
     parser.add_argument(
         "--split", choices=SPLITS,
-        help="validation or train, the parts that train makes of DATASET, or all, which holds "
-        "nothing out (default: validation; all of a DATASET that has no validation data of its "
-        "own and that the run was not trained on)",
+        help="validation or train, the two parts that the command train uses, or all, which holds "
+        "nothing out (default: validation; all for a DATASET that has no validation data and that "
+        "the run was not trained on)",
     )  # fmt: skip
     parser.add_argument(
         "--max-bytes", type=int, metavar="N", help="measure only the first N bytes (default: all)"
     )
     parser.add_argument(
         "--context-len", type=int, metavar="N",
-        help="bytes before each byte that the model sees (default: as in training)",
+        help="bytes of context before each predicted byte (default: as in training)",
     )  # fmt: skip
     parser.add_argument(
         "--stride", type=int, metavar="N",
-        help="new bytes in each window, after context-len others (default: context-len)",
+        help="bytes that each window predicts, after context-len of context (default: context-len)",
     )  # fmt: skip
     parser.add_argument(
         "--batch-size", type=int, metavar="N",
@@ -174,7 +173,7 @@ def add_eval_options(parser: Parser) -> None:
 
 
 def add_run_options(parser: Parser) -> None:
-    prompting = parser.add_argument_group("what is continued (default: a new document)")
+    prompting = parser.add_argument_group("prompt (default: the beginning of a new document)")
     source = prompting.add_mutually_exclusive_group()
     source.add_argument(
         "--prompt", default="", metavar="TEXT", help="this text; - reads bytes from standard input"
@@ -184,11 +183,11 @@ def add_run_options(parser: Parser) -> None:
     )
     prompting.add_argument(
         "--raw-prompt", action="store_true",
-        help="the model sees nothing but the prompt; without this option the prompt begins a "
-        "document",
+        help="feed the model the prompt alone; without this option, the tag that begins a document "
+        "precedes the prompt",
     )  # fmt: skip
 
-    sampling = parser.add_argument_group("how bytes are sampled")
+    sampling = parser.add_argument_group("sampling")
     sampling.add_argument(
         "--temperature", type=float, default=1.0, metavar="T",
         help="below 1 more predictable, above 1 more varied, 0 always the likeliest byte",
@@ -221,14 +220,14 @@ def add_run_options(parser: Parser) -> None:
     )  # fmt: skip
     sampling.add_argument(
         "--no-speculative", action="store_true",
-        help="one pass a byte, without the model's own drafts of the next bytes: slower, with the "
-        "same distribution of texts",
+        help="one pass per byte, without the model's own drafts of the next bytes: slower, with "
+        "the same distribution of texts",
     )  # fmt: skip
     sampling.add_argument(
         "--disable-latent", action="store_true", help="leave the latent blocks out"
     )
 
-    showing = parser.add_argument_group("how the text is shown")
+    showing = parser.add_argument_group("output")
     showing.add_argument(
         "--output", choices=["text", "raw"], default="text",
         help="text: the prompt and its continuation, with U+FFFD for bytes that are not UTF-8, "
@@ -240,8 +239,8 @@ def add_run_options(parser: Parser) -> None:
     )  # fmt: skip
     showing.add_argument(
         "--color", action="store_true",
-        help="shade each character by its router weight (grey, above 0.5 orange; the highest of "
-        "its bytes) and underline accepted drafts; only on a terminal, and not if NO_COLOR is set",
+        help="shade each character by the highest router weight of its bytes (gray, above 0.5 "
+        "orange) and underline accepted drafts; only on a terminal, and not if NO_COLOR is set",
     )  # fmt: skip
     showing.add_argument(
         "--html", type=path_name, metavar="FILE",
@@ -260,7 +259,7 @@ def add_bench_options(parser: Parser) -> None:
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--preset", choices=PRESETS, default="xs", help="sizes of the model")
     sizes.add_argument(
-        "--model", type=path_name, metavar="PATH", help="folder with the model.json to take instead"
+        "--model", type=path_name, metavar="PATH", help="folder of a model to take the sizes from"
     )
     add_fields(parser, Config, defaults=PRESETS["xs"], label="xs")
     parser.add_argument(
@@ -273,7 +272,7 @@ def add_bench_options(parser: Parser) -> None:
         help="train: share each batch among N devices, or among named ones: CUDA:0,CUDA:1",
     )  # fmt: skip
     parser.add_argument(
-        "--repeats", type=int, default=5, metavar="N", help="repetitions, of which the median"
+        "--repeats", type=int, default=5, metavar="N", help="repetitions; prints their median"
     )
 
 

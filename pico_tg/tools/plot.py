@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from html import escape
 from unicodedata import east_asian_width
 
-# distinguishable also with the common color deficiencies, and on white (Okabe and Ito, 2008)
+# distinguishable on white, also with the common color deficiencies (Okabe and Ito, 2008)
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 DASHES = ("", "6 4", "2 3", "9 3 2 3")  # stroke-dasharray, for more lines than colors
 WIDTH = 760
@@ -41,7 +41,7 @@ class Panel:
 
 
 def svg(panels: list[Panel]) -> str:
-    """The panels, one below the other, as one SVG. A panel grows where its names need room."""
+    """The panels, one below the other, as one SVG. A panel grows if its names need space."""
     panels = [replace(panel, height=max(panel.height, _names_height(panel))) for panel in panels]
     names = [_shortened(line.name) for panel in panels for line in panel.lines]
     right = WIDTH - 24 - SAMPLE - max([*map(_text_width, names), 0])
@@ -63,7 +63,7 @@ def _draw(panel: Panel, right: int, clip: str) -> list[str]:
     points = [(x, y) for line in panel.lines for x, y in _finite(line)] or [(0.0, 0.0)]
     start, end = min(x for x, _ in points), max(x for x, _ in points)
     x_ticks = ticks(start, end)
-    # the lines end at the names; the last tick may lie beyond them
+    # the lines end at the names; the last tick may be further right
     x_end = end if end > start else x_ticks[-1]
     low, high = panel.y_range or (min(y for _, y in points), max(y for _, y in points))
     y_ticks = ticks(low, high, about=panel.height // 70)
@@ -114,7 +114,7 @@ def _draw(panel: Panel, right: int, clip: str) -> list[str]:
             )
         if line.name:
             ends.append((min(max(float(points[-1][1]), TOP), bottom), line))
-    # names stand beside the ends of their lines, moved apart where they would overlap
+    # write names beside the ends of their lines, moved apart if they would overlap
     ends.sort(key=lambda end: end[0])
     for y, (_, line) in zip(_apart([y for y, _ in ends], bottom), ends, strict=True):
         name = _shortened(line.name)

@@ -1,4 +1,4 @@
-"""What eval, info, run --stats and bench print: pure functions from records to text."""
+"""Formats the output of eval, info, run --stats and bench: pure functions from records to text."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -9,17 +9,17 @@ from ..generation import Stats
 
 
 def printable(text: str) -> str:
-    """The text as a page can hold it, in UTF-8 and in XML.
+    """The text without characters that UTF-8 or XML cannot represent.
 
-    A file's name may hold bytes that are not UTF-8 (Python's surrogates) and control characters:
-    bytes are decoded as UTF-8, and what no page can hold becomes U+FFFD.
+    A file's name may hold control characters, and bytes that are not UTF-8 (Python's surrogates):
+    bytes are decoded as UTF-8, and characters that cannot be represented become U+FFFD.
     """
     text = re.sub("[\0-\b\v\f\x0e-\x1f\ud800-\udc7f\udd00-\udfff]", "\ufffd", text)
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Lines of columns: the first one to the left, the others to the right."""
+    """Lines of columns: the first column left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *others in rows:
@@ -32,7 +32,7 @@ def describe_validation(record: Mapping[str, Any]) -> str:
     """The line of a record of training that holds a validation."""
     return (
         f"step {record['step']}: validation "
-        f"{record['validation_bits_per_byte']:.3f} bits/byte as used, "
+        f"{record['validation_bits_per_byte']:.3f} bits/byte with decoding's routing, "
         f"{record['validation_bits_per_byte_top_k']:.3f} with training's routing, "
         f"{record['validation_router_rate']:.0%} of the bytes routed "
         f"({record['validation_seconds']:.1f} s)"
@@ -44,12 +44,12 @@ def describe_evaluation(measured: Evaluation) -> str:
     heads = len(measured.head_accuracy)
     head = [
         ("bytes of text", f"{measured.bytes:,}"),
-        ("bytes before each, if there are", f"{measured.context_len:,}"),
+        ("bytes of context", f"{measured.context_len:,}"),
         ("bits per byte", f"{measured.bits_per_byte:.4f}"),
         ("without the latent blocks", f"{measured.bits_per_byte_without_latent:.4f}"),
         ("router rate", f"{measured.router_rate:.1%}"),
-        ("accepted drafts a pass, by the text", f"{measured.accepted_text:.2f} of {heads - 1}"),
-        ("accepted drafts a pass, greedily", f"{measured.accepted_greedy:.2f} of {heads - 1}"),
+        ("accepted drafts per pass, by the text", f"{measured.accepted_text:.2f} of {heads - 1}"),
+        ("accepted drafts per pass, greedily", f"{measured.accepted_greedy:.2f} of {heads - 1}"),
     ]
     guesses = [("byte", "right", "all drafts so far, by the text", "greedily")]
     by_text, greedy = measured.drafts_right_text, measured.drafts_right_greedy
@@ -138,12 +138,12 @@ def describe_stats(stats: Stats) -> str:
 
 
 def describe_measured(record: dict) -> str:
-    """One or two lines for a record of `pico_tg.bench`."""
+    """One or two lines for a record of `pico_tg.tools.bench`."""
     name = record["measured"]
     if name == "machine":
         of = f"; {len(record['devices'])} devices" if record["devices"] else ""
         return (
-            f"{record['backend']}{of}; {record['precision']}; a matrix product alone reaches "
+            f"{record['backend']}{of}; {record['precision']}; a plain matmul reaches "
             f"{record['gemm_gflops']:,.0f} GFLOPS; {record['parameters']:,} parameters\n"
             f"{'':20}{'seconds':>10}{'bytes/s':>10}{'kernels':>9}{'executed':>10}{'model':>10}"
             f"{'GFLOPS':>9}{'MFU':>8}{'HFU':>8}"
@@ -151,9 +151,9 @@ def describe_measured(record: dict) -> str:
     if name == "start-up":
         ends = (f"{key[:-8].replace('_', ' ')} {value:.1f} s" for key, value in record.items()
                 if key != "measured")  # fmt: skip
-        return f"from the start of the process to the end of the: {', '.join(ends)}"
+        return f"seconds since the start of the process: {', '.join(ends)}"
     if name == "memory":
-        return "most memory: " + ", ".join(
+        return "peak memory: " + ", ".join(
             f"{key[:-7]} {value / 1e9:.2f} GB" for key, value in record.items() if key != "measured"
         )
     line = (
