@@ -29,7 +29,7 @@ from .runtime import BEAM, CPU_COUNT, DEV, DLL, USE_TC, opencl_bindings
 MACHINE = platform.machine().lower()
 MACHINE = {"amd64": "x86_64", "aarch64": "arm64"}.get(MACHINE, MACHINE)  # tinygrad's names
 
-_wish = os.environ.get("DEV", "")  # the user's DEV, before `choose_backend` completes it
+_requested = os.environ.get("DEV", "")  # the user's DEV, before `choose_backend` completes it
 _problem: str | None = None  # why DEV cannot be used, as far as `choose_backend` knows
 
 
@@ -96,9 +96,9 @@ def check_backend() -> None:
             return
         except Exception as error:  # each device raises its own exception types
             reason = _first_line(error)
-    if _wish:
+    if _requested:
         raise PicoError(
-            f"cannot compute with DEV={_wish}: {reason}; without DEV, pico_tg chooses a device"
+            f"cannot compute with DEV={_requested}: {reason}; without DEV, pico_tg chooses a device"
         )
     raise PicoError(f"cannot compute: {reason}")
 

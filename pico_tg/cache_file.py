@@ -75,14 +75,14 @@ class _Cursor(sqlite3.Cursor):
             # tinygrad treats this error of a SELECT as "not in the cache"
             if sql.startswith("SELECT") and "no such table" in str(error):
                 raise
-            _give_up(error)
+            _switch_off(error)
         return self
 
     def fetchrow(self) -> tuple | None:
         try:
             return super().fetchone()
         except sqlite3.Error as error:
-            _give_up(error)
+            _switch_off(error)
             return None
 
     def fetchone(self) -> tuple | None:
@@ -109,11 +109,11 @@ def _connect() -> sqlite3.Connection:
             connection.execute("PRAGMA journal_mode=WAL").fetchone()
         return connection
     except (sqlite3.Error, OSError) as error:
-        _give_up(error)
+        _switch_off(error)
         return sqlite3.connect(":memory:", isolation_level=None)
 
 
-def _give_up(error: Exception) -> None:
+def _switch_off(error: Exception) -> None:
     """Switch the cache off, with a warning."""
     if CACHELEVEL >= 1:
         CACHELEVEL.value = 0

@@ -1,7 +1,7 @@
 """Config, the sizes of a model (model.json), and TrainSettings, how a run trains it.
 
-The metadata of each field hold its help, limits and choices: `check_fields` enforces the metadata,
-the command line derives its flags from them, and the class docstrings list them.
+The metadata of a field holds help, limits and choices: `check_fields` enforces the limits, the
+command line derives flags from the metadata, and the class docstrings list the help.
 """
 
 import dataclasses

@@ -285,14 +285,14 @@ def generate(
     def samples() -> Iterator[GeneratedByte]:
         began = time.perf_counter()
         session = _Session(decoder or Decoder(model))
-        with session as own:
-            own.reset(use_latent=latent)
-            heads = own.forward(start)[0][-1]  # (T, 256)
-            after_prompt = own.snapshot() if num_samples > 1 else None
+        with session as claimed:
+            claimed.reset(use_latent=latent)
+            heads = claimed.forward(start)[0][-1]  # (T, 256)
+            after_prompt = claimed.snapshot() if num_samples > 1 else None
         for sample in range(num_samples):
             if sample > 0:
-                with session as own:
-                    own.restore(after_prompt)
+                with session as claimed:
+                    claimed.restore(after_prompt)
             rng = np.random.default_rng(None if seed is None else (seed, sample))
             policy = DraftPolicy(draft_limit)
             records = _rounds(session, heads, sampler, rng, policy, max_bytes, sample, stats, began)

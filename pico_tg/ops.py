@@ -219,24 +219,24 @@ def scatter(x: Tensor, index: Tensor, slot: Tensor) -> Tensor:
     return _scatter(x.contiguous(), index, slot)
 
 
-def _take(x: Tensor, index: Tensor) -> Tensor:
+def _take_rows(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index.unsqueeze(2).expand(*index.shape, x.shape[2]))
 
 
-def _place(x: Tensor, slot: Tensor) -> Tensor:
-    return (slot >= 0).unsqueeze(2).where(_take(x, slot.maximum(0)), 0)
+def _place_rows(x: Tensor, slot: Tensor) -> Tensor:
+    return (slot >= 0).unsqueeze(2).where(_take_rows(x, slot.maximum(0)), 0)
 
 
 def _gather_gradient(gradient: UOp, call: UOp) -> tuple[UOp | None, ...]:
     _, _, slot = (Tensor(uop) for uop in call.src[1:])
-    return _place(Tensor(gradient).contiguous(), slot).uop, None, None
+    return _place_rows(Tensor(gradient).contiguous(), slot).uop, None, None
 
 
 def _scatter_gradient(gradient: UOp, call: UOp) -> tuple[UOp | None, ...]:
     _, index, slot = (Tensor(uop) for uop in call.src[1:])
     # an unused slot holds index 0, which is not its own row: the slot's gradient is zero
     used = slot.gather(1, index) == Tensor.arange(index.shape[1], device=index.device)  # (B, S)
-    taken = _take(Tensor(gradient).contiguous(), index)  # (B, S, D)
+    taken = _take_rows(Tensor(gradient).contiguous(), index)  # (B, S, D)
     return used.unsqueeze(2).where(taken, 0).uop, None, None
 
 
@@ -244,12 +244,12 @@ def _scatter_gradient(gradient: UOp, call: UOp) -> tuple[UOp | None, ...]:
 @function(grad_fxn=_gather_gradient)
 def _gather(x: Tensor, index: Tensor, slot: Tensor) -> Tensor:
     # 0 * slot: the gradient needs `slot`, and `call.src` holds only tensors that the function reads
-    return _take(x, index) + 0 * slot[:, :1].unsqueeze(2)
+    return _take_rows(x, index) + 0 * slot[:, :1].unsqueeze(2)
 
 
 @function(grad_fxn=_scatter_gradient)
 def _scatter(x: Tensor, index: Tensor, slot: Tensor) -> Tensor:
-    return _place(x, slot)
+    return _place_rows(x, slot)
 
 
 def swiglu(x: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ def choose(monkeypatch):
     monkeypatch.setattr(USE_TC, "value", 1)
 
     def choose(dev="", llvm=None, clang=None, machine="x86_64") -> str:
-        monkeypatch.setattr(backend, "_wish", dev)
+        monkeypatch.setattr(backend, "_requested", dev)
         monkeypatch.setattr(backend, "_problem", None)
         monkeypatch.setattr(backend, "MACHINE", machine)
         monkeypatch.setattr(backend, "find_llvm", lambda: llvm)

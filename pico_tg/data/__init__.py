@@ -87,7 +87,7 @@ def load_data(spec: DataSpec, progress: bool = True) -> Data:
         if spec.validation_size is not None:
             origin += " (so validation_size is not used)"
     if train.fingerprint == validation.fingerprint:
-        raise _both(found.train.label)
+        raise _same_data(found.train.label)
     note = f"training on {_sizes(train)}{files}; validating on {origin}: {held_out}"
     if found.unused:
         note = f"{note}\nnot used: {'; '.join(found.unused)}"
@@ -124,7 +124,7 @@ def _files_read(source: Source, corpus: Corpus) -> str:
     return f" from {names[0]}" if names else ""
 
 
-def _both(label: str) -> PicoError:
+def _same_data(label: str) -> PicoError:
     return PicoError(
         f"{label} is to be both the training and the validation data; to hold out the end of the "
         "data instead, give no validation file or split"
@@ -169,7 +169,7 @@ def _find(spec: DataSpec) -> _Found:
             )
         left = without(train, validation.files, spec.column_name)
         if left is None or train is validation:
-            raise _both(train.label)
+            raise _same_data(train.label)
         train = left
     return _Found(train, validation, unused, spec)
 

@@ -241,11 +241,11 @@ def local_folder(path: str, config: str | None, column: str | None) -> Splits:
     folder = Path(path)
     names = {entry.name for entry in folder.iterdir()}
     if "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= names:
-        return _saved(folder, column)
+        return _saved_dataset(folder, column)
     configs = _configurations(folder)
     if config is not None and config not in configs and (folder / config).is_dir():
         return local_folder(str(folder / config), None, column)
-    about = _choose(path, configs, config)
+    about = _choose_configuration(path, configs, config)
     found, unused = _list_files(folder)
     if not found:
         raise PicoError(f"the folder {path} holds no files")
@@ -325,7 +325,7 @@ def _list_files(folder: Path) -> tuple[list[File], dict[str, str]]:
     return [File(path.relative_to(folder).as_posix(), str(path)) for path in sorted(found)], unused
 
 
-def _choose(path: str, configs: dict[str, dict], name: str | None) -> dict | None:
+def _choose_configuration(path: str, configs: dict[str, dict], name: str | None) -> dict | None:
     """The configuration `name`, by default the default one; None if there are none."""
     if name is None:
         defaults = [n for n in configs if configs[n].get("default") or n == "default"]
@@ -405,7 +405,7 @@ def python_docs() -> Splits:
     return Splits({"train": Source("python-docs", identity, read, size)})
 
 
-def _saved(folder: Path, column: str | None) -> Splits:
+def _saved_dataset(folder: Path, column: str | None) -> Splits:
     files = [File(str(file), str(file)) for file in sorted(folder.rglob("*")) if file.is_file()]
     identity = ["saved", column, [file.stamp() for file in files]]
     try:
