@@ -275,8 +275,8 @@ class TrainSettings:
     )
     optimizer: str = setting("soap or adamw", "soap", choices=OPTIMIZERS)
     precision: str = setting(
-        "of the factors of matmuls: fp32, or bf16 (sums, weights, softmax, norms, router, loss and "
-        "optimizer stay float32); auto: bf16 if the device has bf16 tensor cores",
+        "number format of matmul factors: fp32, or bf16 (sums, weights, softmax, norms, router, "
+        "loss and optimizer stay float32); auto: bf16 if the device has bf16 tensor cores",
         "auto",
         choices=PRECISIONS,
     )

@@ -176,10 +176,10 @@ def add_run_options(parser: Parser) -> None:
     prompting = parser.add_argument_group("prompt (default: the beginning of a new document)")
     source = prompting.add_mutually_exclusive_group()
     source.add_argument(
-        "--prompt", default="", metavar="TEXT", help="this text; - reads bytes from standard input"
+        "--prompt", default="", metavar="TEXT", help="text to continue; - reads standard input"
     )
     source.add_argument(
-        "--prompt-file", type=path_name, metavar="FILE", help="the bytes of this file"
+        "--prompt-file", type=path_name, metavar="FILE", help="file with the bytes to continue"
     )
     prompting.add_argument(
         "--raw-prompt", action="store_true",
@@ -223,9 +223,7 @@ def add_run_options(parser: Parser) -> None:
         help="one pass per byte, without the model's own drafts of the next bytes: slower, with "
         "the same distribution of texts",
     )  # fmt: skip
-    sampling.add_argument(
-        "--disable-latent", action="store_true", help="leave the latent blocks out"
-    )
+    sampling.add_argument("--disable-latent", action="store_true", help="skip the latent blocks")
 
     showing = parser.add_argument_group("output")
     showing.add_argument(
