@@ -214,7 +214,8 @@ def _use_worker(linear: UOp, beam: int) -> None:
         if key not in _programs and not cache_file.contains("pico_kernels", key):
             missing[key] = ast
     if len(missing) >= MIN_FOR_WORKER:
-        _worker().send(missing)
+        with contextlib.suppress(OSError):  # no process can be started: this one compiles all
+            _worker().send(missing)
 
 
 class _Worker:

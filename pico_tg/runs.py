@@ -40,8 +40,8 @@ Record = dict[str, Any]
 DESCRIBED = {"settings", "dataset", "model", "devices", "fingerprints"}  # keys of training.json
 BITS = "validation_bits_per_byte"  # the figure that decides which checkpoint is the best
 MAY_CHANGE = (
-    "max_steps", "max_minutes", "validation_interval", "checkpoint_interval", "keep_checkpoints",
-    "keep_best",
+    "epochs", "max_steps", "max_minutes", "validation_interval", "checkpoint_interval",
+    "keep_checkpoints", "keep_best",
 )  # fmt: skip
 
 
@@ -87,14 +87,22 @@ class Run:
             self.lock = open(folder / ".lock", "ab")  # noqa: SIM115
         except OSError as error:
             raise PicoError(f"cannot write to {folder}: {error.strerror or error}") from error
+        locked = False
         try:
             if fcntl is not None:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                locked = True
         except BlockingIOError:
             self.lock.close()
             raise PicoError(f"another process trains {folder}; wait for it, or stop it") from None
         except OSError:
             pass  # a file system without locks
+        if not resumed:  # again, since another process may have trained the run before the lock
+            try:
+                check_startable(folder, locked)
+            except PicoError:
+                self.lock.close()
+                raise
         remove_leftovers(folder)
         if not resumed:  # delete the records of a run that ended before its first checkpoint
             with contextlib.suppress(OSError):
@@ -274,16 +282,18 @@ def read_metrics(folder: Path) -> list[Record]:
 # Starting and resuming --------------------------------------------------------------------------
 
 
-def check_startable(folder: Path) -> None:
+def check_startable(folder: Path, locked: bool = True) -> None:
     """Raise PicoError unless a new run may be trained in `folder`.
 
     `folder` must not exist, or hold only files of a run that ended before its first checkpoint.
+    Without a lock another process may be training that run, so that `folder` must hold no run.
     """
     left = r"\.lock|training\.json|metrics\.jsonl|\d{8,}\.state\.safetensors|\..*\.tmp"
     if not folder.exists() or (
         folder.is_dir()
         and all(re.fullmatch(left, entry.name) for entry in folder.iterdir())
         and not list_checkpoints(folder)
+        and (locked or not (folder / "training.json").exists())
     ):
         return
     raise PicoError(f"{folder} exists; continue it with --resume, choose another RUN, or delete it")

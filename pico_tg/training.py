@@ -12,6 +12,8 @@ import contextlib
 import dataclasses
 import math
 import os
+import signal
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -36,6 +38,7 @@ from .model import Pico, inputs_and_targets, loss_fn
 from .precision import choose_precision
 from .remat import graph_context
 from .runs import (
+    BITS,
     Progress,
     Record,
     Run,
@@ -263,8 +266,8 @@ def train(
     (nats), bits_per_byte (of the next byte, training routing), router_rate (share of bytes that
     causal routing selects), lr, bytes (trained on so far), bytes_per_second. With max_minutes a
     record also has minutes (used so far), after a validation the keys of `Validation`, and with a
-    checkpoint `checkpoint`, its path. If the caller closes the generator or raises, the last step
-    is saved.
+    checkpoint `checkpoint`, its path. The last step is saved if the caller closes the generator or
+    raises, and at Ctrl-C, except in the first two steps, which compile.
 
     Raises PicoError on bad settings or data, before anything is written, and on a loss or gradient
     that is not finite, before that step changes the weights.
@@ -305,12 +308,12 @@ def train(
     records = _loop(train_step, windows, validate, run, reached, stop, on_micro_batch)
     # an uncaught error in a script can keep the generator open until the interpreter has torn down
     # the modules that saving needs: close the generator before that
-    atexit.register(_close, weakref.ref(records))
+    atexit.register(_close, weakref.ref(records), os.getpid())
     return records
 
 
-def _close(reference: weakref.ref) -> None:
-    if (records := reference()) is not None:
+def _close(reference: weakref.ref, owner: int) -> None:
+    if (records := reference()) is not None and os.getpid() == owner:  # not in a forked child
         records.close()
 
 
@@ -433,7 +436,7 @@ def _loop(
 
     try:
         if run:
-            _catch_up(run, progress, settings, validate)
+            _catch_up(run, progress, settings, validate, ended())
         stopped, steps_here = False, 0
         while not stopped and not ended():
             start = time.perf_counter()
@@ -442,7 +445,9 @@ def _loop(
             rate = learning_rate(position, settings, progress.steps)
             batch = windows.batch_at(progress.windows)  # (A * B, N + T)
             batch = batch.reshape(accumulation, settings.batch_size, -1)
-            losses = train_step(batch, rate, interrupt)
+            # not while the first steps compile, which takes long
+            with _deferred_interrupt() if steps_here >= 2 else contextlib.nullcontext([]) as caught:
+                losses = train_step(batch, rate, interrupt)
             if losses is None:  # stopped within the step
                 break
             if losses[4] != 1 or not np.isfinite(losses).all():
@@ -478,7 +483,7 @@ def _loop(
             if settings.max_minutes:
                 record["minutes"] = progress.seconds / 60
             pending = record
-            stopped = stop()
+            stopped = stop() or bool(caught)
             # a stop skips the validation, which the resumed run makes up for in `_catch_up`
             if not stopped and (ended() or progress.step % settings.validation_interval == 0):
                 record |= validate()
@@ -495,6 +500,8 @@ def _loop(
                 run.log(record, durable=saving)
                 if saving:
                     save()
+            if caught:
+                raise KeyboardInterrupt
             yield record
         save()
     except _NotFinite:
@@ -512,10 +519,33 @@ def _loop(
             run.close()
 
 
-def _catch_up(run: Run, progress: Progress, settings: TrainSettings, validate: Validation) -> None:
+@contextlib.contextmanager
+def _deferred_interrupt() -> Iterator[list[int]]:
+    """Collect Ctrl-C in the yielded list, where KeyboardInterrupt would leave an update half done.
+
+    Only in the main thread, and only while Python's own handler is in place.
+    """
+    caught: list[int] = []
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield caught
+        return
+    signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
+    try:
+        yield caught
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _catch_up(
+    run: Run, progress: Progress, settings: TrainSettings, validate: Validation, ended: bool
+) -> None:
     """Validate the last step if a stop skipped that, so that no validation is missing."""
-    due = progress.step % settings.validation_interval == 0 and not progress.validated
-    if due and run.records and run.records[-1]["step"] == progress.step:
-        run.records[-1] |= validate()
-        run.is_best(run.records[-1])
+    due = ended or progress.step % settings.validation_interval == 0
+    if not due or progress.validated or not run.records:
+        return
+    record = run.records[-1]
+    if record["step"] == progress.step and BITS not in record:
+        record |= validate()
+        run.is_best(record)
         run.rewrite()

@@ -1,9 +1,11 @@
 """The native launcher of captured graphs against tinygrad's own: the same bits, whoever helps."""
 
 import platform
+import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -124,21 +126,51 @@ def test_other_graphs_are_left_to_tinygrad(graph_of, monkeypatch):
     np.testing.assert_array_equal(expected, found)
 
 
-def test_an_interrupt_waits_for_the_end_of_the_graph(graph_of, monkeypatch):
-    graph_of(0)
-    own = launcher._launcher()
-    launched = []
+def test_an_interrupt_waits_for_the_end_of_the_graph(graph_of):
+    """A signal handler that raises runs before a graph or after it: no kernel is left out."""
+    graph_of(1)
+    x = Tensor(np.zeros((64, 64), np.float32)).realize()
+    counter = Tensor(np.zeros((64, 64), np.float32)).realize()
+    copies = [Tensor(np.zeros((64, 64), np.float32)).realize() for _ in range(40)]
 
-    def native(state, rows, count, syscall):
-        launched.append(count)
-        if len(launched) == 1:
-            raise KeyboardInterrupt
+    def count():  # the copies in sequence: an interrupt between two would leave them unequal
+        counter.assign(counter + 1).realize()
+        for copy in copies:
+            copy.assign(counter + x).realize()
+        return counter
 
-    monkeypatch.setattr(own, "native", native)
-    monkeypatch.setattr(launcher, "SLICE", 2)
-    with pytest.raises(KeyboardInterrupt):
-        own.run(np.zeros((5, launcher.ROW), np.int64))
-    assert launched == [2, 2, 1]
+    jit = TinyJit(count)
+    with Context(JIT_BATCH_SIZE=0):  # one graph
+        for _ in range(3):
+            jit()
+    before = signal.signal(signal.SIGALRM, lambda *_: interrupt())
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    interrupts = 0
+    try:
+        for delay in np.linspace(2e-5, 2e-3, 100):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, delay)
+                for _ in range(20):
+                    jit()
+            except KeyboardInterrupt:
+                interrupts += 1
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            values = {float(t.numpy()[0, 0]) for t in (counter, *copies)}
+            assert len(values) == 1, values
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert interrupts > 20
+
+
+def test_a_forked_child_runs_graphs_without_helpers(graph_of):
+    script = Path(__file__).parent / "scripts" / "fork_after_graph.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["child", "same", "parent", "same"]
 
 
 def test_cgroup_quota(tmp_path):

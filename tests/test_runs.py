@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -156,6 +157,50 @@ def test_a_step_that_fails_saves_nothing(text, tmp_path, quick_steps, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         next(records)
     assert list_checkpoints(tmp_path / "run") == []
+
+
+def test_ctrl_c_within_a_step_saves_that_step(text, tmp_path, quick_steps, monkeypatch):
+    """In a script, which has Python's own handler; the step ends, and is the last one saved."""
+    run = tmp_path / "run"
+    records = start(text, run, max_steps=20)
+    for _ in range(3):
+        next(records)
+    step = TrainStep.__call__
+
+    def interrupted(self, *args):
+        signal.raise_signal(signal.SIGINT)
+        return step(self, *args)
+
+    monkeypatch.setattr(TrainStep, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(records)
+    assert [s for s, _ in list_checkpoints(run)] == [4]
+    assert steps(read_metrics(run)) == [1, 2, 3, 4]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_run_trained_meanwhile_is_not_overwritten(text, tmp_path, quick_steps):
+    """Another process trains the run after the check and before the lock."""
+    run = tmp_path / "run"
+    assert steps(start(text, run, max_steps=2)) == [1, 2]
+    with pytest.raises(PicoError, match="exists"):
+        Run(run, resumed=False)
+    assert steps(read_metrics(run)) == [1, 2]
+
+
+def test_more_epochs_continue_a_run(text, tmp_path, quick_steps):
+    run = tmp_path / "run"
+    few = len(list(start(text, run, max_steps=500, epochs=1)))
+    resumed = train(Pico(TINY, 1), None, run, resume=True, epochs=2, max_steps=few + 2)
+    assert steps(resumed) == [few + 1, few + 2]
+
+
+def test_a_stop_at_the_last_step_is_measured_on_resuming(text, tmp_path, quick_steps):
+    run, stops = tmp_path / "run", iter([False, False, True])
+    list(start(text, run, max_steps=3, validation_interval=5, stop=lambda: next(stops)))
+    assert BITS not in read_metrics(run)[-1]
+    assert steps(train(Pico(TINY, 1), None, run, resume=True)) == []
+    assert BITS in read_metrics(run)[-1]
 
 
 def test_a_stop_takes_effect_after_the_micro_batch(text, tmp_path, quick_steps):

@@ -41,7 +41,6 @@ from tinygrad.uop.ops import Ops, UOp
 ROW = 5  # int64s: function, shares, number of arguments, position of core_id, arguments' address
 MAX_ARGUMENTS = 96
 SPIN = 2000  # polls before a thread sleeps, about 20 to 80 µs
-SLICE = 256  # kernels per native call: Python's signal handlers run between two calls
 # byte offsets in the shared state, each in a separate cache line to avoid false sharing
 TICKET, DONE, SEQUENCE, SLEEPERS, WAITING, KERNEL = 0, 64, 128, 192, 256, 320
 STATE_BYTES = 512
@@ -83,7 +82,8 @@ class NativeGraph(HCQGraph):
             row[:4] = function, shares, len(arguments) - start, core
         self.arguments = np.array(arguments, np.int64)
         rows[:, 4] = self.arguments.ctypes.data + 8 * np.array(starts)
-        self.rows = np.ascontiguousarray(rows)
+        self.rows = rows
+        self.table = rows.ctypes.data, len(rows)
 
     def _is_plain(self) -> bool:
         if PROFILE or DEBUG >= 2:
@@ -112,7 +112,7 @@ class NativeGraph(HCQGraph):
                 self.arguments[place] = input_uops[number].buffer._buf.va_addr
             for place, name in self.values:
                 self.arguments[place] = var_vals[name]
-            self.launcher.run(self.rows)
+            self.launcher.run(*self.table)
         return time.perf_counter() - start if wait else None
 
     def __del__(self) -> None:
@@ -125,36 +125,33 @@ class Launcher:
 
     def __init__(self, library: bytes, helpers: int) -> None:
         self.lock = threading.Lock()
-        self.code = mmap.mmap(
-            -1, len(library), prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
-        )
+        # private: a forked child, which has no helpers, must not hand work to those of its parent
+        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        executable = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
+        self.code = mmap.mmap(-1, len(library), private, executable)
         self.code.write(library)
         first = mv_address(self.code)
         if CPUProgram.rt_lib is not None:
             clear_cache = CPUProgram.rt_lib["__clear_cache"]
             clear_cache(ctypes.c_void_p(first), ctypes.c_void_p(first + len(library)))
         self.native = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)(first)
-        self.memory = mmap.mmap(-1, STATE_BYTES)  # zeros
+        self.memory = mmap.mmap(-1, STATE_BYTES, private)  # zeros
         self.state = mv_address(self.memory)
         self.syscall = ctypes.cast(ctypes.CDLL(None).syscall, ctypes.c_void_p).value
-        work = (self.state, 0, 0, self.syscall)
         for _ in range(helpers):
-            threading.Thread(target=self.native, args=work, daemon=True).start()
+            threading.Thread(target=self._help, daemon=True).start()
 
-    def run(self, rows: np.ndarray) -> None:
-        """Run the kernels of a table in order; then raise the last exception of a signal handler.
+    def _help(self) -> None:
+        """A helper thread's work. The frame keeps the code and the state in memory until exit."""
+        self.native(self.state, 0, 0, self.syscall)
 
-        An exception in the middle would leave an optimizer step half done.
+    def run(self, rows: int, count: int) -> None:
+        """Run the `count` kernels of the table at address `rows`, in order.
+
+        One native call: Python's signal handlers run before it or after it, never between two
+        kernels, where an exception would leave half an optimizer step behind.
         """
-        raised = None
-        for start in range(0, len(rows), SLICE):
-            part = rows[start : start + SLICE]
-            try:
-                self.native(self.state, part.ctypes.data, len(part), self.syscall)
-            except BaseException as error:
-                raised = error
-        if raised is not None:
-            raise raised
+        self.native(self.state, rows, count, self.syscall)
 
 
 def install(device: str) -> None:
