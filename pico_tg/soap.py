@@ -24,7 +24,7 @@ from tinygrad.nn.optim import Optimizer
 
 from . import linalg
 from .ops import bmm
-from .runtime import in_host_memory, is_capturing, read, write_all, write_into
+from .runtime import in_host_memory, is_capturing, read, without_views, write_all, write_into
 
 
 class SOAP(Optimizer):
@@ -122,12 +122,19 @@ class SOAP(Optimizer):
             return Tensor(values).shard(self.device).contiguous().realize().is_param_(False)
         return Tensor(values, device=self.device).clone().realize().is_param_(False)
 
+    @staticmethod
+    def _stacked(grads: list[Tensor]) -> Tensor:
+        """Gradients of one shape, stacked: float32 [Z, *shape]."""
+        stacked = Tensor.stack(*[grad.cast(dtypes.float32) for grad in grads])
+        # for one realized gradient, `contiguous` makes a view of its buffer, and the planner of
+        # TinyJit in 0.13, which does not see views, gives the buffer to others (GPUs trained on
+        # wrong gradients; test_training.test_steps_without_cpu_kernels)
+        whole = without_views(stacked)
+        return stacked.contiguous() if whole is stacked else whole
+
     def _step(self, params: list[Tensor], grads: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Called by `schedule_step`: the deltas to subtract from the parameters, and the state."""
-        stacked = [
-            Tensor.stack(*[grads[i].cast(dtypes.float32) for i in stack.members]).contiguous()
-            for stack in self.stacks
-        ]
+        stacked = [self._stacked([grads[i] for i in stack.members]) for stack in self.stacks]
         finite = all_finite(stacked).reshape(1)
         self.finite.assign(finite)
         updating = finite & (self.count > 0)  # the first gradient updates nothing

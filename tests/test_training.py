@@ -196,6 +196,19 @@ def test_a_gradient_that_is_not_finite_changes_nothing(optimizer):
     assert all(np.array_equal(before[k], after[k], equal_nan=True) for k in before)
 
 
+@SLOW
+def test_steps_without_cpu_kernels(monkeypatch):
+    """tinygrad's own schedules, as on a GPU, train as the CPU kernels do."""
+    windows = batch(np.random.default_rng(2), 1, 2, 40 + CONFIG.next_tokens)
+    losses = {}
+    for kernels in ("1", "0"):
+        monkeypatch.setenv("PICO_KERNELS", kernels)
+        step = TrainStep(make(), TrainSettings())
+        losses[kernels] = [step(windows, 1e-2)[0] for _ in range(4)]
+    assert losses["1"][-1] < losses["1"][0] - 0.05
+    np.testing.assert_allclose(losses["0"], losses["1"], rtol=0, atol=3e-3)
+
+
 def test_training_stops_on_a_loss_that_is_not_finite(text, tmp_path):
     model = make()
     model.norm.weight.assign(Tensor(np.full(CONFIG.dim, np.inf, np.float32))).realize()
