@@ -162,6 +162,22 @@ def test_forms_of_json(content, expected, suffix, tmp_path):
     assert all_documents(load(path)) == expected
 
 
+def test_column_of_each_json_row(tmp_path):
+    rows = [{"bytes": "only"}, {"text": "second", "bytes": "q"}, {"text": "third"}]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    loaded = load(path)
+    assert all_documents(loaded) == [b"only", b"second", b"third"]
+    assert "left out" not in loaded.note
+    write_jsonl(path, [{"n": 1}, *rows, {"text": None}, {"n": 2}])
+    loaded = load(path)
+    assert all_documents(loaded) == [b"only", b"second", b"third"]
+    remark = "a.jsonl: 2 of 6, with neither a column 'text' nor 'bytes'"
+    assert loaded.note.count("rows left out of ") == loaded.note.count(remark) == 1
+    loaded = load(path, column_name="bytes")
+    assert all_documents(loaded) == [b"only", b"q"]
+    assert "a.jsonl: 4 of 6, with no column 'bytes'" in loaded.note
+
+
 @pytest.mark.parametrize("group", [1, 7, 1000])
 def test_row_groups(group, tmp_path):
     texts = [f"document {i}" for i in range(30)]

@@ -24,6 +24,7 @@ from pico_tg.data import (
     DataSpec,
     formats,
     has_validation,
+    load_data,
     load_whole,
     sources,
 )
@@ -92,6 +93,23 @@ def test_folder_with_files(folder):
     loaded = load(folder, train_file="train.jsonl", validation_size=2)
     assert split_up(loaded.train) == documents("train", 0, 1)
     assert split_up(loaded.validation) == documents("train", 2, 3)
+    unused = "not used: validation.jsonl (split validation); test.jsonl (split test)"
+    assert unused in loaded.note
+
+
+def test_validation_split_beside_a_train_file(folder):
+    loaded = load(folder, train_file="train.jsonl")
+    assert split_up(loaded.train) == documents("train", 0, 1, 2, 3)
+    assert split_up(loaded.validation) == documents("validation", 0, 1, 2, 3)
+    assert "not used: test.jsonl (split test)" in loaded.note
+    # without the train file, nothing is left of the validation split
+    loaded = load(folder, train_file="validation.jsonl")
+    assert all_documents(loaded) == documents("validation", 0, 1, 2, 3)
+    assert "not used: train.jsonl (split train); test.jsonl (split test)" in loaded.note
+    write_jsonl(folder / "valid.jsonl", as_rows(["more"]))
+    loaded = load(folder, train_file="validation.jsonl")
+    assert split_up(loaded.train) == documents("validation", 0, 1, 2, 3)
+    assert split_up(loaded.validation) == [b"more"]
 
 
 def test_only_split(folder):
@@ -370,6 +388,8 @@ def test_configurations_of_a_clone(clone, cache):
     assert split_up(loaded.validation) == [b"en b-held"]
     assert "not used: de/a.jsonl, de/b-held.jsonl (not in the configuration)" in loaded.note
     assert all_documents(load(f"{clone}:de")) == [b"de a", b"de b-held"]
+    loaded = load(clone, train_file="en/b-held.jsonl", validation_file="en/a.jsonl")
+    assert split_up(loaded.train) == [b"en b-held"]  # no configuration is needed
     (clone / "README.md").write_text(CARD.replace("name: de", "name: de\n  default: true"))
     assert all_documents(load(clone)) == [b"de a", b"de b-held"]
     (clone / "README.md").write_text("# Two languages")
@@ -379,6 +399,13 @@ def test_configurations_of_a_clone(clone, cache):
     (clone / "README.md").write_text("---\nconfigs:\n- no\n---\n")
     with pytest.raises(PicoError, match=r"cannot read the configurations in .*README\.md"):
         load(clone)
+
+
+def test_card_on_a_file_system_that_ignores_case(clone, monkeypatch):
+    configurations = sources._configurations(clone)
+    monkeypatch.setattr(sources, "_configurations", lambda folder: configurations)
+    (clone / "README.md").rename(clone / "readme.md")
+    assert "readme.md" not in load(f"{clone}:en").note
 
 
 def test_missing_things(tmp_path, cache, folder):
@@ -435,6 +462,29 @@ def test_absolute(clone, tmp_path, monkeypatch):
     }.items():
         assert DataSpec(dataset).absolute() == DataSpec(absolute)
     assert DataSpec("clone", revision="main").absolute().dataset == "clone"
+
+
+def test_absolute_files(folder, tmp_path, monkeypatch):
+    """The files of a run are the same from any working directory."""
+    (tmp_path / "held.txt").write_text("held")
+    (tmp_path / "test.jsonl").write_text('{"text": "not beside the data set"}')
+    monkeypatch.chdir(tmp_path)
+    held = str(tmp_path / "held.txt")
+    local = DataSpec("folder", train_file="test.jsonl", validation_file="held.txt")
+    loaded = load_data(local, progress=False)
+    assert split_up(loaded.train) == documents("test", 0, 1, 2, 3)
+    absolute = local.absolute()
+    assert absolute == DataSpec(folder, train_file="test.jsonl", validation_file=held)
+    for dataset, revision in (("python-docs", None), ("owner/name", "0123abc")):
+        spec = DataSpec(dataset, revision=revision, train_file="x.txt", validation_file="held.txt")
+        assert spec.absolute() == dataclasses.replace(spec, validation_file=held)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "held.txt").write_text("another file")
+    monkeypatch.chdir("elsewhere")
+    again = load_data(absolute, progress=False)
+    assert again.train.fingerprint == loaded.train.fingerprint
+    assert again.validation.fingerprint == loaded.validation.fingerprint
+    assert absolute.absolute() == absolute
 
 
 def test_without_a_home(tmp_path, cache, monkeypatch):

@@ -148,19 +148,21 @@ def _find(spec: DataSpec) -> _Found:
     splits = _splits(spec, spec.train_file)
     spec = dataclasses.replace(spec, revision=splits.revision)  # also of the validation data
     train = splits.pick(spec.train_split, spec.train_file or spec.dataset)
+    whole = splits if spec.train_file is None else _splits_beside_train_file(spec)
     if spec.validation_file is not None:
         file = spec.validation_file
         validation = _splits(spec, file).pick(None, file)
     elif spec.validation_split is not None:
-        whole = splits if spec.train_file is None else _splits(spec, None)
         validation = whole.pick(spec.validation_split, spec.dataset)
     else:
-        validation = splits.find("validation")
-        validation = None if validation is train else validation
-    unused = []
-    if spec.train_file is None:
-        unused += splits.unused
-        unused += _unused_splits(splits, [train, validation], spec)
+        validation = whole.find("validation")
+        if validation is train or (
+            spec.train_file is not None and spec.validation_size is not None
+        ):
+            validation = None
+        elif validation is not None and spec.train_file is not None:
+            validation = without(validation, train.files, spec.column_name)
+    unused = [*splits.unused, *_unused_splits(whole, [train, validation], spec)]
     if validation is not None:
         if not train.files and validation.files and validation.files[0].path.startswith(HUB):
             raise PicoError(
@@ -172,6 +174,20 @@ def _find(spec: DataSpec) -> _Found:
             raise _same_data(train.label)
         train = left
     return _Found(train, validation, unused, spec)
+
+
+def _splits_beside_train_file(spec: DataSpec) -> Splits:
+    """The splits of the dataset, if `train_file` alone is trained on.
+
+    Unless a split is named, the splits are optional: there are none if the dataset cannot be opened
+    as a whole, or is on the hub, where the splits would depend on whether the hub can be reached.
+    """
+    if spec.validation_split is not None:
+        return _splits(spec, None)
+    try:
+        return _splits(spec, None) if spec.is_local() else Splits()
+    except PicoError:
+        return Splits()
 
 
 def _unused_splits(splits: Splits, used: list[Source | None], spec: DataSpec) -> Iterator[str]:
@@ -187,16 +203,14 @@ def _unused_splits(splits: Splits, used: list[Source | None], spec: DataSpec) ->
 def _splits(spec: DataSpec, file: str | None) -> Splits:
     """The splits of the dataset, or of one file that belongs to it."""
     (path, config), column = spec.path_and_config(), spec.column_name
-    local = spec.revision is None and os.path.exists(path)  # only data on the hub have a revision
+    local = spec.is_local()
     embedded = spec.revision is None and spec.dataset == PYTHON_DOCS
     try:
         if file is not None:
-            beside = path if os.path.isdir(path) else os.path.dirname(path)
-            for candidate in (os.path.join(beside, file) if local else file, file):
-                candidate = os.path.expanduser(candidate)
-                if os.path.isfile(candidate):
-                    splits = {"train": file_source(candidate, one_file(candidate), column)}
-                    return Splits(splits, revision=spec.revision)
+            found = spec.beside(file) or os.path.expanduser(file)
+            if os.path.isfile(found):
+                splits = {"train": file_source(found, one_file(found), column)}
+                return Splits(splits, revision=spec.revision)
             if embedded or local:
                 raise PicoError(f"there is no file {file!r}, neither in {spec.dataset} nor here")
         elif embedded:

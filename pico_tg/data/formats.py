@@ -127,8 +127,11 @@ def find_column(label: str, columns: list[str], column: str | None) -> str:
             raise PicoError(f"{label} has {columns.count(name)} columns named {name!r}; rename one")
         if name in columns:
             return name
-    missing = "neither a column 'text' nor 'bytes'" if column is None else f"no column {column!r}"
-    raise MissingColumn(f"{label} has {missing}; the columns are {_listed(columns)}")
+    raise MissingColumn(f"{label} has {_lacking(column)}; the columns are {_listed(columns)}")
+
+
+def _lacking(column: str | None) -> str:
+    return "neither a column 'text' nor 'bytes'" if column is None else f"no column {column!r}"
 
 
 def _listed(columns: list[str]) -> str:
@@ -151,18 +154,26 @@ def document(label: str, name: str, value: object, columns: list[str]) -> bytes 
 
 
 def read_json(file: BinaryIO, label: str, column: str | None, remark: Remark) -> Pieces:
-    """The rows of JSON Lines, or of a JSON list of objects. A row has to fit into memory."""
-    name, columns, number = None, {}, 0
+    """The rows of JSON Lines, or of a JSON list of objects. A row has to fit into memory.
+
+    Each row has its own columns, so the column of text is chosen for each row.
+    """
+    columns, lacking, number = {}, 0, 0
     for number, row in enumerate(_json_rows(file, label), 1):
-        if name is None:
+        name = next((name for name in wanted_columns(column) if name in row), None)
+        if name is not None:
+            if text := document(label, name, row[name], list(row)):
+                yield text, True
+            continue
+        lacking += 1
+        if lacking == number:  # no row so far has the column
             columns |= dict.fromkeys(row)
-            name = next((name for name in wanted_columns(column) if name in row), None)
-        if name is not None and (text := document(label, name, row.get(name), list(row))):
-            yield text, True
-        if name is None and number == COLUMN_WITHIN:
-            break
-    if name is None and number:
+            if number == COLUMN_WITHIN:
+                break
+    if number and lacking == number:
         find_column(label, list(columns), column)
+    if lacking:
+        remark(f"rows left out of {label}: {lacking:,} of {number:,}, with {_lacking(column)}")
 
 
 def _json_rows(file: BinaryIO, label: str) -> Iterator[dict]:

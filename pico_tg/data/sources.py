@@ -265,7 +265,8 @@ def local_folder(path: str, config: str | None, column: str | None) -> Splits:
             splits[split] = [file for file in files if file.path in paths]
         chosen = {file.name for members in splits.values() for file in members}
         unused |= {f.name: "not in the configuration" for f in files if f.name not in chosen}
-        del unused["README.md"]  # was read for the configuration
+        # README.md was read for the configuration; a file system may ignore the case of its name
+        unused = {name: why for name, why in unused.items() if name.lower() != "readme.md"}
     label = path if config is None else f"{path}:{config}"
     return _file_splits(label, splits, unused, column)
 

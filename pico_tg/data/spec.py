@@ -43,7 +43,8 @@ class DataSpec:
         "split to train on (default: train if there is one, else the only one)"
     )
     validation_split: str | None = _option(
-        "split to validate on (default: validation if there is one)"
+        "split to validate on (default: validation if there is one, unless both train_file and "
+        "validation_size are given; with train_file, only of local data)"
     )
     validation_size: float | int | None = _option(
         "without validation data, hold out the end: a fraction of the bytes below 1, or a number "
@@ -88,11 +89,31 @@ class DataSpec:
             return folder, config
         return path, None
 
+    def is_local(self) -> bool:
+        """Whether `dataset` is a file or folder; only data on the hub have a revision."""
+        path, _ = self.path_and_config()
+        return self.revision is None and self.dataset != PYTHON_DOCS and os.path.exists(path)
+
+    def beside(self, file: str) -> str | None:
+        """The path of `file` in the folder of a local dataset; None if there is no such file."""
+        path, _ = self.path_and_config()
+        path = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), file)
+        return path if self.is_local() and os.path.isfile(path) else None
+
     def absolute(self) -> "DataSpec":
-        """The same data from any working directory: a local dataset by its absolute path."""
-        path, config = self.path_and_config()
-        local = self.revision is None and self.dataset != PYTHON_DOCS and os.path.exists(path)
-        if not local:
-            return self
-        path = os.path.abspath(path)
-        return dataclasses.replace(self, dataset=path if config is None else f"{path}:{config}")
+        """The same data from any working directory: local paths become absolute.
+
+        A file beside the dataset keeps its name.
+        """
+        changes = {}
+        for name in ("train_file", "validation_file"):
+            file = getattr(self, name)
+            if file is not None and self.beside(file) is None:
+                file = os.path.abspath(os.path.expanduser(file))
+                if os.path.isfile(file):  # otherwise on the hub
+                    changes[name] = file
+        if self.is_local():
+            path, config = self.path_and_config()
+            path = os.path.abspath(path)
+            changes["dataset"] = path if config is None else f"{path}:{config}"
+        return dataclasses.replace(self, **changes)
