@@ -48,6 +48,11 @@ class CachedBlock:
         self.fc1 = PackedLinear(block.glu.fc1.weight, block.norm2.weight)
         self.fc2 = PackedLinear(block.glu.fc2.weight)
 
+    def refresh(self) -> None:
+        """Copy the present weights of the block again."""
+        for linear in (self.qkv, self.proj, self.fc1, self.fc2):
+            linear.refresh()
+
     def __call__(self, h: Tensor, start: Tensor) -> Tensor:
         """Rows h [R, D padded] at positions start, start + 1, … -> [R, D padded].
 
@@ -90,8 +95,8 @@ class Decoder:
     """A model with KV caches: feed bytes, get the logits after each of them.
 
     Memory and time of a pass do not depend on the number of bytes fed. The decoder copies the
-    weights, so later changes of the model have no effect. All methods may be called from any
-    thread, one at a time.
+    weights, so later changes of the model have no effect until `refresh`. All methods may be called
+    from any thread, one at a time.
 
     - position: bytes fed; selected: how many of them went through the latent blocks
     - last_decisions: bool [n], which bytes of the last pass went through the latent blocks
@@ -109,16 +114,33 @@ class Decoder:
         )
         device, dim = model.norm.weight.device, self.config.dim
         width = padded_width(dim, device)
-        padding = ((0, 0), (0, width - dim))
-        self.embedding = model.embedding.weight.detach().pad(padding).contiguous().realize()
-        self.router = model.latent.router.weight.detach().pad(padding).contiguous().realize()
+        self.embedding, self.router, self.bias = self._copies(width)
         self.unembedding = PackedLinear(model.unembedding.weight, model.norm.weight)
-        self.bias = model.unembedding.bias.detach().reshape(1, -1).clone().realize()
         # the hidden states of a pass, and a spare last row that unused slots add to
         hidden = Tensor.zeros(PREFILL_CHUNK + 1, width, device=device)
         self.hidden = hidden.contiguous().realize()
         self.graphs: dict[tuple[str, int], TinyJit] = {}
         self.inputs: dict[tuple[str, int], Tensor] = {}
+        self.reset()
+
+    def _copies(self, width: int) -> list[Tensor]:
+        """Copies of the weights without a PackedLinear: embedding, router [*, width], bias."""
+        model, padding = self.model, ((0, 0), (0, width - self.config.dim))
+        rows = model.embedding.weight, model.latent.router.weight
+        copies = [weight.detach().pad(padding).clone().realize() for weight in rows]
+        return [*copies, model.unembedding.bias.detach().reshape(1, -1).clone().realize()]
+
+    @exclusive
+    def refresh(self) -> None:
+        """Copy the model's present weights again and forget all bytes fed; nothing is compiled.
+
+        The copies keep their buffers, which the captured graphs read.
+        """
+        copies = self._copies(self.hidden.shape[1])
+        for tensor, copy in zip((self.embedding, self.router, self.bias), copies, strict=True):
+            write_into(tensor, read(copy))
+        for part in (*self.fb_in, *self.latent, *self.fb_out, self.unembedding):
+            part.refresh()
         self.reset()
 
     def reset(self, use_latent: bool | None = None) -> None:

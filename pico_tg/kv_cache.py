@@ -10,7 +10,7 @@ import numpy as np
 from tinygrad import Tensor
 
 from .ops import round_up
-from .runtime import has_cpu_kernels
+from .runtime import has_cpu_kernels, read, write_into
 
 PANEL = 32  # outputs of one panel of a PackedLinear; the slots of a cache are a multiple of PANEL
 VECTOR = 16  # the columns of a cache are a multiple of VECTOR; cpu.loops.TILE_N divides both
@@ -30,14 +30,24 @@ class PackedLinear:
 
     def __init__(self, weight: Tensor, input_scale: Tensor | None = None) -> None:
         """`input_scale` [I] multiplies x; the scale is folded into the copied weight."""
-        weight = weight.detach() if input_scale is None else weight.detach() * input_scale.detach()
-        self.outputs, inputs = weight.shape
+        self.source = weight, input_scale
+        self.outputs = weight.shape[0]
         self.width = padded_width(self.outputs, weight.device)
         self.has_cpu_kernels = has_cpu_kernels(weight.device)
+        self.weight = self._copy()
+
+    def _copy(self) -> Tensor:
+        weight, input_scale = self.source
+        weight = weight.detach() if input_scale is None else weight.detach() * input_scale.detach()
         if self.has_cpu_kernels:
             weight = weight.pad(((0, self.width - self.outputs), None))
+            inputs = weight.shape[1]
             weight = weight.reshape(-1, PANEL, inputs).transpose(1, 2)  # (panels, I, PANEL)
-        self.weight = weight.contiguous().realize()
+        return weight.clone().realize()
+
+    def refresh(self) -> None:
+        """Copy the present values of the weight, into the same buffer."""
+        write_into(self.weight, read(self._copy()))
 
     def __call__(
         self, x: Tensor, scale: Tensor | None = None, residual: Tensor | None = None

@@ -16,7 +16,9 @@ LINE = "{desc}: {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}{po
 
 
 def say(text: str) -> None:
-    """Print a line on stderr."""
+    """Print a line on stderr, if there is one: it is None where no console exists."""
+    if sys.stderr is None:  # print() would write to stdout
+        return
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:
@@ -28,7 +30,7 @@ def drop_output() -> None:
 
     Otherwise Python's flush at exit would fail again.
     """
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
             stream.flush()
         except OSError:
@@ -39,7 +41,7 @@ class Progress(tqdm):
     """A tqdm bar; if stderr is not a terminal, a line every LINE_SECONDS and one at the end."""
 
     def __init__(self, **options: Any) -> None:
-        self.has_bar = sys.stderr.isatty()
+        self.has_bar = sys.stderr is not None and sys.stderr.isatty()
         self.last_line = time.monotonic()
         plain = {} if self.has_bar else {"bar_format": LINE}
         super().__init__(file=sys.stderr, dynamic_ncols=True, **plain, **options)

@@ -305,6 +305,14 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     return ", ".join(f"{name} was {old}, now {new}" for name, old, new in both if old != new)
 
 
+def stored_settings(stored: dict[str, Any], run: Path) -> TrainSettings:
+    """The settings of a run, from its training.json. Raises PicoError if one is unknown."""
+    known = {field.name for field in dataclasses.fields(TrainSettings)}
+    if unknown := ", ".join(sorted(stored["settings"].keys() - known)):
+        raise PicoError(f"{run}/training.json has settings that are unknown here: {unknown}")
+    return TrainSettings(**stored["settings"])
+
+
 def resumed_settings(
     given: dict[str, Any], stored: dict[str, Any], force: bool, run: Path
 ) -> TrainSettings:
@@ -312,10 +320,7 @@ def resumed_settings(
 
     Raises PicoError if a setting is given that may not change; batch_size may with `force`.
     """
-    known = {field.name for field in dataclasses.fields(TrainSettings)}
-    if unknown := ", ".join(sorted(stored["settings"].keys() - known)):
-        raise PicoError(f"{run}/training.json has settings that are unknown here: {unknown}")
-    settings = TrainSettings(**stored["settings"])
+    settings = stored_settings(stored, run)
     free = (*MAY_CHANGE, "batch_size") if force else MAY_CHANGE
     fixed = {name: value for name, value in given.items() if name not in free}
     if changed := differences(dataclasses.asdict(settings), fixed):

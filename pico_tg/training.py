@@ -392,11 +392,22 @@ def _set_steps(
             "learning rate follows the curve of the new number"
         )
     reached.steps = total
+    if limit := _limit_reached(reached, settings):
+        say(f"nothing left to train; a larger --{limit.replace('_', '-')} continues the run")
     if total <= settings.warmup_steps:
         say(
             f"all {total} steps are within warmup_steps ({settings.warmup_steps}), so the learning "
             "rate never reaches its peak; more epochs or smaller batches give more steps"
         )
+
+
+def _limit_reached(progress: Progress, settings: TrainSettings) -> str:
+    """The setting that ends training after the present step; "" if training goes on."""
+    if settings.max_minutes and progress.seconds >= 60 * settings.max_minutes:
+        return "max_minutes"
+    if progress.step >= progress.steps:
+        return "max_steps" if progress.steps == settings.max_steps else "epochs"
+    return ""
 
 
 class _NotFinite(PicoError):
@@ -424,7 +435,7 @@ def _loop(
     pending: Record | None = None  # a record that is not in metrics.jsonl yet
 
     def ended() -> bool:
-        return progress.step >= progress.steps or progress.seconds >= time_limit
+        return bool(_limit_reached(progress, settings))
 
     def interrupt(done: int) -> bool:
         on_micro_batch(done, accumulation)

@@ -201,6 +201,7 @@ BAD_TRAIN = {
     "validation size": (["--dataset-validation-size", "-0.5"], "validation"),
     "forced for nothing": (["--force"], "--resume"),
     "device": (["--devices", ""], "--devices"),
+    "sample of two devices": (["--devices", "2", "--sample-prompt", "A"], "--sample-prompt"),
 }
 
 
@@ -273,7 +274,8 @@ def test_bad_resume(flags, named, trained, capsys):
 
 def test_resume_of_a_complete_run(trained, capsys):
     assert cli.main(["train", str(trained), "run", "--resume"]) == 0
-    assert "nothing left to train" in capsys.readouterr().err
+    expected = "nothing left to train; a larger --max-steps continues the run"
+    assert expected in capsys.readouterr().err
     assert cli.main(["train", str(trained), "nothing", "--resume"]) == 2
     assert "no training run to resume" in capsys.readouterr().err
     assert not (trained / "nothing").exists()
@@ -312,10 +314,10 @@ class Wandb:
             raise RuntimeError("the connection timed out\nretry later")
         self.calls.append(step)
 
-    def finish(self):
+    def finish(self, exit_code):
         if "finish" in self.broken:
             raise RuntimeError("cannot finish")
-        self.calls.append("finished")
+        self.calls.append("failed" if exit_code else "finished")
 
 
 @pytest.fixture
@@ -335,7 +337,7 @@ def tracked(model, text, monkeypatch):
 
         monkeypatch.setitem(sys.modules, "wandb", tracker)
         monkeypatch.setattr(cli, "train", four_steps)
-        monkeypatch.setattr(cli, "sample_line", lambda model, prompt: f"after {prompt}")
+        monkeypatch.setattr(cli, "sample_writer", lambda model, prompt: lambda: f"after {prompt}")
         arguments = ["train", str(model), "r", *(flags or [str(text)]), "--tracker", "wandb"]
         return status(arguments), seen
 
@@ -382,6 +384,16 @@ def test_a_tracker_that_cannot_start(tracker, named, tracked, model, capsys):
     assert not (model / "r").exists()
 
 
+def test_a_refusal_finishes_the_tracker(model, text, monkeypatch, capsys):
+    """`train` refuses after the tracker has begun."""
+    wandb = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    flags = [*SHORT, "--context-len", "3", "--tracker", "wandb"]
+    assert status(["train", str(model), "r", str(text), *flags]) == 2
+    assert "context_len" in error_line(capsys)
+    assert wandb.calls[1:] == ["failed"]
+
+
 def test_settings_are_chosen(tracked, text, capsys):
     """For the device and the data, apart from those given; or they are the published ones."""
     _, options = tracked(Wandb(), str(text), "--max-steps", "7")
@@ -407,11 +419,25 @@ def test_a_sample_at_each_validation(prompt, expected, tracked, text, capsys):
     assert samples == ([] if expected is None else [f"  sample: {expected}"])
 
 
-def test_a_sample_is_one_line(written):
+def test_a_sample_is_one_line(written, monkeypatch):
+    """All samples are written by one decoder."""
+    decoders = []
+
+    class Decoder:
+        def __init__(self, model):
+            decoders.append(0)
+
+        def refresh(self):
+            decoders[-1] += 1
+
+    monkeypatch.setattr(cli, "Decoder", Decoder)
+    sample = cli.sample_writer(None, b"a\n")
+    assert decoders == []  # devices are chosen later
     written.add(b"\n\x1b\xff")
-    assert cli.sample_line(None, b"a\n") == "a\\n\\n\\x1b\ufffd"
+    assert sample() == "a\\n\\n\\x1b\ufffd"
     written.append(PicoError("the logits overflow"))  # training goes on
-    assert cli.sample_line(None, b"a") == "the logits overflow"
+    assert sample() == "the logits overflow"
+    assert decoders == [1]
 
 
 @pytest.mark.slow
@@ -507,6 +533,10 @@ BAD_EVAL = {
     "no checkpoint": (["run", "--checkpoint", "77"], "3"),
     "flags without data": (["run", "--dataset-column-name", "a"], "DATASET"),
     "split": (["run", "--split", "test"], "test"),
+    "nothing held out": (
+        ["run", "x", "--split", "all", "--dataset-validation-size", "0.1"],
+        "--dataset-validation-size",
+    ),
     "stride": (["run", "--stride", "0"], "stride"),
     "nothing to predict": (["run", "--max-bytes", "9"], "9 bytes"),
     "page in no folder": (["run", "--html", "no/where.html"], "no folder"),

@@ -10,7 +10,9 @@ from tinygrad import GlobalCounters, nn
 
 from pico_tg import decoder as decoder_module
 from pico_tg.decoder import PREFILL_CHUNK, Decoder
+from pico_tg.generation import generate
 from pico_tg.model import Pico
+from pico_tg.runtime import write_into
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +66,32 @@ def test_rollback_and_restore(model, text, prefill):
         other.restore(snapshot)
         plain = Decoder(model)
         plain.forward(text[:150])
+
+
+def test_refresh(text):
+    """A refreshed decoder computes what a new one does; before that, the model has no effect."""
+    model = Pico(TINY, seed=7)
+    decoder = Decoder(model)
+    before = decoder.forward(text[:20])
+    weights = nn.state.get_state_dict(model)
+    for name, tensor in nn.state.get_state_dict(Pico(TINY, seed=8)).items():
+        # fresh norms and biases have one value each
+        write_into(weights[name], tensor.numpy() + np.float32(0.1))
+    decoder.reset()
+    np.testing.assert_array_equal(decoder.forward(text[:20])[0], before[0])
+    graphs = dict(decoder.graphs)
+    decoder.refresh()
+    found, expected = decoder.forward(text[:20]), Decoder(model).forward(text[:20])
+    assert decoder.graphs.items() >= graphs.items()
+    assert np.abs(expected[0] - before[0]).max() > 0.1
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    options = {"max_bytes": 30, "seed": 0, "raw_prompt": True}
+    refreshed, new = (
+        [record.byte for record in generate(model, b"a", decoder=used, **options)]
+        for used in (decoder, Decoder(model))
+    )
+    assert refreshed == new
 
 
 def test_without_the_latent_blocks(model, weights, text):

@@ -11,6 +11,7 @@ from tinygrad import nn
 from pico_tg.checkpoint import save_checkpoint
 from pico_tg.config import TrainSettings
 from pico_tg.decoder import Decoder
+from pico_tg.files import PicoError
 from pico_tg.flops import cache_bytes, decoding_flops
 from pico_tg.model import Pico
 from pico_tg.recipe import memory_bytes
@@ -115,8 +116,18 @@ def test_the_estimates_of_training(tmp_path):
     description = {key: {} for key in DESCRIBED} | {"settings": settings, "model": CONFIG.to_dict()}
     (tmp_path / "run" / "training.json").write_text(json.dumps(description))
     facts = describe(tmp_path, "run", gflops=1)
+    assert not {"steps", "seconds"} & facts["training"].keys()  # the data set the steps as well
+    assert "time of a step" in describe_model(facts)
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 2, "steps": 5}\n')
+    facts = describe(tmp_path, "run", gflops=1)
+    assert (facts["run"]["steps"], facts["run"]["planned_steps"]) == (2, 5)
     training = facts["training"]
-    assert (training["context_len"], training["batch_size"], training["steps"]) == (40, 2, 7)
+    assert (training["context_len"], training["batch_size"], training["steps"]) == (40, 2, 5)
+    assert training["seconds"] == 5 * training["seconds_a_step"]
     expected = memory_bytes(CONFIG, TrainSettings(**settings))
     assert training["memory_bytes"] == sum(expected.values())
     assert "2 windows of 40 bytes" in describe_model(facts)
+    description["settings"] |= {"momentum": 0.9}
+    (tmp_path / "run" / "training.json").write_text(json.dumps(description))
+    with pytest.raises(PicoError, match="settings that are unknown here: momentum"):
+        describe(tmp_path, "run")

@@ -68,6 +68,17 @@ def test_nothing_where_it_is_disabled(monkeypatch):
         assert stream.getvalue() == ""
 
 
+@pytest.mark.parametrize("disable", [True, False])
+def test_without_an_error_stream(disable, monkeypatch, capsys):
+    """As under pythonw; standard output stays empty."""
+    monkeypatch.setattr(sys, "stderr", None)
+    with Progress(total=1, desc="training", disable=disable) as bar:
+        bar.update()
+        bar.say("a message")
+    say("a message")
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 def test_an_error_stream_that_fails_ends_nothing(monkeypatch):
     """As a closed terminal or a full disk does; later messages are dropped."""

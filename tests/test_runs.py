@@ -276,6 +276,19 @@ def test_max_minutes(text, tmp_path, quick_steps, monkeypatch):
     assert resumed[-1]["minutes"] >= 1.5
 
 
+@pytest.mark.parametrize(
+    ("limit", "value"), [("max_steps", 3), ("epochs", 1), ("max_minutes", 1e-9)]
+)
+def test_nothing_is_left(limit, value, text, tmp_path, quick_steps):
+    """The message names the setting that ended the run."""
+    run = tmp_path / "run"
+    assert list(start(text, run, **{"max_steps": 99, limit: value}))
+    said = []
+    assert list(train(Pico(TINY, 1), None, run, resume=True, say=said.append)) == []
+    expected = f"a larger --{limit.replace('_', '-')} continues the run"
+    assert f"nothing left to train; {expected}" in said
+
+
 # Which checkpoints are kept, and found -----------------------------------------------------------
 
 

@@ -183,8 +183,16 @@ SIGNALS = [getattr(signal, name) for name in StopSignals.NAMES if hasattr(signal
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_signals_ask_first(number, monkeypatch, capsys):
-    """The first one asks for a stop, a second one ends the process; handlers are restored."""
+def test_signals_ask_first(number, monkeypatch, capfd):
+    """The first one asks for a stop, a second one ends the process; handlers are restored.
+
+    They may arrive during a print(), which a second print() must not enter.
+    """
+
+    def reentrant(text):
+        raise RuntimeError("reentrant call")
+
+    monkeypatch.setattr(sys.stderr, "write", reentrant)
     left = []
     monkeypatch.setattr(os, "_exit", left.append)
     before = signal.getsignal(number)
@@ -199,7 +207,7 @@ def test_signals_ask_first(number, monkeypatch, capsys):
         os.kill(os.getpid(), number)
         assert left == [130]
     assert signal.getsignal(number) is before
-    assert "stopping after this step" in capsys.readouterr().err
+    assert "stopping after this step" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("number", SIGNALS)

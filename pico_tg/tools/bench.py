@@ -251,13 +251,14 @@ def run_once(call: Callable[[], Any]) -> Run:
 
 
 def gemm_rate(precision: str, device: str) -> float:
-    """The rate of a plain matmul on this machine, in GFLOPS."""
+    """The rate of a plain matmul at a precision of `TrainSettings`, in GFLOPS."""
     if device.split(":")[0] == "CPU":
         size = 1536
         a, b = np.random.default_rng(0).standard_normal((2, size, size)).astype(np.float32)
         return max(2 * size**3 / run_once(lambda: a @ b)[0] for _ in range(8)) / 1e9
     best = 0.0
-    dtype = dtypes.bfloat16 if precision == "bf16" else dtypes.float32
+    bf16 = choose_precision(precision, (device,)) == "bf16"
+    dtype = dtypes.bfloat16 if bf16 else dtypes.float32
     for size in (64, 256, 1024, 4096):
         a, b = (Tensor.rand(size, size, device=device).cast(dtype).realize() for _ in range(2))
         matmul = TinyJit(lambda a, b: a.matmul(b, dtype=dtypes.float32).realize())

@@ -10,7 +10,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from ..backend import (
 from ..checkpoint import list_checkpoints, load_config
 from ..config import Config, TrainSettings
 from ..data import DataSpec, has_validation, load_data, load_whole
+from ..decoder import Decoder
 from ..evaluation import check_options, evaluate
 from ..files import PicoError, atomic_write, check_writable, command
 from ..generation import GeneratedByte, Stats, generate
@@ -110,6 +110,8 @@ def command_train(args: argparse.Namespace) -> int:
         raise PicoError("--force requires --resume")
     config = load_config(args.path)
     devices = () if args.devices is None else parse_devices(args.devices)
+    if args.sample_prompt and len(devices) > 1:
+        raise PicoError("--sample-prompt needs one device: several devices print no samples")
     remarks: list[str] = []
     # settings and data are checked before the model is built
     if args.resume:
@@ -120,15 +122,14 @@ def command_train(args: argparse.Namespace) -> int:
         seed = TrainSettings(**settings).seed
         data, stored = load_data(spec), {}
         settings, remarks = complete_settings(args, config, len(data.train.bytes), devices)
-    tracker = None
-    if args.tracker:
-        tracker = Tracker(args.tracker, args, config.to_dict() | settings, stored)
     model, stop_signals = Pico(config, seed), StopSignals()
     sample = None
-    if args.sample_prompt is None or args.sample_prompt:
-        sample = partial(sample_line, model, os.fsencode(args.sample_prompt or ""))
-    display = TrainingDisplay(None if len(devices) > 1 else sample)
-    with contextlib.closing(tracker) if tracker else contextlib.nullcontext():
+    if args.sample_prompt != "" and len(devices) < 2:
+        sample = sample_writer(model, os.fsencode(args.sample_prompt or ""))
+    display, tracker = TrainingDisplay(sample), None
+    if args.tracker:
+        tracker = Tracker(args.tracker, args, config.to_dict() | settings, stored)
+    with tracker or contextlib.nullcontext():
         records = train(
             model, data, run_dir, devices=devices, resume=args.resume, force=args.force,
             base_weights=args.base_weights, stop=stop_signals, on_micro_batch=display.micro_batch,
@@ -145,8 +146,7 @@ def command_train(args: argparse.Namespace) -> int:
         resume = command("train", args.path, args.run, "--resume")
         say(f"wrote {saved[-1][1]}; continue with: {resume}" if saved else f"start with: {resume}")
         return 130
-    if not checkpoint:
-        say(f"{run_dir} has nothing left to train; a larger --max-steps continues it")
+    if not checkpoint:  # `train` has said that nothing is left
         return 0
     say(f"wrote {checkpoint}; write text with: {command('run', args.path, args.run)}")
     return 0
@@ -166,15 +166,29 @@ def complete_settings(
     return settings, lines
 
 
-def sample_line(model: Pico, prompt: bytes) -> str:
-    """The prompt and SAMPLE_BYTES that the model writes after it, in one line."""
-    try:
+def sample_writer(model: Pico, prompt: bytes) -> Callable[[], str]:
+    """A function: the prompt and SAMPLE_BYTES that the model now writes after it, in one line.
+
+    The function keeps its decoder, since making one takes seconds.
+    """
+    decoder: Decoder | None = None
+
+    def write() -> str:
+        nonlocal decoder
+        if decoder is None:
+            decoder = Decoder(model)
+        else:
+            decoder.refresh()
         # without drafts fewer graphs are compiled
-        written = generate(model, prompt, max_bytes=SAMPLE_BYTES, seed=0, speculative=False)
-        text = (prompt + bytes(record.byte for record in written)).decode(errors="replace")
-    except PicoError as error:  # logits that overflow need not end training
-        text = str(error)
-    return visible(text).replace("\n", "\\n")
+        options = {"max_bytes": SAMPLE_BYTES, "seed": 0, "speculative": False}
+        try:
+            written = generate(model, prompt, decoder=decoder, **options)
+            text = (prompt + bytes(record.byte for record in written)).decode(errors="replace")
+        except PicoError as error:  # logits that overflow need not end training
+            text = str(error)
+        return visible(text).replace("\n", "\\n")
+
+    return write
 
 
 def data_to_train_on(args: argparse.Namespace) -> DataSpec | None:
@@ -189,6 +203,9 @@ def data_to_train_on(args: argparse.Namespace) -> DataSpec | None:
 
 class Tracker:
     """A run at a tracker such as wandb. A tracker's error after the start is only a warning.
+
+    As a context, finishes the run; an exception, such as `train` refusing to start, marks the run
+    as failed there. It begins before `train`, which writes its id to training.json.
 
     id: the tracker's identifier of the run, which training.json stores for --resume.
     """
@@ -225,8 +242,11 @@ class Tracker:
             self._call(self.run.log, record, step=record["step"])
             yield record
 
-    def close(self) -> None:
-        self._call(self.run.finish)
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        self._call(self.run.finish, **({} if kind is None else {"exit_code": 1}))
 
     def _call(self, function: Callable, *args: Any, **options: Any) -> None:
         try:
@@ -289,6 +309,9 @@ def data_to_measure(args: argparse.Namespace, stored: dict[str, Any] | None) -> 
     """The data that the options name, or those of the run, from its training.json."""
     named = given(args, DataSpec, "dataset_")
     run_dir = run_folder(args.path, args.run)
+    if args.split == "all" and (unused := named.keys() & {"validation_size", "validation_split"}):
+        options = " and ".join(option_of("dataset_" + name) for name in sorted(unused))
+        raise PicoError(f"--split all holds nothing out: leave {options} out")
     if args.dataset is not None:
         return DataSpec(args.dataset, **named)
     if named:

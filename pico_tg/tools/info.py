@@ -12,7 +12,13 @@ from ..config import Config, TrainSettings
 from ..files import PicoError, command
 from ..flops import cache_bytes, decoding_flops, forward_flops, training_flops
 from ..recipe import choose, memory_bytes, step_seconds
-from ..runs import find_description, read_description, read_metrics, run_folder
+from ..runs import (
+    find_description,
+    read_description,
+    read_metrics,
+    run_folder,
+    stored_settings,
+)
 
 AMPLE_BYTES = 10**9  # of training data: enough for any choice of settings
 FIGURES = ("bits_per_byte", "validation_bits_per_byte", "router_rate")
@@ -30,23 +36,27 @@ def describe(
       Without a measurement, the rate is 1 / n for the router `stride` and the capacity for others;
       training makes `learned` keep to the capacity, while `space` may differ
     - cache_bytes: memory of the KV caches, float32, independent of the length of the text
-    - run: its name, settings, dataset, base_weights, devices, steps, and checkpoints: step, file,
-      bytes, the figures of that step's record where one exists, and `defect` if a file of the
-      checkpoint is truncated or broken (headers and sizes are checked, not digests). Weights from
-      elsewhere, without a training.json of pico_tg, have neither settings nor dataset
+    - run: its name, settings, dataset, base_weights, devices, steps (completed), planned_steps (at
+      which training ends; None before the first step), and checkpoints: step, file, bytes, the
+      figures of that step's record where one exists, and `defect` if a file of the checkpoint is
+      truncated or broken (headers and sizes are checked, not digests). Weights from elsewhere,
+      without a training.json of pico_tg, have neither settings nor dataset
     - training, if gflops (the rate of a plain matmul on this machine) is given: estimates of
       memory_bytes, seconds_a_step, and seconds without compiling, for `steps` steps of batch_size
       windows of context_len bytes. These settings are the run's, or those that `train` chooses for
-      ample data
+      ample data. steps and seconds are left out before the run's first step
 
     context_len is the run's, or the default. Raises PicoError on a missing or broken model or run.
     """
     config = load_config(path)
     described = {} if run is None else {"run": {"name": run} | _describe_run(run_folder(path, run))}
-    settings, checkpoints = {}, []
+    settings, planned, checkpoints = None, None, []
     if described:
-        settings, checkpoints = described["run"]["settings"], described["run"]["checkpoints"]
-    length = settings.get("context_len", TrainSettings.context_len)
+        facts = described["run"]
+        planned, checkpoints = facts["planned_steps"], facts["checkpoints"]
+        if facts["settings"]:
+            settings = stored_settings(facts, run_folder(path, run))
+    length = settings.context_len if settings else TrainSettings.context_len
     rate = _decoding_rate(config, checkpoints)
     return {
         "model": config.to_dict(),
@@ -59,23 +69,29 @@ def describe(
             "decoding_router_rate": rate,
         },
         "cache_bytes": cache_bytes(config),
-        **({} if gflops is None else {"training": _training(config, settings, gflops)}),
+        **({} if gflops is None else {"training": _training(config, settings, planned, gflops)}),
         **described,
     }
 
 
-def _training(config: Config, settings: dict[str, Any], gflops: float) -> dict[str, Any]:
+def _training(
+    config: Config, chosen: TrainSettings | None, steps: int | None, gflops: float
+) -> dict[str, Any]:
     device = Device.DEFAULT
-    known = settings or choose(config, AMPLE_BYTES, device, gflops, {})
-    chosen = TrainSettings(**known)
+    if chosen is None:
+        chosen = TrainSettings(**choose(config, AMPLE_BYTES, device, gflops, {}))
+        steps = chosen.max_steps
     seconds = step_seconds(config, chosen, device, gflops)
+    total = {}
+    if steps is not None:
+        limit = 60 * chosen.max_minutes or math.inf
+        total = {"steps": steps, "seconds": min(seconds * steps, limit)}
     return {
         "context_len": chosen.context_len,
         "batch_size": chosen.batch_size * chosen.grad_accumulation_steps,
-        "steps": chosen.max_steps,
         "memory_bytes": sum(memory_bytes(config, chosen).values()),
         "seconds_a_step": seconds,
-        "seconds": min(seconds * chosen.max_steps, 60 * chosen.max_minutes or math.inf),
+        **total,
     }
 
 
@@ -108,4 +124,6 @@ def _describe_run(folder: Path) -> dict[str, Any]:
             figures["defect"] = str(error)
         checkpoints.append({"step": step, "file": file.name, "bytes": size} | figures)
     kept = {key: stored.get(key) for key in ("settings", "dataset", "base_weights", "devices")}
-    return kept | {"steps": max(records, default=0), "checkpoints": checkpoints}
+    steps = max(records, default=0)
+    planned = records[steps].get("steps") if records else None
+    return kept | {"steps": steps, "planned_steps": planned, "checkpoints": checkpoints}

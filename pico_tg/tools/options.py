@@ -118,7 +118,7 @@ def add_train_options(parser: Parser) -> None:
     parser.add_argument(
         "--sample-prompt", metavar="TEXT",
         help=f"at each validation, print TEXT and the {SAMPLE_BYTES} bytes that the model writes "
-        "after it; '' prints none (default: the beginning of a document)",
+        "after it; '' prints none, several devices none either (default: the start of a document)",
     )  # fmt: skip
     parser.add_argument(
         "--resume", action="store_true",

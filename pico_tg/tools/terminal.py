@@ -1,6 +1,7 @@
 """Text on a terminal: samples as characters, plain or colored; progress of training; signals."""
 
 import codecs
+import contextlib
 import math
 import os
 import signal
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 from ..files import PicoError
 from ..generation import GeneratedByte
-from ..progress import Progress, drop_output, say
+from ..progress import Progress, drop_output
 from .report import describe_validation
 
 BAD = "\ufffd"  # shown for bytes that are not UTF-8
@@ -232,7 +233,10 @@ class StopSignals:
         now = time.monotonic()
         if self.asked_at is None:
             self.asked_at = now
-            say("\nstopping after this step, with a checkpoint (again: immediately, without one)")
+            text = "stopping after this step, with a checkpoint (again: immediately, without one)"
+            # print() raises RuntimeError if the signal interrupts another print()
+            with contextlib.suppress(OSError):
+                os.write(2, f"\n{text}\n".encode())
         elif now - self.asked_at > 1:
             os._exit(130)
 
