@@ -314,7 +314,7 @@ class Wandb:
             raise RuntimeError("the connection timed out\nretry later")
         self.calls.append(step)
 
-    def finish(self, exit_code):
+    def finish(self, exit_code=0):
         if "finish" in self.broken:
             raise RuntimeError("cannot finish")
         self.calls.append("failed" if exit_code else "finished")
