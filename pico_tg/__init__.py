@@ -1,7 +1,8 @@
 """Pico: a byte-level language model without a tokenizer, on tinygrad.
 
-The import chooses the device that computes (see backend.py) and changes nothing else of tinygrad or
-of the process. For child processes it writes the choice into the environment (DEV, LLVM_PATH).
+The import chooses the device that computes, which sets tinygrad's variables DEV and TC (see
+backend.py), and changes nothing else of tinygrad or of the process. For child processes it writes
+the choice into the environment (DEV, LLVM_PATH).
 """
 
 from .startup import import_tinygrad, quiet_interrupts
