@@ -1,8 +1,12 @@
 """The command line: `python -m pico_tg`, and the script `pico_tg`."""
 
+import contextlib
+import os
 import sys
 
 from .startup import quiet_interrupts
+
+INTERRUPTED = 130
 
 
 def main() -> int:
@@ -10,7 +14,15 @@ def main() -> int:
     with quiet_interrupts():
         from .tools.cli import main as run
 
-        return run()
+        status = run()
+    if status == INTERRUPTED:
+        # Ctrl-C may have interrupted tinygrad 0.13 while it held the lock of its CPU queue, for
+        # which its exit handler would wait forever (seen in test_cli.test_ctrl_c_is_quiet)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        os._exit(status)
+    return status
 
 
 if __name__ == "__main__":
