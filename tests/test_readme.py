@@ -109,7 +109,7 @@ def test_benchmarks_of_the_readme(tmp_path):
     for command in blocks("bash")[3].splitlines():
         batch = " --batch-size 2" if "bench train" in command else ""
         out = run(f"{command} {sizes} --context-len 40 --repeats 1{batch}", tmp_path)
-        assert "from the start of the process" in out
+        assert "since the start of the process" in out
 
 
 @pytest.mark.slow
