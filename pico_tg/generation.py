@@ -3,7 +3,8 @@
 Decoding is self-speculative and exact. At each position head 0 predicts the next byte, and the
 extra heads draft the bytes after it at no extra cost. A round is one pass of the model:
 
-1. The pass reads the newest sampled byte, followed by some drafts.
+1. The pass reads the newest sampled byte, followed by some drafts, each corrected by the byte
+   before it (`Transitions`).
 2. The next byte is sampled from the distribution of head 0 at the newest byte, as without drafts.
 3. If the next byte equals its draft, the draft is accepted. The pass has already read that draft,
    so step 2 repeats with the draft as the newest byte, without another pass.
@@ -164,6 +165,54 @@ class Sampler:
         return byte, math.log(p[byte])
 
 
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities over the last axis, in the dtype of the logits."""
+    with np.errstate(invalid="ignore"):  # the sampler rejects logits that are not finite
+        e = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+class Transitions:
+    """An estimate A[y, x] of the probability that byte x follows byte y, which corrects drafts.
+
+    Head k predicts its byte without knowledge of the draft y of head k - 1. To first order, that
+    draft changes the prediction p_k by the factor
+
+        A[y, x] / sum_y' p_{k-1}(y') A[y', x]
+
+    the probability of x after y, relative to that after a byte drawn from head k - 1. Row y of A is
+    the mean of head 0's distributions after the bytes y read so far, and of PRIOR times the mean
+    distribution of the prompt.
+    """
+
+    PRIOR = 3.0
+
+    def __init__(self, prompt: bytes, p: np.ndarray) -> None:
+        """p [n, 256]: head 0's distributions after each byte of the prompt [n]."""
+        mean = 0.9 * p.mean(axis=0) + 0.1 / 256  # no zeros: the correction divides by it
+        self.A = np.tile(mean, (256, 1)).astype(np.float32)
+        self.counts = [self.PRIOR] * 256
+        for byte, distribution in zip(prompt, p, strict=True):
+            self.observe(byte, distribution)
+
+    def observe(self, byte: int, p: np.ndarray) -> None:
+        """p [256]: head 0's distribution after `byte`."""
+        self.counts[byte] += 1
+        self.A[byte] += (p - self.A[byte]) / self.counts[byte]
+
+    def drafts(self, byte: int, p: np.ndarray) -> list[int]:
+        """The T - 1 drafts after `byte`, which was drawn from head 0.
+
+        p [T, 256]: the distributions of the heads at the position before `byte`.
+        """
+        chosen = []
+        corrected = p[1:] / (p[:-1] @ self.A)
+        for head in corrected:
+            byte = int((head * self.A[byte]).argmax())
+            chosen.append(byte)
+        return chosen
+
+
 class DraftPolicy:
     """Chooses the number of drafts per pass from the recent acceptance rate.
 
@@ -175,9 +224,10 @@ class DraftPolicy:
     ROW_COST = 0.25  # time of an additional row, latent blocks included, in passes of one row
     WEIGHT = 0.05  # of a new observation in the running average
 
-    def __init__(self, limit: int) -> None:
-        """limit: the largest number of drafts."""
+    def __init__(self, limit: int, transitions: Transitions) -> None:
+        """limit: the largest number of drafts; transitions: correct the drafts."""
         self.acceptance = [0.5] * limit
+        self.transitions = transitions
         self.drafts: list[int] = []  # those being observed
         self.observed = 0  # how many of them have been right
 
@@ -192,10 +242,22 @@ class DraftPolicy:
         numbers = [k for k in range(limit + 1) if k + 1 == graph_size(k + 1)] + [limit]
         return max(numbers, key=lambda k: expected[k] / (1 + self.ROW_COST * k))
 
-    def propose(self, drafts: list[int]) -> None:
-        """Observe `drafts` of the next bytes, unless earlier drafts are still being observed."""
+    def propose(self, byte: int, heads: np.ndarray) -> list[int]:
+        """Drafts of all heads after the newest byte, from the logits [T, 256] before that byte.
+
+        The drafts are observed, unless earlier drafts are still being observed.
+        """
+        if not self.acceptance:
+            return []
+        drafts = self.transitions.drafts(byte, softmax(heads[: 1 + len(self.acceptance)]))
         if not self.drafts:
             self.drafts, self.observed = drafts, 0
+        return drafts
+
+    def read(self, byte: int, logits: np.ndarray) -> None:
+        """Learn from a byte of the text and head 0's logits [256] after it."""
+        if self.acceptance:
+            self.transitions.observe(byte, softmax(logits))
 
     def observe(self, byte: int) -> None:
         """Compare the byte that was sampled next with its draft, if drafts are being observed."""
@@ -287,14 +349,15 @@ def generate(
         session = _Session(decoder or Decoder(model))
         with session as claimed:
             claimed.reset(use_latent=latent)
-            heads = claimed.forward(start)[0][-1]  # (T, 256)
+            prompt_logits = claimed.forward(start)[0]  # (n, T, 256)
             after_prompt = claimed.snapshot() if num_samples > 1 else None
         for sample in range(num_samples):
             if sample > 0:
                 with session as claimed:
                     claimed.restore(after_prompt)
             rng = np.random.default_rng(None if seed is None else (seed, sample))
-            policy = DraftPolicy(draft_limit)
+            policy = DraftPolicy(draft_limit, Transitions(start, softmax(prompt_logits[:, 0])))
+            heads = prompt_logits[-1]
             records = _rounds(session, heads, sampler, rng, policy, max_bytes, sample, stats, began)
             yield from records if ignore_end else _until_end_tag(records)
 
@@ -313,13 +376,11 @@ def _rounds(
     began: float,
 ) -> Iterator[GeneratedByte]:
     """Generate `max_bytes` bytes; heads: logits [T, 256] at the last byte of the prompt."""
-    limit = len(policy.acceptance)
     generated = rejected = 0
     drafted = False
     byte, logprob = sampler(heads[0], rng)
     while generated < max_bytes:
-        proposed = np.argmax(heads[1 : 1 + limit], axis=1).tolist()
-        policy.propose(proposed)
+        proposed = policy.propose(byte, heads)
         drafts = proposed[: min(policy.num_drafts(), max_bytes - generated - 1)]
         with session as decoder:
             decoder.rollback(rejected)
@@ -337,6 +398,7 @@ def _rounds(
             yield GeneratedByte(byte, _sigmoid(z), decision, logprob, drafted, sample)
             if generated == max_bytes:
                 return
+            policy.read(byte, logits[accepted, 0])
             byte, logprob = sampler(logits[accepted, 0], rng)
             policy.observe(byte)
             drafted = accepted < len(drafts) and byte == drafts[accepted]

@@ -15,7 +15,7 @@ from pico_tg import PicoError, Stats, generation, train
 from pico_tg.config import Config
 from pico_tg.data import SEQ_END, SEQ_START
 from pico_tg.decoder import Decoder
-from pico_tg.generation import Sampler, generate
+from pico_tg.generation import Sampler, Transitions, generate
 from pico_tg.model import Pico
 from pico_tg.runtime import write_into
 
@@ -110,10 +110,10 @@ class Scripted:
 
     def forward(self, data: bytes):
         if self.position is None:
-            self.position, rows = -1, 1
+            self.position = -len(data)
         else:
-            rows = len(data)
-            self.rows.append(rows)
+            self.rows.append(len(data))
+        rows = len(data)
         logits = np.full((rows, 1 + self.drafts, 256), -1e4, np.float32)
         for row, head in itertools.product(range(rows), range(1 + self.drafts)):
             at = self.position + 1 + row + head
@@ -179,6 +179,32 @@ def test_drafts_that_are_sometimes_right():
     assert text_of(records) == SCRIPT[:240]
     assert sum(record.drafted for record in records) == stats.accepted > 100
     assert 80 <= stats.passes < 140
+
+
+def test_drafts_are_corrected_by_the_byte_before_them():
+    """The factor A[y, x] / sum_y' p(y') A[y', x] and the mean rows of A, in plain loops."""
+    rng = np.random.default_rng(3)
+    prompt = b"abcab"
+    after = rng.dirichlet(np.ones(256) / 8, len(prompt) + 1)  # head 0's distributions
+    transitions = Transitions(prompt, after[:-1])
+    transitions.observe(ord("c"), after[-1])
+    start = 0.9 * after[:-1].mean(axis=0) + 0.1 / 256
+    rows = {y: [start] * 3 for y in range(256)}
+    for y, p in zip(prompt + b"c", after, strict=True):
+        rows[y].append(p)
+    A = np.array([np.mean(rows[y], axis=0) for y in range(256)])
+    np.testing.assert_allclose(transitions.A, A, rtol=1e-5)
+    heads = rng.dirichlet(np.ones(256) / 8, 4)
+    for y in b"abcx":
+        expected = []
+        byte = y
+        for k in (1, 2, 3):
+            factor = [A[byte, x] / (heads[k - 1] * A[:, x]).sum() for x in range(256)]
+            byte = int(np.argmax(heads[k] * factor))
+            expected.append(byte)
+        assert transitions.drafts(y, heads) == expected
+    # at least one correction chose another byte than the head alone
+    assert transitions.drafts(ord("a"), heads) != heads[1:].argmax(axis=1).tolist()
 
 
 def test_no_speculation():
