@@ -2,8 +2,9 @@
 
 A pass reads R bytes and returns their logits. A pass runs three compiled graphs: the first blocks
 and the router on all R rows; the latent blocks on the rows that the router selects, if any; the
-last blocks and the heads on all rows. Each graph is compiled for a few numbers of rows only; other
-numbers are padded to the next compiled one:
+last blocks and the heads on all rows. The first graph also decides, so that the CPU's launcher can
+run all three in one call; elsewhere the host reads the number of selected rows in between. Each
+graph is compiled for a few numbers of rows only; other numbers are padded to the next compiled one:
 
 - decode: 1, 4 or 8 rows, for the newest byte and its drafts, or a short prompt in pieces of 8
 - prefill: PREFILL_CHUNK rows, for prompts of MIN_PREFILL bytes, which justify another compilation
@@ -14,22 +15,33 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from tinygrad import Tensor, TinyJit, dtypes
+from tinygrad import Tensor, dtypes
 
 from .attention import alibi_slopes, rotate
 from .kv_cache import KVCache, PackedLinear, padded_width
 from .model import RMS_EPS, Block, Pico
-from .routing import next_decisions
-from .runtime import exclusive, jit_method, read, write_into
+from .routing import next_decisions, slots
+from .runtime import (
+    MethodJit,
+    exclusive,
+    in_host_memory,
+    jit_method,
+    link_graphs,
+    read,
+    write_into,
+)
 
 DECODE_ROWS = (1, 4, 8)  # few: a padded row costs little time, another size seconds of compiling
 PREFILL_CHUNK = 64  # rows of a prefill pass
+SIZES = (*DECODE_ROWS, PREFILL_CHUNK)
+# int32s that a pass gets: position of the first byte, that of the first slot, bytes, their rules
+INPUTS = (1, 1, PREFILL_CHUNK, PREFILL_CHUNK)
 MIN_PREFILL = 4096  # bytes of the shortest prompt for which prefill passes are compiled
 
 
 def graph_size(rows: int) -> int:
     """Rows of the smallest compiled pass that holds `rows` rows."""
-    return next((size for size in DECODE_ROWS if rows <= size), PREFILL_CHUNK)
+    return next(size for size in SIZES if rows <= size)
 
 
 class CachedBlock:
@@ -116,11 +128,18 @@ class Decoder:
         width = padded_width(dim, device)
         self.embedding, self.router, self.bias = self._copies(width)
         self.unembedding = PackedLinear(model.unembedding.weight, model.norm.weight)
-        # the hidden states of a pass, and a spare last row that unused slots add to
-        hidden = Tensor.zeros(PREFILL_CHUNK + 1, width, device=device)
-        self.hidden = hidden.contiguous().realize()
-        self.graphs: dict[tuple[str, int], TinyJit] = {}
-        self.inputs: dict[tuple[str, int], Tensor] = {}
+        # The captured graphs refer to these buffers: as arguments they would cost 0.1 ms per pass.
+        # hidden: the hidden states of a pass; index and slot: see `routing.slots`
+        self.hidden = Tensor.zeros(PREFILL_CHUNK, width, device=device).contiguous().realize()
+        self.index, self.slot, self.inputs = (
+            Tensor.zeros(n, dtype=dtypes.int32, device=device).contiguous().realize()
+            for n in (PREFILL_CHUNK, PREFILL_CHUNK, sum(INPUTS))
+        )
+        self.shared_inputs = in_host_memory(self.inputs)
+        self.host_inputs = read(self.inputs)
+        self.graphs: dict[tuple[str, int], MethodJit] = {}
+        # by number of rows: a pass in one call, and the buffers of its outputs
+        self.linked: dict[int, tuple[Callable[[], bool], tuple[np.ndarray, np.ndarray]]] = {}
         self.reset()
 
     def _copies(self, width: int) -> list[Tensor]:
@@ -161,6 +180,8 @@ class Decoder:
         """
         self.changes += 1
         rows = PREFILL_CHUNK if len(data) >= MIN_PREFILL else DECODE_ROWS[-1]
+        if len(data) <= rows:
+            return self._pass(data)
         passes = [self._pass(data[i : i + rows]) for i in range(0, len(data), rows)]
         logits, router_logits = zip(*passes, strict=True)
         return np.concatenate(logits), np.concatenate(router_logits)
@@ -198,41 +219,51 @@ class Decoder:
     def _pass(self, data: bytes) -> tuple[np.ndarray, np.ndarray]:
         n = len(data)
         rows = graph_size(n)
-        inputs = np.zeros(1 + rows, np.int32)
-        inputs[0], inputs[1 : 1 + n] = self.position, np.frombuffer(data, np.uint8)
-        write_into(self._input("rows", 1 + rows), inputs)
-        router_logits = read(self._run(self._encode, rows))[:n].copy()
-        self.last_decisions = self._decide(data, router_logits) & self.use_latent
-        selected = np.flatnonzero(self.last_decisions)
-        if len(selected):
-            count = graph_size(len(selected))
-            source = np.zeros(count, np.int32)  # the row that each slot reads
-            target = np.full(count, PREFILL_CHUNK, np.int32)  # the row that each slot adds to
-            source[: len(selected)] = target[: len(selected)] = selected
-            start = np.array([self.selected], np.int32)  # the position of the first slot
-            write_into(self._input("slots", 2 * count + 1), np.concatenate([source, target, start]))
-            self._run(self._add_latent, count)
-        logits = read(self._run(self._heads, rows))[:n].copy()
+        rules = self._rules(data)
+        inputs = self.host_inputs
+        inputs[:2] = self.position, self.selected
+        inputs[2 : 2 + n] = np.frombuffer(data, np.uint8)
+        inputs[-PREFILL_CHUNK:] = -1  # padding is not routed
+        inputs[-PREFILL_CHUNK:][:n] = rules
+        if not self.shared_inputs:
+            write_into(self.inputs, inputs)
+        logits, router_logits = (output[:n].copy() for output in self._outputs(rows))
+        self.last_decisions = rules + (router_logits > 0) > 0
         self.position += n
-        self.selected += len(selected)
+        self.selected += int(self.last_decisions.sum())
         return logits, router_logits
 
-    def _decide(self, data: bytes, router_logits: np.ndarray) -> np.ndarray:
-        """Which bytes, from `position` on, are selected, without a capacity limit: bool [n]."""
-        self.recent = (self.recent[-1:] if self.position else b"") + data
-        if self.config.router == "learned":
-            return router_logits > 0
-        return next_decisions(self.config.router, self.recent, self.position, self.config.stride)
+    def _rules(self, data: bytes) -> np.ndarray:
+        """How the bytes, from `position` on, are routed, without a capacity limit: int [n].
 
-    def _input(self, name: str, length: int) -> Tensor:
-        """The int32 buffer [length] through which a pass receives its integers.
-
-        The captured graphs refer to this buffer: as an argument it would cost 0.1 ms per pass.
+        1: through the latent blocks; -1: not; 0: if the router's logit is positive.
         """
-        if (name, length) not in self.inputs:
-            zeros = Tensor.zeros(length, dtype=dtypes.int32, device=self.router.device)
-            self.inputs[name, length] = zeros.contiguous().realize()
-        return self.inputs[name, length]
+        self.recent = (self.recent[-1:] if self.position else b"") + data
+        router = self.config.router
+        if not self.use_latent or router == "learned":
+            return np.full(len(data), 0 if self.use_latent else -1)
+        selected = next_decisions(router, self.recent, self.position, self.config.stride)
+        return np.where(selected, 1, -1)
+
+    def _outputs(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """Run the graphs of a pass -> (logits [R, T, 256], router logits [R]), overwritten later.
+
+        The graphs run one by one until `link_graphs` has joined those that the pass needs.
+        """
+        if rows in self.linked:
+            run, outputs = self.linked[rows]
+            if run():
+                return outputs
+        router_logits, choice = self._run(self._encode, rows)
+        if number := read(choice)[0]:
+            self._run(self._add_latent, SIZES[number - 1])
+        logits = self._run(self._heads, rows)
+        outputs = read(logits), read(router_logits)
+        encode, heads = (self.graphs[name, rows] for name in ("_encode", "_heads"))
+        latent = [self.graphs.get(("_add_latent", size)) for size in SIZES]
+        if run := link_graphs(encode, choice, latent, heads):
+            self.linked[rows] = run, outputs
+        return outputs
 
     def _run(self, method: Callable[[int], Tensor], size: int) -> Tensor:
         """method(size), compiled at its first call with that size."""
@@ -241,33 +272,43 @@ class Decoder:
             self.graphs[key] = jit_method(method, size)
         return self.graphs[key]()
 
-    def _encode(self, rows: int) -> Tensor:
-        """Write the hidden states before the latent blocks to `hidden` -> router logits [R]."""
-        inputs = self._input("rows", 1 + rows)
-        start, data = inputs[:1].contiguous(), inputs[1:]
-        h = self.embedding[data].contiguous()  # (R, D padded)
+    def _encode(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Write `hidden` and `slots` -> (router logits [R], choice [1]).
+
+        choice: int32, n if the latent blocks need SIZES[n - 1] slots, 0 if no byte is selected.
+        """
+        start, _, data, rules = self.inputs.split(INPUTS)
+        start = start.contiguous()
+        h = self.embedding[data[:rows]].contiguous()  # (R, D padded)
         for block in self.fb_in:
             h = block(h, start)
         router_logits = (h * self.router).sum(axis=-1).contiguous()
+        selected = ((router_logits > 0).cast(dtypes.int32) + rules[:rows] > 0).reshape(1, rows)
+        index, slot = slots(selected.contiguous(), rows)  # (1, R), (1, R)
+        total = selected.sum(dtype=dtypes.int32)
+        smaller = (0, *SIZES[: SIZES.index(rows)])  # than the number of slots of each variant
+        choice = sum((total > size).cast(dtypes.int32) for size in smaller).reshape(1)
         self.hidden[:rows].assign(h)
-        return router_logits.realize(self.hidden)
+        self.index[:rows].assign(index.reshape(rows))
+        self.slot[:rows].assign(slot.reshape(rows))
+        Tensor.realize(router_logits, choice, self.hidden, self.index, self.slot)
+        return router_logits, choice
 
     def _add_latent(self, count: int) -> Tensor:
         """Run the latent blocks on the selected rows, in `count` slots, and update `hidden`."""
-        inputs = self._input("slots", 2 * count + 1)
-        source, target, start = (part.contiguous() for part in inputs.split([count, count, 1]))
-        selected = deep = self.hidden[source].contiguous()  # (slots, D padded)
+        start, index = self.inputs[1:2].contiguous(), self.index[:count].contiguous()
+        selected = deep = self.hidden[index].contiguous()  # (slots, D padded)
         weight = (selected * self.router).sum(axis=-1, keepdim=True).sigmoid().contiguous()
         for block in self.latent:
             deep = block(deep, start)
         added = ((deep - selected) * weight).contiguous()
-        row = Tensor.arange(len(self.hidden), device=added.device).reshape(-1, 1, 1)
-        hit = target.reshape(1, -1, 1) == row  # (rows, slots, 1)
+        number = Tensor.arange(count, device=added.device).reshape(1, -1, 1)
+        hit = self.slot.reshape(-1, 1, 1) == number  # (rows, slots, 1)
         return self.hidden.assign(self.hidden + hit.where(added, 0).sum(axis=1)).realize()
 
     def _heads(self, rows: int) -> Tensor:
         """The logits [R, T, 256] of `hidden`."""
-        start = self._input("rows", 1 + rows)[:1].contiguous()
+        start = self.inputs[:1].contiguous()
         h = self.hidden[:rows].contiguous()
         for block in self.fb_out:
             h = block(h, start)

@@ -143,7 +143,27 @@ def without_views(x: Tensor) -> Tensor:
     return Tensor(base.reshape(x.shape)) if in_order else x
 
 
-def jit_method(method: Callable, *constants: int) -> TinyJit:
+_TinyJit = getattr(jit, "_TinyJit", TinyJit)  # in 0.14 TinyJit is a function that makes these
+
+
+class MethodJit(_TinyJit):
+    """A TinyJit that the launcher of cpu/ replays directly, if it can and there are no inputs.
+
+    TinyJit's own checks before a replay take longer than a decoding pass of a small model.
+    """
+
+    replay: Callable[[], Any] | None = None
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        if self.replay is not None:
+            return self.replay()
+        result = super().__call__(*inputs)
+        if cpu is not None and not inputs and self.captured is not None:
+            self.replay = cpu.native_replay(self.captured)
+        return result
+
+
+def jit_method(method: Callable, *constants: int) -> MethodJit:
     """TinyJit of a bound method, to be kept in an attribute of the method's own object.
 
     `constants` are the method's first arguments in every call. The first call is already captured;
@@ -163,24 +183,20 @@ def jit_method(method: Callable, *constants: int) -> TinyJit:
     return method_jit
 
 
-_TinyJit = getattr(jit, "_TinyJit", TinyJit)  # in 0.14 TinyJit is a function that makes these
+def link_graphs(
+    first: MethodJit, choice: Tensor, variants: list[MethodJit | None], last: MethodJit
+) -> Callable[[], bool] | None:
+    """A function that runs the captured graphs of three functions in one native call.
 
-
-class MethodJit(_TinyJit):
-    """A TinyJit that the launcher of cpu/ replays directly, if it can and there are no inputs.
-
-    TinyJit's own checks before a replay take longer than a decoding pass of a small model.
+    It replays `first`, then variants[n - 1] if `first` wrote n > 0 to `choice` (int32, realized),
+    then `last`. It returns False if that variant is None; then `last` has not run. `link_graphs`
+    returns None unless the launcher of cpu/ can replay all these graphs; none may have inputs.
     """
-
-    replay: Callable[[], Any] | None = None
-
-    def __call__(self, *inputs: Tensor) -> Any:
-        if self.replay is not None:
-            return self.replay()
-        result = super().__call__(*inputs)
-        if cpu is not None and not inputs and self.captured is not None:
-            self.replay = cpu.native_replay(self.captured)
-        return result
+    jits = first, *variants, last
+    if cpu is None or any(jit is not None and jit.replay is None for jit in jits):
+        return None
+    captured = [None if jit is None else jit.captured for jit in jits]
+    return cpu.link_graphs(captured[0], _buffers(choice)[0], captured[1:-1], captured[-1])
 
 
 def is_capturing() -> bool:

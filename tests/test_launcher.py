@@ -9,12 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import TINY
 from tinygrad import Device, Tensor, TinyJit
 from tinygrad.engine.realize import get_graph_runtime
 from tinygrad.helpers import Context
 from tinygrad.runtime.graph.hcq import HCQGraph
 
+from pico_tg import decoder
 from pico_tg.cpu import launcher
+from pico_tg.model import Pico
 from pico_tg.ops import linear
 
 pytestmark = pytest.mark.skipif(
@@ -124,6 +127,55 @@ def test_other_graphs_are_left_to_tinygrad(graph_of, monkeypatch):
     found, graphs = run()
     assert all(graph.launcher is None for graph in graphs)
     np.testing.assert_array_equal(expected, found)
+
+
+def test_linked_graphs_of_a_decoding_pass(monkeypatch, graph_of):
+    """A pass in one native call gives the bits of a pass in three graphs, whatever is selected."""
+    graph_of(1)
+    model = Pico(TINY, seed=7)
+    rng = np.random.default_rng(0)
+    linked, separate = decoder.Decoder(model), decoder.Decoder(model)
+    join = decoder.link_graphs
+    calls = []
+
+    def counting(*graphs):
+        run = join(*graphs)
+        return run and (lambda: calls.append(run()) or calls[-1])
+
+    for use_latent in (True, False):
+        for tested in (linked, separate):
+            tested.reset(use_latent)
+        for n in rng.permutation([1, 1, 1, 1, 2, 3, 4, 4, 5, 7, 8, 20]).tolist():
+            data, rejected = rng.bytes(n), int(rng.integers(min(n, 8)))
+            found = []
+            for tested in (linked, separate):
+                monkeypatch.setattr(
+                    decoder, "link_graphs", counting if tested is linked else lambda *_: None
+                )
+                found.append(tested.forward(data))
+                tested.rollback(min(rejected, len(tested.last_decisions)))
+            for ours, theirs in zip(*found, strict=True):
+                np.testing.assert_array_equal(ours, theirs)
+            assert linked.selected == separate.selected
+            np.testing.assert_array_equal(linked.last_decisions, separate.last_decisions)
+        assert (linked.selected > 0) == use_latent
+    assert 16 < sum(calls) < len(calls)  # some calls ended early: the variant was missing
+    assert not separate.linked
+
+
+def test_without_kernels(graph_of):
+    """Launching alone leaves the outputs as they were; afterwards the kernels run again."""
+    graph_of(1)
+    x = Tensor(np.zeros((64, 64), np.float32)).realize()
+    jit = TinyJit(lambda: x.assign(x + 1).realize() * 2 + 1)
+    for _ in range(3):
+        jit()
+    before = x.numpy().copy()
+    with launcher.without_kernels():
+        jit()
+        np.testing.assert_array_equal(x.numpy(), before)
+    jit()
+    np.testing.assert_array_equal(x.numpy(), before + 1)
 
 
 def test_an_interrupt_waits_for_the_end_of_the_graph(graph_of):

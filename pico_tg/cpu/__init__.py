@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tinygrad import Device
+from tinygrad.device import Buffer
 from tinygrad.engine.jit import CapturedJit
 from tinygrad.helpers import DEV
 
@@ -42,3 +43,14 @@ def native_replay(captured: CapturedJit) -> Callable[[], Any] | None:
     from . import launcher
 
     return launcher.native_replay(captured)
+
+
+def link_graphs(
+    first: CapturedJit, choice: Buffer, variants: list[CapturedJit | None], last: CapturedJit
+) -> Callable[[], bool] | None:
+    """See `launcher.LinkedGraphs`; None if part of it is not native."""
+    if not enabled(Device.DEFAULT):
+        return None
+    from . import launcher
+
+    return launcher.link_graphs(first, choice, variants, last)

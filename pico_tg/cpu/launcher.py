@@ -3,7 +3,8 @@
 tinygrad 0.13 executes each kernel of a captured graph from Python: a wait, an exec and a signal,
 and for a kernel of several threads a queue.Queue.put, a GIL hand-over, a wake-up and a join for
 each thread: 50 to 300 µs per kernel. Here the graph becomes a table with one row per kernel
-(function, shares, arguments), and one native function runs all rows of the table.
+(function, shares, arguments), and one native function runs all rows of the table. A row of no
+shares is a jump: an integer that an earlier kernel wrote selects the row that is next.
 
 A kernel of T threads has T shares, numbered by the kernel's argument `core_id`. The calling thread
 and the helper threads claim shares from one atomic counter, so any subset of the threads completes
@@ -15,6 +16,7 @@ the call returns. tinygrad's own graph handles all other cases: other compilers 
 symbolic launch sizes, PROFILE, DEBUG >= 2.
 """
 
+import contextlib
 import ctypes
 import functools
 import math
@@ -24,21 +26,24 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tinygrad import Device, GlobalCounters
-from tinygrad.device import CompileError
+from tinygrad.device import Buffer, CompileError
 from tinygrad.engine import realize
-from tinygrad.engine.jit import CapturedJit, GraphRunner
+from tinygrad.engine.jit import CapturedJit, GraphRunner, create_graph_call
 from tinygrad.helpers import CPU_COUNT, DEBUG, PROFILE, mv_address
 from tinygrad.runtime.graph.hcq import HCQGraph
 from tinygrad.runtime.ops_cpu import CPUProgram
 from tinygrad.uop.ops import Ops, UOp
 
-ROW = 5  # int64s: function, shares, number of arguments, position of core_id, arguments' address
+# A kernel's row: function, shares, number of arguments, position of core_id, arguments' address.
+# A jump's row: address of an int32, 0, -, -, address of the int64s that it indexes, which are rows.
+ROW = 5  # int64s
 MAX_ARGUMENTS = 96
 SPIN = 2000  # polls before a thread sleeps, about 20 to 80 µs
 # byte offsets in the shared state, each in a separate cache line to avoid false sharing
@@ -84,6 +89,7 @@ class NativeGraph(HCQGraph):
         rows[:, 4] = self.arguments.ctypes.data + 8 * np.array(starts)
         self.rows = rows
         self.table = rows.ctypes.data, len(rows)
+        _tables.add(self)
 
     def _is_plain(self) -> bool:
         if PROFILE or DEBUG >= 2:
@@ -160,29 +166,128 @@ def install(device: str) -> None:
         Device[device].graph = NativeGraph
 
 
-def native_replay(captured: CapturedJit) -> Callable[[], Any] | None:
-    """A function equivalent to `captured([], {})`; None unless all its calls are native graphs.
+Calls = list[tuple[UOp, NativeGraph]]  # a captured function's calls, all of them native graphs
 
-    The function updates GlobalCounters as tinygrad's own replay does.
-    """
-    calls = captured.linear.src
-    if not all(call.src[0].op is Ops.CUSTOM_FUNCTION for call in calls):
-        return None
-    graphs = [realize.get_graph_runtime(call.src[0]) for call in calls]
-    if not all(isinstance(graph, NativeGraph) and graph.launcher for graph in graphs):
+
+def native_calls(captured: CapturedJit) -> Calls | None:
+    """The calls of `captured`, which has no inputs; None unless all of them are native graphs."""
+    calls = []
+    for call in captured.linear.src:
+        ast = call.src[0]
+        if ast.op is Ops.PROGRAM:  # tinygrad makes no graph of one kernel, the rest of a batch
+            ast = create_graph_call([call]).src[0]
+        if ast.op is not Ops.CUSTOM_FUNCTION or ast.arg != "graph":
+            return None
+        graph = realize.get_graph_runtime(ast, ())
+        if not isinstance(graph, NativeGraph) or graph.launcher is None:
+            return None
+        calls.append((call, graph))
+    return calls
+
+
+def count(calls: Calls) -> None:
+    """Update GlobalCounters as tinygrad's own replay does."""
+    for call, _ in calls:
+        estimates = realize.estimate_uop(call)
+        GlobalCounters.kernel_count += 1
+        GlobalCounters.global_ops += estimates.ops
+        GlobalCounters.global_mem += estimates.mem
+
+
+def native_replay(captured: CapturedJit) -> Callable[[], Any] | None:
+    """A function equivalent to `captured([], {})`; None unless all its calls are native graphs."""
+    calls = native_calls(captured)
+    if calls is None:
         return None
     result = captured.ret
 
     def replay() -> Any:
-        for call, graph in zip(calls, graphs, strict=True):
+        for _, graph in calls:
             graph((), {})
-            estimates = realize.estimate_uop(call)
-            GlobalCounters.kernel_count += 1
-            GlobalCounters.global_ops += estimates.ops
-            GlobalCounters.global_mem += estimates.mem
+        count(calls)
         return result
 
     return replay
+
+
+class LinkedGraphs:
+    """The graphs of `first`, one of `variants` or none, and `last`, run in one native call.
+
+    `choice` is an int32 that `first` writes: 0 for none, n for variants[n - 1]. If that variant is
+    missing (None), the call ends after `first`.
+    """
+
+    def __init__(
+        self, first: Calls, choice: Buffer, variants: list[Calls | None], last: Calls
+    ) -> None:
+        self.parts = [first, *variants, last]
+        self.launcher, self.cpu = first[0][1].launcher, first[0][1].cpu
+        self.choice = (ctypes.c_int32 * 1).from_address(choice._buf.va_addr)
+        self.zero = np.zeros(1, np.int32)  # the choice of an unconditional jump
+        self.targets = np.full(1 + len(variants), -1)  # -1, read as unsigned: after the last row
+
+        def rows(calls: Calls) -> list[np.ndarray]:
+            return [row for _, graph in calls for row in graph.rows]
+
+        def jump(choice: int) -> list[np.ndarray]:
+            return [np.array([choice, 0, 0, 0, self.targets.ctypes.data])]
+
+        table = rows(first) + jump(choice._buf.va_addr)
+        for number, variant in enumerate(variants, 1):
+            if variant is not None:
+                self.targets[number] = len(table)
+                table += rows(variant) + jump(self.zero.ctypes.data)
+        self.targets[0] = len(table)
+        self.rows = np.array(table + rows(last), np.int64)
+        self.table = self.rows.ctypes.data, len(self.rows)
+        _tables.add(self)
+
+    def __call__(self) -> bool:
+        """Run the graphs; False if the chosen variant is missing."""
+        with self.launcher.lock:
+            self.cpu.synchronize()
+            self.launcher.run(*self.table)
+        choice = self.choice[0]
+        chosen = self.parts[choice] if choice else []
+        if chosen is None:
+            return False
+        for calls in (self.parts[0], chosen, self.parts[-1]):
+            count(calls)
+        return True
+
+
+def link_graphs(
+    first: CapturedJit, choice: Buffer, variants: list[CapturedJit | None], last: CapturedJit
+) -> LinkedGraphs | None:
+    """The linked graphs of captured functions; None unless all their calls are native graphs."""
+    parts = []
+    for captured in (first, *variants, last):
+        calls = None if captured is None else native_calls(captured)
+        if captured is not None and calls is None:
+            return None
+        parts.append(calls)
+    return LinkedGraphs(parts[0], choice, parts[1:-1], parts[-1])
+
+
+_tables: weakref.WeakSet = weakref.WeakSet()  # all native graphs
+
+
+@contextlib.contextmanager
+def without_kernels() -> Iterator[None]:
+    """Inside the `with`, all existing native graphs launch functions that do nothing.
+
+    For measuring the cost of launching; the graphs' results are not computed. Jumps stay, and
+    choose what they chose last.
+    """
+    saved = [(table.rows, table.rows.copy()) for table in _tables if table.launcher is not None]
+    for rows, _ in saved:
+        kernels = rows[:, 1] > 0
+        rows[kernels, 2], rows[kernels, 3] = 0, -1  # no kernel has 0 arguments: see @call_kernel
+    try:
+        yield
+    finally:
+        for rows, before in saved:
+            rows[:] = before
 
 
 @functools.cache
@@ -269,13 +374,22 @@ helper:
   call void @help(ptr %state, ptr %syscall)
   ret void
 kernels:
-  %k = phi i64 [0, %start], [%k.next, %after]
+  %k = phi i64 [0, %start], [%k.next, %next]
   %offset = mul i64 %k, {8 * ROW}
   %row = getelementptr i8, ptr %rows, i64 %offset
   {field("shares.p", 8, "%row")}
   %shares = load i64, ptr %shares.p
-  %alone = icmp ule i64 %shares, 1
-  br i1 %alone, label %one, label %several
+  switch i64 %shares, label %several [i64 0, label %jump i64 1, label %one]
+jump:
+  %choice.i = load i64, ptr %row
+  %choice.p = inttoptr i64 %choice.i to ptr
+  %choice = load i32, ptr %choice.p
+  {field("targets.p", 32, "%row")}
+  %targets.i = load i64, ptr %targets.p
+  %targets = inttoptr i64 %targets.i to ptr
+  %target.p = getelementptr i64, ptr %targets, i32 %choice
+  %target = load i64, ptr %target.p
+  br label %next
 one:
   call void @call_kernel(ptr %row, i64 0)
   br label %after
@@ -283,7 +397,10 @@ several:
   call void @share_out(ptr %state, ptr %row, i64 %shares, ptr %syscall)
   br label %after
 after:
-  %k.next = add i64 %k, 1
+  %k.after = add i64 %k, 1
+  br label %next
+next:
+  %k.next = phi i64 [%target, %jump], [%k.after, %after]
   %more = icmp ult i64 %k.next, %count
   br i1 %more, label %kernels, label %end
 end:
