@@ -5,9 +5,11 @@ The command line uses `choose` instead.
 """
 
 import math
+import os
 from dataclasses import dataclass
 
 from .config import Config, TrainSettings
+from .files import PicoError
 from .flops import training_flops
 
 CHOSEN = ("context_len", "batch_size", "epochs", "max_steps", "warmup_steps", "learning_rate")
@@ -136,6 +138,19 @@ def memory_bytes(config: Config, settings: TrainSettings) -> dict[str, int]:
         "optimizer": 4 * moments,
         "activations": int(4 * floats * settings.batch_size * settings.context_len),
     }
+
+
+def check_memory(config: Config, settings: TrainSettings, device: str) -> None:
+    """Raise PicoError if training needs, by estimate, more than twice a CPU's physical memory."""
+    if device.split(":")[0] != "CPU" or "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):
+        return
+    needed = sum(memory_bytes(config, settings).values())
+    present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > 2 * present:
+        raise PicoError(
+            f"training would take about {needed / 1e9:,.0f} GB of memory, and this machine has "
+            f"{present / 1e9:,.0f} GB; take a smaller --context-len, --batch-size or model"
+        )
 
 
 def _matrices(config: Config) -> list[tuple[int, int]]:

@@ -243,6 +243,13 @@ def test_an_empty_path_is_not_the_current_folder(arguments, model, monkeypatch, 
     assert [path.name for path in model.iterdir()] == ["model.json"]
 
 
+def test_an_unknown_flag_points_to_the_help_of_its_command(model, capsys):
+    assert status(["train", str(model), "r", "--batchsize", "3"]) == 2
+    line = error_line(capsys)
+    assert "unrecognized arguments: --batchsize" in line
+    assert "train --help" in line
+
+
 def test_train_without_a_model(tmp_path, text, capsys):
     path = tmp_path / "no model"
     assert status(["train", str(path), "r", str(text)]) == 2
@@ -479,7 +486,8 @@ def test_eval(trained, measured, tmp_path, monkeypatch, capsys):
     page = tmp_path / "page.html"
     arguments = ["eval", str(trained), "run"]
     assert cli.main([*arguments, "--html", str(page)]) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert f"wrote {page}" in err
     assert "model, run run, step 3: validation data of" in out
     own = str(trained.parent / "text.txt")
     default = {

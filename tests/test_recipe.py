@@ -4,11 +4,13 @@ import pytest
 from tinygrad import nn
 
 from pico_tg.config import Config, TrainSettings
+from pico_tg.files import PicoError
 from pico_tg.model import Pico
 from pico_tg.recipe import (
     CHOSEN,
     MAX_EPOCHS,
     _matrices,
+    check_memory,
     choose,
     describe_cost,
     memory_bytes,
@@ -74,6 +76,13 @@ def test_memory_is_that_of_the_parameters_and_what_was_measured():
         settings = TrainSettings(batch_size=8, checkpoint_activations=checkpointing)
         found = memory_bytes(ORIGINAL, settings)["activations"]
         assert found == pytest.approx(measured, rel=0.1)
+
+
+def test_an_impossible_amount_of_memory_is_an_error():
+    with pytest.raises(PicoError, match="take a smaller --context-len, --batch-size or model"):
+        check_memory(XS, TrainSettings(context_len=10**9), "CPU")
+    check_memory(XS, TrainSettings(context_len=10**9), "CUDA")  # its memory is not known
+    check_memory(XS, TrainSettings(context_len=512), "CPU")
 
 
 def test_the_cost_is_one_line():

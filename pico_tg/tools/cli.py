@@ -162,7 +162,9 @@ def complete_settings(
     if args.settings != "published" and (chosen := recipe.choose(config, *machine, settings)):
         settings |= chosen
         lines.append(f"chosen: {', '.join(f'{name} {value}' for name, value in chosen.items())}")
-    lines.append(recipe.describe_cost(config, TrainSettings(**settings), *machine))
+    cost = TrainSettings(**settings)
+    recipe.check_memory(config, cost, device)
+    lines.append(recipe.describe_cost(config, cost, *machine))
     return settings, lines
 
 
@@ -302,6 +304,7 @@ def command_eval(args: argparse.Namespace) -> int:
                 "router rate": f"{measured.router_rate:.1%}",
             }
             write_page(args.html, html_page(b"", measured.passage, title, shown, name="Passage"))
+            say(f"wrote {args.html}")
     return 0
 
 
@@ -377,6 +380,7 @@ def command_run(args: argparse.Namespace) -> int:
     finally:  # also after an interrupt or a closed pipe: write the page of the bytes so far
         if args.html and (kept or complete):
             write_page(args.html, sample_page(prompt, kept, args))
+            say(f"wrote {args.html}")
         if args.stats:
             say(describe_stats(stats))
     return 0
@@ -505,7 +509,9 @@ def main(arguments: list[str] | None = None) -> int:
         # escape characters that the encoding lacks; a notebook's stream accepts all characters
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    args = build_parser(COMMANDS).parse_args(arguments)
+    args, unknown = build_parser(COMMANDS).parse_known_args(arguments)
+    if unknown:  # reported by the command's parser, whose help lists the command's options
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         enable_compile_cache()
         check_backend()

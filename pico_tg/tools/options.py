@@ -49,7 +49,9 @@ def build_parser(functions: dict[str, Callable]) -> Parser:
 
     def add(name: str, help: str, *parents: Parser) -> Parser:
         text = {"help": help, "description": functions[name].__doc__}
-        return commands.add_parser(name, parents=parents, formatter_class=Formatter, **text)
+        command = commands.add_parser(name, parents=parents, formatter_class=Formatter, **text)
+        command.set_defaults(parser=command)
+        return command
 
     path = shared("path", metavar="PATH", type=path_name, help="folder of the model")
     run = shared("run", metavar="RUN", help="name of the training run")
