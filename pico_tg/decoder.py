@@ -18,9 +18,10 @@ import numpy as np
 from tinygrad import Tensor, dtypes
 
 from .attention import alibi_slopes, rotate
+from .config import RULES
 from .kv_cache import KVCache, PackedLinear, padded_width
 from .model import RMS_EPS, Block, Pico
-from .routing import next_decisions, slots
+from .routing import rule_decisions, slots
 from .runtime import (
     MethodJit,
     exclusive,
@@ -126,7 +127,7 @@ class Decoder:
         )
         device, dim = model.norm.weight.device, self.config.dim
         width = padded_width(dim, device)
-        self.embedding, self.router, self.bias = self._copies(width)
+        self.embedding, self.router, self.bias, self.cutoff = self._copies(width)
         self.unembedding = PackedLinear(model.unembedding.weight, model.norm.weight)
         # The captured graphs refer to these buffers: as arguments they would cost 0.1 ms per pass.
         # hidden: the hidden states of a pass; index and slot: see `routing.slots`
@@ -143,11 +144,22 @@ class Decoder:
         self.reset()
 
     def _copies(self, width: int) -> list[Tensor]:
-        """Copies of the weights without a PackedLinear: embedding, router [*, width], bias."""
+        """Copies of the weights without a PackedLinear.
+
+        Embedding and router [*, width], bias, and the router logit above which a byte is selected,
+        [1].
+        """
         model, padding = self.model, ((0, 0), (0, width - self.config.dim))
         rows = model.embedding.weight, model.latent.router.weight
         copies = [weight.detach().pad(padding).clone().realize() for weight in rows]
-        return [*copies, model.unembedding.bias.detach().reshape(1, -1).clone().realize()]
+        threshold = self.config.router == "threshold"
+        cutoff = (
+            model.latent.router.cutoff[:1]
+            if threshold
+            else Tensor.zeros(1, device=model.norm.weight.device)
+        )
+        others = model.unembedding.bias.detach().reshape(1, -1), cutoff
+        return [*copies, *(tensor.clone().realize() for tensor in others)]
 
     @exclusive
     def refresh(self) -> None:
@@ -156,7 +168,8 @@ class Decoder:
         The copies keep their buffers, which the captured graphs read.
         """
         copies = self._copies(self.hidden.shape[1])
-        for tensor, copy in zip((self.embedding, self.router, self.bias), copies, strict=True):
+        kept = self.embedding, self.router, self.bias, self.cutoff
+        for tensor, copy in zip(kept, copies, strict=True):
             write_into(tensor, read(copy))
         for part in (*self.fb_in, *self.latent, *self.fb_out, self.unembedding):
             part.refresh()
@@ -228,7 +241,7 @@ class Decoder:
         if not self.shared_inputs:
             write_into(self.inputs, inputs)
         logits, router_logits = (output[:n].copy() for output in self._outputs(rows))
-        self.last_decisions = rules + (router_logits > 0) > 0
+        self.last_decisions = rules + (router_logits > read(self.cutoff)) > 0
         self.position += n
         self.selected += int(self.last_decisions.sum())
         return logits, router_logits
@@ -236,14 +249,15 @@ class Decoder:
     def _rules(self, data: bytes) -> np.ndarray:
         """How the bytes, from `position` on, are routed, without a capacity limit: int [n].
 
-        1: through the latent blocks; -1: not; 0: if the router's logit is positive.
+        1: through the latent blocks; -1: not; 0: if the router's logit is above the cutoff.
         """
-        self.recent = (self.recent[-1:] if self.position else b"") + data
-        router = self.config.router
-        if not self.use_latent or router == "learned":
+        self.recent = (self.recent[-1:] if self.position else b"\0") + data
+        router, stride = self.config.router, self.config.stride
+        if not self.use_latent or router not in RULES:
             return np.full(len(data), 0 if self.use_latent else -1)
-        selected = next_decisions(router, self.recent, self.position, self.config.stride)
-        return np.where(selected, 1, -1)
+        recent = np.frombuffer(self.recent, np.uint8).astype(np.int32)
+        position = self.position + np.arange(len(data))
+        return np.where(rule_decisions(router, recent[1:], recent[:-1], position, stride), 1, -1)
 
     def _outputs(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
         """Run the graphs of a pass -> (logits [R, T, 256], router logits [R]), overwritten later.
@@ -283,7 +297,9 @@ class Decoder:
         for block in self.fb_in:
             h = block(h, start)
         router_logits = (h * self.router).sum(axis=-1).contiguous()
-        selected = ((router_logits > 0).cast(dtypes.int32) + rules[:rows] > 0).reshape(1, rows)
+        selected = ((router_logits > self.cutoff).cast(dtypes.int32) + rules[:rows] > 0).reshape(
+            1, rows
+        )
         index, slot = slots(selected.contiguous(), rows)  # (1, R), (1, R)
         total = selected.sum(dtype=dtypes.int32)
         smaller = (0, *SIZES[: SIZES.index(rows)])  # than the number of slots of each variant
@@ -301,6 +317,7 @@ class Decoder:
         weight = (selected * self.router).sum(axis=-1, keepdim=True).sigmoid().contiguous()
         for block in self.latent:
             deep = block(deep, start)
+        weight = 1 if self.config.router == "ratio" else weight
         added = ((deep - selected) * weight).contiguous()
         number = Tensor.arange(count, device=added.device).reshape(1, -1, 1)
         hit = self.slot.reshape(-1, 1, 1) == number  # (rows, slots, 1)

@@ -130,7 +130,7 @@ class Validation(CausalPass):
     def figures(self, x, targets, flags, logits, router_logits, decisions) -> tuple[Tensor]:
         """float32 [3]: nats of scored bytes; nats of whole ones, by top-k; scored bytes routed."""
         scored, whole = _has(flags, SCORED), _has(flags, WHOLE)
-        top_k, _, _ = self.model(x)
+        top_k, _, _ = self.model(x, causal=False)
         nats = scored.where(cross_entropy(logits[:, :, 0], targets), 0).sum()
         nats_top_k = whole.where(cross_entropy(top_k[:, :, 0], targets), 0).sum()
         return (Tensor.stack(nats, nats_top_k, (decisions & scored).cast(dtypes.float32).sum()),)

@@ -6,7 +6,7 @@ multiply-adds for the score and head_dim for the weighted value. Norms, activati
 loss, the embedding lookup and the optimizer are left out.
 """
 
-from .config import Config
+from .config import RULES, Config
 from .decoder import PREFILL_CHUNK
 from .kv_cache import cache_shape
 
@@ -14,8 +14,8 @@ from .kv_cache import cache_shape
 def forward_flops(config: Config, length: int, batch_size: int = 1) -> int:
     """FLOPs of one forward pass over `batch_size` sequences of `length` bytes, as in training.
 
-    The number of selected bytes is the capacity. A learned router computes the weight of every
-    byte, a rule only the weights of the selected bytes.
+    The number of selected bytes is the capacity, at which `threshold` and `ratio` aim. A learned
+    router computes the weight of every byte, a rule only the weights of the selected bytes.
     """
     selected = config.capacity(length)
     pairs = visible_pairs(length, config.fb_att_window_size)
@@ -49,7 +49,7 @@ def _flops(
     weights = byte_blocks * config.block_weights * bytes_
     weights += latent_blocks * config.block_weights * selected
     weights += config.dim * config.next_tokens * 256 * bytes_
-    weights += config.dim * (bytes_ if config.router == "learned" else selected)
+    weights += config.dim * (selected if config.router in RULES else bytes_)
     width = config.att_q_heads * config.head_dim
     return 2 * weights + 4 * width * (byte_blocks * pairs + latent_blocks * latent_pairs)
 

@@ -4,8 +4,8 @@
 
 - Every block: pre-norm grouped-query attention in a band (ALiBi or rotary positions), then SwiGLU.
 - Full-bandwidth blocks (narrow window) run on every byte.
-- Latent blocks (wide window) run on selected bytes. A Mixture-of-Depths router selects the top
-  `capacity` in training, and those of weight > 0.5 if `causal`; a rule may replace the router.
+- Latent blocks (wide window) run on the bytes that a Mixture-of-Depths router selects, see
+  `pico_tg.routing`: by default the top `capacity` in training, those of weight > 0.5 when causal.
 - Head k at position i predicts byte i + 1 + k.
 
 Shape letters: B batch, N bytes, S selected bytes, D dim, H query heads, K key/value heads,
@@ -19,10 +19,10 @@ from tinygrad import Tensor, dtypes, nn
 
 from .attention import banded_attention, rotate
 from .backend import check_backend
-from .config import Config
+from .config import RULES, Config
 from .ops import as_index, cross_entropy, gather, linear, lookup, materialize, scatter, swiglu
 from .remat import run_blocks
-from .routing import rule_decisions, slots, top_k_decisions
+from .routing import TOP_K_STEPS, rule_decisions, slots, top_k_decisions
 from .runtime import exclusive, write_into
 
 RMS_EPS = 2.0**-23  # float32's machine epsilon
@@ -61,10 +61,15 @@ class RMSNorm:
 
 
 class Router:
-    """h [B, N, D] -> logits [B, N]; the sigmoid of a logit is the router weight of the byte."""
+    """h [B, N, D] -> logits [B, N]; the sigmoid of a logit is the router weight of the byte.
 
-    def __init__(self, dim: int) -> None:
-        self.weight = Tensor.empty(1, dim)
+    cutoff [2], for `threshold`: the logit above which a byte is selected, its number of steps.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.weight = Tensor.empty(1, config.dim)
+        if config.router == "threshold":
+            self.cutoff = Tensor.empty(2).is_param_(False)
 
     def __call__(self, h: Tensor) -> Tensor:
         # one output: a sum is cheaper than a matmul
@@ -134,7 +139,7 @@ class Latent(Blocks):
     """The router, and the wide-window blocks for the bytes that it selects."""
 
     def __init__(self, config: Config) -> None:
-        self.router = Router(config.dim)
+        self.router, self.straight_through = Router(config), config.router == "ratio"
         super().__init__(config, config.latent_att_window_size, config.latent_num_blocks)
 
     def __call__(self, h: Tensor, router_logits: Tensor, decisions: Tensor, count: int) -> Tensor:
@@ -145,6 +150,8 @@ class Latent(Blocks):
         index, slot = slots(decisions, count)  # (B, S), (B, N)
         selected = gather(h, index, slot)  # (B, S, D)
         weight = gather(router_logits.sigmoid().unsqueeze(2), index, slot)  # (B, S, 1)
+        if self.straight_through:  # 1, with the gradient of the sigmoid
+            weight = weight - weight.detach() + 1
         deep = super().__call__(selected)  # (B, S, D)
         return materialize(h + scatter((deep - selected) * weight, index, slot))
 
@@ -168,81 +175,85 @@ class Pico:
             self._draw(weights, np.random.default_rng(seed))
 
     def _draw(self, weights: dict[str, Tensor], rng: np.random.Generator) -> None:
-        """Draw the embedding ~ N(0, 1), the rest ~ U(+-1/sqrt(inputs)); norms' scales are 1."""
+        """Draw the embedding ~ N(0, 1), the rest ~ U(+-1/sqrt(inputs)); norms are 1, cutoffs 0."""
         # NumPy draws: tinygrad's random number generator takes seconds to compile
         for name, weight in weights.items():
             if name == "embedding.weight":
                 values = rng.standard_normal(weight.shape, np.float32)
-            elif "norm" in name:
-                values = np.ones(weight.shape, np.float32)
+            elif "norm" in name or "cutoff" in name:
+                values = np.full(weight.shape, "norm" in name, np.float32)
             else:  # the only bias is the unembedding's, which has `dim` inputs
                 inputs = weight.shape[1] if weight.ndim == 2 else self.config.dim
                 values = (2 * rng.random(weight.shape, np.float32) - 1) / math.sqrt(inputs)
             write_into(weight, values)
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Bytes [B, N] -> hidden state [B, N, D] before the latent blocks, router logits [B, N]."""
-        h = self.fb_in(self.embedding(x))
-        return h, self.latent.router(h)
-
-    def decide(self, x: Tensor, router_logits: Tensor, causal: bool) -> Tensor:
-        """Which bytes of x [B, N] the router selects, given its logits [B, N]: bool [B, N]."""
-        router, capacity = self.config.router, self.config.capacity(x.shape[1])
-        if router == "learned":
-            chosen = router_logits > 0 if causal else top_k_decisions(router_logits, capacity)
-            return chosen.contiguous()
-        limit = None if causal else capacity
-        return rule_decisions(router, as_index(x), self.config.stride, limit)
-
-    def heads(self, h: Tensor) -> Tensor:
-        """Hidden state [B, N, D] after the latent blocks -> logits [B, N, T, 256]."""
-        logits = self.unembedding(self.norm(self.fb_out(h)))  # (B, N, T*256)
-        return logits.reshape(*h.shape[:2], self.config.next_tokens, 256)
+    def decide(self, x: Tensor, router_logits: Tensor, causal: bool | None = None) -> Tensor:
+        """Which of x [B, N] are selected by router logits [B, N]: bool [B, N]; see `__call__`."""
+        router = self.config.router
+        if router in RULES:
+            x, position = as_index(x), Tensor.arange(x.shape[1], device=x.device)
+            before = x[:, :-1].pad((None, (1, 0)))
+            return rule_decisions(router, x, before, position, self.config.stride).contiguous()
+        top_k = top_k_decisions(router_logits, self.config.capacity(x.shape[1]))
+        if router == "threshold":
+            cutoff, steps = self.latent.router.cutoff.split(1)
+            above = router_logits > cutoff
+            training = (steps < TOP_K_STEPS).where(top_k, above)
+        else:
+            above = router_logits > 0
+            training = top_k if router == "learned" else above
+        return {None: training, True: above, False: top_k}[causal].contiguous()
 
     def __call__(
-        self, x: Tensor, causal: bool = False, count: int | None = None
+        self, x: Tensor, causal: bool | None = None, count: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, N] of uint8 or int -> (logits, router_logits, router_decisions).
 
         logits float32 [B, N, T, 256], router_logits float32 [B, N], router_decisions bool [B, N].
-        If `causal`, the latent blocks process the first `count` selected bytes of each sequence
-        (default: all, at the cost of N slots), otherwise the `capacity` selected bytes.
+        causal: True routes as decoding does, None as training does; False takes the top `capacity`
+        unless a rule selects. The latent blocks process the first `count` selected bytes of each
+        sequence: by default all if `causal` is True, at the cost of N slots, else `Config.slots`.
         """
-        N = x.shape[1]
-        h, router_logits = self.encode(x)
+        h = self.fb_in(self.embedding(x))  # (B, N, D)
+        router_logits = self.latent.router(h)
         decisions = self.decide(x, router_logits, causal)
-        if count is None or not causal:
-            count = N if causal else self.config.capacity(N)
+        if count is None:
+            count = x.shape[1] if causal else self.config.slots(x.shape[1])
         if count > 0 and self.config.router != "none":
             h = self.latent(h, router_logits, decisions, count)
-        return self.heads(h), router_logits, decisions
+        logits = self.unembedding(self.norm(self.fb_out(h)))  # (B, N, T*256)
+        return logits.reshape(*x.shape, -1, 256), router_logits, decisions
 
 
 def loss_fn(
-    logits: Tensor,
-    router_logits: Tensor,
-    router_decisions: Tensor,
-    targets: Tensor,
-    learned: bool = True,
+    logits: Tensor, z: Tensor, decisions: Tensor, targets: Tensor, config: Config | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, aux_loss, next_byte_loss), float32 scalars in nats per byte.
 
-    logits [B, N, T, 256], router_logits and router_decisions [B, N], targets [B, N, T] of bytes.
-    loss = 0.9 * LM + 0.1 * AUX. LM averages the heads' cross-entropies, weighted by 1.618^(T-1-k).
-    AUX is the router's binary cross-entropy against its own top-k decisions, so that at inference a
-    threshold can replace top-k; if not `learned`, AUX = 0 and loss = LM. next_byte_loss: head 0's.
+    logits [B, N, T, 256], router logits z and router decisions [B, N], targets [B, N, T] of bytes.
+    LM averages the heads' cross-entropies, weighted by 1.618^(T-1-k). next_byte_loss: head 0's.
+    The router of `config` (default: learned) determines the rest; else loss = LM, AUX = 0:
+
+    - learned: loss = 0.9 * LM + 0.1 * AUX. AUX is the router's binary cross-entropy against its own
+      top-k decisions, so that at inference a threshold can replace top-k
+    - ratio: loss = LM + ratio_weight * AUX. AUX = F*G/c + (1-F)*(1-G)/(1-c) for the selected
+      fraction F, the mean router weight G and the capacity factor c (arXiv 2507.07955); 1 at F=G=c
     """
-    T = logits.shape[2]
+    T, router = logits.shape[2], config.router if config else "learned"
     total = sum(1.618 ** (T - 1 - k) for k in range(T))
     head = Tensor.arange(T, dtype=dtypes.float32, device=logits.device)
     per_head = cross_entropy(logits, targets).mean(axis=(0, 1))  # (T,)
     lm_loss = (per_head * (1.618 ** (T - 1 - head) / total)).sum()
-    if not learned:
-        return lm_loss, lm_loss.zeros_like(), per_head[0]
-    # -log sigmoid(z) where selected, -log(1 - sigmoid(z)) elsewhere, in a form without overflow
-    z, t = router_logits, router_decisions.cast(dtypes.float32).detach()  # (B, N)
-    aux_loss = (z.maximum(0) - z * t + ((-z.abs()).exp() + 1).log()).mean()
-    return 0.9 * lm_loss + 0.1 * aux_loss, aux_loss, per_head[0]
+    chosen = decisions.cast(dtypes.float32).detach()  # (B, N)
+    if router == "learned":
+        # -log sigmoid(z) where selected, -log(1 - sigmoid(z)) elsewhere, in a form without overflow
+        aux_loss = (z.maximum(0) - z * chosen + ((-z.abs()).exp() + 1).log()).mean()
+        return 0.9 * lm_loss + 0.1 * aux_loss, aux_loss, per_head[0]
+    if router == "ratio":
+        c, F, G = config.latent_capacity_factor, chosen.mean(), z.sigmoid().mean()
+        aux_loss = F * G / c + (1 - F) * (1 - G) / (1 - c)
+        return lm_loss + config.ratio_weight * aux_loss, aux_loss, per_head[0]
+    return lm_loss, lm_loss.zeros_like(), per_head[0]
 
 
 def inputs_and_targets(windows: Tensor, next_tokens: int) -> tuple[Tensor, Tensor]:

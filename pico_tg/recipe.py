@@ -129,7 +129,8 @@ def memory_bytes(config: Config, settings: TrainSettings) -> dict[str, int]:
     moments = 2 * config.parameters
     if settings.optimizer == "soap":
         moments += sum(2 * (m * m + n * n) for m, n in _matrices(config))
-    blocks = 2 * config.fb_num_blocks + config.latent_num_blocks * config.capacity_share
+    latent_share = config.slots(settings.context_len) / settings.context_len
+    blocks = 2 * config.fb_num_blocks + config.latent_num_blocks * latent_share
     kept = 2 if settings.checkpoint_activations else FLOATS_PER_BLOCK
     floats = kept * config.dim * blocks + 3 * 256 * config.next_tokens  # logits, their gradient
     copies = 2 + (settings.grad_accumulation_steps > 1)

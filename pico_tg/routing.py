@@ -1,11 +1,15 @@
 """Mixture-of-Depths routing (arXiv 2404.02258): which bytes the latent blocks process.
 
-The `learned` router selects the `capacity` bytes of largest weight in training, and those of weight
-above 0.5 when causal. The others are fixed rules for comparison: `space` (arXiv 2404.14408), a byte
-that is not a letter, digit or UTF-8 continuation byte and follows one; `stride`, every n-th byte;
-`all`; `none`. A rule never reads later bytes. In training, the latent blocks process the first
-`capacity` bytes that a rule selects; when causal, all of them. Under a rule the router weight does
-not select, but still scales the output of the latent blocks.
+`learned` selects the `capacity` bytes of largest router logit in training, and those of logit above
+0 when causal. Two more routers are causal in training as well: `threshold` (expert threshold, arXiv
+2603.11535) selects logits above a cutoff, the running average of the capacity-th largest; `ratio`
+(arXiv 2507.07955) those above 0, with a loss that pulls their share to the capacity factor. Fixed
+rules, for comparison, are causal too: `space` (arXiv 2404.14408), a byte that is not a letter,
+digit or UTF-8 continuation byte and follows one; `stride`, every n-th byte; `all`; `none`.
+
+In training the latent blocks process the first `Config.slots` selected bytes of a sequence; when
+causal, all. The router weight scales their output, under rules as well; under `ratio` it is 1 with
+the gradient of the sigmoid.
 
 Shape letters: B batch, N bytes, S slots.
 """
@@ -15,45 +19,31 @@ from functools import partial
 import numpy as np
 from tinygrad import Tensor, dtypes
 
+TOP_K_STEPS = 100  # first training steps of `threshold`, which select the top-k
 
-def in_word(x: Tensor | np.ndarray) -> Tensor | np.ndarray:
+Array = Tensor | np.ndarray
+
+
+def in_word(x: Array) -> Array:
     """Where x, bytes as wider integers [...], holds letters, digits or UTF-8 continuation bytes."""
     letter = ((x >= 65) & (x <= 90)) | ((x >= 97) & (x <= 122))
     return letter | ((x >= 48) & (x <= 57)) | ((x >= 128) & (x < 192))
 
 
-def rule_decisions(router: str, x: Tensor, stride: int, limit: int | None) -> Tensor:
-    """Which of the bytes x, int [B, N], a rule selects: bool [B, N].
+def rule_decisions(router: str, x: Array, before: Array, position: Array, stride: int) -> Array:
+    """Which of the bytes x a rule selects: bool [..., N].
 
-    `space` does not select the first byte of a sequence, which has no byte before it. `limit` keeps
-    only the first `limit` selected bytes of each sequence.
+    x and the bytes before them, `before`, signed integers [..., N]; their positions, int [N]. The
+    byte before a sequence counts as 0.
     """
+    everywhere = x >= 0
     if router == "space":
-        word = in_word(x)
-        decisions = word[:, :-1].pad((None, (1, 0))) & word.logical_not()
-    elif router == "stride":
-        position = Tensor.arange(x.shape[1], device=x.device)
-        decisions = (position % stride == stride - 1).expand(*x.shape)
-    else:
-        decisions = Tensor.full(x.shape, router == "all", dtype=dtypes.bool, device=x.device)
-    if router in ("space", "stride") and limit is not None:
-        decisions = decisions.contiguous()
-        decisions = decisions & (decisions.cast(dtypes.int32).cumsum(axis=1) <= limit)
-    return decisions.contiguous()
-
-
-def next_decisions(router: str, data: bytes, position: int, stride: int) -> np.ndarray:
-    """`rule_decisions` without a limit for the n bytes from `position` on: bool [n].
-
-    data: the n bytes, preceded by the byte at position - 1 unless position is 0.
-    """
-    first = min(1, position)
-    if router == "space":
-        word = in_word(np.frombuffer(data, np.uint8).astype(np.int32))
-        before = np.concatenate([np.zeros(1 - first, bool), word[:-1]])
-        return before & ~word[first:]
-    at = position + np.arange(len(data) - first)
-    return at % stride == stride - 1 if router == "stride" else np.full(at.shape, router == "all")
+        return in_word(before) & ~in_word(x)
+    if router == "stride":
+        return everywhere & (position % stride == stride - 1)
+    if router in ("all", "none"):
+        return everywhere if router == "all" else ~everywhere
+    raise ValueError(f"{router!r} is not a rule")
 
 
 def top_k_decisions(router_logits: Tensor, capacity: int) -> Tensor:
@@ -62,8 +52,7 @@ def top_k_decisions(router_logits: Tensor, capacity: int) -> Tensor:
     One O(N^2) integer kernel ranks all bytes, where `Tensor.topk` runs 67 kernels at N = 1024.
     Logits are compared instead of sigmoids, which have the same order but are rounded to ties.
     """
-    z = router_logits.detach().contiguous()
-    N = z.shape[1]
+    z, N = router_logits.detach().contiguous(), router_logits.shape[1]
     z_i, z_j = z.unsqueeze(2), z.unsqueeze(1)  # (B, N, 1), (B, 1, N)
     position = Tensor.arange(N, device=z.device)
     earlier = position.reshape(1, N) < position.reshape(N, 1)  # (N, N)
@@ -78,11 +67,10 @@ def slots(decisions: Tensor, count: int) -> tuple[Tensor, Tensor]:
     inverse maps, as `ops.gather` and `ops.scatter` need. Slots are filled in sequence order; once
     all slots are full, further selected bytes get -1. Unused slots hold index 0.
     """
-    N = decisions.shape[1]
     order = decisions.cast(dtypes.int32).cumsum(axis=1) - 1
     slot = (decisions & (order < count)).where(order, -1).contiguous()  # (B, N)
     # at most one byte has slot s, so a sum over N finds the byte's index without a sort
     arange = partial(Tensor.arange, device=slot.device)
     here = slot.unsqueeze(1) == arange(count).reshape(count, 1)  # (B, S, N)
-    index = here.where(arange(N), 0).sum(axis=2, dtype=dtypes.int32).contiguous()  # (B, S)
-    return index, slot
+    index = here.where(arange(slot.shape[1]), 0).sum(axis=2, dtype=dtypes.int32)  # (B, S)
+    return index.contiguous(), slot

@@ -37,6 +37,7 @@ from .files import PicoError
 from .model import Pico, inputs_and_targets, loss_fn
 from .precision import choose_precision
 from .remat import graph_context
+from .routing import top_k_decisions
 from .runs import (
     BITS,
     Progress,
@@ -50,9 +51,10 @@ from .runs import (
     read_description,
     resumed_settings,
 )
-from .runtime import exclusive, jit_method, on_devices, write_all, write_into
+from .runtime import exclusive, jit_method, on_devices, read, write_all, write_into
 from .soap import SOAP, all_finite
 
+CUTOFF_DECAY = 0.999  # of the running average of the router's cutoff, for each step
 ADAMW_STATE = ("b1_t", "b2_t", "m", "v")
 
 
@@ -95,8 +97,10 @@ def move(tensors: list[Tensor], devices: tuple[str, ...]) -> None:
 class TrainStep:
     """One compiled optimizer step on bytes uint8 [A, B, N + T], averaged over A micro-batches.
 
-    Returns float32 [5]: loss, aux loss, next-byte loss (nats), share of the bytes that causal
-    routing selects, and 1 if every gradient is finite, else 0; then no weight has changed.
+    Returns float32 [7]: loss, aux loss, next-byte loss (nats), share of the bytes that causal
+    routing selects, share of the bytes that are selected in training but have no slot, the
+    capacity-th largest router logit (0 unless the router is `threshold`), and 1 if every gradient
+    is finite, else 0; then no weight has changed.
     `consistent` is False while weights and optimizer state are being updated.
     """
 
@@ -108,8 +112,9 @@ class TrainStep:
                 f"batch_size {settings.batch_size} cannot be shared by {len(devices)} devices; "
                 f"take a multiple of {len(devices)}"
             )
-        self.parameters = nn.state.get_parameters(model)
-        move(self.parameters, devices)
+        self.tensors = nn.state.get_parameters(model)
+        move(self.tensors, devices)
+        self.parameters = [tensor for tensor in self.tensors if tensor.is_param]
         if settings.optimizer == "soap":
             self.optimizer = SOAP(self.parameters, lr=0.0, weight_decay=settings.weight_decay)
             self.rates = [self.optimizer.lr]
@@ -127,14 +132,20 @@ class TrainStep:
         self.update = jit_method(self._update)
 
     def _gradients(self, windows: Tensor) -> tuple[Tensor, list[Tensor]]:
-        x, targets = inputs_and_targets(windows, self.model.config.next_tokens)
+        config = self.model.config
+        x, targets = inputs_and_targets(windows, config.next_tokens)
         logits, z, decisions = self.model(x)
-        loss, aux_loss, next_byte_loss = loss_fn(
-            logits, z, decisions, targets, self.model.config.router == "learned"
-        )
+        losses = loss_fn(logits, z, decisions, targets, config)
         rate = self.model.decide(x, z, causal=True).cast(dtypes.float32).mean()
-        gradients = loss.gradient(*self.parameters)
-        losses = Tensor.stack(loss, aux_loss, next_byte_loss, rate).detach().contiguous()
+        gradients = losses[0].gradient(*self.parameters)
+        overflow = kth = losses[0].zeros_like()
+        if config.router != "learned":  # top-k fills exactly the slots
+            selected = decisions.sum(axis=1, dtype=dtypes.int32)  # (B,)
+            overflow = (selected - config.slots(x.shape[1])).maximum(0).mean() / x.shape[1]
+        if config.router == "threshold":
+            top_k = top_k_decisions(z, config.capacity(x.shape[1]))
+            kth = top_k.where(z, math.inf).min(axis=1).mean()
+        losses = Tensor.stack(*losses, rate, overflow, kth).detach().contiguous()
         # a loss that is not finite sets one gradient to NaN, which makes `_apply` skip the update
         smallest = min(range(len(gradients)), key=lambda i: gradients[i].numel())
         finite = losses.sum().isfinite()
@@ -204,8 +215,17 @@ class TrainStep:
                 losses = np.concatenate([np.mean(parts, axis=0), self.update(rate).numpy()])
         if isinstance(self.optimizer, SOAP):
             self.optimizer.refresh()
+        if self.model.config.router == "threshold" and losses[-1] == 1:
+            self._update_cutoff(losses[-2])
         self.consistent = True
         return losses
+
+    def _update_cutoff(self, kth: float) -> None:
+        """Add a step's capacity-th largest logit to the bias-corrected running average of them."""
+        cutoff, steps = map(float, read(self.model.latent.router.cutoff))
+        steps += 1
+        cutoff += (kth - cutoff) * (1 - CUTOFF_DECAY) / (1 - CUTOFF_DECAY**steps)
+        write_into(self.model.latent.router.cutoff, np.array([cutoff, steps], np.float32))
 
     def _state(self) -> dict[str, Tensor]:
         if isinstance(self.optimizer, SOAP):
@@ -264,8 +284,10 @@ def train(
 
     A record has: step (from 1), steps (total), epoch (from 0), loss, next_byte_loss, aux_loss
     (nats), bits_per_byte (of the next byte, training routing), router_rate (share of bytes that
-    causal routing selects), lr, bytes (trained on so far), bytes_per_second. With max_minutes a
-    record also has minutes (used so far), after a validation the keys of `Validation`, and with a
+    causal routing selects), router_overflow (share of bytes that training selects, but that have
+    no slot, see `Config.slots`), lr, bytes (trained on so far), bytes_per_second. With the router
+    `threshold` a record also has router_cutoff (the router weight above which a byte is selected),
+    with max_minutes minutes (used so far), after a validation the keys of `Validation`, and with a
     checkpoint `checkpoint`, its path. The last step is saved if the caller closes the generator or
     raises, and at Ctrl-C, except in the first two steps, which compile.
 
@@ -461,7 +483,7 @@ def _loop(
                 losses = train_step(batch, rate, interrupt)
             if losses is None:  # stopped within the step
                 break
-            if losses[4] != 1 or not np.isfinite(losses).all():
+            if losses[-1] != 1 or not np.isfinite(losses).all():
                 saved = run.last_checkpoint if run else None
                 raise _NotFinite(
                     f"a loss or gradient is not finite at step {progress.step + 1} (lr {rate:.2e});"
@@ -487,10 +509,14 @@ def _loop(
                 "aux_loss": float(losses[1]),
                 "bits_per_byte": float(losses[2]) / math.log(2),
                 "router_rate": float(losses[3]),
+                "router_overflow": float(losses[4]),
                 "lr": rate,
                 "bytes": progress.bytes,
                 "bytes_per_second": step_bytes / seconds,
             }
+            if train_step.model.config.router == "threshold":
+                cutoff = read(train_step.model.latent.router.cutoff)[0]
+                record["router_cutoff"] = 0.5 + 0.5 * math.tanh(cutoff / 2)  # sigmoid
             if settings.max_minutes:
                 record["minutes"] = progress.seconds / 60
             pending = record
@@ -525,7 +551,7 @@ def _loop(
             save()
         raise
     finally:
-        move(train_step.parameters, train_step.devices[:1])
+        move(train_step.tensors, train_step.devices[:1])
         if run:
             run.close()
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pico_tg.config import Config
+from pico_tg.config import RULES, Config
 
 Weights = dict[str, np.ndarray]
 Backward = Callable[[np.ndarray, Weights], np.ndarray]
@@ -68,6 +68,8 @@ def shapes(config: Config) -> dict[str, tuple[int, ...]]:
             table[f"{block}.glu.fc1.weight"] = (2 * dim, dim)
             table[f"{block}.glu.fc2.weight"] = (dim, dim)
     table["latent.router.weight"] = (1, dim)
+    if config.router == "threshold":
+        table["latent.router.cutoff"] = (2,)  # of the logits, and its number of training steps
     table["norm.weight"] = (dim,)
     table["unembedding.weight"] = (config.next_tokens * 256, dim)
     table["unembedding.bias"] = (config.next_tokens * 256,)
@@ -82,6 +84,8 @@ def random_weights(config: Config, rng: np.random.Generator) -> Weights:
             value = rng.standard_normal(shape)
         elif "norm" in name:
             value = np.ones(shape)
+        elif "cutoff" in name:
+            value = np.zeros(shape)
         else:
             fan_in = config.dim if name == "unembedding.bias" else shape[1]
             value = rng.uniform(-1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in), shape)
@@ -302,37 +306,56 @@ def in_word(byte: int) -> bool:
     return chr(byte) in string.ascii_letters + string.digits or byte >> 6 == 0b10
 
 
-def select(config: Config, position: int, byte: int, before: int | None, z: float) -> bool:
-    """Whether causal routing selects the byte at `position`; `before` is the byte before it."""
+def select(
+    config: Config, position: int, byte: int, before: int | None, z: float, cutoff: float
+) -> bool:
+    """Whether causal routing selects the byte at `position`; `before` is the byte before it.
+
+    A learned router selects a logit z above the cutoff, which is 0 unless the router is threshold.
+    """
     if config.router == "space":
         return before is not None and in_word(before) and not in_word(byte)
     if config.router == "stride":
         n = next(n for n in itertools.count(1) if n * config.latent_capacity_factor >= 1 - 1e-9)
         return (position + 1) % n == 0
-    return z > 0 if config.router == "learned" else config.router == "all"
+    return config.router == "all" if config.router in RULES else z > cutoff
+
+
+def cutoff_of(weights: Weights) -> np.ndarray:
+    """[cutoff, training steps]; zeros unless the router is threshold."""
+    return weights.get("latent.router.cutoff", np.zeros(2))
+
+
+def slots(config: Config, length: int) -> int:
+    """How many selected bytes the latent blocks process in training; the first ones."""
+    if config.router in ("all", "none"):
+        return length if config.router == "all" else 0
+    capacity = int(length * config.latent_capacity_factor)
+    varies = config.router in ("threshold", "ratio")
+    return min(length, math.ceil(1.5 * capacity)) if varies else capacity
 
 
 def decide(
-    router_logits: np.ndarray, x: np.ndarray | bytes, config: Config, causal: bool
+    router_logits: np.ndarray,
+    x: np.ndarray | bytes,
+    config: Config,
+    causal: bool,
+    cutoff: np.ndarray | tuple[float, float] = (0.0, 0.0),
 ) -> np.ndarray:
-    """Which bytes of one sequence go through the latent blocks: logits [N], bytes [N] -> bool [N].
+    """Which bytes of one sequence are selected, logits [N], bytes [N] -> bool [N].
 
-    A learned router selects in training the int(N * factor) bytes of the largest logits (a tie goes
-    to the earlier byte), and when causal those of a logit above 0, where sigmoid(logit) > 0.5. For
-    the other routers see `select`. Logits have the order of their sigmoids before rounding.
+    The router `learned` selects in training the int(N * factor) bytes of the largest logits (a tie
+    goes to the earlier byte), as `threshold` does in its first 100 steps. Otherwise see `select`.
+    Logits have the order of their sigmoids before rounding.
     """
-    if causal or config.router != "learned":
+    top_k = config.router == "learned" or (config.router == "threshold" and cutoff[1] < 100)
+    if causal or not top_k:
         before = [None, *map(int, x[:-1])]
         selected = [
-            select(config, n, int(x[n]), before[n], router_logits[n]) for n in range(len(x))
+            select(config, n, int(x[n]), before[n], router_logits[n], cutoff[0])
+            for n in range(len(x))
         ]
-        decisions = np.array(selected, bool)
-        if (
-            config.router in ("space", "stride") and not causal
-        ):  # training serves only the first `capacity` of them
-            capacity = int(len(x) * config.latent_capacity_factor)
-            decisions[np.flatnonzero(decisions)[capacity:]] = False
-        return decisions
+        return np.array(selected, bool)
     capacity = int(len(router_logits) * config.latent_capacity_factor)
     by_rank = sorted(range(len(router_logits)), key=lambda n: (-router_logits[n], n))
     decisions = np.zeros(len(router_logits), bool)
@@ -366,13 +389,15 @@ def _sequence(
     z, router_backward = linear(weights, "latent.router", h)  # (N, 1)
     r = sigmoid(z)
     if decisions is None:
-        decisions = decide(z[:, 0], x, config, causal)
+        decisions = decide(z[:, 0], x, config, causal, cutoff_of(weights))
     selected = np.flatnonzero(decisions)  # (S,), in sequence order
+    selected = selected[: N if causal else slots(config, N)]
+    gate = np.ones_like(r) if config.router == "ratio" else r  # with r's gradient in any case
     if len(selected):
         into = h[selected]
         deep, latent_backward = blocks(weights, "latent", config, positions, into)
         h = h.copy()
-        h[selected] += (deep - into) * r[selected]
+        h[selected] += (deep - into) * gate[selected]
 
     h, fb_out_backward = blocks(weights, "fb_out", config, positions, h)
     h, norm_backward = rms_norm(weights, "norm", h)
@@ -390,7 +415,7 @@ def _sequence(
             r_selected = r[selected]  # (S, 1)
             d_r = ((deep - into) * d_added).sum(axis=1, keepdims=True)  # (S, 1)
             d_z[selected] += d_r * r_selected * (1 - r_selected)
-            d_deep = d_added * r_selected
+            d_deep = d_added * gate[selected]
             d_h = d_h.copy()
             d_h[selected] += latent_backward(d_deep, grads) - d_deep
         d_h = d_h + router_backward(d_z, grads)
@@ -450,11 +475,16 @@ def loss(
     at_target = np.take_along_axis(logits, targets[..., None].astype(int), axis=-1)[..., 0]
     per_head = (log_sum - at_target).mean(axis=(0, 1))  # (P,)
     z, t = router_logits, decisions.astype(np.float64)
-    aux_loss = (np.maximum(z, 0) - z * t + np.log1p(np.exp(-np.abs(z)))).mean()
-    lm = (per_head * head_shares(config)).sum()
-    if config.router != "learned":
-        return float(lm), 0.0, float(per_head[0])
-    return float(0.9 * lm + 0.1 * aux_loss), float(aux_loss), float(per_head[0])
+    lm, aux_loss = (per_head * head_shares(config)).sum(), 0.0
+    lm_share, aux_share = 1.0, 0.0
+    if config.router == "learned":
+        lm_share, aux_share = 0.9, 0.1
+        aux_loss = (np.maximum(z, 0) - z * t + np.log1p(np.exp(-np.abs(z)))).mean()
+    elif config.router == "ratio":
+        aux_share, n = config.ratio_weight, 1 / config.latent_capacity_factor
+        F, G = t.mean(), sigmoid(z).mean()
+        aux_loss = n / (n - 1) * ((n - 1) * F * G + (1 - F) * (1 - G))
+    return float(lm_share * lm + aux_share * aux_loss), float(aux_loss), float(per_head[0])
 
 
 def loss_and_grads(
@@ -485,8 +515,13 @@ def loss_and_grads(
         shares = head_shares(config)[None, :, None]  # (1, P, 1)
         lm_share = 0.9 if config.router == "learned" else 1.0
         d_logits = lm_share * shares * (softmax(sequence.logits) - one_hot) / (B * N)
-        d_z = 0.1 * (sigmoid(sequence.router_logits) - sequence.decisions) / (B * N)  # (N,)
-        d_z = d_z * (config.router == "learned")
+        r, d_z = sigmoid(sequence.router_logits), np.zeros(N)
+        if config.router == "learned":
+            d_z = 0.1 * (r - sequence.decisions) / (B * N)
+        elif config.router == "ratio":
+            n, F = 1 / config.latent_capacity_factor, np.mean([s.decisions for s in sequences])
+            d_G = config.ratio_weight * n / (n - 1) * ((n - 1) * F - (1 - F))
+            d_z = d_G * r * (1 - r) / (B * N)
         sequence.backward(d_logits, d_z, grads)
     losses = loss(
         np.stack([s.logits for s in sequences]),
@@ -527,9 +562,9 @@ def _step(weights, config, position, byte, before, keys, values, positions) -> n
     h = weights["embedding.weight"][byte]  # (D,)
     h = _step_blocks(weights, "fb_in", config, h, keys, values, positions)
     z = float(weights["latent.router.weight"][0] @ h)
-    if select(config, position, byte, before, z):
+    if select(config, position, byte, before, z, cutoff_of(weights)[0]):
         deep = _step_blocks(weights, "latent", config, h, keys, values, positions)
-        h = h + (deep - h) / (1 + math.exp(-z))
+        h = h + (deep - h) / (1 if config.router == "ratio" else 1 + math.exp(-z))
     h = _step_blocks(weights, "fb_out", config, h, keys, values, positions)
     h = _rms(h, weights["norm.weight"])
     logits = weights["unembedding.weight"] @ h + weights["unembedding.bias"]  # (P * 256,)

@@ -111,7 +111,7 @@ def test_causal_on_odd_configurations(config, B, N):
 def test_causal_when_the_router_is_extreme(chosen):
     model, weights = build(ODD)
     x = np.random.default_rng(3).integers(0, 256, (2, 30), np.uint8)
-    h = model.encode(Tensor(x))[0].numpy()
+    h = model.fb_in(model.embedding(Tensor(x))).numpy()
     # a router weight for which all logits have the same sign
     direction = np.linalg.lstsq(h.reshape(-1, ODD.dim)[: ODD.dim], np.ones(ODD.dim), rcond=None)[0]
     x = x[:1, : ODD.dim]

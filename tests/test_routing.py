@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from references import TEXT
 from tinygrad import GlobalCounters, Tensor
 
+from pico_tg.config import RULES
 from pico_tg.ops import gather, scatter
-from pico_tg.routing import next_decisions, rule_decisions, slots, top_k_decisions
+from pico_tg.routing import rule_decisions, slots, top_k_decisions
 
 
 def expected_top_k(z: np.ndarray, capacity: int) -> np.ndarray:
@@ -82,22 +83,33 @@ def test_cost_is_linear_both_ways(direction):
     assert operations(2048) <= 4.1 * operations(512)
 
 
+def by_rule(router: str, data: bytes, start: int = 0, kind: type = np.array) -> np.ndarray:
+    """The decisions of a rule on the bytes of `data` from `start` on."""
+    x = np.frombuffer(b"\0" + data, np.uint8).astype(np.int32)[start:]
+    position = np.arange(start, len(data))
+    arrays = (kind(x[1:]), kind(x[:-1]), kind(position))
+    found = rule_decisions(router, *arrays, 4)
+    return found.numpy() if kind is Tensor else found
+
+
 def test_the_rule_of_spaces():
     marks = {i for i, c in enumerate("ab, c.d\n x") if c in ",.\n" or (i == 4 and c == " ")}
-    data = b"ab, c.d\n x"
-    found = next_decisions("space", data, 0, 4)
+    found = by_rule("space", b"ab, c.d\n x")
     assert set(np.flatnonzero(found)) == marks == {2, 5, 7}
     # a UTF-8 lead byte counts as a space, its continuation bytes as letters
-    assert np.flatnonzero(next_decisions("space", "aé b".encode(), 0, 4)).tolist() == [1, 3]
+    assert np.flatnonzero(by_rule("space", "aé b".encode())).tolist() == [1, 3]
 
 
-@pytest.mark.parametrize("router", ["space", "stride", "all", "none"])
+@pytest.mark.parametrize("router", RULES)
 def test_rules_a_byte_at_a_time(router):
-    whole = rule_decisions(router, Tensor([list(TEXT)]), 4, None).numpy()[0]
-    np.testing.assert_array_equal(next_decisions(router, TEXT, 0, 4), whole)
+    whole = by_rule(router, TEXT)
+    assert whole.dtype == bool
+    np.testing.assert_array_equal(by_rule(router, TEXT, kind=Tensor), whole)
     for i in range(len(TEXT)):
-        piece = TEXT[max(0, i - 1) : i + 1]
-        assert next_decisions(router, piece, i, 4).tolist() == [whole[i]]
-    capped = rule_decisions(router, Tensor([list(TEXT)]), 4, 3).numpy()[0]
-    if router == "space":
-        assert np.flatnonzero(capped).tolist() == np.flatnonzero(whole)[:3].tolist()
+        assert by_rule(router, TEXT[: i + 1], i).tolist() == [whole[i]]
+
+
+@pytest.mark.parametrize("kind", [np.array, Tensor])
+def test_an_unknown_rule(kind):
+    with pytest.raises(ValueError, match="'random' is not a rule"):
+        by_rule("random", TEXT, kind=kind)

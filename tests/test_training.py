@@ -21,7 +21,8 @@ from pico_tg.evaluation import Validation
 from pico_tg.files import PicoError
 from pico_tg.model import Pico, inputs_and_targets, loss_fn
 from pico_tg.remat import graph_context
-from pico_tg.runtime import jit_method
+from pico_tg.routing import TOP_K_STEPS
+from pico_tg.runtime import jit_method, write_into
 from pico_tg.training import TrainStep, learning_rate, train
 
 SLOW = pytest.mark.slow
@@ -37,6 +38,10 @@ def text(tmp_path):
 
 def make(seed: int = 0) -> Pico:
     return Pico(CONFIG, seed)
+
+
+def with_router(router: str, seed: int = 0) -> Pico:
+    return Pico(dataclasses.replace(CONFIG, router=router), seed)
 
 
 def weights(model: Pico) -> dict[str, np.ndarray]:
@@ -105,7 +110,7 @@ def test_step_is_adamw_on_the_mean_gradient(accumulation):
         assert step(batches[3], 1e-2, lambda done: True) is None
     for b in batches:
         losses = step(b, 1e-2)
-        assert losses[4] == 1
+        assert losses[-1] == 1
 
     named = nn.state.get_state_dict(other)
     calls = iter(batches)
@@ -174,7 +179,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(optimizer, accumulation, monk
     before = weights(model)
     windows = batch(np.random.default_rng(2), accumulation, 2, 40 + CONFIG.next_tokens)
     for _ in range(3):
-        assert step(windows, 1e-2)[4] == 0
+        assert step(windows, 1e-2)[-1] == 0
     after = weights(model)
     assert all(np.array_equal(before[k], after[k]) for k in before)
 
@@ -191,9 +196,48 @@ def test_a_gradient_that_is_not_finite_changes_nothing(optimizer):
     poisoned.assign(Tensor(np.where(np.arange(CONFIG.dim) == 0, np.nan, clean))).realize()
     before = weights(model)
     losses = step(windows, 1e-2)
-    assert losses[4] == 0
+    assert losses[-1] == 0
     after = weights(model)
     assert all(np.array_equal(before[k], after[k], equal_nan=True) for k in before)
+
+
+def test_the_cutoff_is_a_bias_corrected_average():
+    step = TrainStep(with_router("threshold"), TrainSettings(optimizer="adamw"))
+    rng = np.random.default_rng(0)
+    found = []
+    for t in range(1, 5):
+        found.append(rng.standard_normal())
+        step._update_cutoff(found[-1])
+        decayed = [0.001 * 0.999 ** (t - 1 - i) * kth for i, kth in enumerate(found)]
+        cutoff, steps = step.model.latent.router.cutoff.numpy()
+        assert cutoff == pytest.approx(sum(decayed) / (1 - 0.999**t), rel=1e-5)
+        assert steps == t
+    assert all(p is not step.model.latent.router.cutoff for p in step.parameters)
+
+
+@SLOW
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_threshold_steps(accumulation):
+    """The capacity-th largest logit, the overflow, and which steps change the cutoff."""
+    model = with_router("threshold")
+    settings = TrainSettings(optimizer="adamw", grad_accumulation_steps=accumulation)
+    step, cutoff = TrainStep(model, settings), model.latent.router.cutoff
+    windows = batch(np.random.default_rng(2), accumulation, 2, 40 + CONFIG.next_tokens)
+    logits = [model(Tensor(w[:, :40]))[1].numpy() for w in windows]
+    expected = np.mean([np.sort(z, axis=1)[:, -10] for z in logits])
+    losses = step(windows, 1e-2)
+    assert losses[5] == pytest.approx(expected, abs=1e-5)
+    assert losses[4] == 0  # top-k fills no more than the slots
+    np.testing.assert_allclose(cutoff.numpy(), [expected, 1], atol=1e-5)
+
+    write_into(cutoff, np.array([-100, TOP_K_STEPS], np.float32))  # selects every byte
+    losses = step(windows, 1e-2)
+    assert losses[3] == 1
+    assert losses[4] == pytest.approx((40 - 15) / 40)  # 15 slots: 1.5 times a capacity of 10
+    before = cutoff.numpy().copy()
+    model.norm.weight.assign(model.norm.weight * math.nan).realize()
+    assert step(windows, 1e-2)[-1] == 0
+    np.testing.assert_array_equal(cutoff.numpy(), before)
 
 
 @SLOW
@@ -327,13 +371,15 @@ TWO = ("CPU", "CPU:1")
 
 @SLOW
 @pytest.mark.skipif(Device.DEFAULT != "CPU", reason="compares two CPU devices")
-def test_two_devices_are_the_same_as_one():
+@pytest.mark.parametrize("router", ["learned", "threshold", "ratio"])
+def test_two_devices_are_the_same_as_one(router):
     """With AdamW. SOAP is tested alone: it turns rounding into whole steps where a gradient is
     of low rank, as those of so few letters are."""
     rng = np.random.default_rng(4)
     batches = batch(rng, 4, 1, 2, 40 + CONFIG.next_tokens)
     settings = TrainSettings(batch_size=2, optimizer="adamw")
-    one, two = TrainStep(make(), settings), TrainStep(make(), settings, TWO)
+    one = TrainStep(with_router(router), settings)
+    two = TrainStep(with_router(router), settings, TWO)
     assert {p.device for p in two.parameters} == {TWO}
     for windows in batches:
         np.testing.assert_allclose(one(windows, 1e-2), two(windows, 1e-2), rtol=0, atol=2e-5)

@@ -141,9 +141,9 @@ class ForwardBackward:
 
     def _graph(self, windows: Tensor) -> Tensor:
         x, targets = inputs_and_targets(windows, self.model.config.next_tokens)
-        learned = self.model.config.router == "learned"
-        loss, _, _ = loss_fn(*self.model(x), targets, learned)
-        gradients = loss.gradient(*nn.state.get_parameters(self.model))
+        loss, _, _ = loss_fn(*self.model(x), targets, self.model.config)
+        parameters = [t for t in nn.state.get_parameters(self.model) if t.is_param]
+        gradients = loss.gradient(*parameters)
         Tensor.realize(loss, *gradients)
         return loss
 

@@ -270,9 +270,11 @@ class TrainingDisplay:
                 bits = record["bits_per_byte"]
                 smoothed = bits if smoothed is None else 0.9 * smoothed + 0.1 * bits
                 self._advance(shown, record)
+                overflow = record.get("router_overflow", 0)
+                lost = f" ({overflow:.0%} without a slot)" if overflow else ""
                 self.bar.set_postfix_str(
                     f"loss {record['loss']:.3f}, {smoothed:.3f} bits/byte, "
-                    f"{record['router_rate']:.0%} routed, lr {record['lr']:.1e}, "
+                    f"{record['router_rate']:.0%} routed{lost}, lr {record['lr']:.1e}, "
                     f"{record['bytes_per_second']:,.0f} bytes/s"
                 )
                 checkpoint = record.get("checkpoint", checkpoint)
