@@ -1,21 +1,25 @@
-"""Compare routers, positions and numbers of heads at equal training FLOPs, data and seeds.
+"""Compare routers, positions, numbers of heads and sizes at equal training FLOPs, data and seeds.
 
 Prints a table in Markdown and draws the held-out bits per byte.
 
-python examples/studies/compare_routers.py [DATASET] [--steps 200] [--seeds 0,1,2] [--positions]
-    [--next-tokens 1,2,4,8]
+python examples/studies/compare_routers.py [DATASET] [--steps 200] [--seeds 0,1,2] [--sizes 1M]
+    [--routers learned,none] [--positions alibi,rope] [--next-tokens 1,2,4,8]
 
-The budget is the FLOPs of --steps steps of the learned router with ALiBi and 4 heads. Each variant
-is trained for as many steps as that budget pays for. Every result is appended to --results, a file
-of JSON lines, and its weights go into a folder of the same name; a repeated command trains only
-what is missing. Decoding speed is measured last, one model at a time; --sample-bytes 0 skips it.
+The budget of a size is the FLOPs of --steps steps of its learned router with ALiBi. Each variant is
+trained for as many steps as that budget pays for. Every result is appended to --results, a file of
+JSON lines; the models and runs go into a folder of the same name, for `pico_tg run`, `eval` and
+`plot`. A repeated command continues an interrupted training, and trains only what is missing.
+Decoding speed is measured last, one model at a time; --sample-bytes 0 skips it.
 """
 
 import argparse
 import dataclasses
-import hashlib
+import itertools
 import json
+import shlex
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,89 +29,148 @@ from tqdm import tqdm
 import pico_tg
 from pico_tg.config import ROUTERS
 from pico_tg.flops import training_flops
+from pico_tg.runs import read_metrics
 from pico_tg.tools.plot import COLORS, Line, Panel, svg
 
 CONTEXT_LEN, BATCH_SIZE = 512, 4
-LEARNING_RATE, WARMUP_STEPS = 0.012, 50
 HERE = Path(__file__).parent
+SIZES = {
+    "0.5M": {"dim": 96, "att_q_heads": 6, "att_kv_heads": 2, "latent_num_blocks": 4}
+    | {"next_tokens": 4},
+    "1M": {"dim": 128, "att_q_heads": 8, "att_kv_heads": 2, "latent_num_blocks": 5}
+    | {"next_tokens": 2},
+    "4M": {"dim": 256, "att_q_heads": 8, "att_kv_heads": 2, "latent_num_blocks": 6}
+    | {"next_tokens": 2},
+}
+
+
+def names(text: str) -> list[str]:
+    return [part for part in text.split(",") if part]
 
 
 def integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",") if part]
+    return [int(part) for part in names(text)]
 
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
 parser.add_argument("dataset", nargs="?", default="python-docs")
 parser.add_argument("--steps", type=int, default=200, help="steps of the learned router")
 parser.add_argument("--seeds", type=integers, default=[0, 1, 2], metavar="N,…")
-parser.add_argument("--routers", default=",".join(ROUTERS), metavar="NAME,…")
-parser.add_argument("--positions", action="store_true", help="also train learned with rope")
 parser.add_argument(
-    "--next-tokens", type=integers, default=[], metavar="N,…",
-    help="also train learned with these numbers of heads",
+    "--sizes", type=names, default=["0.5M"], metavar="NAME,…",
+    help=f"{', '.join(SIZES)}, or a model.json",
 )  # fmt: skip
-parser.add_argument("--dim", type=int, default=96)
-parser.add_argument("--latent-blocks", type=int, default=4)
+parser.add_argument("--routers", type=names, default=list(ROUTERS), metavar="NAME,…")
+parser.add_argument("--positions", type=names, default=["alibi"], metavar="NAME,…")
+parser.add_argument(
+    "--next-tokens", type=integers, default=[0], metavar="N,…", help="default: that of the size"
+)
+parser.add_argument("--learning-rate", type=float, default=0.012)
+parser.add_argument("--warmup-steps", type=int, default=50)
+parser.add_argument("--validations", type=int, default=10, help="of each run")
 parser.add_argument("--sample-bytes", type=int, default=400, help="to measure decoding; 0: skip")
 parser.add_argument("--evaluation-bytes", type=int, default=4096, help="to find boundaries in")
 parser.add_argument("--results", type=Path, default=HERE / "routers.jsonl")
 parser.add_argument("--svg", type=Path, default=HERE / "routers.svg")
 args = parser.parse_args()
 
-base = pico_tg.Config.preset(
-    "xs", dim=args.dim, att_q_heads=6, att_kv_heads=2, next_tokens=4,
-    latent_num_blocks=args.latent_blocks,
-)  # fmt: skip
-budget = args.steps * training_flops(base, CONTEXT_LEN, BATCH_SIZE)
-print(f"budget: {budget:.3g} FLOPs of training, {args.steps} steps of the learned router")
-
-variants = {
-    name: dataclasses.replace(base, router=name) for name in args.routers.split(",") if name
-}
-if args.positions:
-    variants["learned, rope"] = dataclasses.replace(base, position="rope")
-for heads in args.next_tokens:
-    if heads != base.next_tokens or "learned" not in variants:
-        variants[f"learned, heads {heads}"] = dataclasses.replace(base, next_tokens=heads)
+folder = args.results.with_suffix("")
+commit = subprocess.run(
+    ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True
+).stdout.strip()
 
 
-def train_and_evaluate(
-    config: pico_tg.Config, seed: int, steps: int, name: str, weights: Path
-) -> dict:
-    """Train one variant, save its weights, and measure it on the held-out text."""
-    model = pico_tg.Pico(config, seed=seed)
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One row of the table, and one line of the chart of its size."""
+
+    size: str
+    name: str
+    config: pico_tg.Config
+    steps: int
+
+    @property
+    def path(self) -> Path:
+        """The folder of the model."""
+        return folder / f"{self.size} {self.name}".replace(", ", "-").replace(" ", "-")
+
+    def run(self, seed: int) -> str:
+        return f"{self.steps}-steps-seed-{seed}"
+
+
+def all_variants() -> list[Variant]:
+    variants = []
+    for size in args.sizes:
+        if size in SIZES:
+            base = pico_tg.Config.preset("xs", **SIZES[size])
+        else:
+            base = pico_tg.Config.from_json(size)
+            size = Path(size).parent.name
+        budget = args.steps * training_flops(base, CONTEXT_LEN, BATCH_SIZE)
+        print(f"{size}: {base.parameters:,} parameters, budget of training: {budget:.3g} FLOPs")
+        for router, position, heads in itertools.product(
+            args.routers, args.positions, args.next_tokens
+        ):
+            changes = {"router": router, "position": position}
+            config = dataclasses.replace(base, **changes, next_tokens=heads or base.next_tokens)
+            name = router + (f", {position}" if position != base.position else "")
+            name += f", heads {heads}" if heads not in (0, base.next_tokens) else ""
+            steps = max(1, budget // training_flops(config, CONTEXT_LEN, BATCH_SIZE))
+            variants.append(Variant(size, name, config, steps))
+    return variants
+
+
+def train_and_evaluate(variant: Variant, seed: int) -> dict:
+    """Train one variant, or continue its training, and measure it on the held-out text."""
+    variant.path.mkdir(parents=True, exist_ok=True)
+    variant.config.to_json(variant.path / "model.json")
+    run_dir = variant.path / variant.run(seed)
+    model = pico_tg.Pico(variant.config, seed=seed)
     records = pico_tg.train(
-        model, data, context_len=CONTEXT_LEN, batch_size=BATCH_SIZE, max_steps=steps, epochs=10**6,
-        warmup_steps=min(WARMUP_STEPS, steps // 2), learning_rate=LEARNING_RATE,
-        validation_interval=max(1, steps // 10), seed=seed,
+        model, data, run_dir=run_dir, resume=(run_dir / "training.json").exists(),
+        context_len=CONTEXT_LEN, batch_size=BATCH_SIZE, max_steps=variant.steps, epochs=10**6,
+        warmup_steps=min(args.warmup_steps, variant.steps // 2), learning_rate=args.learning_rate,
+        validation_interval=max(1, variant.steps // args.validations), checkpoint_interval=250,
+        keep_checkpoints=2, seed=seed,
     )  # fmt: skip
-    curve = []
-    for record in tqdm(records, total=steps, desc=f"{name}, seed {seed}", unit="step"):
+    for record in records:
         if "validation_bits_per_byte" in record:
-            curve.append((record["step"] / steps, record["validation_bits_per_byte"]))
-            rate = record["validation_router_rate"]
-    pico_tg.save_weights(model, weights)
+            bits = f"{record['validation_bits_per_byte']:.4f} bits per byte"
+            print(f"{run_dir}: step {record['step']} of {variant.steps}, {bits}", flush=True)
+    metrics = read_metrics(run_dir)
+    measured = [record for record in metrics if "validation_bits_per_byte" in record]
     evaluation = pico_tg.evaluate(
         model, data, context_len=CONTEXT_LEN, max_bytes=args.evaluation_bytes
     )
+    seconds = sum(CONTEXT_LEN * BATCH_SIZE / record["bytes_per_second"] for record in metrics)
+    flops = variant.steps * training_flops(variant.config, CONTEXT_LEN, BATCH_SIZE)
     return {
-        "bits_per_byte": curve[-1][1],
-        "routed": rate,
+        "command": shlex.join(sys.argv),
+        "commit": commit,
+        "hours": seconds / 3600,
+        "flops": flops,
+        "parameters": variant.config.parameters,
+        "bits_per_byte": measured[-1]["validation_bits_per_byte"],
+        "bits_per_byte_top_k": measured[-1]["validation_bits_per_byte_top_k"],
+        "routed": measured[-1]["validation_router_rate"],
         "boundary_f1": evaluation.boundaries.f1,
-        "curve": curve,
+        "random_f1": evaluation.boundaries_random.f1,
+        "curve": [
+            (record["step"] / variant.steps, record["validation_bits_per_byte"])
+            for record in measured
+        ],
+        "evaluation": evaluation.as_dict(),
     }
 
 
-def decoding_speed(config: pico_tg.Config, weights: Path) -> dict[str, float]:
+def decoding_speed(variant: Variant, seed: int) -> dict[str, float]:
     """Bytes per second after the first byte, and bytes per decoding pass."""
-    model = pico_tg.Pico(config, fresh=False)
-    pico_tg.load_weights(model, weights)
-    decoder = pico_tg.Decoder(model)
+    decoder = pico_tg.Decoder(pico_tg.load(variant.path, variant.run(seed)))
     for _ in range(2):  # the first sample compiles, the second one is measured
         stats = pico_tg.Stats()
         for _ in pico_tg.generate(
-            model, b"The import statement", max_bytes=args.sample_bytes, temperature=0.7, seed=0,
-            ignore_end=True, decoder=decoder, stats=stats,
+            decoder.model, b"The import statement", max_bytes=args.sample_bytes, temperature=0.7,
+            seed=0, ignore_end=True, decoder=decoder, stats=stats,
         ):  # fmt: skip
             pass
     seconds = stats.seconds - stats.first_byte_seconds
@@ -118,8 +181,7 @@ def decoding_speed(config: pico_tg.Config, weights: Path) -> dict[str, float]:
 
 
 data = pico_tg.load_data(pico_tg.DataSpec(args.dataset))
-weights_folder = args.results.with_suffix("")
-weights_folder.mkdir(parents=True, exist_ok=True)
+folder.mkdir(parents=True, exist_ok=True)
 results: dict[str, dict] = {}  # by their key as JSON
 if args.results.exists():
     for line in args.results.read_text().splitlines():
@@ -137,55 +199,57 @@ def cached(key: dict, measure: Callable[[], dict]) -> dict:
     return results[text]
 
 
-trained: list[tuple[str, pico_tg.Config, dict, Path, dict]] = []
-for seed in args.seeds:
-    for name, config in variants.items():
-        steps = max(1, budget // training_flops(config, CONTEXT_LEN, BATCH_SIZE))
-        # everything that a result depends on, except the machine
-        key = {
-            "length": CONTEXT_LEN, "batch": BATCH_SIZE, "rate": LEARNING_RATE,
-            "warm_up": WARMUP_STEPS, "config": config.to_dict(), "seed": seed, "steps": steps,
-            "fingerprint": str(data.train.fingerprint),
-        }  # fmt: skip
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        weights = weights_folder / f"{digest}.safetensors"
-        key["evaluation_bytes"] = args.evaluation_bytes
-        result = cached(key, partial(train_and_evaluate, config, seed, steps, name, weights))
-        trained.append((name, config, key, weights, result))
+trained: list[tuple[Variant, int, dict, dict]] = []
+for seed, variant in itertools.product(args.seeds, all_variants()):
+    # everything that a result depends on, except the machine and the program
+    key = {
+        "length": CONTEXT_LEN, "batch": BATCH_SIZE, "rate": args.learning_rate,
+        "warm_up": args.warmup_steps, "config": variant.config.to_dict(), "seed": seed,
+        "steps": variant.steps, "fingerprint": str(data.train.fingerprint),
+        "evaluation_bytes": args.evaluation_bytes,
+    }  # fmt: skip
+    trained.append((variant, seed, key, cached(key, partial(train_and_evaluate, variant, seed))))
 
-table: dict[str, list[dict]] = {}  # variant -> one result per seed
-for name, config, key, weights, result in tqdm(trained, desc="decoding", unit="model"):
+table: dict[Variant, list[dict]] = {}  # one result per seed
+for variant, seed, key, result in tqdm(trained, desc="decoding", unit="model"):
     if args.sample_bytes:
         key = key | {"sample_bytes": args.sample_bytes}
-        result = result | cached(key, partial(decoding_speed, config, weights))
-    table.setdefault(name, []).append(result)
+        result = result | cached(key, partial(decoding_speed, variant, seed))
+    table.setdefault(variant, []).append(result)
 
 # heading of a column, key of a result, digits
-columns = [("routed", "routed", 2), ("boundary F1", "boundary_f1", 2)]
+columns = [
+    ("top-k", "bits_per_byte_top_k", 3), ("routed", "routed", 2),
+    ("boundary F1", "boundary_f1", 2), ("random F1", "random_f1", 2), ("hours", "hours", 2),
+]  # fmt: skip
 if args.sample_bytes:
     columns += [("bytes/s", "bytes_per_second", 0), ("bytes per pass", "a_pass", 2)]
-headings = ["variant", "seeds", "steps", "bits per byte", *(heading for heading, _, _ in columns)]
+headings = ["size", "variant", "seeds", "steps", "bits per byte"]
+headings += [heading for heading, _, _ in columns]
 print("\n| " + " | ".join(headings) + " |\n" + "|---" * len(headings) + "|")
-for name, seeds in table.items():
+for variant, seeds in table.items():
     bits = [result["bits_per_byte"] for result in seeds]
     spread = f" ± {statistics.stdev(bits):.3f}" if len(bits) > 1 else ""
-    row = [name, str(len(seeds)), str(seeds[0]["key"]["steps"])]
+    row = [variant.size, variant.name, str(len(seeds)), str(variant.steps)]
     row.append(f"{statistics.mean(bits):.3f}{spread}")
     row += [
         f"{statistics.mean(r[field] for r in seeds):.{digits}f}" for _, field, digits in columns
     ]
     print("| " + " | ".join(row) + " |")
 
-lines = []
-for number, (name, seeds) in enumerate(table.items()):
-    xs = [share for share, _ in seeds[0]["curve"]]
-    by_point = zip(*([bits for _, bits in result["curve"]] for result in seeds), strict=True)
-    ys = [statistics.mean(bits) for bits in by_point]
-    lines.append(Line(name, xs, ys, COLORS[number % len(COLORS)], number // len(COLORS)))
-low = min(min(line.ys) for line in lines)
-panel = Panel(
-    lines, "Routers at equal training FLOPs", "fraction of the FLOPs", "bits per byte (held out)",
-    y_range=(low, low + 1.5),
-)  # fmt: skip
-args.svg.write_text(svg([panel]))
+panels = []
+for size in dict.fromkeys(variant.size for variant in table):
+    lines: list[Line] = []
+    for variant, seeds in table.items():
+        if variant.size == size:
+            xs = [share for share, _ in seeds[0]["curve"]]
+            by_point = zip(*([bits for _, bits in r["curve"]] for r in seeds), strict=True)
+            ys = [statistics.mean(bits) for bits in by_point]
+            n = len(lines)
+            lines.append(Line(variant.name, xs, ys, COLORS[n % len(COLORS)], n // len(COLORS)))
+    low = min(min(line.ys) for line in lines)
+    title = f"Routers at equal training FLOPs, {size} parameters"
+    labels = ("fraction of the FLOPs", "bits per byte (held out)")
+    panels.append(Panel(lines, title, *labels, y_range=(low, low + 1.5)))
+args.svg.write_text(svg(panels))
 print(f"\nwrote {args.svg} and {args.results}")
