@@ -1,0 +1,302 @@
+"""examples/web.py: what it writes, what it refuses, and the page in a headless Chromium."""
+
+import contextlib
+import http.client
+import importlib.util
+import json
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from helpers import TINY
+
+from pico_tg import Pico, generate
+from pico_tg.tools.terminal import decode_text
+
+spec = importlib.util.spec_from_file_location(
+    "web", Path(__file__).parents[1] / "examples" / "web.py"
+)
+web = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(web)
+
+ASKED = {"prompt": "A", "temperature": 0.7, "seed": 3, "max_bytes": 20}
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = web.Server(Pico(TINY), "<tiny>, run a", 0)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def ask(server, body: object = ASKED, method: str = "POST", path: str = "/generate", **changes):
+    """(status, headers, body) of a request as the page makes it, but for changed headers."""
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    headers = {
+        "Host": server.hosts[0],
+        "Origin": f"http://{server.hosts[0]}",
+        "Content-Type": "application/json",
+        "Content-Length": str(len(body)),
+    }
+    headers |= {name.replace("_", "-"): value for name, value in changes.items()}
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=300)
+    with contextlib.closing(connection):
+        connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
+        for name, value in headers.items():
+            if value is not None:
+                connection.putheader(name, value)
+        connection.endheaders(None if changes.get("Content_Length") else body)
+        response = connection.getresponse()
+        return response.status, response.headers, response.read()
+
+
+def lines(body: bytes) -> list[dict]:
+    return [json.loads(line) for line in body.splitlines()]
+
+
+def test_continuation(server):
+    """The same text as `generate`, and the same again."""
+    status, headers, body = ask(server)
+    assert status == 200
+    assert headers["Content-Type"] == "application/x-ndjson"
+    *parts, last = lines(body)
+    expected = generate(server.decoder.model, b"A", max_bytes=20, temperature=0.7, seed=3)
+    text = "".join(decode_text(expected)).encode()
+    shown = "".join(part["text"] for part in parts if not part["text"].startswith("\\x")).encode()
+    assert len(parts) > 5
+    assert all(character in text for character in shown if character > 32)
+    assert all(0 <= part["weight"] <= 1 for part in parts)
+    assert "20 bytes" in last["stats"]
+    assert lines(ask(server)[2])[:-1] == parts
+    assert lines(ask(server, ASKED | {"seed": 4})[2])[:-1] != parts
+
+
+def test_page(server):
+    for host in server.hosts:
+        status, headers, body = ask(server, b"", "GET", "/", Host=host, Origin=None)
+        assert status == 200
+        assert b"<title>&lt;tiny&gt;, run a</title>" in body
+        nonce = headers["Content-Security-Policy"].split("'nonce-")[1].split("'")[0]
+        assert body.count(f'nonce="{nonce}"'.encode()) == 2
+    assert nonce not in ask(server, b"", "GET", "/", Origin=None)[1]["Content-Security-Policy"]
+
+
+def test_only_on_loopback(server):
+    assert server.server_address[0] == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [
+        ({"Host": "pico.example:8000"}, 403),
+        ({"Host": "127.0.0.1"}, 403),
+        ({"Host": None}, 403),
+        ({"Origin": "http://pico.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": None}, 403),
+        ({"Content_Type": "text/plain"}, 415),
+        ({"Content_Type": None}, 415),
+        ({"Content_Length": "65537"}, 413),
+        ({"Content_Length": "9" * 5000}, 413),
+        ({"Content_Length": "-1"}, 411),
+        ({"Content_Length": "1_0"}, 411),
+        ({"Transfer_Encoding": "chunked", "Content_Length": None}, 411),
+        ({"path": "/other"}, 404),
+        ({"method": "PUT"}, 501),
+        ({"method": "OPTIONS"}, 501),
+    ],
+)
+def test_other_requests_are_refused(server, changes, status):
+    got, headers, body = ask(server, **changes)
+    assert got == status
+    assert "Access-Control-Allow-Origin" not in headers
+    if status != 501:  # the standard library's own page
+        assert lines(body)[0]["error"]
+
+
+def test_other_gets_are_refused(server):
+    assert ask(server, b"", "GET", "/", Host="pico.example")[0] == 403
+    assert ask(server, b"", "GET", "/../../etc/passwd")[0] == 404
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        (b"{", "JSON"),
+        (b"[" * 60_000, "JSON"),
+        (b"\xff", "JSON"),
+        ([], "object"),
+        ({"prompt": "A"}, "object"),
+        (ASKED | {"more": 1}, "object"),
+        (ASKED | {"prompt": 1}, "prompt"),
+        (ASKED | {"prompt": "\ud800"}, "prompt"),
+        (ASKED | {"prompt": "é" * 4097}, "prompt"),
+        (ASKED | {"temperature": "1"}, "temperature"),
+        (ASKED | {"temperature": float("nan")}, "temperature"),
+        (ASKED | {"temperature": float("inf")}, "temperature"),
+        (ASKED | {"temperature": -1}, "temperature"),
+        (ASKED | {"seed": 1.5}, "seed"),
+        (ASKED | {"seed": True}, "seed"),
+        (ASKED | {"seed": 10**400}, "seed"),
+        (ASKED | {"max_bytes": 0}, "max_bytes"),
+        (ASKED | {"max_bytes": 4097}, "max_bytes"),
+    ],
+)
+def test_bad_bodies_are_refused(server, body, named):
+    status, _, answer = ask(server, body)
+    assert status == 400
+    (line,) = lines(answer)
+    assert named in line["error"]
+
+
+def test_a_closed_connection_ends_the_continuation(server):
+    """As the stop button does: the next request is answered, long before the first would end."""
+    body = json.dumps(ASKED | {"max_bytes": 4096, "temperature": 1}).encode()
+    head = (
+        f"POST /generate HTTP/1.1\r\nHost: {server.hosts[0]}\r\nOrigin: http://{server.hosts[0]}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=300) as connection:
+        connection.sendall(head.encode() + body)
+        assert connection.recv(15) == b"HTTP/1.0 200 OK"
+    assert ask(server)[0] == 200
+
+
+def test_two_continuations_at_a_time_are_refused(server, monkeypatch):
+    monkeypatch.setattr(web, "WAIT", 0)
+    with server.one_at_a_time:
+        status, _, body = ask(server)
+    assert status == 503
+    assert "another" in lines(body)[0]["error"]
+
+
+# The page in a browser ----------------------------------------------------------------------------
+
+CHROMIUM = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-quic",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--window-size=1000,900",
+]  # fmt: skip
+
+
+class Browser:
+    """A session of a WebDriver (https://www.w3.org/TR/webdriver2/), over plain HTTP."""
+
+    def __init__(self, port: int) -> None:
+        self.port, self.path = port, "/session"
+        options = {"goog:chromeOptions": {"args": CHROMIUM}}
+        session = self.call("", {"capabilities": {"alwaysMatch": options}})
+        self.path += f"/{session['sessionId']}"
+
+    def call(self, path: str, values: dict | None = None, method: str = "POST"):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
+        with contextlib.closing(connection):
+            body = None if values is None else json.dumps(values)
+            connection.request(method, self.path + path, body)
+            answer = json.loads(connection.getresponse().read())["value"]
+        assert not (isinstance(answer, dict) and "error" in answer), answer
+        return answer
+
+    def script(self, code: str):
+        return self.call("/execute/sync", {"script": code, "args": []})
+
+    def click(self, selector: str) -> None:
+        found = self.call("/element", {"using": "css selector", "value": selector})
+        (element,) = found.values()
+        self.call(f"/element/{element}/click", {})
+
+
+@pytest.fixture
+def browser(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    driver = subprocess.Popen(
+        ["chromedriver", f"--port={port}"], cwd=tmp_path, stdout=subprocess.DEVNULL
+    )
+    session = None
+    try:
+        for _ in range(600):
+            with contextlib.suppress(ConnectionError):
+                session = Browser(port)
+                break
+            time.sleep(0.1)
+        assert session, "chromedriver does not answer"
+        yield session
+    finally:
+        if session:
+            session.call("", None, "DELETE")
+        driver.kill()
+        driver.wait()
+
+
+def wait_for(browser, condition: str) -> None:
+    for _ in range(1200):
+        if browser.script(f"return {condition}"):
+            return
+        time.sleep(0.1)
+    pytest.fail(
+        f"never: {condition}; the page shows {browser.script('return document.body.innerText')}"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (shutil.which("chromedriver") and shutil.which("chromium")), reason="needs Chromium"
+)
+def test_page_in_chromium(server, browser):
+    """A continuation appears, shaded; another one is stopped before its end."""
+    browser.call("/url", {"url": server.url})
+    browser.script("document.querySelector('[name=prompt]').value = '<b>A'")
+    browser.script("document.querySelector('[name=max_bytes]').value = 40")
+    browser.click("#write")
+    wait_for(browser, "document.querySelector('#status').textContent.startsWith('40 bytes')")
+    text = "document.querySelector('#text')"
+    assert browser.script(f"return {text}.querySelector('.prompt').textContent") == "<b>A"
+    count = browser.script(f"return {text}.querySelectorAll('b').length")
+    assert 10 < count <= 40
+    color = f"getComputedStyle({text}.querySelector('b')).backgroundColor"
+    assert browser.script(f"return {color}").startswith("rgba(")
+    assert "disabled" not in browser.script("return document.querySelector('#write').outerHTML")
+
+    browser.script("document.querySelector('[name=max_bytes]').value = 4096")
+    browser.click("#write")
+    wait_for(browser, f"{text}.querySelectorAll('b').length > 5")
+    browser.click("#stop")
+    wait_for(browser, "document.querySelector('#status').textContent == 'stopped'")
+    assert browser.script(f"return {text}.querySelectorAll('b').length") < 4000
+    assert ask(server)[0] == 200  # the server goes on
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (shutil.which("chromedriver") and shutil.which("chromium")), reason="needs Chromium"
+)
+def test_pages_of_other_origins_get_nothing(server, browser):
+    """A page of another origin can neither read an answer nor start a continuation."""
+    browser.call("/url", {"url": "data:text/html,<title>other</title>"})
+    code = """
+        const done = arguments[arguments.length - 1];
+        fetch(URL, {method: "POST", headers: {"Content-Type": TYPE}, body: BODY, mode: MODE})
+            .then(r => done(r.type + " " + r.status), error => done("failed"));
+    """
+    code = code.replace("URL", json.dumps(f"{server.url}generate"))
+    code = code.replace("BODY", json.dumps(json.dumps(ASKED)))
+    for mode, kind, expected in (
+        ("cors", "application/json", "failed"),
+        ("cors", "text/plain", "failed"),
+        ("no-cors", "text/plain", ("failed", "opaque 0")),
+    ):
+        script = code.replace("MODE", json.dumps(mode)).replace("TYPE", json.dumps(kind))
+        before = server.decoder.changes
+        answer = browser.call("/execute/async", {"script": script, "args": []})
+        assert answer in expected
+        assert server.decoder.changes == before
