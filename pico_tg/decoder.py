@@ -152,12 +152,9 @@ class Decoder:
         model, padding = self.model, ((0, 0), (0, width - self.config.dim))
         rows = model.embedding.weight, model.latent.router.weight
         copies = [weight.detach().pad(padding).clone().realize() for weight in rows]
-        threshold = self.config.router == "threshold"
-        cutoff = (
-            model.latent.router.cutoff[:1]
-            if threshold
-            else Tensor.zeros(1, device=model.norm.weight.device)
-        )
+        cutoff = Tensor.zeros(1, device=model.norm.weight.device).contiguous()
+        if self.config.router == "threshold":
+            cutoff = model.latent.router.cutoff[:1]
         others = model.unembedding.bias.detach().reshape(1, -1), cutoff
         return [*copies, *(tensor.clone().realize() for tensor in others)]
 

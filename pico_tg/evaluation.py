@@ -15,7 +15,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +35,7 @@ SPLITS = ("validation", "train", "all")
 WHITESPACE = np.isin(np.arange(256), list(b" \t\n\v\f\r"))
 CONTINUATION = (np.arange(256) & 0xC0) == 0x80  # bytes 2 to 4 of a UTF-8 character
 WORD = np.array([chr(b).isalnum() or b == ord("_") if b < 128 else True for b in range(256)])
+BLOCKS, MIN_BLOCK, RESAMPLES = 100, 64, 1000  # of the bootstrap, see `_interval`
 BATCH_POSITIONS = 1 << 14  # positions of one pass of `evaluate` unless batch_size is given
 
 # flags of a position, about the byte that it predicts
@@ -93,8 +94,9 @@ class CausalPass:
 class Validation(CausalPass):
     """Bits per byte of the same held-out windows every time, wrapper bytes left out.
 
-    Measured with causal routing, as decoding routes, and with the routing of training, whose top-k
-    sees the whole window. Raises PicoError if the corpus holds no byte to predict.
+    Measured with causal routing, as decoding routes, and with top-k routing, which looks ahead over
+    the whole window; under a rule, with the slots of training. Raises PicoError if the corpus holds
+    no byte to predict.
     """
 
     def __init__(
@@ -128,24 +130,32 @@ class Validation(CausalPass):
             )
 
     def figures(self, x, targets, flags, logits, router_logits, decisions) -> tuple[Tensor]:
-        """float32 [3]: nats of scored bytes; nats of whole ones, by top-k; scored bytes routed."""
+        """float32 [4]: nats of scored bytes, of whole ones, by top-k; scored bytes routed."""
         scored, whole = _has(flags, SCORED), _has(flags, WHOLE)
         top_k, _, _ = self.model(x, causal=False)
-        nats = scored.where(cross_entropy(logits[:, :, 0], targets), 0).sum()
-        nats_top_k = whole.where(cross_entropy(top_k[:, :, 0], targets), 0).sum()
-        return (Tensor.stack(nats, nats_top_k, (decisions & scored).cast(dtypes.float32).sum()),)
+        nats, nats_top_k = (cross_entropy(y[:, :, 0], targets) for y in (logits, top_k))
+        parts = scored.where(nats, 0), whole.where(nats, 0), whole.where(nats_top_k, 0)
+        routed = (decisions & scored).cast(dtypes.float32)
+        return (Tensor.stack(*(part.sum() for part in (*parts, routed))),)
 
     def __call__(self) -> dict[str, float]:
-        """Keys: validation_bits_per_byte, …_top_k, validation_router_rate, validation_seconds."""
+        """Measure. The keys, each after `validation_`:
+
+        - bits_per_byte, router_rate: of all windows, with causal routing
+        - bits_per_byte_top_k: of the windows without padding, with top-k routing
+        - routing_gap: bits per byte of causal routing minus that of top-k, over the same windows
+        - seconds
+        """
         start = time.perf_counter()
-        sums = np.zeros(3, np.float64)
+        sums = np.zeros(4, np.float64)
         for first in range(0, len(self.windows), self.batch_size):
             rows = slice(first, first + self.batch_size)
             sums += self.run(self.windows[rows], self.flags[rows])[0]
-        nats, nats_top_k, routed = sums.tolist()
+        nats, nats_whole, nats_top_k, routed = sums.tolist()
         return {
             "validation_bits_per_byte": nats / (self.scored * math.log(2)),
             "validation_bits_per_byte_top_k": nats_top_k / (self.whole * math.log(2)),
+            "validation_routing_gap": (nats_whole - nats_top_k) / (self.whole * math.log(2)),
             "validation_router_rate": routed / self.scored,
             "validation_seconds": time.perf_counter() - start,
         }
@@ -157,11 +167,13 @@ class ByteKind:
 
     - share_of_bytes: the share of all bytes that are of this kind
     - share_of_decisions: the share of all routed bytes that are of this kind
+    - interval: 95 % confidence interval of share_of_decisions, see `_interval`
     - rate: the share of the bytes of this kind that are routed
     """
 
     share_of_bytes: float
     share_of_decisions: float
+    interval: list[float]
     rate: float
 
 
@@ -172,6 +184,17 @@ class PrecisionRecall:
     precision: float
     recall: float
     f1: float
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """The router as a detector of boundaries, and the expectation of random routing at its rate.
+
+    f1 of `random` is that of the expected precision and recall.
+    """
+
+    router: PrecisionRecall
+    random: PrecisionRecall
 
 
 @dataclass(frozen=True)
@@ -192,13 +215,20 @@ class Evaluation:
       of a decoder that writes exactly this text; accepted_greedy estimates decoding at temperature
       0, whose own text would be likelier than this one
     - router_rate: share of the bytes that went through the latent blocks
+    - routing_gap: bits per byte of causal routing minus that of top-k, which looks ahead; over
+      windows of context_len bytes, as in `Validation`
+    - surprisal_ratio: mean cross-entropy of the byte after a routed byte, divided by that of all
+      bytes; above 1 the router selects where the text is hard to predict. surprisal_interval: its
+      95 % confidence interval
     - places: router decisions by kind of byte. The kinds are: word_start, the first byte of a
       word (ASCII letters, digits, _ and all characters beyond ASCII); word_inside, the first byte
       of a later character of a word; whitespace; punctuation (other ASCII); continuation (byte 2 to
-      4 of a UTF-8 character). after_whitespace overlaps these kinds
-    - boundaries: routed bytes against after_whitespace, the bytes that are not whitespace while
-      their predecessor in the document is; boundaries_random: the expectation if every byte were
-      routed with probability router_rate (F1 of the expected precision and recall)
+      4 of a UTF-8 character). space (0x20 alone), after_newline and after_whitespace (not
+      whitespace itself) overlap these kinds
+    - boundaries: routed bytes as predictions of word_end, the last byte of a word; space, the last
+      byte of whitespace; word_start, the first byte of a word; and near, within one byte of a
+      boundary. A boundary is a run of bytes between words; it is found if one of its bytes, or the
+      byte before or after them, is routed
     - passage: records of the first bytes, one list for each document
     """
 
@@ -213,9 +243,11 @@ class Evaluation:
     accepted_text: float
     accepted_greedy: float
     router_rate: float
+    routing_gap: float
+    surprisal_ratio: float
+    surprisal_interval: list[float]
     places: dict[str, ByteKind]
-    boundaries: PrecisionRecall
-    boundaries_random: PrecisionRecall
+    boundaries: dict[str, Boundary]
     passage: list[list[GeneratedByte]] = dataclasses.field(repr=False)
 
     def as_dict(self) -> dict:
@@ -284,7 +316,14 @@ def evaluate(
             "that are taken for a mistake; take a smaller context_len, stride or batch_size"
         )
     measured = _Measured(corpus, text, model.config.next_tokens)
-    run = _TextPass(model, length, TrainSettings(precision=precision)).run
+    settings = TrainSettings(
+        context_len=context_len,
+        batch_size=batch_size,
+        validation_bytes=total,
+        precision=precision,
+    )
+    gap = Validation(model, corpus, settings)()["validation_routing_gap"]
+    run = _TextPass(model, length, settings).run
     bar = Progress(total=total, desc="evaluating", unit="B", unit_scale=True, disable=not progress)
     with bar:
         for first in range(0, len(windows), batch_size):
@@ -297,7 +336,7 @@ def evaluate(
                 for array, figure in zip(measured.arrays, figures, strict=True):
                     array[begin:end] = figure[row, begin - start : end - start]
                 bar.update(end - begin)
-    return measured.evaluation(context_len, stride, passage)
+    return measured.evaluation(context_len, stride, gap, passage)
 
 
 def check_options(
@@ -368,7 +407,7 @@ class _Measured:
             self.nats, self.nats_without, self.guesses, self.router_logits, self.decisions,
         )  # fmt: skip
 
-    def evaluation(self, context_len: int, stride: int, passage: int) -> Evaluation:
+    def evaluation(self, context_len: int, stride: int, gap: float, passage: int) -> Evaluation:
         count, routed = int(self.text.sum()), int((self.text & self.decisions).sum())
         bits, bits_without = (
             nats[:-1][self.text[1:]].sum(dtype=np.float64) / (count * math.log(2))
@@ -380,8 +419,10 @@ class _Measured:
         places = {}
         for name, kind in self._kinds():
             size, hits = int(kind.sum()), int((kind & self.decisions).sum())
-            places[name] = ByteKind(size / count, _ratio(hits, routed), _ratio(hits, size))
-        boundary = places["after_whitespace"]
+            interval = _interval(np.divide, kind & self.decisions, self.text & self.decisions)
+            share = _ratio(hits, routed)
+            places[name] = ByteKind(size / count, share, interval, _ratio(hits, size))
+        surprisal, surprisal_interval = self._surprisal()
         right_text, accepted_text, drafted = self._drafts(self.data)
         # the likeliest byte of head 0 at position i - 1, which predicts byte i
         greedy = np.concatenate([self.data[:1], self.guesses[:-1, 0]])
@@ -398,9 +439,11 @@ class _Measured:
             accepted_text=accepted_text,
             accepted_greedy=accepted_greedy,
             router_rate=rate,
+            routing_gap=gap,
+            surprisal_ratio=surprisal,
+            surprisal_interval=surprisal_interval,
             places=places,
-            boundaries=_precision_recall(boundary.share_of_decisions, boundary.rate),
-            boundaries_random=_precision_recall(boundary.share_of_bytes if rate else 0.0, rate),
+            boundaries=dict(self._boundaries(rate)),
             passage=self._records(passage, drafted),
         )
 
@@ -449,7 +492,53 @@ class _Measured:
         yield "whitespace", self.text & space
         yield "punctuation", first & ~word
         yield "continuation", self.text & later
+        yield "space", self.text & (self.data == ord(" "))
+        yield "after_newline", self.text & follows & (before == ord("\n"))
         yield "after_whitespace", self.text & ~space & follows & WHITESPACE[before]
+
+    def _surprisal(self) -> tuple[float, list[float]]:
+        """Evaluation.surprisal_ratio and surprisal_interval."""
+        measured = self.text & np.append(self.text[1:], False)  # the next byte is text as well
+        routed = measured & self.decisions
+        arrays = self.nats * routed, routed, self.nats * measured, measured
+        sums = [float(array.sum(dtype=np.float64)) for array in arrays]
+        return _ratio(_ratio(*sums[:2]), _ratio(*sums[2:])), _interval(_ratio_of_means, *arrays)
+
+    def _boundaries(self, rate: float) -> Iterator[tuple[str, Boundary]]:
+        """Each place of a boundary: its name, and how well the routed bytes find it."""
+        text, routed = self.text, self.text & self.decisions
+        word, space = text & WORD[self.data], text & WHITESPACE[self.data]
+        between = text & ~word  # bytes between words
+        before, after = (lambda x: np.append(False, x[:-1])), (lambda x: np.append(x[1:], False))
+        selected, count = int(routed.sum()), int(text.sum())
+
+        def boundary(near: np.ndarray, found: float, expected: float) -> Boundary:
+            """From the bytes that count, and the recalls of the router and of random routing."""
+            precision = _ratio(int((near & routed).sum()), selected)
+            random = int(near.sum()) / count if rate else 0.0
+            return Boundary(
+                _precision_recall(precision, found), _precision_recall(random, expected)
+            )
+
+        for name, place in (
+            ("word_end", word & after(between)),
+            ("space", space & after(text & ~space)),
+            ("word_start", word & ~before(word)),
+        ):
+            found = _ratio(int((place & routed).sum()), int(place.sum()))
+            yield name, boundary(place, found, rate if place.any() else 0.0)
+        # runs of bytes between words, each extended by the bytes of text beside it
+        starts = np.flatnonzero(between & ~before(between))
+        ends = np.flatnonzero(between & ~after(between)) + 1
+        starts, ends = starts - before(text)[starts], ends + after(text)[ends - 1]
+        routed_before = np.append(0, np.cumsum(routed))
+        found = routed_before[ends] > routed_before[starts]
+        expected = 1 - (1 - rate) ** (ends - starts)
+        near = text & (between | before(between) | after(between))
+        yield (
+            "near",
+            boundary(near, *(float(x.mean()) if len(x) else 0.0 for x in (found, expected))),
+        )
 
     def _records(self, limit: int, drafted: np.ndarray) -> list[list[GeneratedByte]]:
         at = np.flatnonzero(self.text[:limit])
@@ -474,6 +563,27 @@ def _visited(steps: np.ndarray) -> Iterator[int]:
     while position < len(steps):
         yield position
         position += steps[position]
+
+
+def _interval(statistic: Callable[..., np.ndarray], *arrays: np.ndarray) -> list[float]:
+    """95 % confidence interval of statistic(*sums of the arrays [N]), by a block bootstrap.
+
+    Neighboring bytes depend on each other, so whole blocks of the text are drawn with replacement:
+    BLOCKS blocks, of at least MIN_BLOCK bytes each. 0 to 0 if the statistic is not defined.
+    """
+    N = len(arrays[0])
+    blocks = max(1, min(BLOCKS, N // MIN_BLOCK))
+    starts = np.arange(blocks) * N // blocks
+    drawn = np.random.default_rng(0).multinomial(blocks, np.full(blocks, 1 / blocks), RESAMPLES)
+    sums = [drawn @ np.add.reduceat(array.astype(np.float64), starts) for array in arrays]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        values = statistic(*sums)
+    values = values[np.isfinite(values)]
+    return np.quantile(values, [0.025, 0.975]).tolist() if len(values) else [0.0, 0.0]
+
+
+def _ratio_of_means(a: np.ndarray, m: np.ndarray, b: np.ndarray, n: np.ndarray) -> np.ndarray:
+    return (a / m) / (b / n)
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -298,6 +298,7 @@ def test_a_run_lies_within_its_model(command, name, model, text, capsys):
 
 LAST = {
     "checkpoint": "last", "validation_bits_per_byte": 2.5, "validation_bits_per_byte_top_k": 2.4,
+    "validation_routing_gap": 0.1,
     "validation_router_rate": 0.3, "validation_seconds": 1.0,
 }  # fmt: skip
 
@@ -515,7 +516,14 @@ def test_eval(trained, measured, tmp_path, monkeypatch, capsys):
         ("router rate", f"{found['router_rate']:.1%}"),
         ("1 ahead", f"{found['head_accuracy'][0]:.1%}"),
         ("after whitespace", f"{found['places']['after_whitespace']['share_of_bytes']:.1%}"),
-        ("router", f"{found['boundaries']['precision']:.3f}"),
+        ("space", f"{found['places']['space']['share_of_bytes']:.1%}"),
+        ("causal routing against top-k, bits per byte", f"{found['routing_gap']:+.4f}"),
+        ("surprisal after routed bytes / mean", f"{found['surprisal_ratio']:.2f}"),
+        (
+            "within one byte of a boundary",
+            f"{found['boundaries']['near']['router']['precision']:.3f} "
+            f"({found['boundaries']['near']['random']['precision']:.3f})",
+        ),
     ):
         assert re.search(rf"^{name} +{re.escape(value)}", out, re.MULTILINE), name
     for flags, split in (

@@ -1,6 +1,7 @@
 """Evaluation against the oracle and plain loops: windows, heads, drafts, the router."""
 
 import dataclasses
+import itertools
 import json
 import math
 
@@ -13,7 +14,14 @@ from tinygrad import Tensor, dtypes, nn
 from pico_tg import evaluation
 from pico_tg.config import TrainSettings
 from pico_tg.data import DataSpec, load_data, load_whole
-from pico_tg.evaluation import CausalPass, Evaluation, _windows, check_options, evaluate
+from pico_tg.evaluation import (
+    CausalPass,
+    Evaluation,
+    Validation,
+    _windows,
+    check_options,
+    evaluate,
+)
 from pico_tg.files import PicoError
 from pico_tg.model import Pico
 
@@ -171,35 +179,106 @@ def test_router(found, read):
             kinds["punctuation"].append(p)
         if before.isspace() and not byte.isspace():
             kinds["after_whitespace"].append(p)
+        if before == b"\n":
+            kinds["after_newline"].append(p)
+        if byte == b" ":
+            kinds["space"].append(p)
     for name, at in kinds.items():
         place = found.places[name]
         assert at, name
         assert place.share_of_bytes == pytest.approx(len(at) / count), name
         assert place.share_of_decisions == pytest.approx(routed[at].sum() / routed.sum()), name
         assert place.rate == pytest.approx(routed[at].mean()), name
-    boundary = np.zeros(len(routed), bool)
-    boundary[kinds["after_whitespace"]] = True
-    hits = (routed & boundary).sum()
-    precision, recall = hits / routed.sum(), hits / boundary.sum()
-    assert found.boundaries.precision == pytest.approx(precision)
-    assert found.boundaries.recall == pytest.approx(recall)
-    assert found.boundaries.f1 == pytest.approx(2 / (1 / precision + 1 / recall))
-    assert 0 < hits < routed.sum()
+        low, high = place.interval
+        assert 0 <= low <= place.share_of_decisions <= high <= 1, name
 
 
-def test_random_routing(found, read):
-    """The expectation, against routing at random many times."""
+def places_of(read) -> tuple[dict[str, list[int]], list[range]]:
+    """The bytes of each place of a boundary, and the bytes within one byte of each boundary."""
+    kinds = []  # of each byte: "w" of a word, " " whitespace, "." other text, "" a wrapper tag
+    for byte, own in zip(read.data, read.own, strict=True):
+        letter = bytes([byte])
+        word = letter.isalnum() or letter == b"_" or byte > 127
+        kinds.append(("w" if word else " " if letter.isspace() else ".") if own else "")
+    kinds.append("")
+    places = {"word_end": [], "space": [], "word_start": []}
+    for p, (kind, after) in enumerate(itertools.pairwise(kinds)):
+        before = kinds[p - 1] if p else ""
+        if kind == "w" and after in (" ", ".") and after:
+            places["word_end"].append(p)
+        if kind == "w" and before != "w":
+            places["word_start"].append(p)
+        if kind == " " and after in ("w", ".") and after:
+            places["space"].append(p)
+    runs, p = [], 0
+    while p < len(read.data):
+        end = p
+        while kinds[end] in (" ", ".") and kinds[end]:
+            end += 1
+        if end > p:
+            runs.append(range(p - (p > 0 and kinds[p - 1] == "w"), end + (kinds[end] == "w")))
+        p = max(end, p + 1)
+    return places, runs
+
+
+def test_boundaries(found, read):
+    """Each place, and random routing at the same rate, simulated many times."""
+    routed = (read.router > 0) & read.own
+    places, runs = places_of(read)
+    near = sorted({p for run in runs for p in run})
     rng = np.random.default_rng(0)
-    space = np.isin(read.data, list(b" \t\n")) & read.own
-    boundary = (read.own & ~space)[1:] & space[:-1]
-    own, rate = read.own[1:], found.router_rate
-    routed = (rng.random((4000, len(own))) < rate) & own
-    hits = (routed & boundary).sum()
-    expected = found.boundaries_random
-    assert expected.precision == pytest.approx(hits / routed.sum(), rel=0.05)
-    assert expected.recall == pytest.approx(hits / boundary.sum() / 4000, rel=0.05)
-    harmonic = 2 / (1 / expected.precision + 1 / expected.recall)
-    assert expected.f1 == pytest.approx(harmonic)
+    at_random = (rng.random((2000, len(routed))) < found.router_rate) & read.own
+    assert found.boundaries.keys() == {*places, "near"}
+    for name, boundary in found.boundaries.items():
+        for rows, measured, tolerance in (
+            (routed[None], boundary.router, 1e-6),
+            (at_random, boundary.random, 0.05),
+        ):
+            at = places.get(name, near)
+            precision = rows[:, at].sum() / rows.sum()
+            recall = rows[:, at].mean()
+            if name == "near":
+                recall = np.mean([rows[:, list(run)].any(axis=1).mean() for run in runs])
+            assert measured.precision == pytest.approx(precision, rel=tolerance), name
+            assert measured.recall == pytest.approx(recall, rel=tolerance), name
+            harmonic = 2 * measured.precision * measured.recall
+            harmonic /= measured.precision + measured.recall
+            assert measured.f1 == pytest.approx(harmonic)
+        assert 0 < boundary.router.recall < 1
+
+
+def test_surprisal(found, read):
+    """Of the byte after a routed byte, divided by that of every byte after a byte of text."""
+    at = np.flatnonzero(read.own[:-1] & read.own[1:])
+    rows = read.logits[at, 0]
+    nats = np.logaddexp.reduce(rows, axis=1) - rows[np.arange(len(at)), read.data[at + 1]]
+    expected = nats[read.router[at] > 0].mean() / nats.mean()
+    assert found.surprisal_ratio == pytest.approx(expected, rel=1e-5)
+    low, high = found.surprisal_interval
+    assert low < expected < high
+
+
+def test_a_confidence_interval():
+    """Of a share: 95 % of the intervals hold the true one; wider where bytes come in blocks."""
+    rng = np.random.default_rng(1)
+    whole, inside, widths = np.ones(12_800), 0, []
+    for _ in range(100):
+        low, high = evaluation._interval(np.divide, rng.random(len(whole)) < 0.3, whole)
+        inside += low <= 0.3 <= high
+        widths.append(high - low)
+    assert 88 <= inside <= 99
+    assert np.mean(widths) == pytest.approx(2 * 1.96 * math.sqrt(0.3 * 0.7 / 12_800), rel=0.1)
+    clumped = np.repeat(rng.random(200) < 0.3, 64)
+    low, high = evaluation._interval(np.divide, clumped, whole)
+    assert high - low > 4 * np.mean(widths)
+    assert evaluation._interval(np.divide, 0 * whole, 0 * whole) == [0.0, 0.0]
+
+
+def test_the_gap_is_that_of_validation(found, data, model):
+    settings = TrainSettings(context_len=CONTEXT, batch_size=2, validation_bytes=10**6)
+    measured = Validation(model, data.validation, settings)()
+    assert found.routing_gap == pytest.approx(measured["validation_routing_gap"], abs=1e-6)
+    assert found.routing_gap != 0
 
 
 def test_passage(found, read):

@@ -83,6 +83,32 @@ def test_html_page():
     assert "6 bytes, 33% routed, 33% accepted drafts" in source
 
 
+def test_surprisal_of_the_next_byte():
+    """Of the byte after the last byte of each character; routed marks and tips stay."""
+    bits = [3.0, 2.0, 1.0, 4.0, 16.0]
+    sample = [
+        record(byte, weight, logprob=-b * math.log(2))
+        for byte, weight, b in zip("aéb!".encode(), [0.1, 0.2, 0.9, 0.3, 0.4], bits, strict=True)
+    ]
+    page = Page(html_page(b"", [sample], "t", {}, surprisal=True))
+    assert page.text(0) == page.text(1) == "aéb!"
+    assert [a["style"] for _, a in page.samples[0]] == [
+        "--w:0.10",
+        "--w:0.90",
+        "--w:0.30",
+        "--w:0.40",
+    ]
+    assert [a["style"] for _, a in page.samples[1]] == [
+        "--w:0.25",
+        "--w:0.50",
+        "--w:1.00",
+        "--w:0.00",
+    ]
+    for (_, first), (_, second) in zip(*page.samples, strict=True):
+        assert first["data-tip"] == second["data-tip"]
+        assert first.get("class") == second.get("class")
+
+
 def test_html_page_of_several_samples():
     """Each after the prompt, empty ones too; a character may begin in the prompt."""
     page = html_page(b"caf\xc3", [records(b"\xa9!"), [], records(b"a")], "t", {})

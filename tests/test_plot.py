@@ -137,15 +137,15 @@ def test_runs_differ_in_color_or_dash():
     records = [
         {"bytes": b, "bits_per_byte": 3.0, "router_rate": 0.5, "lr": 1e-3} for b in range(1, 4)
     ]
-    records[-1]["validation_bits_per_byte"] = 3.1
+    records[-1] |= {"validation_bits_per_byte": 3.1, "validation_routing_gap": 0.1}
     count = 2 * len(COLORS) + 1
     root = ElementTree.fromstring(training_chart({f"run {i}": records for i in range(count)}))
     looks = [(path.get("stroke"), path.get("stroke-dasharray")) for path in curves(root)]
     assert len(set(looks)) == count
     assert len(looks) == 3 * count  # training, routing and learning rate
-    assert len(list(root.iter(f"{SVG}circle"))) == count  # held out, measured once
+    assert len(list(root.iter(f"{SVG}circle"))) == 2 * count  # held out and gap, measured once
     names = [text.text for text in root.iter(f"{SVG}text")]
-    assert all(names.count(f"run {i}") == 3 for i in range(count))
+    assert all(names.count(f"run {i}") == 4 for i in range(count))
 
 
 def test_smoothing_starts_at_the_first_value():

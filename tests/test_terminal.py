@@ -269,6 +269,7 @@ def test_time_left(first, monkeypatch, capsys):
 
 MEASURED = {
     "validation_bits_per_byte": 2.5, "validation_bits_per_byte_top_k": 2.4,
+    "validation_routing_gap": 0.06,
     "validation_router_rate": 0.3, "validation_seconds": 1.0,
 }  # fmt: skip
 
@@ -278,7 +279,8 @@ def test_training_in_a_log(capsys):
     made = [step_record(1, 3), step_record(2, 3, **MEASURED), step_record(3, 3)]
     TrainingDisplay(lambda: "The text").show(made)
     validation, sample, last = capsys.readouterr().err.splitlines()
-    assert validation.startswith("step 2: validation 2.500 bits/byte with decoding's routing, 2.4")
+    expected = "step 2: validation 2.500 bits/byte with causal routing, +0.060 against top-k"
+    assert validation.startswith(expected)
     assert sample == "  sample: The text"
     assert last.startswith("training: 3/3 step [")
     assert "loss 1.400" in last

@@ -294,7 +294,7 @@ def test_validation_is_bits_per_byte_of_the_text(text):
     found = Validation(model, corpus, settings)()
     named = weights(model)
     total, count, chosen = 0.0, 0, 0
-    total_top_k, count_top_k = 0.0, 0
+    total_top_k, count_top_k, total_whole = 0.0, 0, 0.0
     held_out = np.array(corpus.bytes)
     assert bytes(held_out).startswith(SEQ_START)
     assert bytes(held_out).endswith(SEQ_END)
@@ -310,18 +310,22 @@ def test_validation_is_bits_per_byte_of_the_text(text):
             at = first + n + 1
             if at < len(held_out) and own_text[at]:
                 row = logits[0, n, 0]
-                total += np.log(np.exp(row - row.max()).sum()) + row.max() - row[held_out[at]]
+                nats = np.logaddexp.reduce(row) - row[held_out[at]]
+                total += nats
                 count += 1
                 chosen += z[0, n] > 0
                 row = top_k[0, n, 0]
                 if whole:
                     total_top_k += np.logaddexp.reduce(row) - row[held_out[at]]
+                    total_whole += nats
                     count_top_k += 1
     assert found["validation_bits_per_byte"] == pytest.approx(total / count / math.log(2), 1e-5)
     assert found["validation_router_rate"] == pytest.approx(chosen / count)
     assert 0 < count_top_k < count
     expected = total_top_k / count_top_k / math.log(2)
     assert found["validation_bits_per_byte_top_k"] == pytest.approx(expected, 1e-5)
+    gap = (total_whole - total_top_k) / count_top_k / math.log(2)
+    assert found["validation_routing_gap"] == pytest.approx(gap, abs=1e-5)
     again = Validation(model, corpus, settings)()
     assert again["validation_bits_per_byte"] == found["validation_bits_per_byte"]
 

@@ -153,8 +153,8 @@ def train_and_evaluate(variant: Variant, seed: int) -> dict:
         "bits_per_byte": measured[-1]["validation_bits_per_byte"],
         "bits_per_byte_top_k": measured[-1]["validation_bits_per_byte_top_k"],
         "routed": measured[-1]["validation_router_rate"],
-        "boundary_f1": evaluation.boundaries.f1,
-        "random_f1": evaluation.boundaries_random.f1,
+        "boundary_f1": evaluation.boundaries["word_start"].router.f1,
+        "random_f1": evaluation.boundaries["word_start"].random.f1,
         "curve": [
             (record["step"] / variant.steps, record["validation_bits_per_byte"])
             for record in measured

@@ -54,6 +54,7 @@ from .report import (
     describe_model,
     describe_stats,
     printable,
+    surprisal_line,
 )
 from .terminal import (
     StopSignals,
@@ -298,12 +299,18 @@ def command_eval(args: argparse.Namespace) -> int:
             put(describe_evaluation(measured) + "\n")
     finally:  # write the page even if standard output cannot be written
         if args.html:
+            near = measured.boundaries["near"]
             shown = facts | {
                 "bits per byte": f"{measured.bits_per_byte:.3f}",
                 "without latent blocks": f"{measured.bits_per_byte_without_latent:.3f}",
                 "router rate": f"{measured.router_rate:.1%}",
+                "surprisal after routed bytes / mean": surprisal_line(measured),
+                "within one byte of a boundary": (
+                    f"F1 {near.router.f1:.3f}, at random {near.random.f1:.3f}"
+                ),
             }
-            write_page(args.html, html_page(b"", measured.passage, title, shown, name="Passage"))
+            page = html_page(b"", measured.passage, title, shown, name="Passage", surprisal=True)
+            write_page(args.html, page)
             say(f"wrote {args.html}")
     return 0
 

@@ -9,6 +9,8 @@ from html import escape
 from ..generation import GeneratedByte
 from .terminal import Character, characters, escape_code, split_prompt
 
+FULL_BITS = 8  # surprisal of the darkest shade
+
 STYLE = """
 :root {
   color-scheme: light dark;
@@ -80,12 +82,14 @@ def html_page(
     title: str,
     facts: Mapping[str, object],
     name: str = "Sample",
+    surprisal: bool = False,
 ) -> str:
     """A self-contained page, without scripts, that shows samples and the details of their bytes.
 
     Characters are shaded by router weight, with a dot over routed characters and a line under
     accepted drafts; hovering over a character shows the details of its bytes. `facts` are listed
-    under the title; `name` is the heading of a sample.
+    under the title; `name` is the heading of a sample. With `surprisal`, each sample is shown
+    again, shaded by the surprisal of the byte after each character: 0 to FULL_BITS bits.
     """
     listed = "".join(
         f"<div><dt>{escape(fact)}</dt><dd>{escape(str(value))}</dd></div>"
@@ -111,6 +115,10 @@ def html_page(
         marked = "".join(map(_mark_up_character, characters(records, begun)))
         parts.append(f"<h2>{heading} <small>{_shares(records)}</small></h2>")
         parts.append(f'<div class="text">{before}{marked}</div>')
+        if surprisal:
+            scale = f'0<span class="scale"></span>{FULL_BITS} bits'
+            parts.append(f"<h2>Surprisal of the next byte <small>{scale}</small></h2>")
+            parts.append(f'<div class="text">{before}{_by_surprisal(records, begun)}</div>')
     return "\n".join(filter(None, parts)) + "\n"
 
 
@@ -123,7 +131,17 @@ def _shares(records: Sequence[GeneratedByte]) -> str:
     return f"{count}, {routed:.0%} routed, {drafted:.0%} accepted drafts"
 
 
-def _mark_up_character(character: Character) -> str:
+def _by_surprisal(records: Sequence[GeneratedByte], begun: bytes) -> str:
+    """The marked-up text of a sample, shaded by the surprisal of the byte after each character."""
+    parts, end = [], 0
+    for character in characters(records, begun):
+        end += len(character.records)
+        bits = -records[end].logprob / math.log(2) if end < len(records) else 0.0
+        parts.append(_mark_up_character(character, min(1.0, bits / FULL_BITS)))
+    return "".join(parts)
+
+
+def _mark_up_character(character: Character, shade: float | None = None) -> str:
     shown = _markup(character.text)
     if not character.valid:
         shown = "<i>" + "".join(f"\\x{byte:02x}" for byte in character.data) + "</i>"
@@ -133,7 +151,8 @@ def _mark_up_character(character: Character) -> str:
     classes = " ".join(name for name, given in marks.items() if given)
     named = f' class="{classes}"' if classes else ""
     tip = escape("\n".join(_tips(character))).replace("\n", "&#10;")
-    return f'<b{named} style="--w:{character.weight:.2f}" data-tip="{tip}">{shown}</b>'
+    shade = character.weight if shade is None else shade
+    return f'<b{named} style="--w:{shade:.2f}" data-tip="{tip}">{shown}</b>'
 
 
 def _markup(text: str) -> str:

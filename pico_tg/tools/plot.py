@@ -206,8 +206,8 @@ def smoothed(values: list[float], weight: float) -> list[float]:
 
 
 def training_chart(runs: dict[str, list[dict]]) -> str:
-    """SVG of training runs by name: bits per byte, router rate and learning rate over bytes."""
-    bits, rates, learning_rates = [], [], []
+    """SVG of training runs by name, over bytes: bits per byte, routing gap, rates."""
+    bits, gaps, rates, learning_rates = [], [], [], []
     for number, (name, records) in enumerate(runs.items()):
         color = COLORS[number % len(COLORS)]
         dash = number // len(COLORS) % len(DASHES)
@@ -221,6 +221,9 @@ def training_chart(runs: dict[str, list[dict]]) -> str:
             Line("" if measured else name, seen, train, color, dash, thin=True),
             Line(name, [r["bytes"] for r in measured], validation, color, dash),
         ]
+        compared = [r for r in measured if "validation_routing_gap" in r]
+        gap = [r["validation_routing_gap"] for r in compared]
+        gaps.append(Line(name, [r["bytes"] for r in compared], gap, color, dash))
         rates.append(Line(name, seen, routed, color, dash))
         learning_rates.append(Line(name, seen, [r["lr"] for r in records], color, dash))
     # clip the first steps, which begin at 8 bits: the rest would be flat
@@ -228,9 +231,11 @@ def training_chart(runs: dict[str, list[dict]]) -> str:
     ends = [line.ys[-1] for line in bits if line.ys] or [8.0]
     y_range = (min(values), min(max(values), max(ends) + 1.5))
     seen, title = "bytes seen", "Bits per byte, held out (thick) and in training (thin)"
+    gap = Panel(gaps, "Causal routing minus top-k, held out", seen, "bits per byte", height=250)
     return svg(
         [
             Panel(bits, title, seen, "bits per byte", y_range),
+            *([gap] if any(line.ys for line in gaps) else []),  # runs of earlier versions have none
             Panel(rates, "Share of bytes routed", seen, "share", height=250),
             Panel(learning_rates, "Learning rate", seen, "learning rate", height=250),
         ]

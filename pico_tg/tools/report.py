@@ -7,6 +7,13 @@ from typing import Any
 from ..evaluation import Evaluation
 from ..generation import Stats
 
+BOUNDARIES = {
+    "word_end": "last byte of a word",
+    "space": "last byte of whitespace",
+    "word_start": "first byte of a word",
+    "near": "within one byte of a boundary",
+}
+
 
 def printable(text: str) -> str:
     """The text without characters that UTF-8 or XML cannot represent.
@@ -32,8 +39,8 @@ def describe_validation(record: Mapping[str, Any]) -> str:
     """The line of a record of training that holds a validation."""
     return (
         f"step {record['step']}: validation "
-        f"{record['validation_bits_per_byte']:.3f} bits/byte with decoding's routing, "
-        f"{record['validation_bits_per_byte_top_k']:.3f} with training's routing, "
+        f"{record['validation_bits_per_byte']:.3f} bits/byte with causal routing, "
+        f"{record['validation_routing_gap']:+.3f} against top-k, "
         f"{record['validation_router_rate']:.0%} of the bytes routed "
         f"({record['validation_seconds']:.1f} s)"
     )
@@ -48,6 +55,8 @@ def describe_evaluation(measured: Evaluation) -> str:
         ("bits per byte", f"{measured.bits_per_byte:.4f}"),
         ("without the latent blocks", f"{measured.bits_per_byte_without_latent:.4f}"),
         ("router rate", f"{measured.router_rate:.1%}"),
+        ("causal routing against top-k, bits per byte", f"{measured.routing_gap:+.4f}"),
+        ("surprisal after routed bytes / mean", surprisal_line(measured)),
         ("accepted drafts per pass, by the text", f"{measured.accepted_text:.2f} of {heads - 1}"),
         ("accepted drafts per pass, greedily", f"{measured.accepted_greedy:.2f} of {heads - 1}"),
     ]
@@ -56,18 +65,34 @@ def describe_evaluation(measured: Evaluation) -> str:
     for k, right in enumerate(measured.head_accuracy):
         drafts = (f"{by_text[k - 1]:.1%}", f"{greedy[k - 1]:.1%}") if k else ("", "")
         guesses.append((f"{k + 1} ahead", f"{right:.1%}", *drafts))
-    places = [("where the router fires", "of bytes", "of decisions", "rate")]
+    places = [("where the router fires", "of bytes", "of decisions", "95 % interval", "rate")]
     for name, place in measured.places.items():
-        values = (place.share_of_bytes, place.share_of_decisions, place.rate)
-        places.append((_words(name), *(f"{value:.1%}" for value in values)))
-    matches = [("decisions as word boundaries", "precision", "recall", "F1")]
-    for name, match in (
-        ("router", measured.boundaries),
-        ("random, same rate", measured.boundaries_random),
-    ):
-        values = (match.precision, match.recall, match.f1)
-        matches.append((name, *(f"{value:.3f}" for value in values)))
-    return "\n\n".join(map(table, (head, guesses, places, matches)))
+        low, high = place.interval
+        places.append(
+            (
+                _words(name),
+                f"{place.share_of_bytes:.1%}",
+                f"{place.share_of_decisions:.1%}",
+                f"{low:.1%} to {high:.1%}",
+                f"{place.rate:.1%}",
+            )
+        )
+    found = [("decisions as word boundaries (random)", "precision", "recall", "F1")]
+    for name, boundary in measured.boundaries.items():
+        router, random = boundary.router, boundary.random
+        pairs = (
+            (router.precision, random.precision),
+            (router.recall, random.recall),
+            (router.f1, random.f1),
+        )
+        found.append((BOUNDARIES[name], *(f"{a:.3f} ({b:.3f})" for a, b in pairs)))
+    return "\n\n".join(map(table, (head, guesses, places, found)))
+
+
+def surprisal_line(measured: Evaluation) -> str:
+    """Evaluation.surprisal_ratio with its interval."""
+    low, high = measured.surprisal_interval
+    return f"{measured.surprisal_ratio:.2f} ({low:.2f} to {high:.2f})"
 
 
 def describe_model(facts: Mapping[str, Any]) -> str:
