@@ -569,7 +569,8 @@ def _interval(statistic: Callable[..., np.ndarray], *arrays: np.ndarray) -> list
     """95 % confidence interval of statistic(*sums of the arrays [N]), by a block bootstrap.
 
     Neighboring bytes depend on each other, so whole blocks of the text are drawn with replacement:
-    BLOCKS blocks, of at least MIN_BLOCK bytes each. 0 to 0 if the statistic is not defined.
+    BLOCKS blocks, of at least MIN_BLOCK bytes each. 0 to 0 if the statistic is not defined. For a
+    text of a single block, the interval is a point.
     """
     N = len(arrays[0])
     blocks = max(1, min(BLOCKS, N // MIN_BLOCK))

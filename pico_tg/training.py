@@ -54,7 +54,8 @@ from .runs import (
 from .runtime import exclusive, jit_method, on_devices, read, write_all, write_into
 from .soap import SOAP, all_finite
 
-CUTOFF_DECAY = 0.999  # of the running average of the router's cutoff, for each step
+CUTOFF_DECAY = 0.999  # of the running average of the router's cutoff per step (arXiv 2603.11535),
+CUTOFF_WINDOW = 0.1  # but the average spans no more than this share of the steps so far
 ADAMW_STATE = ("b1_t", "b2_t", "m", "v")
 
 
@@ -221,10 +222,13 @@ class TrainStep:
         return losses
 
     def _update_cutoff(self, kth: float) -> None:
-        """Add a step's capacity-th largest logit to the bias-corrected running average of them."""
+        """Add a step's capacity-th largest logit to the running average of them.
+
+        In a short run, CUTOFF_DECAY alone averages over all steps and lags behind drifting logits.
+        """
         cutoff, steps = map(float, read(self.model.latent.router.cutoff))
         steps += 1
-        cutoff += (kth - cutoff) * (1 - CUTOFF_DECAY) / (1 - CUTOFF_DECAY**steps)
+        cutoff += (kth - cutoff) * max(1 - CUTOFF_DECAY, min(1.0, 1 / (CUTOFF_WINDOW * steps)))
         write_into(self.model.latent.router.cutoff, np.array([cutoff, steps], np.float32))
 
     def _state(self) -> dict[str, Tensor]:
