@@ -13,7 +13,7 @@ from functools import partial
 
 from tinygrad import Tensor, dtypes
 
-from .ops import matmul
+from .ops import fractional_products, matmul
 from .runtime import has_cpu_kernels
 
 
@@ -27,16 +27,14 @@ def rotate(x: Tensor, positions: Tensor) -> Tensor:
     """x [..., N, C] rotated by its positions, int [N]: rotary embeddings (arXiv 2104.09864).
 
     Channels j and j + C // 2 are a pair, rotated by position * 10000^(-2j / C) radians (an odd C
-    counts as C - 1, and the last channel is not rotated). Angles are uint64 in units of 2^-64
-    revolutions; whole revolutions overflow, so the error is at most 2e-6 radians at any position.
+    counts as C - 1, and the last channel is not rotated). The error is at most 2e-6 radians at any
+    position.
     """
     half = x.shape[-1] // 2
     if half == 0:
         return x
     rates = [10000 ** (-j / half) / (2 * math.pi) for j in range(half)]  # revolutions per position
-    units = [Tensor.full((1,), int(r * 2**64), dtype=dtypes.uint64, device=x.device) for r in rates]
-    angle = positions.cast(dtypes.uint64).unsqueeze(1) * Tensor.cat(*units)  # (N, C // 2)
-    angle = (angle >> 40).cast(dtypes.int32).cast(dtypes.float32) * (2 * math.pi / 2**24)
+    angle = fractional_products(positions, rates) * (2 * math.pi)  # (N, C // 2)
     cos, sin = angle.cos().contiguous(), angle.sin().contiguous()
     a, b = x[..., :half], x[..., half : 2 * half]  # (..., N, C // 2)
     return Tensor.cat(a * cos - b * sin, a * sin + b * cos, x[..., 2 * half :], dim=-1)

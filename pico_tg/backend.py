@@ -6,12 +6,16 @@ device that is not a GPU is not taken. On a CPU, unless DEV names a code generat
 the first usable one of libLLVM 16 or later, clang, and tinygrad's own assembler (x86-64 only).
 tinygrad itself would assume clang and, without clang, fail at the first kernel.
 
+DEV=WEBGPU selects WebGPU, through Dawn: the library of the extra `webgpu`, unless WEBGPU_PATH names
+another one.
+
 The import never fails because of DEV. `check_backend` does: the command line and `Pico()` call it.
 """
 
 import contextlib
 import ctypes
 import dataclasses
+import importlib.util
 import os
 import platform
 import shutil
@@ -24,7 +28,7 @@ from tinygrad import Context, Device, getenv
 
 from .cache_file import share_cache_file
 from .files import PicoError
-from .runtime import BEAM, CPU_COUNT, DEV, DLL, USE_TC, opencl_bindings
+from .runtime import BEAM, CPU_COUNT, DEV, DLL, USE_TC, open_webgpu, opencl_bindings
 
 MACHINE = platform.machine().lower()
 MACHINE = {"amd64": "x86_64", "aarch64": "arm64"}.get(MACHINE, MACHINE)  # tinygrad's names
@@ -50,6 +54,9 @@ def choose_backend(problem: str | None = None) -> None:
         return
     if device == "CL" and not DEV.device and not _is_gpu():
         device = "CPU"
+    if device == "WEBGPU":
+        with contextlib.suppress(ValueError):  # which `check_backend` will report
+            _use_dawn()
     if device != "CPU" or DEV.renderer not in ("", "LLVM", "CLANGJIT", "X86"):
         return
     if DEV.arch and not DEV.arch.startswith(f"{MACHINE},"):
@@ -65,8 +72,7 @@ def choose_backend(problem: str | None = None) -> None:
             _problem += f"; CC={os.environ['CC']} is not clang"
         return
     if renderer == "LLVM":
-        os.environ["LLVM_PATH"] = found["LLVM"]
-        getenv.cache_clear()  # tinygrad caches variables, including missing ones
+        _set_variable("LLVM_PATH", found["LLVM"])
     target = dataclasses.replace(DEV.value[0], device="CPU", renderer=renderer)
     if not target.arch:
         # AMX makes tinygrad use vectors of 16 floats instead of 4, which doubles the speed of a
@@ -92,7 +98,7 @@ def check_backend() -> None:
             device = Device.DEFAULT
             if device.split(":")[0] in ("DISK", "NPY", "TINYFS"):
                 raise ValueError(f"{device} stores data and cannot compute")
-            Device[device].renderer  # noqa: B018  # a property that loads the compiler
+            _open(device)
             return
         except Exception as error:  # each device raises its own exception types
             reason = _first_line(error)
@@ -127,7 +133,7 @@ def parse_devices(text: str) -> tuple[str, ...]:
         devices = tuple(text.split(","))
     for name in devices:
         try:
-            Device[name]
+            _open(name)
         except Exception as error:  # each device raises its own exception types
             raise PicoError(
                 f"--devices {text}: cannot open {name!r} ({_first_line(error)}); give a number, or "
@@ -149,9 +155,20 @@ def kernel_search(width: int | None) -> contextlib.AbstractContextManager:
     return Context(BEAM=BEAM.value if width is None else width)
 
 
+def _open(name: str) -> None:
+    """Open a device and load its compiler; raises an exception if that device cannot compute."""
+    if name.split(":")[0] == "WEBGPU":
+        _use_dawn()
+        if open_webgpu(name)[1] == "Null":
+            raise ValueError(f"Dawn finds no GPU; {_how_to_get_a_driver()}")
+    Device[name].renderer  # noqa: B018  # a property that loads the compiler
+
+
 def describe_backend() -> str:
     """One line: the device, and a way to make it faster, if one is known."""
     name = Device.DEFAULT
+    if name.split(":")[0] == "WEBGPU":
+        return "backend {} ({}, {})".format(name, *open_webgpu(name))
     if name.split(":")[0] != "CPU":
         return f"backend {name}"
     line = f"backend CPU ({DEV.renderer or 'default'}, {CPU_COUNT.value} threads)"
@@ -182,6 +199,35 @@ def _is_llvm_16(path: str) -> bool:
         return False
 
 
+def find_dawn() -> str | None:
+    """Path of Dawn, which implements WebGPU: WEBGPU_PATH, the extra `webgpu`'s, or the system's."""
+    if os.environ.get("WEBGPU_PATH"):
+        return DLL.findlib("webgpu", ["webgpu_dawn"])
+    endings = {"win32": ".dll", "darwin": f"_{MACHINE}.dylib"}
+    ending = endings.get(sys.platform, f"_{MACHINE.replace('arm64', 'aarch64')}.so")
+    package = importlib.util.find_spec("pydawn")
+    for folder in package.submodule_search_locations if package else []:
+        if (path := Path(folder) / "lib" / f"libwebgpu_dawn{ending}").is_file():
+            return str(path)
+    return DLL.findlib("webgpu", ["webgpu_dawn"])
+
+
+def _use_dawn() -> None:
+    """Tell tinygrad the path of Dawn; raises ValueError if there is none."""
+    path = find_dawn()
+    if path is not None:
+        _set_variable("WEBGPU_PATH", path)
+    elif given := os.environ.get("WEBGPU_PATH"):
+        raise ValueError(f"WEBGPU_PATH={given} is no library")
+    else:
+        raise ValueError("no WebGPU library; pip install 'pico_tg[webgpu]' brings Dawn")
+
+
+def _set_variable(name: str, value: str) -> None:
+    os.environ[name] = value
+    getenv.cache_clear()  # tinygrad caches variables, including missing ones
+
+
 def find_clang() -> str | None:
     """The clang that tinygrad would start: $CC, else the one on PATH. None if it is not clang."""
     path = shutil.which(os.environ.get("CC", "clang"))
@@ -210,6 +256,12 @@ def _how_to_get_llvm() -> str:
     if sys.platform == "darwin":
         return "brew install llvm brings libLLVM"
     return "install clang, or libLLVM 16 or later (LLVM_PATH names it)"
+
+
+def _how_to_get_a_driver() -> str:
+    if sys.platform == "linux":
+        return "install the GPU's Vulkan driver (Debian: mesa-vulkan-drivers and libvulkan1)"
+    return "install the GPU's driver"
 
 
 def _first_line(error: Exception) -> str:

@@ -41,6 +41,24 @@ def as_index(x: Tensor) -> Tensor:
     return x.cast(dtypes.int32).contiguous()
 
 
+def fractional_products(x: Tensor, factors: list[float]) -> Tensor:
+    """The fractional parts of x * factor for x >= 0, int [N], and factors below 1: float32 [N, F].
+
+    Exact to 2^-24 for any x: a factor is an integer in units of 2^-64, and overflow drops the whole
+    part. The arithmetic is in 32 bits, since WebGPU has no wider integers.
+    """
+    words = zip(*[divmod(int(factor * 2**64), 2**32) for factor in factors], strict=True)
+    full = functools.partial(Tensor.full, (1,), dtype=dtypes.uint32, device=x.device)
+    high, low = (Tensor.cat(*map(full, word)) for word in words)  # (F,)
+    x = x.cast(dtypes.uint32).unsqueeze(1)  # (N, 1)
+    # the upper word of the 64-bit product x * low, from digits of 16 bits
+    (x1, x0), (low1, low0) = ((word >> 16, word & 0xFFFF) for word in (x, low))
+    left, right = x1 * low0, x0 * low1
+    carry = (left & 0xFFFF) + (right & 0xFFFF) + ((x0 * low0) >> 16)
+    upper = x * high + x1 * low1 + (left >> 16) + (right >> 16) + (carry >> 16)
+    return (upper >> 8).cast(dtypes.int32).cast(dtypes.float32) * 2.0**-24
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., I] with weight [O, I] -> x @ weight.T [..., O], float32."""
     *lead, I = x.shape
@@ -220,16 +238,18 @@ def scatter(x: Tensor, index: Tensor, slot: Tensor) -> Tensor:
 
 
 def _take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of x [B, N, D] by index int32 [B, S] -> [B, S, D]; zeros for the index -1.
+
+    The index goes to `gather` as it is: after `index.maximum(0)`, tinygrad 0.13 no longer knows the
+    bounds of the address and computes it in 64 bits, which fails on WebGPU
+    (test_drivers.test_training_and_decoding).
+    """
     return x.gather(1, index.unsqueeze(2).expand(*index.shape, x.shape[2]))
-
-
-def _place_rows(x: Tensor, slot: Tensor) -> Tensor:
-    return (slot >= 0).unsqueeze(2).where(_take_rows(x, slot.maximum(0)), 0)
 
 
 def _gather_gradient(gradient: UOp, call: UOp) -> tuple[UOp | None, ...]:
     _, _, slot = (Tensor(uop) for uop in call.src[1:])
-    return _place_rows(Tensor(gradient).contiguous(), slot).uop, None, None
+    return _take_rows(Tensor(gradient).contiguous(), slot).uop, None, None
 
 
 def _scatter_gradient(gradient: UOp, call: UOp) -> tuple[UOp | None, ...]:
@@ -249,7 +269,7 @@ def _gather(x: Tensor, index: Tensor, slot: Tensor) -> Tensor:
 
 @function(grad_fxn=_scatter_gradient)
 def _scatter(x: Tensor, index: Tensor, slot: Tensor) -> Tensor:
-    return _place_rows(x, slot)
+    return _take_rows(x, slot)
 
 
 def swiglu(x: Tensor) -> Tensor:

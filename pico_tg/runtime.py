@@ -8,6 +8,7 @@ re-exported, so that an upgrade of tinygrad changes one file (tests/test_structu
 
 import contextlib
 import functools
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from tinygrad import Tensor, TinyJit, UOp, helpers
+from tinygrad import Device, Tensor, TinyJit, UOp, helpers
 from tinygrad.dtype import DType, _to_np_dtype
 from tinygrad.engine import jit, realize
 from tinygrad.engine.realize import capturing
@@ -73,6 +74,37 @@ def opencl_bindings() -> ModuleType:
     from tinygrad.runtime.autogen import opencl
 
     return opencl
+
+
+def open_webgpu(name: str) -> tuple[str, str]:
+    """Open a WebGPU device: the name of its adapter, and the interface that Dawn uses for it.
+
+    The interface is Vulkan, Metal, D3D12, …; or Null, if Dawn finds no driver: all launches then
+    succeed and compute nothing. Dawn and Mesa write warnings to the standard error of the process,
+    which is closed to them meanwhile.
+    """
+    with _silent_stderr():
+        resource = Device[name].device_res
+    from tinygrad.runtime.autogen import webgpu
+    from tinygrad.runtime.ops_webgpu import from_wgpu_str
+
+    info = webgpu.WGPUAdapterInfo()
+    webgpu.wgpuDeviceGetAdapterInfo(resource, info)
+    interface = webgpu.enum_WGPUBackendType[info.backendType].removeprefix("WGPUBackendType_")
+    return from_wgpu_str(info.device), interface
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Discard what libraries write to file descriptor 2 inside the `with` block."""
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
 
 
 def has_cpu_kernels(device: str | tuple[str, ...]) -> bool:

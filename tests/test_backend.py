@@ -115,6 +115,19 @@ def test_opencl_without_a_gpu_is_not_preferred_to_the_cpu(choose, monkeypatch):
     assert choose(llvm="/l.so") == ""
 
 
+@pytest.mark.parametrize(
+    ("path", "interface", "words"),
+    [(None, "Vulkan", r"pico_tg\[webgpu\]"), ("/dawn.so", "Null", "no GPU; install the GPU's")],
+)
+def test_webgpu_without_its_library_or_a_driver(path, interface, words, choose, monkeypatch):
+    monkeypatch.setenv("WEBGPU_PATH", "")  # which `choose` sets
+    monkeypatch.setattr(backend, "find_dawn", lambda: path)
+    monkeypatch.setattr(backend, "open_webgpu", lambda name: ("an adapter", interface))
+    choose("WEBGPU")
+    with pytest.raises(PicoError, match=f"DEV=WEBGPU: .*{words}"):
+        check_backend()
+
+
 @pytest.mark.parametrize(("kind", "is_gpu"), [(2, False), (4, True), (5, True)])
 def test_kinds_of_opencl_devices(kind, is_gpu, monkeypatch):
     """CL_DEVICE_TYPE is a set of bits: 1 default, 2 CPU, 4 GPU."""
@@ -130,7 +143,14 @@ def test_kinds_of_opencl_devices(kind, is_gpu, monkeypatch):
     assert backend._is_gpu() == is_gpu
 
 
-@pytest.mark.parametrize("variables", [{"DEV": "A:B:C:D"}, {"CPU": "1"}])
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"DEV": "A:B:C:D"},
+        {"CPU": "1"},
+        {"DEV": "WEBGPU", "WEBGPU_PATH": "/nowhere"},
+    ],
+)
 def test_the_command_line_says_what_cannot_be_used(variables, tmp_path):
     """Status 2 and one line; --version works."""
     env = {k: v for k, v in os.environ.items() if k != "DEV"} | variables
