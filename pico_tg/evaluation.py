@@ -213,7 +213,8 @@ class Evaluation:
     - accepted_text, accepted_greedy: mean number of accepted drafts of a pass with T - 1 drafts,
       where each pass begins after the bytes that the previous pass produced. accepted_text is that
       of a decoder that writes exactly this text; accepted_greedy estimates decoding at temperature
-      0, whose own text would be likelier than this one
+      0, whose own text would be likelier than this one. Both are of the heads alone:
+      `generation.Transitions` corrects the drafts, so that `generate` accepts more
     - router_rate: share of the bytes that went through the latent blocks
     - routing_gap: bits per byte of causal routing minus that of top-k, which looks ahead; over
       windows of context_len bytes, as in `Validation`

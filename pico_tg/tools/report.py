@@ -57,8 +57,14 @@ def describe_evaluation(measured: Evaluation) -> str:
         ("router rate", f"{measured.router_rate:.1%}"),
         ("causal routing against top-k, bits per byte", f"{measured.routing_gap:+.4f}"),
         ("surprisal after routed bytes / mean", surprisal_line(measured)),
-        ("accepted drafts per pass, by the text", f"{measured.accepted_text:.2f} of {heads - 1}"),
-        ("accepted drafts per pass, greedily", f"{measured.accepted_greedy:.2f} of {heads - 1}"),
+        (
+            "accepted drafts per pass, uncorrected, by the text",
+            f"{measured.accepted_text:.2f} of {heads - 1}",
+        ),
+        (
+            "accepted drafts per pass, uncorrected, greedily",
+            f"{measured.accepted_greedy:.2f} of {heads - 1}",
+        ),
     ]
     guesses = [("byte", "right", "all drafts so far, by the text", "greedily")]
     by_text, greedy = measured.drafts_right_text, measured.drafts_right_greedy
