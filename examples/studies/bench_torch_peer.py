@@ -1,37 +1,64 @@
-"""Compare with PyTorch: seconds of forward and backward of the same model, and their ratio.
+"""Compare with PyTorch: seconds of training and decoding the same model, and their ratios.
 
     pip install -e '.[bench]'
-    python examples/studies/bench_torch_peer.py --dim 372 --fb-att-window-size 32
+    python examples/studies/bench_torch_peer.py --quick     (a minute on two CPU cores)
+    python examples/studies/bench_torch_peer.py             (ten minutes, 7 GB of memory)
 
-Two implementations of attention in PyTorch: `dense` is scaled_dot_product_attention with an N x N
-mask; `banded` cuts the sequence into blocks, each of which sees its own keys and those of a window
-before the block. The PyTorch model loads weights that pico_tg wrote, and the program exits unless
-both models have the same loss on the same bytes. With --cuda both run on the GPU in both
-precisions, the PyTorch model is compiled, and `flex` (flex_attention) is added. The `bench` command
-of pico_tg measures pico_tg in a separate process.
+One process measures both implementations in turn: pico_tg, PyTorch, pico_tg, PyTorch, …; then once
+more while another process keeps one core busy. Measured are forward and backward, the train step
+with SOAP (the mean of ten steps, one of which refreshes the eigenbases) and the decoding of one
+byte without drafts. Before that, the program checks that both compute the same, and ends if not:
+the loss, the logits of decoding, and a parameter that SOAP trains.
+
+The PyTorch model is written for speed without compiling: `banded` attention cuts the sequence into
+blocks, each of which sees its own keys and those of a window before the block. `--attention dense`
+is scaled_dot_product_attention with an N x N mask, `--compile` adds torch.compile, and on a GPU
+(`--cuda`, never tried) `--attention flex` is flex_attention. A ratio above 1 means that pico_tg is
+faster.
 """
 
 import argparse
-import dataclasses
-import json
+import contextlib
+import copy
+import ctypes
+import gc
 import math
+import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from tinygrad import Tensor
+from tinygrad.nn.state import get_state_dict
 from torch import nn
+from tqdm import tqdm
 
-from pico_tg import Config
+import pico_tg
+from pico_tg import SOAP, Config, Decoder, TrainSettings, generate
+from pico_tg.remat import graph_context
+from pico_tg.tools.bench import ForwardBackward, gemm_rate
+from pico_tg.training import TrainStep
 
 EPS = 2.0**-23
 PHI = 1.618
+PUBLISHED = {"dim": 372, "latent_num_blocks": 8, "fb_att_window_size": 32}
+SMALL = {
+    "dim": 96, "att_q_heads": 6, "att_kv_heads": 2, "latent_num_blocks": 2, "next_tokens": 4,
+}  # fmt: skip
+CASES = {  # sizes of the model (otherwise those of the preset), context, windows
+    "published-1024": (PUBLISHED, 1024, 1),
+    "published-6144": (PUBLISHED, 6144, 1),
+    "quickstart-4x512": (SMALL, 512, 4),
+}
+WARM_UP = 2
+DECODED = 32  # bytes of one measurement
+LR = 1e-5  # small: there is nothing to learn in random bytes
 
 
 def slopes(heads, device):
@@ -182,97 +209,331 @@ class Pico(nn.Module):
         return 0.9 * (each * share / share.sum()).sum() + 0.1 * aux
 
 
-LOSS_OF_PICO_TG = """
-import sys
-import numpy as np
-import pico_tg
-from pico_tg.tools.bench import ForwardBackward
-from tinygrad import Tensor
-config = pico_tg.Config.from_json(sys.argv[1] + "/model.json")
-model = pico_tg.Pico(config, seed=0)
-pico_tg.save_weights(model, sys.argv[1] + "/weights.safetensors")
-print(ForwardBackward(model)(Tensor(np.load(sys.argv[1] + "/windows.npy")).realize()))
-"""
+class TorchDecoder:
+    """Logits of one byte after the other, with a ring buffer of keys and values in each block."""
+
+    def __init__(self, model: Pico) -> None:
+        self.model, c = model, model.c
+        device = model.norm.weight.device
+        self.parts = [model.fb_in, model.latent, model.fb_out]
+        self.counts = [0, 0, 0]  # the bytes that each part has read
+        self.biases, self.caches = [], []
+        for part in self.parts:
+            n = part.blocks[0].att.window + 1
+            # the key in slot j is (position - j) % n bytes old: a slice of the doubled table
+            age = torch.arange(2 * n, 0, -1, device=device) % n
+            table = -slopes(c.att_q_heads, device)[:, None] * age
+            self.biases.append(table.view(c.att_kv_heads, -1, 2 * n))  # (K, G, 2 n)
+            shape = len(part.blocks), 2, c.att_kv_heads, n, c.head_dim
+            self.caches.append(torch.zeros(shape, device=device))
+
+    def run(self, index: int, h: torch.Tensor) -> torch.Tensor:
+        """h [D] through the blocks of one part."""
+        position, cache, c = self.counts[index], self.caches[index], self.model.c
+        self.counts[index] += 1
+        n = cache.shape[3]
+        slot, used = position % n, min(position + 1, n)
+        bias = self.biases[index][:, :, n - slot : n - slot + used]
+        for block, (keys, values) in zip(self.parts[index].blocks, cache, strict=True):
+            heads = block.att.fused_qkv(block.norm1(h)).view(-1, c.head_dim)
+            q, k, v = heads.split([c.att_q_heads, c.att_kv_heads, c.att_kv_heads])
+            keys[:, slot], values[:, slot] = k, v
+            q = q.view(c.att_kv_heads, -1, c.head_dim)  # (K, G, C)
+            keys, values = keys[:, :used], values[:, :used]
+            scores = torch.baddbmm(bias, q, keys.transpose(1, 2), alpha=c.head_dim**-0.5)
+            h = h + block.att.proj((scores.softmax(-1) @ values).flatten())
+            h = h + block.glu(block.norm2(h))
+        return h
+
+    @torch.inference_mode()
+    def forward(self, byte: int) -> torch.Tensor:
+        """The logits [T, 256] after `byte`."""
+        model = self.model
+        h = self.run(0, model.embedding.weight[byte])
+        z = model.latent.router(h)
+        if z.item() > 0:
+            h = h + (self.run(1, h) - h) * z.sigmoid()
+        return model.unembedding(model.norm(self.run(2, h))).view(-1, 256)
 
 
-def our_loss(config, folder, windows):
-    config.to_json(folder / "model.json")
-    np.save(folder / "windows.npy", windows)
-    command = [sys.executable, "-c", LOSS_OF_PICO_TG, str(folder)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+class TorchSOAP:
+    """SOAP (arXiv 2409.11321) with the defaults of pico_tg.SOAP, for matrices and vectors."""
+
+    BETA, EPS = 0.95, 1e-8  # both moments and GG have the same decay
+
+    def __init__(self, params: list[nn.Parameter], weight_decay: float) -> None:
+        self.params, self.weight_decay = params, weight_decay
+        self.precondition_frequency = 10
+        self.count = 0  # the gradients averaged into GG
+        self.exp_avg, self.exp_avg_sq = ([torch.zeros_like(p) for p in params] for _ in range(2))
+        self.GG = [[torch.zeros(s, s, device=p.device) for s in p.shape] for p in params]
+        self.Q: list[list[torch.Tensor]] = [[] for _ in params]
+        for i, p in enumerate(params):
+            if p.ndim == 1:  # plain Adam
+                self.GG[i] = []
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """The first gradient only initializes GG and Q."""
+        beta, t = self.BETA, self.count
+        self.count += 1
+        for i, (p, GG) in enumerate(zip(self.params, self.GG, strict=True)):
+            if t > 0:
+                m, v = self.exp_avg[i], self.exp_avg_sq[i]
+                projected = self.project(i, p.grad)
+                m.lerp_(projected, 1 - beta)
+                v.lerp_(projected.square(), 1 - beta)
+                update = self.project(i, m / (v.sqrt() + self.EPS), back=True)
+                p.sub_(update, alpha=lr * (1 - beta**t) ** 0.5 / (1 - beta**t))
+                if GG:
+                    p.mul_(1 - lr * self.weight_decay)
+            if GG:
+                GG[0].lerp_(p.grad @ p.grad.T, 1 - beta)
+                GG[1].lerp_(p.grad.T @ p.grad, 1 - beta)
+                if t == 0:
+                    self.Q[i] = [torch.linalg.eigh(S).eigenvectors.flip(1) for S in GG]
+                elif t % self.precondition_frequency == 0:
+                    self.refresh(i)
+
+    def project(self, i: int, x: torch.Tensor, back: bool = False) -> torch.Tensor:
+        if not self.Q[i]:
+            return x
+        Q0, Q1 = self.Q[i]
+        return Q0 @ x @ Q1.T if back else Q0.T @ x @ Q1
+
+    def refresh(self, i: int) -> None:
+        """A power iteration of each basis, its columns sorted by their estimated eigenvalues."""
+        moment = self.project(i, self.exp_avg[i], back=True)
+        for side, (GG, Q) in enumerate(zip(self.GG[i], self.Q[i], strict=True)):
+            product = GG @ Q
+            order = (Q * product).sum(0).argsort(descending=True)
+            self.Q[i][side] = torch.linalg.qr(product[:, order]).Q
+            self.exp_avg_sq[i] = self.exp_avg_sq[i].index_select(side, order)
+        self.exp_avg[i] = self.project(i, moment)
 
 
-def our_bench(folder, context, batch_size, precision):
-    command = [sys.executable, "-m", "pico_tg", "bench", "train", "--model", str(folder), "--json"]
-    command += ["--context-len", str(context), "--batch-size", str(batch_size)]
-    done = subprocess.run(
-        [*command, "--precision", precision], check=True, stdout=subprocess.PIPE, text=True
-    )
-    records = map(json.loads, done.stdout.splitlines())
-    return {record["measured"]: record for record in records}["forward and backward"]["seconds"]
+class TorchSide:
+    """What is measured of PyTorch."""
 
+    def __init__(self, config: Config, weights: dict, data: np.ndarray, args) -> None:
+        self.device = "cuda" if args.cuda else "cpu"
+        self.bf16 = args.precision == "bf16"
+        attention = {"dense": dense, "banded": banded, "flex": flex}[args.attention]
+        self.model = Pico(config, attention).to(self.device)
+        self.model.load_state_dict({name: torch.tensor(a) for name, a in weights.items()})
+        self.decoder = TorchDecoder(copy.deepcopy(self.model))
+        self.loss = torch.compile(self.model) if args.compile else self.model
+        self.optimizer = TorchSOAP(list(self.model.parameters()), TrainSettings().weight_decay)
+        self.windows = torch.tensor(data, device=self.device).long()
 
-def torch_seconds(model, windows, device, precision, repeats):
-    def step():
-        model.zero_grad()
-        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-            loss = model(windows)
+    def forward_backward(self) -> float:
+        self.model.zero_grad()
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
+            loss = self.loss(self.windows)
         loss.backward()
-        loss.item()
-        if device == "cuda":
+        self.wait()
+        return loss.item()
+
+    def wait(self) -> None:
+        if self.device == "cuda":
             torch.cuda.synchronize()
 
-    times = []
-    for _ in range(2 + repeats):
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[2:])
+    def step(self) -> None:
+        self.forward_backward()
+        self.optimizer.step(LR)
+        self.wait()
+
+    def read(self, prompt: bytes) -> np.ndarray:
+        """The logits [T, 256] after the prompt."""
+        for byte in prompt:
+            self.logits = self.decoder.forward(byte)
+        return self.logits.cpu().numpy()
+
+    def decode(self) -> None:
+        for _ in range(DECODED):
+            byte = torch.multinomial(self.logits[0].softmax(-1), 1).item()
+            self.logits = self.decoder.forward(byte)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for field in dataclasses.fields(Config):
-        parser.add_argument("--" + field.name.replace("_", "-"), type=field.type)
-    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 6144])
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--cuda", action="store_true", help="on the GPU, compiled; bf16 and fp32")
-    args = parser.parse_args()
-    names = [field.name for field in dataclasses.fields(Config)]
-    sizes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    config = Config.preset("xs", **sizes)
-    device = "cuda" if args.cuda else "cpu"
-    attentions = {"dense": dense, "banded": banded} | ({"flex": flex} if args.cuda else {})
+class PicoSide:
+    """What is measured of pico_tg."""
+
+    def __init__(self, config: Config, data: np.ndarray, args) -> None:
+        sizes = {"context_len": data.shape[1] - config.next_tokens, "batch_size": len(data)}
+        self.settings = TrainSettings(**sizes, precision=args.precision)
+        self.data, model = data, pico_tg.Pico(config, seed=0)
+        self.weights = {name: t.numpy() for name, t in get_state_dict(model).items()}
+        self.windows = Tensor(data).realize()
+        self.decoder = Decoder(model)
+        self.loss_and_gradients = ForwardBackward(model)
+        self.train_step = TrainStep(model, self.settings)
+        self.optimizer = self.train_step.optimizer
+
+    def forward_backward(self) -> float:
+        with Tensor.train(), graph_context(self.settings, ()):
+            return self.loss_and_gradients(self.windows)
+
+    def step(self) -> None:
+        self.train_step(self.data[None], LR)
+
+    def read(self, prompt: bytes) -> np.ndarray:
+        logits = self.decoder.forward(prompt)[0][-1]
+        options = {"max_bytes": 2**40, "speculative": False, "ignore_end": True}
+        self.text = generate(
+            self.decoder.model, prompt, raw_prompt=True, seed=0, decoder=self.decoder, **options
+        )
+        return logits
+
+    def decode(self) -> None:
+        for _ in range(DECODED):
+            next(self.text)
+
+
+def check(name: str, ours: np.ndarray | float, theirs: np.ndarray | float, tolerance: float):
+    error = np.abs(ours - theirs).max() / np.abs(ours).max()
+    tqdm.write(f"{name}: relative difference {error:.0e}", file=sys.stderr)
+    if not error < tolerance:
+        sys.exit(f"{name}: PyTorch and pico_tg compute something else")
+
+
+def check_soap(device: str) -> None:
+    """13 steps of a matrix and a vector. A full-rank gradient, so that no basis is arbitrary."""
     rng = np.random.default_rng(0)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        windows = rng.integers(0, 256, (1, 96 + config.next_tokens)).astype(np.uint8)
-        expected = our_loss(config, folder, windows)
-        weights = load_file(folder / "weights.safetensors")
-        models = {}
-        for way, attention in attentions.items():
-            models[way] = Pico(config, attention).to(device)
-            models[way].load_state_dict(weights)
-            found = models[way](torch.tensor(windows, device=device).long()).item()
-            print(f"loss: pico_tg {expected:.6f}, torch {way} {found:.6f}", file=sys.stderr)
-            if abs(found - expected) > (1e-2 if args.cuda else 1e-4) * expected:
-                sys.exit(f"torch {way} computes another loss")
-            if args.cuda:
-                models[way] = torch.compile(models[way])
-        print("| context | precision | pico_tg | " + " | ".join(
-            f"torch {way} | ratio" for way in attentions) + " |")  # fmt: skip
-        print("|---" * (3 + 2 * len(attentions)) + "|")
-        for context in args.contexts:
-            data = rng.integers(0, 256, (args.batch_size, context + config.next_tokens))
-            windows = torch.tensor(data, device=device)
-            for precision in ("bf16", "fp32") if args.cuda else ("fp32",):
-                ours = our_bench(folder, context, args.batch_size, precision)
-                cells = [f"{context}", precision, f"{ours:.3f} s"]
-                for model in models.values():
-                    theirs = torch_seconds(model, windows, device, precision, args.repeats)
-                    cells += [f"{theirs:.3f} s", f"{ours / theirs:.2f}"]
-                print("| " + " | ".join(cells) + " |", flush=True)
+    shapes = [(16, 16), (16,)]
+    start = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+    ours = [Tensor(a).clone().realize() for a in start]
+    theirs = [nn.Parameter(torch.tensor(a, device=device)) for a in start]
+    optimizer, torch_optimizer = SOAP(ours, lr=0.01, weight_decay=0.1), TorchSOAP(theirs, 0.1)
+    with Tensor.train():
+        for _ in range(13):
+            for p, q in zip(ours, theirs, strict=True):
+                gradient = rng.standard_normal(p.shape).astype(np.float32)
+                p.grad, q.grad = Tensor(gradient).realize(), torch.tensor(gradient, device=device)
+            optimizer.step()
+            torch_optimizer.step(0.01)
+    for p, q, a in zip(ours, theirs, start, strict=True):
+        check("SOAP's updates", p.numpy() - a, q.detach().cpu().numpy() - a, 1e-3)
+
+
+@contextlib.contextmanager
+def busy_process() -> Iterator[None]:
+    """Another process keeps one core busy."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def replace_kernels() -> bool:
+    """Make the kernels of all captured graphs do nothing; False if the launcher is not in use."""
+    try:
+        from pico_tg.cpu.launcher import NativeGraph
+    except ImportError:
+        return False
+    nothing = ctypes.cast(ctypes.CDLL(None).abs, ctypes.c_void_p).value
+    graphs = [x for x in gc.get_objects() if isinstance(x, NativeGraph) and x.launcher]
+    for graph in graphs:
+        graph.rows[:, 0] = nothing
+    return bool(graphs)
+
+
+def seconds_of(call: Callable[[], None], at_least: float = 0.5) -> float:
+    """The mean of the calls that `at_least` seconds take."""
+    start, calls = time.perf_counter(), 0
+    while calls == 0 or time.perf_counter() - start < at_least:
+        call()
+        calls += 1
+    return (time.perf_counter() - start) / calls
+
+
+MEASURED = ("forward and backward", "train step", "decoding a byte")
+
+
+def measure(side: PicoSide | TorchSide) -> dict[str, float]:
+    """Seconds of each of MEASURED."""
+    found = {"forward and backward": seconds_of(side.forward_backward)}
+    found["decoding a byte"] = seconds_of(side.decode) / DECODED
+    side.optimizer.precondition_frequency = 1 << 40
+    plain = seconds_of(side.step)
+    side.optimizer.precondition_frequency = 1
+    found["train step"] = 0.9 * plain + 0.1 * seconds_of(side.step, 0)
+    return found
+
+
+def measure_case(config: Config, context: int, batch: int, args, bar: tqdm) -> list[list[str]]:
+    """Check and measure one model; the cells of a row for each of MEASURED."""
+    rng = np.random.default_rng(0)
+    data = rng.integers(0, 256, (batch, context + config.next_tokens)).astype(np.uint8)
+    ours = PicoSide(config, data, args)
+    sides = [ours, TorchSide(config, ours.weights, data, args)]
+    exact = 1e-4 if args.precision == "fp32" and not args.cuda else 1e-2
+    check("loss", *[side.forward_backward() for side in sides], exact)
+    prompt = rng.bytes(1024)
+    check("logits of decoding", *[side.read(prompt) for side in sides], 10 * exact)
+    for side in sides:
+        for _ in range(WARM_UP):
+            side.forward_backward(), side.step(), side.decode()
+    bar.update()
+    medians = []
+    for context_manager in (contextlib.nullcontext, busy_process):
+        rounds = []
+        with context_manager():
+            for _ in range(args.rounds):
+                rounds.append([measure(side) for side in sides])
+                bar.update()
+        for i in range(2):
+            medians.append({x: statistics.median(pair[i][x] for pair in rounds) for x in MEASURED})
+    launching = measure(ours) if replace_kernels() else None
+    rows = []
+    for name in MEASURED:
+        row = [name]
+        for pair in (medians[:2], medians[2:]):
+            a, b = (side[name] for side in pair)
+            row += [f"{a:.4f}", f"{b:.4f}", f"{b / a:.2f}"]
+        share = launching and launching[name] / medians[0][name]
+        rows.append([*row, f"{share:.1%}" if share is not None else "not measured"])
+    return rows
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return "unknown processor"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--rounds", type=int, default=5, help="alternations of both (5)")
+    parser.add_argument("--quick", action="store_true", help="the smallest model, two rounds")
+    parser.add_argument("--attention", choices=("banded", "dense", "flex"), default="banded")
+    parser.add_argument("--compile", action="store_true", help="torch.compile for training")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--cuda", action="store_true", help="on a GPU (never tried)")
+    args = parser.parse_args()
+    if args.quick:
+        args.case, args.rounds = ["quickstart-4x512"], 2
+    pico_tg.enable_compile_cache()
+    gemm = gemm_rate("fp32", "CPU")
+    print(
+        f"{processor()}, {os.cpu_count()} cores, matmul in NumPy {gemm:.0f} GFLOPS; "
+        f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads, {args.attention}"
+        f"{', compiled' * args.compile}; {args.precision}{', on the GPU' * args.cuda}"
+    )
+    with tqdm(total=len(args.case) * (1 + 2 * args.rounds), desc="rounds") as bar:
+        check_soap("cuda" if args.cuda else "cpu")
+        for case in args.case:
+            sizes, context, batch = CASES[case]
+            config = Config.preset("xs", **sizes)
+            rows = measure_case(config, context, batch, args, bar)
+            head = [case, "pico_tg", "PyTorch", "ratio", "busy: pico_tg", "PyTorch", "ratio"]
+            for cells in ([*head, "launching"], ["---"] * 8, *rows):
+                tqdm.write("| " + " | ".join(cells) + " |")
+            gc.collect()
 
 
 if __name__ == "__main__":
