@@ -103,7 +103,7 @@ def test_auto_asks_the_hardware():
     assert found == {"Apple7": False, "Apple8": False, "Apple9": True, "Apple10": True}
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=1)
 def test_losses_are_within_a_hundredth_over_100_steps():
     """Of 20-step averages: single steps differ more, since training amplifies any rounding."""
     curves = {}

@@ -52,10 +52,10 @@ def test_set_up_is_two_commands():
     assert "pip install -e '.[cpu,dev]'" in setup
     assert tests == ".venv/bin/python -m pytest"
     # .ci/run adds the tests that the default run deselects
-    assert re.search(r"^python -m pytest -q.*\npython -m pytest -q.* -m slow$", ci, re.MULTILINE)
+    assert re.search(r"^python -m pytest -q.* -m ''$", ci, re.MULTILINE)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=3)
 def test_quickstart_writes_words(tmp_path):
     """The quickstart in full length: most of what the model writes are words of its data."""
     assert "examples/quickstart.py" in blocks("bash")[0]
@@ -97,7 +97,8 @@ def test_flags_in_the_table_exist(capsys):
 @pytest.mark.slow
 def test_script_of_the_readme(tmp_path):
     (script,) = blocks("python")
-    (tmp_path / "script.py").write_text(script.replace("max_steps=100", "max_steps=3"))
+    small = re.sub(r"sizes = .*", f"sizes = {TINY.to_dict()}", script)
+    (tmp_path / "script.py").write_text(small.replace("max_steps=100", "max_steps=3"))
     out = run("python script.py", tmp_path)
     assert re.match(r"1 [\d.]+\n2 [\d.]+\n3 [\d.]+\n", out)
 
@@ -114,8 +115,9 @@ def test_benchmarks_of_the_readme(tmp_path):
 
 @pytest.mark.slow
 def test_comparison_of_optimizers(tmp_path):
-    """The study, with 2 steps and one learning rate each."""
-    command = command_of("compare_optimizers.py")
+    """The study, with a tiny model, 2 steps and one learning rate each."""
+    TINY.to_json(tmp_path / "model.json")
+    command = command_of("compare_optimizers.py") + " --model model.json"
     out = run(f"{command} --steps 2 --rates 1 --svg {tmp_path}/optimizers.svg", tmp_path)
     assert len(re.findall(r"^\| (?:adamw|soap) \| [\d.]+ \| [\d.]+ \|$", out, re.MULTILINE)) == 2
     assert "AdamW ends at" in out

@@ -20,7 +20,6 @@ faster.
 import argparse
 import contextlib
 import copy
-import ctypes
 import gc
 import math
 import os
@@ -34,13 +33,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tinygrad import Tensor
+from tinygrad import Device, Tensor
 from tinygrad.nn.state import get_state_dict
 from torch import nn
 from tqdm import tqdm
 
 import pico_tg
 from pico_tg import SOAP, Config, Decoder, TrainSettings, generate
+from pico_tg.cpu.launcher import NativeGraph, without_kernels
 from pico_tg.remat import graph_context
 from pico_tg.tools.bench import ForwardBackward, gemm_rate
 from pico_tg.training import TrainStep
@@ -56,7 +56,7 @@ CASES = {  # sizes of the model (otherwise those of the preset), context, window
     "published-6144": (PUBLISHED, 6144, 1),
     "quickstart-4x512": (SMALL, 512, 4),
 }
-WARM_UP = 2
+WARM_UP = 1
 DECODED = 32  # bytes of one measurement
 LR = 1e-5  # small: there is nothing to learn in random bytes
 
@@ -426,19 +426,6 @@ def busy_process() -> Iterator[None]:
         process.wait()
 
 
-def replace_kernels() -> bool:
-    """Make the kernels of all captured graphs do nothing; False if the launcher is not in use."""
-    try:
-        from pico_tg.cpu.launcher import NativeGraph
-    except ImportError:
-        return False
-    nothing = ctypes.cast(ctypes.CDLL(None).abs, ctypes.c_void_p).value
-    graphs = [x for x in gc.get_objects() if isinstance(x, NativeGraph) and x.launcher]
-    for graph in graphs:
-        graph.rows[:, 0] = nothing
-    return bool(graphs)
-
-
 def seconds_of(call: Callable[[], None], at_least: float = 0.5) -> float:
     """The mean of the calls that `at_least` seconds take."""
     start, calls = time.perf_counter(), 0
@@ -485,16 +472,22 @@ def measure_case(config: Config, context: int, batch: int, args, bar: tqdm) -> l
                 bar.update()
         for i in range(2):
             medians.append({x: statistics.median(pair[i][x] for pair in rounds) for x in MEASURED})
-    launching = measure(ours) if replace_kernels() else None
+    launching = None
+    if getattr(Device[Device.DEFAULT], "graph", None) is NativeGraph:
+        with without_kernels():
+            launching = measure(ours)
     rows = []
     for name in MEASURED:
         row = [name]
         for pair in (medians[:2], medians[2:]):
             a, b = (side[name] for side in pair)
-            row += [f"{a:.4f}", f"{b:.4f}", f"{b / a:.2f}"]
-        share = launching and launching[name] / medians[0][name]
-        rows.append([*row, f"{share:.1%}" if share is not None else "not measured"])
+            row += [milliseconds(a), milliseconds(b), f"{b / a:.2f}"]
+        rows.append([*row, f"{launching[name] / medians[0][name]:.1%}" if launching else "-"])
     return rows
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:,.0f}" if seconds > 0.1 else f"{1000 * seconds:.3g}"
 
 
 def processor() -> str:
@@ -530,7 +523,15 @@ def main() -> None:
             sizes, context, batch = CASES[case]
             config = Config.preset("xs", **sizes)
             rows = measure_case(config, context, batch, args, bar)
-            head = [case, "pico_tg", "PyTorch", "ratio", "busy: pico_tg", "PyTorch", "ratio"]
+            head = [
+                f"{case}, ms",
+                "pico_tg",
+                "PyTorch",
+                "ratio",
+                "busy: pico_tg",
+                "PyTorch",
+                "ratio",
+            ]
             for cells in ([*head, "launching"], ["---"] * 8, *rows):
                 tqdm.write("| " + " | ".join(cells) + " |")
             gc.collect()

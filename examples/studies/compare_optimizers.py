@@ -3,7 +3,7 @@
 Each optimizer is trained at up to three learning rates. Prints a table in Markdown and draws the
 held-out bits per byte of every run.
 
-python examples/studies/compare_optimizers.py [DATASET] [--steps 600] [--svg FILE]
+python examples/studies/compare_optimizers.py [DATASET] [--steps 600] [--model MODEL.json]
 """
 
 import argparse
@@ -20,6 +20,7 @@ VALIDATION_INTERVAL = 25
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
 parser.add_argument("dataset", nargs="?", default="python-docs")
+parser.add_argument("--model", type=Path, help="sizes of the model (default: the quickstart's)")
 parser.add_argument("--steps", type=int, default=600)
 parser.add_argument("--rates", type=int, default=3, help="number of learning rates to try, 1 to 3")
 parser.add_argument("--svg", type=Path, default=Path(__file__).parent / "optimizers.svg")
@@ -28,6 +29,8 @@ args = parser.parse_args()
 config = pico_tg.Config.preset(
     "xs", dim=96, att_q_heads=6, att_kv_heads=2, latent_num_blocks=2, next_tokens=4
 )
+if args.model:
+    config = pico_tg.Config.from_json(args.model)
 data = pico_tg.load_data(pico_tg.DataSpec(args.dataset))
 curves: dict[tuple[str, float], list[tuple[int, float]]] = {}  # of (step, bits per byte)
 step_seconds: dict[str, float] = {}
