@@ -60,10 +60,11 @@ class SOAP(Optimizer):
         loss = train_step(x, y)
         optimizer.refresh()
 
-    Cost of a step for a matrix [m, n]: 6 m n (m + n) FLOPs on the device. `refresh()` reads two
-    numbers from the device; every precondition_frequency steps it also copies GG, Q and both
-    moments to the host, and Q and the moments back (on a CPU it works in place). NumPy then spends
-    2 s³ FLOPs on a product and 8/3 s³ on a QR for each side, and 4 m n (m + n) on the momentum.
+    Cost of a step for a matrix [m, n]: 6 m n (m + n) FLOPs on the device; 5 m n (m + n) with the
+    kernels of cpu/, which compute half of each Gram matrix. `refresh()` reads two numbers from the
+    device; every precondition_frequency steps it also copies GG, Q and both moments to the host,
+    and Q and the moments back (on a CPU it works in place). NumPy then spends 2 s³ FLOPs on a
+    product and 8/3 s³ on a QR for each side, and 4 m n (m + n) on the momentum.
     """
 
     def __init__(

@@ -31,6 +31,19 @@ def test_products_on_other_processors(shape, tile_m, cores, any_size, monkeypatc
         check_product("linear", shape)
 
 
+@pytest.mark.parametrize("cores", [1, 3])
+@pytest.mark.parametrize("shape", [(1, 100, 7), (3, 37, 20), (2, 16, 9)], ids=str)
+def test_gram_matrices_are_products(shape, cores, any_size):
+    """X Xᵀ, of which half is computed, is symmetric and the product of X and a copy of Xᵀ."""
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    x, copy = Tensor(x).realize(), Tensor(x).realize()
+    with Context(CPU_COUNT=cores):
+        for trans_a in (False, True):
+            half, whole = (ops.bmm(x, y, trans_a, not trans_a).numpy() for y in (x, copy))
+            np.testing.assert_allclose(half, whole, rtol=0, atol=1e-4)
+            np.testing.assert_array_equal(half, half.swapaxes(1, 2))
+
+
 def test_products_with_64_bit_addresses(any_size, monkeypatch):
     monkeypatch.setattr(loops, "INT", 1 << 10)
     check_product("linear", ((2,), 24, 20, 16))

@@ -7,7 +7,7 @@ import pytest
 from tinygrad import Device, GlobalCounters, Tensor, TinyJit, nn
 
 from pico_tg import SOAP
-from pico_tg.runtime import write_into
+from pico_tg.runtime import has_cpu_kernels, write_into
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -289,7 +289,10 @@ def test_refresh_inside_a_jit_is_refused():
 
 @pytest.mark.slow
 def test_operations_of_a_step():
-    """6mn(m+n) for each matrix, and at most a fifth more for the rest of the update."""
+    """6mn(m+n) for each matrix, and at most a fifth more for the rest of the update.
+
+    5mn(m+n) where the CPU's kernels compute half of each Gram matrix.
+    """
     shapes = [(372, 372), (744, 372), (744, 372), (372,)]
     params = [Tensor.ones(*shape).contiguous().realize() for shape in shapes]
     optimizer = SOAP(params)
@@ -298,7 +301,8 @@ def test_operations_of_a_step():
     with Tensor.train():
         GlobalCounters.reset()
         Tensor.realize(*optimizer.schedule_step())
-    analytic = sum(6 * s[0] * s[1] * sum(s) for s in shapes if len(s) == 2)
+    factor = 5 if has_cpu_kernels(Device.DEFAULT) else 6
+    analytic = sum(factor * s[0] * s[1] * sum(s) for s in shapes if len(s) == 2)
     assert analytic <= GlobalCounters.global_ops <= 1.2 * analytic
 
 

@@ -58,8 +58,8 @@ class LoopNest:
         self.stores = self.order = [body]
 
     @contextlib.contextmanager
-    def loops(self, sizes: tuple[int, ...], shared: int) -> Iterator[list[UOp]]:
-        """Nested loops, outermost first; the threads share the iterations of loop `shared`."""
+    def loops(self, sizes: tuple[UOp | int, ...], shared: int = -1) -> Iterator[list[UOp]]:
+        """Nested loops, outermost first; the threads share those of loop `shared`, if any."""
         with contextlib.ExitStack() as stack:
             yield [
                 stack.enter_context(self._split(n) if i == shared else self._whole(n))
@@ -67,8 +67,8 @@ class LoopNest:
             ]
 
     @contextlib.contextmanager
-    def _whole(self, n: int) -> Iterator[UOp]:
-        if n == 1:
+    def _whole(self, n: UOp | int) -> Iterator[UOp]:
+        if isinstance(n, int) and n == 1:
             yield self.const(0)
         else:
             with self.loop(n) as i:
@@ -107,8 +107,23 @@ class LoopNest:
         pointer = self._pointer(self.buffers[0].after(*self.order), address, TILE_N)
         return UOp(Ops.LOAD, VECTOR, (pointer,))
 
-    def store(self, address: UOp, vector: UOp) -> None:
-        self._add(self._pointer(self.buffers[0], address, TILE_N).store(vector))
+    def store(self, address: UOp, vector: UOp, *before: UOp) -> None:
+        """Store a vector, after the stores `before`."""
+        buffer = self.buffers[0].after(*before) if before else self.buffers[0]
+        self._add(self._pointer(buffer, address, TILE_N).store(vector))
+
+    def store_elements(self, addresses: list[UOp], vector: UOp) -> list[UOp]:
+        """Stores of a vector's elements at separate addresses, to be passed to `store`.
+
+        tinygrad 0.13 extracts elements only from memory, and groups only stores of equal width.
+        """
+        registers = self.registers(1)
+        stored = self._pointer(registers, self.const(0), TILE_N).store(vector)
+        elements = (self._pointer(registers.after(stored), self.const(j), 1) for j in range(TILE_N))
+        return [
+            self._pointer(self.buffers[0], address, 1).store(element.load())
+            for address, element in zip(addresses, elements, strict=True)
+        ]
 
     def registers(self, vectors: int) -> UOp:
         """An array of vectors in registers, for values that are carried between iterations."""
