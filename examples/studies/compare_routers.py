@@ -153,8 +153,9 @@ def train_and_evaluate(variant: Variant, seed: int) -> dict:
         "bits_per_byte": measured[-1]["validation_bits_per_byte"],
         "bits_per_byte_top_k": measured[-1]["validation_bits_per_byte_top_k"],
         "routed": measured[-1]["validation_router_rate"],
-        "boundary_f1": evaluation.boundaries["word_start"].router.f1,
-        "random_f1": evaluation.boundaries["word_start"].random.f1,
+        "spaces": evaluation.places["space"].rate,
+        "boundary_f1": evaluation.boundaries["near"].router.f1,
+        "random_f1": evaluation.boundaries["near"].random.f1,
         "curve": [
             (record["step"] / variant.steps, record["validation_bits_per_byte"])
             for record in measured
@@ -219,7 +220,7 @@ for variant, seed, key, result in tqdm(trained, desc="decoding", unit="model"):
 
 # heading of a column, key of a result, digits
 columns = [
-    ("top-k", "bits_per_byte_top_k", 3), ("routed", "routed", 2),
+    ("top-k", "bits_per_byte_top_k", 3), ("routed", "routed", 2), ("spaces", "spaces", 2),
     ("boundary F1", "boundary_f1", 2), ("random F1", "random_f1", 2), ("hours", "hours", 2),
 ]  # fmt: skip
 if args.sample_bytes:
