@@ -1,6 +1,7 @@
 """The native launcher of captured graphs against tinygrad's own: the same bits, whoever helps."""
 
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,17 +13,18 @@ import pytest
 from helpers import TINY
 from tinygrad import Device, Tensor, TinyJit
 from tinygrad.engine.realize import get_graph_runtime
-from tinygrad.helpers import Context
+from tinygrad.helpers import CPU_COUNT, Context
 from tinygrad.runtime.graph.hcq import HCQGraph
 
 from pico_tg import decoder
-from pico_tg.cpu import launcher
+from pico_tg.cpu import decoding, launcher
+from pico_tg.kv_cache import PackedLinear
 from pico_tg.model import Pico
 from pico_tg.ops import linear
 
 pytestmark = pytest.mark.skipif(
     not Device.DEFAULT.startswith("CPU") or launcher._launcher() is None,
-    reason="the launcher is for Linux and tinygrad's LLVM",
+    reason="the launcher is for Linux, with LLVM or clang",
 )
 
 
@@ -30,12 +32,14 @@ pytestmark = pytest.mark.skipif(
 def graph_of(monkeypatch):
     """graph_of(helpers): captured graphs are native from now on; None: tinygrad's own."""
 
-    def choose(helpers):
+    def choose(helpers, library=None):
         device = Device["CPU"]
         if helpers is None:
             monkeypatch.setattr(device, "graph", HCQGraph)
             return
-        library = device.renderer.compiler.compile_cached(launcher._source(platform.machine()))
+        if library is None:
+            source = launcher._source(platform.machine())
+            library = device.renderer.compiler.compile_cached(source)
         own = launcher.Launcher(library, helpers)
         monkeypatch.setattr(launcher, "_launcher", lambda: own)
         monkeypatch.setattr(device, "graph", launcher.NativeGraph)
@@ -223,6 +227,58 @@ def test_a_forked_child_runs_graphs_without_helpers(graph_of):
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["child", "same", "parent", "same"]
+
+
+@pytest.fixture
+def clang(monkeypatch):
+    """The launcher's compiler is a clang of this machine."""
+    names = "clang", *(f"clang-{version}" for version in range(23, 14, -1))
+    command = next(filter(None, map(shutil.which, names)), None)
+    if command is None:
+        pytest.skip("no clang")
+    monkeypatch.setattr(launcher, "getenv", lambda *_: command)
+
+
+def test_clang_compiles_the_launcher(clang, graph_of):
+    arch = Device["CPU"].renderer.compiler.arch
+    library = launcher.IRCompiler(arch).compile(launcher._source(platform.machine()))
+    with Context(CPU_COUNT=2):
+        graph_of(None)
+        expected, _ = run()
+        graph_of(1, library)
+        found, graphs = run()
+    assert all(graph.launcher is not None for graph in graphs)
+    np.testing.assert_array_equal(expected, found)
+
+
+def test_machine_code_for_arm64(clang):
+    """It needs no runtime library, for example for atomics: nothing would link that."""
+    compiler = launcher.IRCompiler("arm64")
+    compiler.args = ["-mcpu=generic"]  # not this machine's processor
+    library = compiler.compile(launcher._source("aarch64"))
+    assert b"\x3f\x20\x03\xd5" in library  # the instruction yield
+
+
+@pytest.mark.skipif(CPU_COUNT.value < 2, reason="tinygrad allows CPU_COUNT threads")
+@pytest.mark.parametrize("rows", [1, 8])
+def test_packed_matmul_on_several_threads(graph_of, monkeypatch, rows):
+    """The shares are columns: the same bits as on one thread."""
+    monkeypatch.setattr(decoding, "PARALLEL", 0)
+    rng = np.random.default_rng(0)
+    weight, x = (Tensor(rng.standard_normal(s).astype(np.float32)) for s in ((128, 52), (rows, 52)))
+    linear = PackedLinear(weight.realize())
+    x = x.realize()
+    found = []
+    for cores in (1, 2):
+        with Context(CPU_COUNT=cores):
+            graph_of(cores - 1)
+            jit = TinyJit(lambda: linear(x).realize())
+            for _ in range(3):
+                found.append(jit().numpy().copy())
+    (call,) = jit.captured.linear.src
+    assert call.src[0].arg.global_size[0] == 2
+    np.testing.assert_array_equal(found[0], found[-1])
+    np.testing.assert_allclose(found[0], x.numpy() @ weight.numpy().T, atol=1e-4)
 
 
 def test_cgroup_quota(tmp_path):

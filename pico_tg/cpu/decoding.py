@@ -16,12 +16,14 @@ from tinygrad import Tensor, dtypes
 from tinygrad.codegen.opt import Opt, OptOps
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
+from . import launcher
 from .band_attention import exps
-from .loops import TILE_N, tile_m
+from .loops import TILE_N, even_threads, tile_m
 
 if TYPE_CHECKING:
     from ..kv_cache import KVCache
 
+PARALLEL = 1 << 16  # least number of weights for which threads pay: one core reads 2^16 in 20 µs
 UNROLL = 4  # terms of a sum that one iteration adds if a tile has only one row
 
 
@@ -36,6 +38,8 @@ def packed_matmul(
     rows, (panels, inputs, panel) = x.shape[0], weight.shape
     tile = _tile_rows(rows)
     vectors = panel // TILE_N if _tile_rows(rows, panel // TILE_N) == tile else 1
+    shared = weight.numel() >= PARALLEL and launcher.serves()
+    threads = even_threads(panels) if shared else 1
 
     def kernel(out: UOp, x: UOp, weight: UOp, *more: UOp) -> UOp:
         (r, p, c), axis = _loops(rows, panels, panel)
@@ -48,6 +52,8 @@ def packed_matmul(
         opts = _tile_opts(axis[2], vectors, axis[0], tile)
         if tile == 1 and inputs % UNROLL == 0:
             opts.append(Opt(OptOps.UNROLL, 0, UNROLL))
+        if threads > 1:
+            opts.append(Opt(OptOps.THREAD, axis[1], threads))
         name = f"packed_{rows}_{outputs}_{inputs}_{len(more)}"
         info = KernelInfo(name=name, opts_to_apply=tuple(opts))
         return _end(out[r, p * panel + c].store(total), r, p, c).sink(arg=info)

@@ -12,8 +12,8 @@ a kernel, and a helper that is descheduled before it claims a share delays no ot
 without work spin briefly and then sleep in a futex, which leaves the cores to other processes.
 
 The graph runs in the calling thread, after all work submitted earlier; results are in memory when
-the call returns. tinygrad's own graph handles all other cases: other compilers and systems, copies,
-symbolic launch sizes, PROFILE, DEBUG >= 2.
+the call returns. tinygrad's own graph handles all other cases: tinygrad's assembler, clang before
+version 15, other systems than Linux, copies, symbolic launch sizes, PROFILE, DEBUG >= 2.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ import math
 import mmap
 import os
 import platform
+import subprocess
 import sys
 import threading
 import time
@@ -36,9 +37,10 @@ from tinygrad import Device, GlobalCounters
 from tinygrad.device import Buffer, CompileError
 from tinygrad.engine import realize
 from tinygrad.engine.jit import CapturedJit, GraphRunner, create_graph_call
-from tinygrad.helpers import CPU_COUNT, DEBUG, PROFILE, mv_address
+from tinygrad.helpers import CPU_COUNT, DEBUG, PROFILE, getenv, mv_address
 from tinygrad.runtime.graph.hcq import HCQGraph
 from tinygrad.runtime.ops_cpu import CPUProgram
+from tinygrad.runtime.support.compiler_cpu import ClangJITCompiler, CPULLVMCompiler
 from tinygrad.uop.ops import Ops, UOp
 
 # A kernel's row: function, shares, number of arguments, position of core_id, arguments' address.
@@ -160,9 +162,14 @@ class Launcher:
         self.native(self.state, rows, count, self.syscall)
 
 
+def serves() -> bool:
+    """Whether graphs are launched natively here: threads then cost about 1 µs per kernel."""
+    return _launcher() is not None
+
+
 def install(device: str) -> None:
     """Make all graphs that are captured on this CPU device from now on `NativeGraph`s."""
-    if _launcher() is not None:
+    if serves():
         Device[device].graph = NativeGraph
 
 
@@ -290,19 +297,34 @@ def without_kernels() -> Iterator[None]:
             rows[:] = before
 
 
+class IRCompiler(ClangJITCompiler):
+    """clang for LLVM IR instead of C; 15 is the first version that reads the launcher's."""
+
+    def __init__(self, arch: str) -> None:
+        super().__init__([arch, "native"], cachekey="compile_clang_ir")
+
+    def compile_to_obj(self, src: str) -> bytes:
+        """The object file of LLVM IR."""
+        target = f"--target={self.arch}-none-unknown-elf"
+        options = ["-c", "-x", "ir", "-w", "-O2", "-fPIC", target, *self.args, "-", "-o", "-"]
+        clang = [getenv("CC", "clang"), *options]
+        return subprocess.run(clang, input=src.encode(), capture_output=True, check=True).stdout
+
+
 @functools.cache
 def _launcher() -> Launcher | None:
-    """The process's launcher; None unless on Linux, x86-64 or arm64, with tinygrad's LLVM."""
+    """The process's launcher; None unless on Linux, x86-64 or arm64, with LLVM or clang."""
     compiler = Device["CPU"].renderer.compiler
-    if (
-        sys.platform != "linux"
-        or platform.machine() not in PAUSE
-        or not hasattr(compiler, "target_machine")
-    ):
+    machine = platform.machine()
+    if sys.platform != "linux" or machine not in PAUSE:
+        return None
+    if isinstance(compiler, ClangJITCompiler):
+        compiler = IRCompiler(compiler.arch)
+    elif not isinstance(compiler, CPULLVMCompiler):
         return None
     try:
-        library = compiler.compile_cached(_source(platform.machine()))
-    except (CompileError, RuntimeError):
+        library = compiler.compile_cached(_source(machine))
+    except (CompileError, RuntimeError, OSError, subprocess.SubprocessError):
         return None
     return Launcher(library, usable_cores() - 1)
 
