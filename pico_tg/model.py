@@ -22,8 +22,9 @@ from .backend import check_backend
 from .config import RULES, Config
 from .ops import as_index, cross_entropy, gather, linear, lookup, materialize, scatter, swiglu
 from .remat import run_blocks
-from .routing import TOP_K_STEPS, rule_decisions, slots, top_k_decisions
+from .routing import TOP_K_STEPS, rule_decisions
 from .runtime import exclusive, write_into
+from .selection import slots, top_k_decisions
 
 RMS_EPS = 2.0**-23  # float32's machine epsilon
 

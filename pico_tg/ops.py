@@ -226,8 +226,8 @@ def _lookup(weight: Tensor, index: Tensor) -> Tensor:
 def gather(x: Tensor, index: Tensor, slot: Tensor) -> Tensor:
     """x [B, N, D] -> [B, S, D]: row index[b, s] in each slot.
 
-    index int32 [B, S] and slot int32 [B, N] are inverse maps (see `routing.slots`). So the gradient
-    of `gather` is `scatter` with the same maps and vice versa; both cost O(N * D).
+    index int32 [B, S] and slot int32 [B, N] are inverse maps: see `selection.slots`. So the
+    gradient of `gather` is `scatter` with the same maps and vice versa; both cost O(N * D).
     """
     return _gather(x.contiguous(), index, slot).contiguous()
 

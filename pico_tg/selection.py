@@ -1,0 +1,72 @@
+"""The largest logits of each sequence, and the slots of the selected bytes, in integer kernels.
+
+Shape letters: B batch, N bytes, S slots.
+"""
+
+import math
+
+from tinygrad import Tensor, dtypes
+
+MAX_RANKED = 2048  # the longest sequence whose bytes are ranked pair by pair
+
+
+def top_k_decisions(router_logits: Tensor, capacity: int) -> Tensor:
+    """The `capacity` largest logits of each row of [B, N], ties to the earlier byte: bool [B, N].
+
+    Up to MAX_RANKED bytes, one O(N^2) kernel ranks them; for more, 14 kernels find the smallest
+    selected logit in O(N). `Tensor.topk` runs 67 kernels at N = 1024. Logits are compared instead
+    of sigmoids, which have the same order but are rounded to ties.
+    """
+    z, N = router_logits.detach().contiguous(), router_logits.shape[1]
+    if N > MAX_RANKED:
+        return _above_threshold(z, capacity)
+    z_i, z_j = z.unsqueeze(2), z.unsqueeze(1)  # (B, N, 1), (B, 1, N)
+    position = Tensor.arange(N, device=z.device)
+    earlier = position.reshape(1, N) < position.reshape(N, 1)  # (N, N)
+    ahead = (z_j > z_i) | ((z_j == z_i) & earlier)  # (B, N, N)
+    return ahead.sum(axis=2, dtype=dtypes.int32) < capacity
+
+
+def _above_threshold(z: Tensor, capacity: int) -> Tensor:
+    """`top_k_decisions` from a radix search for T, the capacity-th largest of each row of z.
+
+    Four rounds determine 8 bits of T each: a round counts, for 255 candidates, the logits that are
+    not smaller.
+    """
+    # float32 as int32 of the same order; -0.0 equals 0.0
+    bits = (z == 0).where(0.0, z).bitcast(dtypes.int32)
+    key = (bits < 0).where(bits ^ 0x7FFFFFFF, bits).contiguous()  # (B, N)
+    T, digit, counts = 0, Tensor.arange(1, 256, device=z.device), []
+    for shift in (24, 16, 8, 0):
+        lowest = -128 if shift == 24 else 0  # without overflow, which tinygrad's simplifier ignores
+        candidate = (T + (digit + lowest) * (1 << shift)).reshape(-1, 255, 1)  # (B or 1, 255, 1)
+        count = (key.unsqueeze(1) >= candidate).sum(axis=2, dtype=dtypes.int32).contiguous()
+        reached = (count >= capacity).sum(axis=1, keepdim=True, dtype=dtypes.int32)  # (B, 1)
+        T = T + (reached + lowest) * (1 << shift)
+        counts.append(count)
+    T, count = T.contiguous(), Tensor.cat(*counts, dim=1)  # (B, 1), (B, 4 * 255)
+    # T + 1 was a candidate, unless T is the largest int32
+    above = (count < capacity).where(count, 0).max(axis=1, keepdim=True).contiguous()  # (B, 1)
+    tied = (key == T).contiguous()
+    return (key > T) | (tied & (tied.cast(dtypes.int32).cumsum(axis=1) <= capacity - above))
+
+
+def slots(decisions: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Assign decisions bool [B, N] to `count` slots: index int32 [B, count], slot int32 [B, N].
+
+    `index` is the byte in each slot, `slot` the slot of each byte, -1 for a byte without a slot:
+    inverse maps, as `ops.gather` and `ops.scatter` need. Slots are filled in sequence order; once
+    all slots are full, further selected bytes get -1. Unused slots hold index 0. Costs O(S sqrt N).
+    """
+    N = decisions.shape[1]
+    selected = decisions.cast(dtypes.int32).cumsum(axis=1).contiguous()  # up to each byte; (B, N)
+    slot = (decisions & (selected <= count)).where(selected - 1, -1).contiguous()  # (B, N)
+    # slot s holds the first byte n with selected[n] > s, and `selected` never decreases: count the
+    # bytes before n, first in whole blocks of `size` bytes, then in one block
+    s, size = Tensor.arange(count, device=slot.device).reshape(count, 1), math.isqrt(N)
+    ends = selected[:, size - 1 :: size].unsqueeze(1)  # (B, 1, blocks)
+    start = (ends <= s).sum(axis=2, keepdim=True, dtype=dtypes.int32).contiguous() * size
+    n = start + Tensor.arange(size, device=slot.device)  # (B, S, size)
+    block = selected.gather(1, n.minimum(N - 1).flatten(1)).reshape(n.shape)
+    index = start.squeeze(2) + ((n < N) & (block <= s)).sum(axis=2, dtype=dtypes.int32)  # (B, S)
+    return (index < N).where(index, 0).contiguous(), slot
