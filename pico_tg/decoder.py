@@ -3,8 +3,9 @@
 A pass reads R bytes and returns their logits. A pass runs three compiled graphs: the first blocks
 and the router on all R rows; the latent blocks on the rows that the router selects, if any; the
 last blocks and the heads on all rows. The first graph also decides, so that the CPU's launcher can
-run all three in one call; elsewhere the host reads the number of selected rows in between. Each
-graph is compiled for a few numbers of rows only; other numbers are padded to the next compiled one:
+run all three in one call. On other devices a pass is one graph, in which the latent blocks always
+run, with a slot for every row: to skip them, the host would have to wait for the router. Each graph
+is compiled for a few numbers of rows only; other numbers are padded to the next compiled one:
 
 - decode: 1, 4 or 8 rows, for the newest byte and its drafts, or a short prompt in pieces of 8
 - prefill: PREFILL_CHUNK rows, for prompts of MIN_PREFILL bytes, which justify another compilation
@@ -15,13 +16,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from tinygrad import Tensor, dtypes
+from tinygrad import Context, Tensor, dtypes
 
 from .attention import alibi_slopes, rotate
 from .config import RULES
 from .kv_cache import KVCache, PackedLinear, padded_width
 from .model import RMS_EPS, Block, Pico
-from .routing import rule_decisions, slots
+from .routing import rule_decisions
 from .runtime import (
     MethodJit,
     exclusive,
@@ -31,6 +32,7 @@ from .runtime import (
     read,
     write_into,
 )
+from .selection import slots
 
 DECODE_ROWS = (1, 4, 8)  # few: a padded row costs little time, another size seconds of compiling
 PREFILL_CHUNK = 64  # rows of a prefill pass
@@ -130,15 +132,16 @@ class Decoder:
         self.embedding, self.router, self.bias, self.cutoff = self._copies(width)
         self.unembedding = PackedLinear(model.unembedding.weight, model.norm.weight)
         # The captured graphs refer to these buffers: as arguments they would cost 0.1 ms per pass.
-        # hidden: the hidden states of a pass; index and slot: see `routing.slots`
+        # hidden: the hidden states of a pass; index and slot: see `selection.slots`
         self.hidden = Tensor.zeros(PREFILL_CHUNK, width, device=device).contiguous().realize()
         self.index, self.slot, self.inputs = (
             Tensor.zeros(n, dtype=dtypes.int32, device=device).contiguous().realize()
             for n in (PREFILL_CHUNK, PREFILL_CHUNK, sum(INPUTS))
         )
+        self.single_graph = not device.startswith("CPU")
         self.shared_inputs = in_host_memory(self.inputs)
         self.host_inputs = read(self.inputs)
-        self.graphs: dict[tuple[str, int], MethodJit] = {}
+        self.graphs: dict[tuple[str | int, ...], MethodJit] = {}
         # by number of rows: a pass in one call, and the buffers of its outputs
         self.linked: dict[int, tuple[Callable[[], bool], tuple[np.ndarray, np.ndarray]]] = {}
         self.reset()
@@ -259,8 +262,14 @@ class Decoder:
     def _outputs(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
         """Run the graphs of a pass -> (logits [R, T, 256], router logits [R]), overwritten later.
 
-        The graphs run one by one until `link_graphs` has joined those that the pass needs.
+        On a CPU, the graphs run one by one until `link_graphs` has joined those that the pass
+        needs. Elsewhere a pass is one graph, one write of its inputs and one read of its results.
         """
+        if self.single_graph:
+            slots = rows if self.use_latent and self.config.router != "none" else 0
+            with Context(JIT_BATCH_SIZE=0):  # tinygrad would begin with a graph of 32 kernels
+                results = read(self._run(self._whole_pass, rows, slots))
+            return results[:-rows].reshape(rows, -1, 256), results[-rows:]
         if rows in self.linked:
             run, outputs = self.linked[rows]
             if run():
@@ -276,12 +285,23 @@ class Decoder:
             self.linked[rows] = run, outputs
         return outputs
 
-    def _run(self, method: Callable[[int], Tensor], size: int) -> Tensor:
-        """method(size), compiled at its first call with that size."""
-        key = (method.__name__, size)
+    def _run(self, method: Callable[..., Tensor], *sizes: int) -> Tensor:
+        """method(*sizes), compiled at its first call with these sizes."""
+        key = (method.__name__, *sizes)
         if key not in self.graphs:
-            self.graphs[key] = jit_method(method, size)
+            self.graphs[key] = jit_method(method, *sizes)
         return self.graphs[key]()
+
+    def _whole_pass(self, rows: int, slots: int) -> Tensor:
+        """A pass with `slots` slots for the latent blocks -> logits, then router logits, flat.
+
+        Slots without a byte write keys and values after those of the selected bytes, which, like
+        those of rejected drafts, no query sees before they are overwritten (see `KVCache`).
+        """
+        router_logits, _ = self._encode(rows)
+        if slots:
+            self._add_latent(slots)
+        return self._heads(rows).flatten().cat(router_logits).contiguous().realize()
 
     def _encode(self, rows: int) -> tuple[Tensor, Tensor]:
         """Write `hidden` and `slots` -> (router logits [R], choice [1]).

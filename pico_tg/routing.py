@@ -15,7 +15,7 @@ Shape letters: B batch, N bytes.
 """
 
 import numpy as np
-from tinygrad import Tensor, dtypes
+from tinygrad import Tensor
 
 TOP_K_STEPS = 100  # first training steps of `threshold`, which select the top-k
 

@@ -7,13 +7,13 @@ import math
 
 from tinygrad import Tensor, dtypes
 
-MAX_RANKED = 2048  # the longest sequence whose bytes are ranked pair by pair
+MAX_RANKED = 2048  # bytes: longer sequences have algorithms below O(N^2), of more kernels
 
 
 def top_k_decisions(router_logits: Tensor, capacity: int) -> Tensor:
     """The `capacity` largest logits of each row of [B, N], ties to the earlier byte: bool [B, N].
 
-    Up to MAX_RANKED bytes, one O(N^2) kernel ranks them; for more, 14 kernels find the smallest
+    Up to MAX_RANKED bytes, one O(N^2) kernel ranks them; beyond, 14 kernels find the smallest
     selected logit in O(N). `Tensor.topk` runs 67 kernels at N = 1024. Logits are compared instead
     of sigmoids, which have the same order but are rounded to ties.
     """
@@ -56,17 +56,21 @@ def slots(decisions: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
     `index` is the byte in each slot, `slot` the slot of each byte, -1 for a byte without a slot:
     inverse maps, as `ops.gather` and `ops.scatter` need. Slots are filled in sequence order; once
-    all slots are full, further selected bytes get -1. Unused slots hold index 0. Costs O(S sqrt N).
+    all slots are full, further selected bytes get -1. Unused slots hold index 0.
     """
     N = decisions.shape[1]
     selected = decisions.cast(dtypes.int32).cumsum(axis=1).contiguous()  # up to each byte; (B, N)
     slot = (decisions & (selected <= count)).where(selected - 1, -1).contiguous()  # (B, N)
     # slot s holds the first byte n with selected[n] > s, and `selected` never decreases: count the
-    # bytes before n, first in whole blocks of `size` bytes, then in one block
-    s, size = Tensor.arange(count, device=slot.device).reshape(count, 1), math.isqrt(N)
-    ends = selected[:, size - 1 :: size].unsqueeze(1)  # (B, 1, blocks)
-    start = (ends <= s).sum(axis=2, keepdim=True, dtype=dtypes.int32).contiguous() * size
-    n = start + Tensor.arange(size, device=slot.device)  # (B, S, size)
-    block = selected.gather(1, n.minimum(N - 1).flatten(1)).reshape(n.shape)
-    index = start.squeeze(2) + ((n < N) & (block <= s)).sum(axis=2, dtype=dtypes.int32)  # (B, S)
+    # bytes before n, in long sequences first the whole blocks of `size` bytes, then in one block
+    s = Tensor.arange(count, device=slot.device).reshape(count, 1)
+    if N <= MAX_RANKED:
+        index = (selected.unsqueeze(1) <= s).sum(axis=2, dtype=dtypes.int32)  # (B, S)
+    else:
+        size = math.isqrt(N)
+        ends = selected[:, size - 1 :: size].unsqueeze(1)  # (B, 1, blocks)
+        start = (ends <= s).sum(axis=2, keepdim=True, dtype=dtypes.int32).contiguous() * size
+        n = start + Tensor.arange(size, device=slot.device)  # (B, S, size)
+        block = selected.gather(1, n.minimum(N - 1).flatten(1)).reshape(n.shape)
+        index = start.squeeze(2) + ((n < N) & (block <= s)).sum(axis=2, dtype=dtypes.int32)
     return (index < N).where(index, 0).contiguous(), slot

@@ -48,6 +48,13 @@ def test_kernels_of_a_step_and_a_pass_on(device, precision, share, marks):
     assert all(mark in source for mark in marks)
 
 
+@pytest.mark.slow
+def test_a_pass_on_a_gpu_is_one_graph_and_one_wait():
+    found = json.loads(run_script("count_launches.py", DEV="NULL", NULL_ALLOW_COPYOUT="1"))
+    once = {"graphs": 1, "reads": 1, "writes": 1}
+    assert found == {"1": once, "8": once}
+
+
 def forward_and_backward(*steps: str, **environment: str) -> list[float]:
     """The loss and the size of each gradient; then the loss before each of `steps` steps."""
     return [float(x) for x in run_script("training_step.py", *steps, **environment).split()]

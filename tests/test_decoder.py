@@ -48,6 +48,21 @@ def test_pieces_of_every_size(model, weights, text, prefill):
     assert 0 < decoder.selected < len(text)
 
 
+def test_a_pass_in_one_graph(model, weights, text):
+    """As on a GPU. Slots that no byte needs, and rejected bytes, leave no trace in the caches."""
+    decoder = Decoder(model)
+    decoder.single_graph = True
+    found = []
+    for start in range(0, 90, 9):
+        decoder.forward(text[-8:])
+        decoder.rollback(8)
+        found += [decoder.forward(text[a : a + n])[0] for a, n in ((start, 1), (start + 1, 8))]
+    expected = oracle.decode(weights, TINY, text[:90])
+    np.testing.assert_allclose(np.concatenate(found), expected, rtol=0, atol=2e-4)
+    assert 0 < decoder.selected < 90
+    assert decoder.graphs.keys() == {("_whole_pass", 1, 1), ("_whole_pass", 8, 8)}
+
+
 def test_rollback_and_restore(model, text, prefill):
     """Bytes that were rolled back, or fed after a snapshot, leave no trace."""
     plain, other = Decoder(model), Decoder(model)

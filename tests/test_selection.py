@@ -42,7 +42,9 @@ def test_the_threshold_of_long_sequences(capacity, monkeypatch):
     np.testing.assert_array_equal(found, expected_top_k(z, capacity))
 
 
-def test_slots_are_in_sequence_order():
+@pytest.mark.parametrize("limit", [0, 2048])
+def test_slots_are_in_sequence_order(limit, monkeypatch):
+    monkeypatch.setattr(selection, "MAX_RANKED", limit)
     decisions = np.array([[0, 1, 1, 0, 0, 1], [0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]], bool)
     index, slot = (t.numpy() for t in slots(Tensor(decisions), 4))
     assert index.tolist() == [[1, 2, 5, 0], [0, 0, 0, 0], [0, 1, 2, 3]]
