@@ -130,6 +130,7 @@ class Decoder:
         device, dim = model.norm.weight.device, self.config.dim
         width = padded_width(dim, device)
         self.embedding, self.router, self.bias, self.cutoff = self._copies(width)
+        self.host_cutoff = float(read(self.cutoff)[0])
         self.unembedding = PackedLinear(model.unembedding.weight, model.norm.weight)
         # The captured graphs refer to these buffers: as arguments they would cost 0.1 ms per pass.
         # hidden: the hidden states of a pass; index and slot: see `selection.slots`
@@ -171,6 +172,7 @@ class Decoder:
         kept = self.embedding, self.router, self.bias, self.cutoff
         for tensor, copy in zip(kept, copies, strict=True):
             write_into(tensor, read(copy))
+        self.host_cutoff = float(read(self.cutoff)[0])
         for part in (*self.fb_in, *self.latent, *self.fb_out, self.unembedding):
             part.refresh()
         self.reset()
@@ -241,7 +243,7 @@ class Decoder:
         if not self.shared_inputs:
             write_into(self.inputs, inputs)
         logits, router_logits = (output[:n].copy() for output in self._outputs(rows))
-        self.last_decisions = rules + (router_logits > read(self.cutoff)) > 0
+        self.last_decisions = rules + (router_logits > self.host_cutoff) > 0
         self.position += n
         self.selected += int(self.last_decisions.sum())
         return logits, router_logits

@@ -37,7 +37,6 @@ from .files import PicoError
 from .model import Pico, inputs_and_targets, loss_fn
 from .precision import choose_precision
 from .remat import graph_context
-from .routing import top_k_decisions
 from .runs import (
     BITS,
     Progress,
@@ -52,6 +51,7 @@ from .runs import (
     resumed_settings,
 )
 from .runtime import exclusive, jit_method, on_devices, read, write_all, write_into
+from .selection import top_k_decisions
 from .soap import SOAP, all_finite
 
 CUTOFF_DECAY = 0.999  # of the running average of the router's cutoff per step (arXiv 2603.11535),
