@@ -9,8 +9,7 @@ from tinygrad.uop.ops import Ops
 import pico_tg
 
 pico_tg.enable_compile_cache()
-# tinygrad's graphs are many objects without cycles: collecting takes a tenth of the tests' time
-gc.set_threshold(50_000, 20, 100)
+gc.set_threshold(50_000, 20, 100)  # as pico_tg.__main__ does
 
 
 @pytest.fixture(autouse=True)

@@ -161,8 +161,7 @@ def test_a_lone_window_is_read_at_every_call(next_tokens):
 
 
 @SLOW
-@pytest.mark.parametrize("optimizer", ["soap", "adamw"])
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(("optimizer", "accumulation"), [("soap", 1), ("adamw", 2)])
 def test_a_loss_that_is_not_finite_changes_nothing(optimizer, accumulation, monkeypatch):
     """Also where the gradients are."""
     module = sys.modules["pico_tg.training"]
