@@ -221,7 +221,7 @@ for variant, seed, key, result in tqdm(trained, desc="decoding", unit="model"):
 # heading of a column, key of a result, digits
 columns = [
     ("top-k", "bits_per_byte_top_k", 3), ("routed", "routed", 2), ("spaces", "spaces", 2),
-    ("boundary F1", "boundary_f1", 2), ("random F1", "random_f1", 2), ("hours", "hours", 2),
+    ("first-byte F1", "boundary_f1", 2), ("at random", "random_f1", 2), ("hours", "hours", 2),
 ]  # fmt: skip
 if args.sample_bytes:
     columns += [("bytes/s", "bytes_per_second", 0), ("bytes per pass", "a_pass", 2)]
