@@ -17,8 +17,9 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def any_size(monkeypatch):
-    """Products of any size take the hand-scheduled kernel."""
+    """Products of any size take the hand-scheduled kernel, in many shares."""
     monkeypatch.setattr(ops, "SMALL", 0)
+    monkeypatch.setattr(matmul, "LONG", 0)
 
 
 @pytest.mark.parametrize(("cores", "tile_m"), [(1, 6), (3, 8)])
@@ -54,6 +55,7 @@ def test_products_with_64_bit_addresses(any_size, monkeypatch):
 def test_attention_on_other_processors(shape, tile_m, cores, monkeypatch):
     """Tiles of AVX2 and of AVX-512, other thread counts, 64-bit addresses."""
     monkeypatch.setattr(matmul, "tile_m", lambda: tile_m)
+    monkeypatch.setattr(matmul, "LONG", 0)
     monkeypatch.setattr(loops, "INT", 1 << 8)
     # the kernel that tinygrad schedules takes no more threads than the machine has
     monkeypatch.setattr(band_attention, "even_threads", lambda _: 1)

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable, Iterator
 
 from tinygrad import Tensor
@@ -10,6 +11,11 @@ from tinygrad.uop.ops import Ops, UOp
 from .loops import TILE_N, VECTOR, LoopNest, choose_shared_loop, round_up, tile_m
 
 PARALLEL = 1 << 19  # least number of elements for which threads make a copy faster
+# In kernels of at least LONG operations each thread takes several shares, one after another: of two
+# equal shares the one on a slower or busier core would delay the kernel. That needs the launcher,
+# which is for Linux; elsewhere tinygrad starts a Python thread for each share.
+SHARES = 8 if sys.platform == "linux" else 1
+LONG = 1 << 25
 UNROLL = 4  # terms of a sum that one iteration adds
 
 
@@ -108,9 +114,12 @@ def tiled_matmul(
     # may have to share the tiles of 4 rows
     splits = ((n, M - n * tall) for n in range(M // tall, -1, -1))
     tall_tiles, rest = next((n, rows) for n, rows in splits if rows % 4 == 0 and rows != 4)
-    shared, threads = choose_shared_loop((*outer, max(tall_tiles, rest // 4)))
-    if symmetric and shared == len(outer):
-        threads *= 4  # the first rows have the most tiles: smaller shares are more even
+    elements = M * (N + TILE_N) // 2 if symmetric else M * N
+    operations = 2 * elements * L * (products or math.prod(outer))
+    loops = (*outer, max(tall_tiles, rest // 4))
+    shared, threads = choose_shared_loop(loops)
+    if threads > 1 and operations >= LONG:
+        threads = min(SHARES * threads, loops[shared])
     nest = LoopNest(out, *inputs, threads=threads)
     zero = nest.broadcast(0.0)
     # tinygrad 0.13 renders no loop of one iteration
@@ -173,6 +182,5 @@ def tiled_matmul(
         add_tiles(0, tall_tiles, tall)
     if rest:
         add_tiles(tall_tiles * tall, rest // 4, 4)
-    elements = M * (N + TILE_N) // 2 if symmetric else M * N
-    program = nest.program(name, 2 * elements * L * (products or math.prod(outer)))
+    program = nest.program(name, operations)
     return out.custom_kernel(*inputs, fxn=lambda *_: program)[0]
