@@ -130,6 +130,7 @@ class Decoder:
         device, dim = model.norm.weight.device, self.config.dim
         width = padded_width(dim, device)
         self.embedding, self.router, self.bias, self.cutoff = self._copies(width)
+        self.host_cutoff = read(self.cutoff)
         self.host_cutoff = float(read(self.cutoff)[0])
         self.unembedding = PackedLinear(model.unembedding.weight, model.norm.weight)
         # The captured graphs refer to these buffers: as arguments they would cost 0.1 ms per pass.
@@ -316,9 +317,8 @@ class Decoder:
         for block in self.fb_in:
             h = block(h, start)
         router_logits = (h * self.router).sum(axis=-1).contiguous()
-        selected = ((router_logits > self.cutoff).cast(dtypes.int32) + rules[:rows] > 0).reshape(
-            1, rows
-        )
+        above = (router_logits > self.cutoff).cast(dtypes.int32)
+        selected = (above + rules[:rows] > 0).reshape(1, rows)
         index, slot = slots(selected.contiguous(), rows)  # (1, R), (1, R)
         total = selected.sum(dtype=dtypes.int32)
         smaller = (0, *SIZES[: SIZES.index(rows)])  # than the number of slots of each variant
