@@ -8,10 +8,12 @@ import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import TINY, WINDOWS, flags
 
 from pico_tg import Pico, save_weights
+from pico_tg.safetensors import read_safetensors
 from pico_tg.tools import cli
 
 ROOT = Path(__file__).parent.parent
@@ -58,7 +60,7 @@ def test_set_up_is_two_commands():
 @pytest.mark.slow(minutes=3)
 def test_quickstart_writes_words(tmp_path):
     """After 200 of 500 steps, most of what the model writes are words of its data."""
-    assert "examples/quickstart.py" in blocks("bash")[0]
+    assert blocks("bash")[2].endswith("\npython examples/quickstart.py")
     script = (ROOT / "examples" / "quickstart.py").read_text()
     assert script.count("=500") == 2
     (tmp_path / "quickstart.py").write_text(script.replace("=500", "=200"))
@@ -73,9 +75,25 @@ def test_quickstart_writes_words(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_model_that_comes_with_the_package(tmp_path):
+    """It is small, writes words, and knows its language: unseen prose costs it few bits."""
+    (weights,) = (ROOT / "examples" / "stories" / "first").iterdir()
+    assert weights.stat().st_size <= 2_000_000
+    assert {a.dtype for a in read_safetensors(weights)[0].values()} == {np.dtype(np.float16)}
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    setup, _, tour = blocks("bash")[:3]
+    sample = run(setup.split(" && .venv/bin/")[-1] + " --max-bytes 200 --seed 1", tmp_path)
+    assert sample.startswith("Once upon a time")
+    assert len(re.findall(r"\b(?:the|and|of|to|a|he|she|was|his|her|in|that)\b", sample)) > 5
+    out = run(tour.splitlines()[0], tmp_path)
+    assert float(re.search(r"bits per byte +([\d.]+)", out)[1]) < 3
+    assert "Once" in re.sub(r"<[^>]*>", "", (tmp_path / "passage.html").read_text())
+
+
+@pytest.mark.slow
 def test_command_line_of_the_readme(tmp_path):
     """The quick tour, with a tiny model, few steps and another text."""
-    start, plot, sample = blocks("bash")[2].splitlines()
+    start, plot, sample = blocks("bash")[3].splitlines()
     init, train = start.split(" && ")
     assert init.endswith(" models/small")  # no other flag
     assert train.endswith(" models/small first tinyshakespeare.txt")
@@ -110,7 +128,7 @@ def test_script_of_the_readme(tmp_path):
 def test_benchmarks_of_the_readme(tmp_path):
     """The benchmarks, with small sizes."""
     sizes = " ".join(flags(TINY.to_dict()))
-    for command in blocks("bash")[3].splitlines():
+    for command in blocks("bash")[4].splitlines():
         batch = " --batch-size 2" if "bench train" in command else ""
         out = run(f"{command} {sizes} --context-len 40 --repeats 1{batch}", tmp_path)
         assert "since the start of the process" in out

@@ -1,0 +1,34 @@
+"""Copy a trained model with weights in float16, half the size, to come with the package.
+
+python examples/studies/make_shipped_model.py PATH RUN OUTPUT
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import pico_tg
+from pico_tg.checkpoint import load_config
+from pico_tg.runs import find_checkpoint, run_folder
+from pico_tg.safetensors import read_safetensors, write_safetensors
+
+NOTES = {
+    "license": "Apache-2.0",
+    "data": "stories: books of Project Gutenberg, see examples/studies/make_stories.py",
+}
+
+if len(sys.argv) != 4:
+    sys.exit("usage: python examples/studies/make_shipped_model.py PATH RUN OUTPUT")
+path, run, output = sys.argv[1:]
+try:
+    config = load_config(path)
+    checkpoint = find_checkpoint(run_folder(path, run))
+    weights, _ = read_safetensors(checkpoint)
+    target = Path(output) / "first" / checkpoint.name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    config.to_json(Path(output) / "model.json")
+    write_safetensors(target, {name: w.astype(np.float16) for name, w in weights.items()}, NOTES)
+except pico_tg.PicoError as error:
+    sys.exit(f"make_shipped_model.py: {error}")
+print(f"{target}: {target.stat().st_size:,} bytes")
