@@ -178,6 +178,20 @@ def test_two_continuations_at_a_time_are_refused(server, monkeypatch):
     assert "another" in lines(body)[0]["error"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [(["none", "a"], "none"), (["--port", "{port}"], "choose another --port")],
+)
+def test_mistakes_of_the_user(server, arguments, named, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(web.pico_tg, "enable_compile_cache", lambda: None)
+    port = str(server.server_port)
+    monkeypatch.setattr("sys.argv", ["web.py", *(a.format(port=port) for a in arguments)])
+    with pytest.raises(SystemExit, match=named) as stopped:
+        web.main()
+    assert "\n" not in stopped.value.code
+
+
 # The page in a browser ----------------------------------------------------------------------------
 
 CHROMIUM = [
