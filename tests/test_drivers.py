@@ -1,0 +1,96 @@
+"""A real driver: WebGPU, through Dawn (the extra `webgpu`) on Vulkan, against the CPU.
+
+It needs no GPU: Mesa's lavapipe is a Vulkan driver for any CPU (Debian: mesa-vulkan-drivers and
+libvulkan1). test_backends.py has a test of OpenCL.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import FOX, TINY, WINDOWS
+
+import pico_tg
+from pico_tg.backend import find_dawn
+
+TESTS = Path(__file__).parent
+STEPS, BEFORE = 70, 50  # steps of the run; steps before the devices continue it
+SETTINGS = WINDOWS | {"max_steps": STEPS, "warmup_steps": 5, "learning_rate": 0.01, "epochs": 99}
+SETTINGS |= {"checkpoint_interval": 10}
+
+
+def on_device(device: str, *command: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run a Python command with DEV=`device`."""
+    paths = {"PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "DEV": device}
+    return subprocess.run(
+        [sys.executable, *command],
+        env=os.environ | paths | environment,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+
+
+@pytest.fixture
+def stopped(tmp_path) -> tuple[Path, str]:
+    """A model folder whose run `first` stopped after `BEFORE` steps, and its text.
+
+    Skips the test if WebGPU cannot compute here.
+    """
+    check = "from pico_tg.backend import check_backend; check_backend()"
+    if (done := on_device("WEBGPU", "-c", check)).returncode:
+        pytest.skip(done.stderr.strip().splitlines()[-1])
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.json").write_text(json.dumps(TINY.to_dict()))
+    text, losses = folder / "text.txt", []
+    text.write_text(FOX)
+    run = pico_tg.train(
+        pico_tg.Pico(TINY, seed=0), str(text), folder / "first",
+        stop=lambda: len(losses) == BEFORE - 1, **SETTINGS,
+    )  # fmt: skip
+    for record in run:
+        losses.append(record["loss"])
+    assert len(losses) == BEFORE
+    return folder, str(text)
+
+
+def measure(device: str, stopped: tuple[Path, str], folder: Path) -> dict:
+    """What tests/scripts/continue_run.py prints on `device`."""
+    shutil.copytree(stopped[0], folder)
+    done = on_device(
+        device, str(TESTS / "scripts" / "continue_run.py"), str(folder), "first", stopped[1]
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_training_and_decoding(stopped, tmp_path):
+    """Train, resume, validate, decode."""
+    found = measure("WEBGPU", stopped, tmp_path / "WEBGPU")
+    on_cpu = measure("CPU", stopped, tmp_path / "CPU")
+    assert found["backend"].startswith("backend WEBGPU (")
+    assert found["bits_per_byte"] == pytest.approx(on_cpu["bits_per_byte"], rel=1e-4)
+    assert len(found["losses"]) == STEPS - BEFORE
+    assert found["losses"] == pytest.approx(on_cpu["losses"], rel=1e-4)
+    assert found["losses"][-1] < found["losses"][0]
+    assert bytes.fromhex(found["text"]).startswith(b"quick brown fo")
+    assert found["text"] == on_cpu["text"]
+    # the steps from the last checkpoint but one, done again
+    assert found["steps_again"] == 10
+    assert found["same"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Dawn has another driver than Vulkan")
+@pytest.mark.skipif(find_dawn() is None, reason="needs the extra webgpu")
+def test_webgpu_without_a_driver_is_one_line():
+    """Not Dawn's interface Null, which computes nothing, nor the warnings of Dawn."""
+    done = on_device("WEBGPU", "-m", "pico_tg", "info", "nowhere", VK_ICD_FILENAMES="/nowhere")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "no GPU; install the GPU's Vulkan driver" in line
