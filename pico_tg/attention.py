@@ -60,12 +60,17 @@ def banded_attention(q: Tensor, k: Tensor, v: Tensor, window: int, alibi: bool =
     q = q.pad((None, None, (0, blocks * queries - N), None)).reshape(B, K, G, blocks, queries, C)
     q = q.permute(0, 1, 3, 2, 4, 5).reshape(B, K, blocks, G * queries, C)  # (B, K, b, G*q, C)
     k = _keys_of_blocks(k, queries, lookback, blocks)  # (B, K, b, s, C)
-    v = _keys_of_blocks(v, queries, lookback, blocks)  # (B, K, b, s, C)
+    # a column of ones: the matmul with v also sums the weights, and its gradient for the weights
+    # is that of the normalized softmax, so that no pass over the scores has to do either
+    v = v.pad((None, None, None, (0, 1)), value=1)
+    v = _keys_of_blocks(v, queries, lookback, blocks)  # (B, K, b, s, C + 1)
 
     scores = matmul(q, k, trans_b=True) / math.sqrt(C)  # (B, K, b, G*q, s)
     scores = scores.reshape(B, K, blocks, G, queries, -1)  # (B, K, b, G, q, s)
-    weights = _banded_softmax(scores, lookback, window, alibi)
-    out = matmul(weights.reshape(B, K, blocks, G * queries, -1), v)  # (B, K, b, G*q, C)
+    weights = _banded_exp(scores, lookback, window, alibi)
+    out = matmul(weights.reshape(B, K, blocks, G * queries, -1), v)  # (B, K, b, G*q, C + 1)
+    # contiguous_backward: tinygrad would recompute the gradient of the sum for each channel
+    out = out[..., :C] / out[..., C:].contiguous_backward()
     out = out.reshape(B, K, blocks, G, queries, C).permute(0, 1, 3, 2, 4, 5)  # (B, K, G, b, q, C)
     return out.reshape(B, H, blocks * queries, C)[:, :, :N]
 
@@ -90,8 +95,11 @@ def _keys_of_blocks(x: Tensor, queries: int, lookback: int, blocks: int) -> Tens
     return Tensor.cat(*[part.reshape(B, K, blocks, queries, C) for part in shifted], dim=3)
 
 
-def _banded_softmax(scores: Tensor, lookback: int, window: int, alibi: bool) -> Tensor:
-    """Softmax over the visible keys of scores [B, K, b, G, q, s], with ALiBi's bias if `alibi`."""
+def _banded_exp(scores: Tensor, lookback: int, window: int, alibi: bool) -> Tensor:
+    """exp(score - maximum of its row), 0 for invisible keys, of scores [B, K, b, G, q, s].
+
+    ALiBi's bias is added if `alibi`. Divided by the sums of the rows, the result is the softmax.
+    """
     _, K, blocks, G, queries, keys = scores.shape
     arange = partial(Tensor.arange, device=scores.device)
     start = (arange(blocks) * queries).reshape(blocks, 1, 1, 1)  # position of a block's first query
@@ -102,5 +110,4 @@ def _banded_softmax(scores: Tensor, lookback: int, window: int, alibi: bool) -> 
     if alibi:
         scores = scores - alibi_slopes(K * G, scores.device).reshape(K, 1, G, 1, 1) * distance
     scores = visible.where(scores, -math.inf)  # each query sees itself: no row is all -inf
-    exps = (scores - scores.max(axis=-1, keepdim=True).detach().contiguous()).exp()
-    return exps / exps.sum(axis=-1, keepdim=True).contiguous()
+    return (scores - scores.max(axis=-1, keepdim=True).detach().contiguous()).exp()

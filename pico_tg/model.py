@@ -48,7 +48,8 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         y = linear(x, self.weight)
-        return y if self.bias is None else materialize(y + self.bias)
+        # each consumer adds the bias again, which is cheaper than another pass over the memory
+        return y if self.bias is None else (y + self.bias).contiguous_backward()
 
 
 class RMSNorm:

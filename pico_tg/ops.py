@@ -14,10 +14,18 @@ import functools
 import math
 from collections.abc import Callable
 
-from tinygrad import Tensor, UOp, dtypes, function
+from tinygrad import Context, Device, Tensor, UOp, dtypes, function
 
 from .precision import BF16, has_tensor_cores, rounded_factor
-from .runtime import DType, has_cpu_kernels, without_views
+from .runtime import (
+    AxisType,
+    DType,
+    KernelInfo,
+    Opt,
+    OptOps,
+    has_cpu_kernels,
+    without_views,
+)
 
 Gemm = Callable[..., Tensor]  # (a, b, M, N, L, trans_a, trans_b) -> [Z, M, N]; see `_plain_gemm`
 
@@ -25,6 +33,8 @@ TILE = 16  # each side of a factor is padded to a multiple of TILE
 # a matmul of fewer multiplications is bound by memory or by the launch, not by arithmetic
 SMALL = 1 << 15
 MIN_ROWS = 8  # a matmul of fewer rows is left to tinygrad
+# on tensor cores: outputs that tinygrad gives a workgroup, and limits of splitting sums
+WORKGROUP_OUTPUTS, MAX_WORKGROUPS, MIN_PART = 4096, 256, 512
 
 
 def materialize(x: Tensor) -> Tensor:
@@ -192,11 +202,23 @@ def _tensor_core_gemm(
     """`_plain_gemm` of padded factors, in the form that tinygrad maps to tensor cores.
 
     The zeros of the padding are multiplied as well. The accumulator is float32, in which products
-    of bf16 factors are exact.
+    of bf16 factors are exact. The gradient of a weight has few outputs and a long sum: it is
+    computed as several matmuls, each of a part of the sum, so that more workgroups share the work.
     """
     a, b = a.contiguous(), (b.transpose(1, 2) if trans_b else b).contiguous()
+    Z, parts = len(a), 1
+    if trans_a and not trans_b:
+        parts = _parts_of_sum(Z * a.shape[2] * b.shape[2], a.shape[1])
+        a, b = (x.reshape(Z * parts, -1, x.shape[2]) for x in (a, b))  # (Z * parts, l / parts, _)
     a = a.transpose(1, 2) if trans_a else a
-    return a.matmul(b, dtype=dtypes.float32).contiguous()
+    out = a.matmul(b, dtype=dtypes.float32).contiguous()
+    return out if parts == 1 else out.reshape(Z, parts, *out.shape[1:]).sum(axis=1).contiguous()
+
+
+def _parts_of_sum(outputs: int, length: int) -> int:
+    """Into how many parts a sum of `length` products is split, for MAX_WORKGROUPS at most."""
+    sizes = [n for n in (16, 8, 4, 2) if length % (n * TILE) == 0 and length >= n * MIN_PART]
+    return next((n for n in sizes if n * outputs <= MAX_WORKGROUPS * WORKGROUP_OUTPUTS), 1)
 
 
 def lookup(weight: Tensor, index: Tensor) -> Tensor:
@@ -213,8 +235,42 @@ def _lookup_gradient(upstream: UOp, call: UOp) -> tuple[UOp | None, ...]:
         from .cpu.lookup import lookup_gradient
 
         return lookup_gradient(g, index, V).uop, None
+    if isinstance(g.device, str):
+        return _sum_rows(g, index, V).uop, None
+    # a custom kernel would need a part of the result on each device
     hit = Tensor.arange(V, device=g.device).unsqueeze(1) == index  # (V, N)
     return hit.unsqueeze(2).where(g, 0).sum(axis=1).uop, None  # (V, N, D) -> (V, D)
+
+
+def _sum_rows(g: Tensor, index: Tensor, rows: int) -> Tensor:
+    """Sum each row of g [N, D] into row index[n] of the result [rows, D]; index int32 [N].
+
+    A thread adds one column, or four, of one of `parts` groups of rows to its own copy of the
+    result, so that no two threads add to the same number: O(N * D) additions without atomics.
+    """
+    N, D = g.shape
+    parts = next(n for n in (16, 8, 4, 2, 1) if N % n == 0)
+    with Context(ALLOW_DEVICE_USAGE=1):  # tinygrad forbids opening a device inside @function
+        has_workgroups = Device[g.device].renderer.has_local
+    opts = []
+    if has_workgroups:
+        width = next(n for n in (4, 2, 1) if D % n == 0)
+        threads = max(n for n in range(1, 65) if D // width % n == 0)
+        sizes = (OptOps.UPCAST, width), (OptOps.LOCAL, threads)
+        opts = [Opt(op, int(parts > 1), size) for op, size in sizes if size > 1]
+
+    def kernel(out: UOp, g: UOp, index: UOp) -> UOp:
+        part, d = UOp.range(parts, 0), UOp.range(D, 1)
+        n = UOp.range(N // parts, 2, AxisType.REDUCE)  # not LOOP, which may become threads
+        source = part * (N // parts) + n
+        row = part * rows + index[source].cast(dtypes.weakint)
+        info = KernelInfo(name=f"sum_rows_{rows}_{D}_{N}", opts_to_apply=tuple(opts))
+        added = out[row, d].store(out[row, d] + g[source, d])
+        return added.end(n, d, part).sink(arg=info)
+
+    zeros = Tensor.zeros(parts * rows, D, device=g.device).contiguous()
+    sums = zeros.custom_kernel(g, index, fxn=kernel)[0]
+    return sums.reshape(parts, rows, D).sum(axis=0)
 
 
 # tinygrad's gradient of an indexed load is a one-hot sum on every device, O(N * V * D)
@@ -295,5 +351,4 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     # materialize the maximum and the sum, which tinygrad would otherwise recompute for each logit
     top = logits.max(axis=-1, keepdim=True).detach().contiguous()
     log_sum = (logits - top).exp().sum(axis=-1, keepdim=True).contiguous().log() + top
-    hit = Tensor.arange(256, device=logits.device) == as_index(targets).unsqueeze(-1)
-    return log_sum.squeeze(-1) - hit.where(logits, 0).sum(axis=-1)
+    return (log_sum - logits.gather(-1, as_index(targets).unsqueeze(-1))).squeeze(-1)

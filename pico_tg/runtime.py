@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from tinygrad import Device, Tensor, TinyJit, UOp, helpers
+from tinygrad.codegen.opt import Opt, OptOps
 from tinygrad.dtype import DType, _to_np_dtype
 from tinygrad.engine import jit, realize
 from tinygrad.engine.realize import capturing
@@ -31,7 +32,7 @@ from tinygrad.helpers import (
 )
 from tinygrad.runtime.support.c import DLL
 from tinygrad.schedule.rangeify import resolve_function
-from tinygrad.uop.ops import Ops, PatternMatcher, UPat, graph_rewrite
+from tinygrad.uop.ops import AxisType, KernelInfo, Ops, PatternMatcher, UPat, graph_rewrite
 
 try:  # 0.14 runs each kernel on one thread
     from tinygrad.helpers import CPU_COUNT
@@ -57,9 +58,13 @@ __all__ = [  # re-exported
     "DLL",
     "JIT",
     "USE_TC",
+    "AxisType",
     "ContextVar",
     "DType",
+    "KernelInfo",
     "Ops",
+    "Opt",
+    "OptOps",
     "PatternMatcher",
     "UPat",
     "graph_rewrite",

@@ -205,10 +205,13 @@ class SOAP(Optimizer):
 
 def all_finite(gradients: list[Tensor]) -> Tensor:
     """Whether all gradients, and the sums of their squares, are finite: one bool."""
-    # contiguous: one fused kernel would use a single GPU thread, and its name would list the
-    # lengths of all gradients; pocl fails when a kernel's name is too long for a file name
-    sums = [g.square().sum().contiguous() for g in gradients]
-    return Tensor.stack(*sums).sum().isfinite().contiguous()
+    # In stages of many short sums: a GPU would compute one long sum, or one kernel of several sums,
+    # in a single thread. The first stage sums matrices over their rows.
+    sums = [g.square().sum(axis=-2) if g.ndim > 1 else g.square() for g in gradients]
+    sums = Tensor.cat(*[x.flatten().contiguous() for x in sums])
+    width = math.isqrt(len(sums)) + 1
+    sums = sums.pad((0, width * width - len(sums))).contiguous().reshape(width, width)
+    return sums.sum(axis=0).contiguous().sum().isfinite().contiguous()
 
 
 class Stack:

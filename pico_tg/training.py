@@ -146,7 +146,9 @@ class TrainStep:
         if config.router == "threshold":
             top_k = top_k_decisions(z, config.capacity(x.shape[1]))
             kth = top_k.where(z, math.inf).min(axis=1).mean()
-        losses = Tensor.stack(*losses, rate, overflow, kth).detach().contiguous()
+        # contiguous: one kernel of all these sums would use a few threads of a GPU
+        losses = [x.detach().contiguous() for x in (*losses, rate, overflow, kth)]
+        losses = Tensor.stack(*losses).contiguous()
         # a loss that is not finite sets one gradient to NaN, which makes `_apply` skip the update
         smallest = min(range(len(gradients)), key=lambda i: gradients[i].numel())
         finite = losses.sum().isfinite()
