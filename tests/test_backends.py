@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import TINY
 
 TESTS = Path(__file__).parent
 
@@ -53,6 +54,14 @@ def test_a_pass_on_a_gpu_is_one_graph_and_one_wait():
     found = json.loads(run_script("count_launches.py", DEV="NULL", NULL_ALLOW_COPYOUT="1"))
     once = {"graphs": 1, "reads": 1, "writes": 1}
     assert found == {"1": once, "8": once}
+
+
+@pytest.mark.slow
+def test_no_kernel_of_a_step_leaves_a_gpu_idle():
+    """The table of kernels with few workgroups and long loops is empty, at 2304 bytes."""
+    sizes = json.dumps(TINY.to_dict())
+    found = run_script("../../examples/studies/gpu_kernels.py", "2304", "1", "fp32", sizes)
+    assert found.rstrip().endswith("|---|---|---|---|---|---|---|---|")
 
 
 def forward_and_backward(*steps: str, **environment: str) -> list[float]:
