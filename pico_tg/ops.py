@@ -263,7 +263,9 @@ def _sum_rows(g: Tensor, index: Tensor, rows: int) -> Tensor:
         part, d = UOp.range(parts, 0), UOp.range(D, 1)
         n = UOp.range(N // parts, 2, AxisType.REDUCE)  # not LOOP, which may become threads
         source = part * (N // parts) + n
-        row = part * rows + index[source].cast(dtypes.weakint)
+        # % rows: tinygrad sees that the address fits in 32 bits; 0.13 would compute it in 64, which
+        # fails on WebGPU (test_drivers.test_training_and_decoding)
+        row = part * rows + index[source].cast(dtypes.weakint) % rows
         info = KernelInfo(name=f"sum_rows_{rows}_{D}_{N}", opts_to_apply=tuple(opts))
         added = out[row, d].store(out[row, d] + g[source, d])
         return added.end(n, d, part).sink(arg=info)
