@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 from references import FORMS, PRODUCTS, check_product, factors, product_and_gradients
-from tinygrad import GlobalCounters, Tensor, TinyJit
+from tinygrad import Device, GlobalCounters, Tensor, TinyJit
+from tinygrad.codegen import to_program
 
 from pico_tg import ops
 
@@ -59,6 +60,17 @@ def test_lookup_and_swiglu(kernels, monkeypatch):
     pairs = zip(values(ours, ops.swiglu(ours)), values(plain, gate.silu() * value), strict=True)
     for found, expected in pairs:
         np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
+
+
+def test_addresses_of_rows_have_32_bits():
+    """WebGPU has no wider integers, and other GPUs emulate them."""
+    rows = ops._sum_rows(Tensor.empty(64, 24), Tensor.empty(64, dtype="int"), 256)
+    calls = Tensor.linear_with_vars(rows)[0].src
+    programs = [to_program(call.src[0], Device[rows.device].renderer) for call in calls]
+    kernels = {program.arg.name: program.toposort() for program in programs}
+    assert "sum_rows_256_24_64" in kernels
+    dtypes = {uop.dtype.scalar() for uops in kernels.values() for uop in uops}
+    assert max(dtype.itemsize for dtype in dtypes) == 4
 
 
 def test_jit_and_the_switch(any_size, monkeypatch):
