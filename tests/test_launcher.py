@@ -260,10 +260,11 @@ def test_machine_code_for_arm64(clang):
 
 
 @pytest.mark.skipif(CPU_COUNT.value < 2, reason="tinygrad allows CPU_COUNT threads")
-@pytest.mark.parametrize("rows", [1, 8])
-def test_packed_matmul_on_several_threads(graph_of, monkeypatch, rows):
-    """The shares are columns: the same bits as on one thread."""
+@pytest.mark.parametrize(("rows", "tile_m"), [(1, 8), (8, 6), (8, 8)])
+def test_packed_matmul_on_several_threads(graph_of, monkeypatch, rows, tile_m):
+    """The shares are columns: the same bits as on one thread. Tiles of AVX2 and of AVX-512."""
     monkeypatch.setattr(decoding, "PARALLEL", 0)
+    monkeypatch.setattr(decoding, "tile_m", lambda: tile_m)
     rng = np.random.default_rng(0)
     weight, x = (Tensor(rng.standard_normal(s).astype(np.float32)) for s in ((128, 52), (rows, 52)))
     linear = PackedLinear(weight.realize())

@@ -53,7 +53,8 @@ def packed_matmul(
         if tile == 1 and inputs % UNROLL == 0:
             opts.append(Opt(OptOps.UNROLL, 0, UNROLL))
         if threads > 1:
-            opts.append(Opt(OptOps.THREAD, axis[1], threads))
+            # a tile of all rows leaves no loop over r, and the axes after it move up
+            opts.append(Opt(OptOps.THREAD, axis[1] - (rows == tile > 1), threads))
         name = f"packed_{rows}_{outputs}_{inputs}_{len(more)}"
         info = KernelInfo(name=name, opts_to_apply=tuple(opts))
         return _end(out[r, p * panel + c].store(total), r, p, c).sink(arg=info)
