@@ -12,8 +12,8 @@ INTERRUPTED = 130
 
 def main() -> int:
     """Run the command line; returns its exit status."""
-    # tinygrad's graphs are many objects, few of them in cycles: with the default thresholds,
-    # collecting took 7 % of the processor time of compiling
+    # tinygrad creates many objects and few cycles: with Python's default thresholds, garbage
+    # collection took 7 % of the CPU time of compiling
     gc.set_threshold(50_000, 20, 100)
     with quiet_interrupts():
         from .tools.cli import main as run

@@ -60,8 +60,8 @@ def banded_attention(q: Tensor, k: Tensor, v: Tensor, window: int, alibi: bool =
     q = q.pad((None, None, (0, blocks * queries - N), None)).reshape(B, K, G, blocks, queries, C)
     q = q.permute(0, 1, 3, 2, 4, 5).reshape(B, K, blocks, G * queries, C)  # (B, K, b, G*q, C)
     k = _keys_of_blocks(k, queries, lookback, blocks)  # (B, K, b, s, C)
-    # a column of ones: the matmul with v also sums the weights, and its gradient for the weights
-    # is that of the normalized softmax, so that no pass over the scores has to do either
+    # append a column of ones to v: the matmul with v also computes the softmax's denominator, and
+    # its gradient includes that of the denominator, so neither needs a pass over the scores
     v = v.pad((None, None, None, (0, 1)), value=1)
     v = _keys_of_blocks(v, queries, lookback, blocks)  # (B, K, b, s, C + 1)
 
@@ -69,7 +69,7 @@ def banded_attention(q: Tensor, k: Tensor, v: Tensor, window: int, alibi: bool =
     scores = scores.reshape(B, K, blocks, G, queries, -1)  # (B, K, b, G, q, s)
     weights = _banded_exp(scores, lookback, window, alibi)
     out = matmul(weights.reshape(B, K, blocks, G * queries, -1), v)  # (B, K, b, G*q, C + 1)
-    # contiguous_backward: tinygrad would recompute the gradient of the sum for each channel
+    # contiguous_backward: tinygrad would recompute the denominator's gradient for each channel
     out = out[..., :C] / out[..., C:].contiguous_backward()
     out = out.reshape(B, K, blocks, G, queries, C).permute(0, 1, 3, 2, 4, 5)  # (B, K, G, b, q, C)
     return out.reshape(B, H, blocks * queries, C)[:, :, :N]

@@ -9,7 +9,8 @@ tinygrad itself would assume clang and, without clang, fail at the first kernel.
 DEV=WEBGPU selects WebGPU, through Dawn: the library of the extra `webgpu`, unless WEBGPU_PATH names
 another one.
 
-The import never fails because of DEV. `check_backend` does: the command line and `Pico()` call it.
+The import never fails because of DEV. `check_backend`, which the command line and `Pico()` call,
+raises the error instead.
 """
 
 import contextlib
@@ -55,7 +56,7 @@ def choose_backend(problem: str | None = None) -> None:
     if device == "CL" and not DEV.device and not _is_gpu():
         device = "CPU"
     if device == "WEBGPU":
-        with contextlib.suppress(ValueError):  # which `check_backend` will report
+        with contextlib.suppress(ValueError):  # `check_backend` reports it
             _use_dawn()
     if device != "CPU" or DEV.renderer not in ("", "LLVM", "CLANGJIT", "X86"):
         return
@@ -156,7 +157,7 @@ def kernel_search(width: int | None) -> contextlib.AbstractContextManager:
 
 
 def _open(name: str) -> None:
-    """Open a device and load its compiler; raises an exception if that device cannot compute."""
+    """Open a device and load its compiler; raises any exception if the device cannot compute."""
     if name.split(":")[0] == "WEBGPU":
         _use_dawn()
         if open_webgpu(name)[1] == "Null":
@@ -200,7 +201,10 @@ def _is_llvm_16(path: str) -> bool:
 
 
 def find_dawn() -> str | None:
-    """Path of Dawn, which implements WebGPU: WEBGPU_PATH, the extra `webgpu`'s, or the system's."""
+    """Path of Dawn, which implements WebGPU; None if there is none.
+
+    The first of: WEBGPU_PATH, the library of the extra `webgpu`, the system's.
+    """
     if os.environ.get("WEBGPU_PATH"):
         return DLL.findlib("webgpu", ["webgpu_dawn"])
     endings = {"win32": ".dll", "darwin": f"_{MACHINE}.dylib"}
@@ -218,7 +222,7 @@ def _use_dawn() -> None:
     if path is not None:
         _set_variable("WEBGPU_PATH", path)
     elif given := os.environ.get("WEBGPU_PATH"):
-        raise ValueError(f"WEBGPU_PATH={given} is no library")
+        raise ValueError(f"WEBGPU_PATH={given} is not a library")
     else:
         raise ValueError("no WebGPU library; pip install 'pico_tg[webgpu]' brings Dawn")
 

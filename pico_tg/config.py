@@ -31,7 +31,7 @@ PRESETS: dict[str, dict[str, int | float]] = {
 }
 RULES = ("space", "stride", "all", "none")  # fixed rules for comparison
 ROUTERS = ("learned", "threshold", "ratio", *RULES)
-SLOT_FACTOR = 1.5  # slots in training, as a multiple of the capacity, where the number varies
+SLOT_FACTOR = 1.5  # slots of `threshold` and `ratio` in training, as a multiple of the capacity
 POSITIONS = ("alibi", "rope")
 OPTIMIZERS = ("soap", "adamw")
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -127,7 +127,8 @@ class Config:
         choices=POSITIONS,
     )
     ratio_weight: float = setting(
-        "weight of the ratio loss, which keeps the router ratio near latent_capacity_factor",
+        "weight of the loss that keeps the share of selected bytes near latent_capacity_factor; "
+        "only for the router ratio",
         0.03,
         minimum=0,
     )
@@ -198,7 +199,7 @@ class Config:
         return int(length * self.capacity_share)
 
     def slots(self, length: int) -> int:
-        """The largest number of bytes that the latent blocks process in training, of `length`."""
+        """In training, the latent blocks process at most this many of `length` bytes."""
         factor = SLOT_FACTOR if self.router in ("threshold", "ratio") else 1
         return min(length, math.ceil(factor * self.capacity(length)))
 
@@ -249,7 +250,7 @@ class Config:
             raise PicoError(f"{where}: {error}") from None
 
     def to_dict(self) -> dict[str, int | float | str]:
-        """The content of model.json, see the class."""
+        """The content of model.json: see `Config`."""
         pairs = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)]
         values = {field.name: value for field, value in pairs if value != field.default}
         return values | ({"ratio_weight": self.ratio_weight} if self.router == "ratio" else {})

@@ -2,10 +2,11 @@
 
 A pass reads R bytes and returns their logits. A pass runs three compiled graphs: the first blocks
 and the router on all R rows; the latent blocks on the rows that the router selects, if any; the
-last blocks and the heads on all rows. The first graph also decides, so that the CPU's launcher can
-run all three in one call. On other devices a pass is one graph, in which the latent blocks always
-run, with a slot for every row: to skip them, the host would have to wait for the router. Each graph
-is compiled for a few numbers of rows only; other numbers are padded to the next compiled one:
+last blocks and the heads on all rows. The first graph also makes the router's decisions, so that
+the CPU's launcher can run all three in one call. On other devices a pass is one graph, in which the
+latent blocks always run, with a slot for every row: to skip them, the host would have to wait for
+the router. Each graph is compiled for a few numbers of rows only; other numbers are padded to the
+next compiled one:
 
 - decode: 1, 4 or 8 rows, for the newest byte and its drafts, or a short prompt in pieces of 8
 - prefill: PREFILL_CHUNK rows, for prompts of MIN_PREFILL bytes, which justify another compilation
@@ -36,8 +37,9 @@ from .selection import slots
 
 DECODE_ROWS = (1, 4, 8)  # few: a padded row costs little time, another size seconds of compiling
 PREFILL_CHUNK = 64  # rows of a prefill pass
-SIZES = (*DECODE_ROWS, PREFILL_CHUNK)
-# int32s that a pass gets: position of the first byte, that of the first slot, bytes, their rules
+SIZES = (*DECODE_ROWS, PREFILL_CHUNK)  # rows, or slots, of the compiled graphs
+# lengths of a pass's int32 inputs: position of the first byte, position of the first slot, bytes,
+# and what `_rules` returns for them
 INPUTS = (1, 1, PREFILL_CHUNK, PREFILL_CHUNK)
 MIN_PREFILL = 4096  # bytes of the shortest prompt for which prefill passes are compiled
 
@@ -130,7 +132,6 @@ class Decoder:
         device, dim = model.norm.weight.device, self.config.dim
         width = padded_width(dim, device)
         self.embedding, self.router, self.bias, self.cutoff = self._copies(width)
-        self.host_cutoff = read(self.cutoff)
         self.host_cutoff = float(read(self.cutoff)[0])
         self.unembedding = PackedLinear(model.unembedding.weight, model.norm.weight)
         # The captured graphs refer to these buffers: as arguments they would cost 0.1 ms per pass.
@@ -252,7 +253,7 @@ class Decoder:
     def _rules(self, data: bytes) -> np.ndarray:
         """How the bytes, from `position` on, are routed, without a capacity limit: int [n].
 
-        1: through the latent blocks; -1: not; 0: if the router's logit is above the cutoff.
+        1: through the latent blocks; -1: past them; 0: as the router's logit and the cutoff decide.
         """
         self.recent = (self.recent[-1:] if self.position else b"\0") + data
         router, stride = self.config.router, self.config.stride
@@ -263,14 +264,14 @@ class Decoder:
         return np.where(rule_decisions(router, recent[1:], recent[:-1], position, stride), 1, -1)
 
     def _outputs(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
-        """Run the graphs of a pass -> (logits [R, T, 256], router logits [R]), overwritten later.
+        """Run a pass -> (logits [R, T, 256], router logits [R]); the next pass overwrites them.
 
         On a CPU, the graphs run one by one until `link_graphs` has joined those that the pass
         needs. Elsewhere a pass is one graph, one write of its inputs and one read of its results.
         """
         if self.single_graph:
             slots = rows if self.use_latent and self.config.router != "none" else 0
-            with Context(JIT_BATCH_SIZE=0):  # tinygrad would begin with a graph of 32 kernels
+            with Context(JIT_BATCH_SIZE=0):  # by default, tinygrad's first graph has 32 kernels
                 results = read(self._run(self._whole_pass, rows, slots))
             return results[:-rows].reshape(rows, -1, 256), results[-rows:]
         if rows in self.linked:
@@ -298,8 +299,8 @@ class Decoder:
     def _whole_pass(self, rows: int, slots: int) -> Tensor:
         """A pass with `slots` slots for the latent blocks -> logits, then router logits, flat.
 
-        Slots without a byte write keys and values after those of the selected bytes, which, like
-        those of rejected drafts, no query sees before they are overwritten (see `KVCache`).
+        Unused slots write keys and values after those of the selected bytes. Like those of rejected
+        drafts, they are overwritten before any query sees them (see `KVCache`).
         """
         router_logits, _ = self._encode(rows)
         if slots:
@@ -307,7 +308,7 @@ class Decoder:
         return self._heads(rows).flatten().cat(router_logits).contiguous().realize()
 
     def _encode(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Write `hidden` and `slots` -> (router logits [R], choice [1]).
+        """Write `hidden`, `index` and `slot` -> (router logits [R], choice [1]).
 
         choice: int32, n if the latent blocks need SIZES[n - 1] slots, 0 if no byte is selected.
         """
@@ -321,7 +322,7 @@ class Decoder:
         selected = (above + rules[:rows] > 0).reshape(1, rows)
         index, slot = slots(selected.contiguous(), rows)  # (1, R), (1, R)
         total = selected.sum(dtype=dtypes.int32)
-        smaller = (0, *SIZES[: SIZES.index(rows)])  # than the number of slots of each variant
+        smaller = (0, *SIZES[: SIZES.index(rows)])  # for each size, the next smaller one
         choice = sum((total > size).cast(dtypes.int32) for size in smaller).reshape(1)
         self.hidden[:rows].assign(h)
         self.index[:rows].assign(index.reshape(rows))

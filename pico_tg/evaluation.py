@@ -130,7 +130,7 @@ class Validation(CausalPass):
             )
 
     def figures(self, x, targets, flags, logits, router_logits, decisions) -> tuple[Tensor]:
-        """float32 [4]: nats of scored bytes, of whole ones, by top-k; scored bytes routed."""
+        """float32 [4]: nats of scored bytes; of whole ones, causal, top-k; scored bytes routed."""
         scored, whole = _has(flags, SCORED), _has(flags, WHOLE)
         top_k, _, _ = self.model(x, causal=False)
         nats, nats_top_k = (cross_entropy(y[:, :, 0], targets) for y in (logits, top_k))
@@ -139,7 +139,7 @@ class Validation(CausalPass):
         return (Tensor.stack(*(part.sum() for part in (*parts, routed))),)
 
     def __call__(self) -> dict[str, float]:
-        """Measure. The keys, each after `validation_`:
+        """Measure -> a dict of these keys, each preceded by `validation_`:
 
         - bits_per_byte, router_rate: of all windows, with causal routing
         - bits_per_byte_top_k: of the windows without padding, with top-k routing
@@ -227,9 +227,9 @@ class Evaluation:
       4 of a UTF-8 character). space (0x20 alone), after_newline and after_whitespace (not
       whitespace itself) overlap these kinds
     - boundaries: routed bytes as predictions of word_end, the last byte of a word; space, the last
-      byte of whitespace; word_start, the first byte of a word; and near, within one byte of a
-      boundary. A boundary is a run of bytes between words; it is found if one of its bytes, or the
-      byte before or after them, is routed
+      byte of a run of whitespace; word_start, the first byte of a word; and near, within one byte
+      of a boundary. A boundary is a run of bytes between words; it is found if one of its bytes, or
+      the byte before or after them, is routed
     - passage: records of the first bytes, one list for each document
     """
 
@@ -570,7 +570,7 @@ def _interval(statistic: Callable[..., np.ndarray], *arrays: np.ndarray) -> list
     """95 % confidence interval of statistic(*sums of the arrays [N]), by a block bootstrap.
 
     Neighboring bytes depend on each other, so whole blocks of the text are drawn with replacement:
-    BLOCKS blocks, of at least MIN_BLOCK bytes each. 0 to 0 if the statistic is not defined. For a
+    BLOCKS blocks, of at least MIN_BLOCK bytes each. [0, 0] if the statistic is undefined. For a
     text of a single block, the interval is a point.
     """
     N = len(arrays[0])

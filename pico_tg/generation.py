@@ -181,8 +181,8 @@ class Transitions:
         A[y, x] / sum_y' p_{k-1}(y') A[y', x]
 
     the probability of x after y, relative to that after a byte drawn from head k - 1. Row y of A is
-    the mean of head 0's distributions after the bytes y read so far, and of PRIOR times the mean
-    distribution of the prompt.
+    a weighted mean: of head 0's distribution after each y in the text so far, with weight 1, and of
+    head 0's mean distribution over the prompt, with weight PRIOR.
     """
 
     PRIOR = 3.0
@@ -225,7 +225,7 @@ class DraftPolicy:
     WEIGHT = 0.05  # of a new observation in the running average
 
     def __init__(self, limit: int, transitions: Transitions) -> None:
-        """limit: the largest number of drafts; transitions: correct the drafts."""
+        """limit: the largest number of drafts; transitions: corrects the drafts."""
         self.acceptance = [0.5] * limit
         self.transitions = transitions
         self.drafts: list[int] = []  # those being observed
@@ -243,7 +243,7 @@ class DraftPolicy:
         return max(numbers, key=lambda k: expected[k] / (1 + self.ROW_COST * k))
 
     def propose(self, byte: int, heads: np.ndarray) -> list[int]:
-        """Drafts of all heads after the newest byte, from the logits [T, 256] before that byte.
+        """Drafts of all heads after `byte`; heads: logits [T, 256] at the position before `byte`.
 
         The drafts are observed, unless earlier drafts are still being observed.
         """

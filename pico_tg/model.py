@@ -48,7 +48,7 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         y = linear(x, self.weight)
-        # each consumer adds the bias again, which is cheaper than another pass over the memory
+        # not materialized: that each consumer adds the bias again is cheaper than storing the sum
         return y if self.bias is None else (y + self.bias).contiguous_backward()
 
 
@@ -65,7 +65,8 @@ class RMSNorm:
 class Router:
     """h [B, N, D] -> logits [B, N]; the sigmoid of a logit is the router weight of the byte.
 
-    cutoff [2], for `threshold`: the logit above which a byte is selected, its number of steps.
+    cutoff float32 [2], only for `threshold`: the logit above which a byte is selected, and the
+    number of training steps that have updated it.
     """
 
     def __init__(self, config: Config) -> None:
@@ -234,7 +235,8 @@ def loss_fn(
 
     logits [B, N, T, 256], router logits z and router decisions [B, N], targets [B, N, T] of bytes.
     LM averages the heads' cross-entropies, weighted by 1.618^(T-1-k). next_byte_loss: head 0's.
-    The router of `config` (default: learned) determines the rest; else loss = LM, AUX = 0:
+    The router term depends on the router of `config` (default: learned); for `threshold` and rules,
+    loss = LM and AUX = 0:
 
     - learned: loss = 0.9 * LM + 0.1 * AUX. AUX is the router's binary cross-entropy against its own
       top-k decisions, so that at inference a threshold can replace top-k

@@ -33,7 +33,7 @@ TILE = 16  # each side of a factor is padded to a multiple of TILE
 # a matmul of fewer multiplications is bound by memory or by the launch, not by arithmetic
 SMALL = 1 << 15
 MIN_ROWS = 8  # a matmul of fewer rows is left to tinygrad
-# on tensor cores: outputs that tinygrad gives a workgroup, and limits of splitting sums
+# on tensor cores: outputs that tinygrad computes in one workgroup; limits of `_parts_of_sum`
 WORKGROUP_OUTPUTS, MAX_WORKGROUPS, MIN_PART = 4096, 256, 512
 
 
@@ -216,7 +216,10 @@ def _tensor_core_gemm(
 
 
 def _parts_of_sum(outputs: int, length: int) -> int:
-    """Into how many parts a sum of `length` products is split, for MAX_WORKGROUPS at most."""
+    """Into how many parts of at least MIN_PART products each sum of `length` products is split.
+
+    The matmul of all parts has at most MAX_WORKGROUPS workgroups, if it is split at all.
+    """
     sizes = [n for n in (16, 8, 4, 2) if length % (n * TILE) == 0 and length >= n * MIN_PART]
     return next((n for n in sizes if n * outputs <= MAX_WORKGROUPS * WORKGROUP_OUTPUTS), 1)
 
@@ -245,8 +248,8 @@ def _lookup_gradient(upstream: UOp, call: UOp) -> tuple[UOp | None, ...]:
 def _sum_rows(g: Tensor, index: Tensor, rows: int) -> Tensor:
     """Sum each row of g [N, D] into row index[n] of the result [rows, D]; index int32 [N].
 
-    A thread adds one column, or four, of one of `parts` groups of rows to its own copy of the
-    result, so that no two threads add to the same number: O(N * D) additions without atomics.
+    Each of `parts` groups of rows has its own copy of the result, to which a thread adds one, two
+    or four columns. No two threads add to the same number: O(N * D) additions without atomics.
     """
     N, D = g.shape
     parts = next(n for n in (16, 8, 4, 2, 1) if N % n == 0)
@@ -263,7 +266,7 @@ def _sum_rows(g: Tensor, index: Tensor, rows: int) -> Tensor:
         part, d = UOp.range(parts, 0), UOp.range(D, 1)
         n = UOp.range(N // parts, 2, AxisType.REDUCE)  # not LOOP, which may become threads
         source = part * (N // parts) + n
-        # % rows: tinygrad sees that the address fits in 32 bits; 0.13 would compute it in 64, which
+        # % rows bounds the address: without a bound, tinygrad 0.13 computes it in 64 bits, which
         # fails on WebGPU (test_drivers.test_training_and_decoding)
         row = part * rows + index[source].cast(dtypes.weakint) % rows
         info = KernelInfo(name=f"sum_rows_{rows}_{D}_{N}", opts_to_apply=tuple(opts))

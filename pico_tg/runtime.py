@@ -82,11 +82,10 @@ def opencl_bindings() -> ModuleType:
 
 
 def open_webgpu(name: str) -> tuple[str, str]:
-    """Open a WebGPU device: the name of its adapter, and the interface that Dawn uses for it.
+    """Open a WebGPU device -> (name of its adapter, graphics API through which Dawn drives it).
 
-    The interface is Vulkan, Metal, D3D12, …; or Null, if Dawn finds no driver: all launches then
-    succeed and compute nothing. Dawn and Mesa write warnings to the standard error of the process,
-    which is closed to them meanwhile.
+    The API is Vulkan, Metal, D3D12, …; or Null, if Dawn finds no driver: all launches then succeed
+    and compute nothing. Warnings that Dawn and Mesa write to standard error are discarded.
     """
     with _silent_stderr():
         resource = Device[name].device_res

@@ -1,4 +1,4 @@
-"""The largest logits of each sequence, and the slots of the selected bytes, in integer kernels.
+"""Top-k of the router logits of each sequence, and the slots of the selected bytes.
 
 Shape letters: B batch, N bytes, S slots.
 """
@@ -7,7 +7,7 @@ import math
 
 from tinygrad import Tensor, dtypes
 
-MAX_RANKED = 2048  # bytes: longer sequences have algorithms below O(N^2), of more kernels
+MAX_RANKED = 2048  # bytes; longer sequences take algorithms below O(N^2), which run more kernels
 
 
 def top_k_decisions(router_logits: Tensor, capacity: int) -> Tensor:
@@ -38,7 +38,7 @@ def _above_threshold(z: Tensor, capacity: int) -> Tensor:
     key = (bits < 0).where(bits ^ 0x7FFFFFFF, bits).contiguous()  # (B, N)
     T, digit, counts = 0, Tensor.arange(1, 256, device=z.device), []
     for shift in (24, 16, 8, 0):
-        lowest = -128 if shift == 24 else 0  # without overflow, which tinygrad's simplifier ignores
+        lowest = -128 if shift == 24 else 0  # no overflow: tinygrad's simplifier assumes none
         candidate = (T + (digit + lowest) * (1 << shift)).reshape(-1, 255, 1)  # (B or 1, 255, 1)
         count = (key.unsqueeze(1) >= candidate).sum(axis=2, dtype=dtypes.int32).contiguous()
         reached = (count >= capacity).sum(axis=1, keepdim=True, dtype=dtypes.int32)  # (B, 1)

@@ -146,7 +146,7 @@ class TrainStep:
         if config.router == "threshold":
             top_k = top_k_decisions(z, config.capacity(x.shape[1]))
             kth = top_k.where(z, math.inf).min(axis=1).mean()
-        # contiguous: one kernel of all these sums would use a few threads of a GPU
+        # contiguous: one kernel of all these sums would use only a few threads of a GPU
         losses = [x.detach().contiguous() for x in (*losses, rate, overflow, kth)]
         losses = Tensor.stack(*losses).contiguous()
         # a loss that is not finite sets one gradient to NaN, which makes `_apply` skip the update
@@ -224,7 +224,7 @@ class TrainStep:
         return losses
 
     def _update_cutoff(self, kth: float) -> None:
-        """Add a step's capacity-th largest logit to the running average of them.
+        """Update the cutoff, a running average, with a step's capacity-th largest logit.
 
         In a short run, CUTOFF_DECAY alone averages over all steps and lags behind drifting logits.
         """

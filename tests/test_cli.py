@@ -517,7 +517,7 @@ def test_eval(trained, measured, tmp_path, monkeypatch, capsys):
         ("1 ahead", f"{found['head_accuracy'][0]:.1%}"),
         ("after whitespace", f"{found['places']['after_whitespace']['share_of_bytes']:.1%}"),
         ("space", f"{found['places']['space']['share_of_bytes']:.1%}"),
-        ("causal routing against top-k, bits per byte", f"{found['routing_gap']:+.4f}"),
+        ("causal routing minus top-k, bits per byte", f"{found['routing_gap']:+.4f}"),
         ("surprisal after routed bytes / mean", f"{found['surprisal_ratio']:.2f}"),
         (
             "within one byte of a boundary",

@@ -279,7 +279,7 @@ def test_training_in_a_log(capsys):
     made = [step_record(1, 3), step_record(2, 3, **MEASURED), step_record(3, 3)]
     TrainingDisplay(lambda: "The text").show(made)
     validation, sample, last = capsys.readouterr().err.splitlines()
-    expected = "step 2: validation 2.500 bits/byte with causal routing, +0.060 against top-k"
+    expected = "step 2: validation 2.500 bits/byte with causal routing, +0.060 relative to top-k"
     assert validation.startswith(expected)
     assert sample == "  sample: The text"
     assert last.startswith("training: 3/3 step [")

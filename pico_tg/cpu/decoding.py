@@ -53,7 +53,7 @@ def packed_matmul(
         if tile == 1 and inputs % UNROLL == 0:
             opts.append(Opt(OptOps.UNROLL, 0, UNROLL))
         if threads > 1:
-            # a tile of all rows leaves no loop over r, and the axes after it move up
+            # a tile of all rows leaves no loop over r, so the axes after it move up by one
             opts.append(Opt(OptOps.THREAD, axis[1] - (rows == tile > 1), threads))
         name = f"packed_{rows}_{outputs}_{inputs}_{len(more)}"
         info = KernelInfo(name=name, opts_to_apply=tuple(opts))

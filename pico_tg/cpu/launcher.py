@@ -3,8 +3,8 @@
 tinygrad 0.13 executes each kernel of a captured graph from Python: a wait, an exec and a signal,
 and for a kernel of several threads a queue.Queue.put, a GIL hand-over, a wake-up and a join for
 each thread: 50 to 300 µs per kernel. Here the graph becomes a table with one row per kernel
-(function, shares, arguments), and one native function runs all rows of the table. A row of no
-shares is a jump: an integer that an earlier kernel wrote selects the row that is next.
+(function, shares, arguments), and one native function runs all rows of the table. A row with 0
+shares is a jump: an integer that an earlier kernel wrote selects the next row.
 
 A kernel of T threads has T shares, numbered by the kernel's argument `core_id`. The calling thread
 and the helper threads claim shares from one atomic counter, so any subset of the threads completes
@@ -44,7 +44,8 @@ from tinygrad.runtime.support.compiler_cpu import ClangJITCompiler, CPULLVMCompi
 from tinygrad.uop.ops import Ops, UOp
 
 # A kernel's row: function, shares, number of arguments, position of core_id, arguments' address.
-# A jump's row: address of an int32, 0, -, -, address of the int64s that it indexes, which are rows.
+# A jump's row: address of the choice (int32), 0, unused, unused, address of the targets: the next
+# row for each choice (int64).
 ROW = 5  # int64s
 MAX_ARGUMENTS = 96
 SPIN = 2000  # polls before a thread sleeps, about 20 to 80 µs
@@ -181,7 +182,7 @@ def native_calls(captured: CapturedJit) -> Calls | None:
     calls = []
     for call in captured.linear.src:
         ast = call.src[0]
-        if ast.op is Ops.PROGRAM:  # tinygrad makes no graph of one kernel, the rest of a batch
+        if ast.op is Ops.PROGRAM:  # tinygrad makes no graph of a batch of one kernel
             ast = create_graph_call([call]).src[0]
         if ast.op is not Ops.CUSTOM_FUNCTION or ast.arg != "graph":
             return None
@@ -276,12 +277,12 @@ def link_graphs(
     return LinkedGraphs(parts[0], choice, parts[1:-1], parts[-1])
 
 
-_tables: weakref.WeakSet = weakref.WeakSet()  # all native graphs
+_tables: weakref.WeakSet = weakref.WeakSet()  # all NativeGraphs and LinkedGraphs
 
 
 @contextlib.contextmanager
 def without_kernels() -> Iterator[None]:
-    """Inside the `with`, all existing native graphs launch functions that do nothing.
+    """Inside the `with`, existing native graphs hand out their kernels to threads, but call none.
 
     For measuring the cost of launching; the graphs' results are not computed. Jumps stay, and
     choose what they chose last.
@@ -298,7 +299,7 @@ def without_kernels() -> Iterator[None]:
 
 
 class IRCompiler(ClangJITCompiler):
-    """clang for LLVM IR instead of C; 15 is the first version that reads the launcher's."""
+    """clang, for LLVM IR instead of C; version 15 is the first that reads the launcher's IR."""
 
     def __init__(self, arch: str) -> None:
         super().__init__([arch, "native"], cachekey="compile_clang_ir")

@@ -59,7 +59,7 @@ class LoopNest:
 
     @contextlib.contextmanager
     def loops(self, sizes: tuple[UOp | int, ...], shared: int = -1) -> Iterator[list[UOp]]:
-        """Nested loops, outermost first; the threads share those of loop `shared`, if any."""
+        """Nested loops, outermost first; if `shared` >= 0, threads share that loop."""
         with contextlib.ExitStack() as stack:
             yield [
                 stack.enter_context(self._split(n) if i == shared else self._whole(n))

@@ -11,9 +11,9 @@ from tinygrad.uop.ops import Ops, UOp
 from .loops import TILE_N, VECTOR, LoopNest, choose_shared_loop, round_up, tile_m
 
 PARALLEL = 1 << 19  # least number of elements for which threads make a copy faster
-# In kernels of at least LONG operations each thread takes several shares, one after another: of two
-# equal shares the one on a slower or busier core would delay the kernel. That needs the launcher,
-# which is for Linux; elsewhere tinygrad starts a Python thread for each share.
+# A kernel of at least LONG operations has SHARES shares per thread: with one share per thread, the
+# slowest or busiest core would delay the kernel. This needs the launcher, which is for Linux;
+# elsewhere tinygrad starts a Python thread for each share.
 SHARES = 8 if sys.platform == "linux" else 1
 LONG = 1 << 25
 UNROLL = 4  # terms of a sum that one iteration adds
@@ -106,7 +106,8 @@ def tiled_matmul(
       sum of a @ b over these iterations. a_index and b_index receive the counter of this loop after
       the outer ones, c_index does not
     - products: total number of matmuls, if accumulate_over varies
-    - symmetric: c is symmetric; the tiles on and above the diagonal are computed and stored twice
+    - symmetric: c is symmetric; only the tiles on and above the diagonal are computed, and each is
+      stored a second time, transposed
     """
     M, N, L = sizes
     tall = tile_m()

@@ -206,7 +206,7 @@ def smoothed(values: list[float], weight: float) -> list[float]:
 
 
 def training_chart(runs: dict[str, list[dict]]) -> str:
-    """SVG of training runs by name, over bytes: bits per byte, routing gap, rates."""
+    """SVG of training runs by name, over bytes: bits per byte, routing gap, share routed, lr."""
     bits, gaps, rates, learning_rates = [], [], [], []
     for number, (name, records) in enumerate(runs.items()):
         color = COLORS[number % len(COLORS)]

@@ -40,7 +40,7 @@ def describe_validation(record: Mapping[str, Any]) -> str:
     return (
         f"step {record['step']}: validation "
         f"{record['validation_bits_per_byte']:.3f} bits/byte with causal routing, "
-        f"{record['validation_routing_gap']:+.3f} against top-k, "
+        f"{record['validation_routing_gap']:+.3f} relative to top-k, "
         f"{record['validation_router_rate']:.0%} of the bytes routed "
         f"({record['validation_seconds']:.1f} s)"
     )
@@ -55,7 +55,7 @@ def describe_evaluation(measured: Evaluation) -> str:
         ("bits per byte", f"{measured.bits_per_byte:.4f}"),
         ("without the latent blocks", f"{measured.bits_per_byte_without_latent:.4f}"),
         ("router rate", f"{measured.router_rate:.1%}"),
-        ("causal routing against top-k, bits per byte", f"{measured.routing_gap:+.4f}"),
+        ("causal routing minus top-k, bits per byte", f"{measured.routing_gap:+.4f}"),
         ("surprisal after routed bytes / mean", surprisal_line(measured)),
         (
             "accepted drafts per pass, uncorrected, by the text",
@@ -83,7 +83,7 @@ def describe_evaluation(measured: Evaluation) -> str:
                 f"{place.rate:.1%}",
             )
         )
-    found = [("decisions as word boundaries (random)", "precision", "recall", "F1")]
+    found = [("routed bytes as word boundaries (random)", "precision", "recall", "F1")]
     for name, boundary in measured.boundaries.items():
         router, random = boundary.router, boundary.random
         pairs = (
