@@ -1,10 +1,10 @@
-"""A page on this computer that writes a continuation as it is made, shaded by router weight.
+"""Serve a page on localhost that shows a continuation as it is generated, shaded by router weight.
 
 python examples/web.py [PATH RUN] [--port 8000]     (default: the model that comes with pico_tg)
 
-The server listens on 127.0.0.1 only and answers only its own page: a request with another Host (DNS
-rebinding) or another Origin (a page of another site) is refused, and so are bodies that are large
-or malformed. One continuation is written at a time; closing the page or its stop button ends it.
+The server listens on 127.0.0.1 only and answers only its own page: it refuses requests with another
+Host (DNS rebinding) or another Origin (a page of another site), and bodies that are too large or
+malformed. It generates one continuation at a time; closing the page or pressing Stop ends it.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from pico_tg.tools.terminal import Character, characters, escape_code
 SHIPPED = (Path(__file__).parent / "stories", "first")
 MAX_BODY = 1 << 16  # bytes of a request
 WAIT = 10  # seconds that a request waits for the end of the one before it
-# name of a field, its type, least and greatest value; of text, the length in UTF-8
+# name of a field, its type, least and greatest value (of text: of its length in UTF-8)
 FIELDS = {
     "prompt": (str, 0, 8192),
     "temperature": (float, 0, 5),
@@ -132,7 +132,7 @@ stop.onclick = () => controller.abort();
 
 
 class Refused(Exception):
-    """A request that is not answered: the status of HTTP, and why."""
+    """A request that is refused: the HTTP status, and why."""
 
 
 class Server(ThreadingHTTPServer):
@@ -190,7 +190,7 @@ class Handler(BaseHTTPRequestHandler):
             self.server.one_at_a_time.release()
 
     def check_host(self) -> None:
-        """Refuse a Host that another site's name can have: its page must not read this one."""
+        """Refuse other host names: by DNS rebinding, another site's page could read this one."""
         if self.headers["Host"] not in self.server.hosts:
             raise Refused(403, f"the address of this page is {self.server.url}")
 
@@ -199,7 +199,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(415, "the body must be application/json")
         length = self.headers["Content-Length"] or ""
         if not (length.isascii() and length.isdigit()):
-            raise Refused(411, "the length of the body is not given")
+            raise Refused(411, "Content-Length is missing or not a number")
         if len(length) > 9 or int(length) > MAX_BODY:
             raise Refused(413, f"the body is longer than {MAX_BODY:,} bytes")
         return self.rfile.read(int(length))
@@ -246,7 +246,8 @@ def read_options(body: bytes) -> dict[str, str | float | int]:
                 raise Refused(400, f"{name} must be a {'whole ' * (kind is int)}number")
             size = value
         if not least <= size <= most:  # also NaN
-            raise Refused(400, f"{name} must be from {least} to {most}")
+            unit = " bytes long" if kind is str else ""
+            raise Refused(400, f"{name} must be from {least} to {most}{unit}")
     return given
 
 

@@ -1,4 +1,4 @@
-"""Compare with PyTorch: seconds of training and decoding the same model, and their ratios.
+"""Compare pico_tg with PyTorch: milliseconds of training and decoding the same model, and ratios.
 
     pip install -e '.[bench]'
     python examples/studies/bench_torch_peer.py --quick     (a minute on two CPU cores)
@@ -7,13 +7,13 @@
 One process measures both implementations in turn: pico_tg, PyTorch, pico_tg, PyTorch, …; then once
 more while another process keeps one core busy. Measured are forward and backward, the train step
 with SOAP (the mean of ten steps, one of which refreshes the eigenbases) and the decoding of one
-byte without drafts. Before that, the program checks that both compute the same, and ends if not:
-the loss, the logits of decoding, and a parameter that SOAP trains.
+byte without drafts. Before that, the script checks that both compute the same loss, the same logits
+in decoding and the same updates with SOAP, and exits if not.
 
 The PyTorch model is written for speed without compiling: `banded` attention cuts the sequence into
 blocks, each of which sees its own keys and those of a window before the block. `--attention dense`
 is scaled_dot_product_attention with an N x N mask, `--compile` adds torch.compile, and on a GPU
-(`--cuda`, never tried) `--attention flex` is flex_attention.
+(`--cuda`, untested) `--attention flex` is flex_attention.
 
 A ratio above 1 means that pico_tg is faster. `without kernels` is the share of pico_tg's time that
 remains when all its kernels are replaced by functions that do nothing: launching them, sampling,
@@ -400,11 +400,11 @@ def check(
     error = np.abs(ours - theirs).max() / np.abs(ours).max()
     tqdm.write(f"{name}: relative difference {error:.0e}", file=sys.stderr)
     if not error < tolerance:
-        sys.exit(f"{name}: PyTorch and pico_tg compute something else")
+        sys.exit(f"{name}: the results of PyTorch and pico_tg differ")
 
 
 def check_soap(device: str) -> None:
-    """13 steps of a matrix and a vector. A full-rank gradient, so that no basis is arbitrary."""
+    """13 steps of a matrix and a vector, with full-rank gradients: no basis is arbitrary."""
     rng = np.random.default_rng(0)
     shapes = [(16, 16), (16,)]
     start = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
@@ -434,7 +434,7 @@ def busy_process() -> Iterator[None]:
 
 
 def seconds_of(call: Callable[[], None], at_least: float = 0.5) -> float:
-    """The mean of the calls that `at_least` seconds take."""
+    """Mean seconds of a call, over the calls that `at_least` seconds take."""
     start, calls = time.perf_counter(), 0
     while calls == 0 or time.perf_counter() - start < at_least:
         call()
@@ -510,12 +510,12 @@ def processor() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--rounds", type=int, default=5, help="alternations of both (5)")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each side (5)")
     parser.add_argument("--quick", action="store_true", help="the smallest model, two rounds")
     parser.add_argument("--attention", choices=("banded", "dense", "flex"), default="banded")
     parser.add_argument("--compile", action="store_true", help="torch.compile for training")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--cuda", action="store_true", help="on a GPU (never tried)")
+    parser.add_argument("--cuda", action="store_true", help="on a GPU (untested)")
     args = parser.parse_args()
     if args.quick:
         args.case, args.rounds = ["quickstart-4x512"], 2

@@ -67,9 +67,9 @@ parser.add_argument(
 )
 parser.add_argument("--learning-rate", type=float, default=0.012)
 parser.add_argument("--warmup-steps", type=int, default=50)
-parser.add_argument("--validations", type=int, default=10, help="of each run")
+parser.add_argument("--validations", type=int, default=10, help="number for each run")
 parser.add_argument("--sample-bytes", type=int, default=400, help="to measure decoding; 0: skip")
-parser.add_argument("--evaluation-bytes", type=int, default=4096, help="to find boundaries in")
+parser.add_argument("--evaluation-bytes", type=int, default=4096, help="held out, to evaluate")
 parser.add_argument("--results", type=Path, default=HERE / "routers.jsonl")
 parser.add_argument("--svg", type=Path, default=HERE / "routers.svg")
 args = parser.parse_args()
@@ -218,10 +218,10 @@ for variant, seed, key, result in tqdm(trained, desc="decoding", unit="model"):
         result = result | cached(key, partial(decoding_speed, variant, seed))
     table.setdefault(variant, []).append(result)
 
-# heading of a column, key of a result, digits
+# heading of a column, key of a result, digits; boundary F1: within one byte of a boundary
 columns = [
     ("top-k", "bits_per_byte_top_k", 3), ("routed", "routed", 2), ("spaces", "spaces", 2),
-    ("first-byte F1", "boundary_f1", 2), ("at random", "random_f1", 2), ("hours", "hours", 2),
+    ("boundary F1", "boundary_f1", 2), ("at random", "random_f1", 2), ("hours", "hours", 2),
 ]  # fmt: skip
 if args.sample_bytes:
     columns += [("bytes/s", "bytes_per_second", 0), ("bytes per pass", "a_pass", 2)]

@@ -1,4 +1,4 @@
-"""The kernels of a train step on a GPU that is not here: bytes, operations, workgroups.
+"""List the kernels of a train step on a GPU, without one: their bytes, operations and workgroups.
 
     DEV=NULL:METAL:Apple9 python examples/studies/gpu_kernels.py 6144
 
@@ -6,7 +6,8 @@ Arguments: context length (1024), batch size (1), precision (fp32). The model is
 names a renderer of tinygrad's NULL device, which schedules and renders kernels and runs none; the
 default is the one above, others are NULL:CUDA:sm_80 and NULL:WGSL. Prints totals, the ten kernels
 that move the most bytes, and those of fewer than 32 workgroups whose threads iterate more than 512
-times: a GPU is idle meanwhile. Bytes count each buffer once a kernel; loads count all.
+times: most of the GPU is idle meanwhile. "MB" counts each buffer of a kernel once, "MB loaded"
+every load.
 """
 
 import collections
@@ -17,7 +18,7 @@ import sys
 import types
 
 os.environ.setdefault("DEV", "NULL:METAL:Apple9")
-# nothing is compiled, captured graphs stay lists of kernels, Metal's limit of buffers holds
+# compile nothing, keep captured graphs as lists of kernels, keep to Metal's limit of 31 buffers
 os.environ |= {"NULL_ALLOW_COPYOUT": "1", "JIT": "2", "MAX_KERNEL_BUFFERS": "31"}
 
 import numpy as np
@@ -37,7 +38,7 @@ Kernel = collections.namedtuple("Kernel", "name bytes loads operations workgroup
 
 
 def iterations(program) -> int:
-    """How often a thread executes the innermost loops of a kernel, all of them together."""
+    """How often a thread executes the body of a kernel's innermost loop: the largest of several."""
     found, nest = 0, [1]
     for uop in next(part for part in program.src if part.op is Ops.LINEAR).src:
         if uop.op is Ops.RANGE:

@@ -1,4 +1,4 @@
-"""Copy a trained model with weights in float16, half the size, to come with the package.
+"""Copy a trained model to OUTPUT, with weights in float16: the model that comes with the package.
 
 python examples/studies/make_shipped_model.py PATH RUN OUTPUT
 """

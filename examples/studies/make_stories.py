@@ -1,4 +1,4 @@
-"""Build `stories`, 20 MB of English fairy tales and adventure novels, as train.txt and valid.txt.
+"""Build `stories`, 21 MB of English fairy tales and adventure novels, as train.txt and valid.txt.
 
 python examples/studies/make_stories.py TALES/data NOVELS/corpus stories
 
@@ -9,11 +9,11 @@ computationalstylistics/100_english_novels.
 The texts are those of Project Gutenberg: 47 books of fairy tales, legends and myths, and 21 novels
 printed from 1838 to 1921. They are in the public domain in the United States; elsewhere that
 depends on the year in which an author or translator died. One book is one document. Five books are
-held out, with 52,000 bytes each.
+held out: valid.txt gets up to 52,000 bytes of each, and train.txt none.
 
-What is kept is prose in ASCII: paragraphs that begin with a letter or a quotation mark and end with
-a sentence, each on one line. Headings, tables of contents, verse, footnotes and the first twentieth
-of each book, often a preface, are left out.
+The script keeps prose, in ASCII: paragraphs that begin with a letter or a quotation mark and end
+with punctuation, each on one line. It leaves out headings, tables of contents, verse, footnotes and
+the first twentieth of the paragraphs of each book, often a preface.
 """
 
 import argparse
@@ -30,7 +30,7 @@ NOVELS = [
     "Stevenson_Catriona_1893", "Stevenson_Treasure_1883", "Ward_Milly_1881",
 ]  # fmt: skip
 HELD_OUT = ("82", "89", "94", "Burnett_Princess_1905", "Doyle_Lost_1912")
-HELD_OUT_BYTES = 52_000  # of each
+HELD_OUT_BYTES = 52_000  # of each book, at most
 NOT_ENGLISH = ("80", "92")
 MARK = re.compile(r"\*\*\* ?(START|END) OF.*")
 PLAIN = {
