@@ -39,7 +39,7 @@ def planned_memory(monkeypatch):
 
 
 def pytest_collection_modifyitems(items):
-    """The slowest first, so that at the end no worker waits long for another."""
+    """Run the slowest tests first, so that at the end no worker waits long for another."""
 
     def minutes(item: pytest.Item) -> float:
         mark = item.get_closest_marker("slow")

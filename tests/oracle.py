@@ -69,7 +69,7 @@ def shapes(config: Config) -> dict[str, tuple[int, ...]]:
             table[f"{block}.glu.fc2.weight"] = (dim, dim)
     table["latent.router.weight"] = (1, dim)
     if config.router == "threshold":
-        table["latent.router.cutoff"] = (2,)  # of the logits, and its number of training steps
+        table["latent.router.cutoff"] = (2,)  # cutoff of the logits, training steps so far
     table["norm.weight"] = (dim,)
     table["unembedding.weight"] = (config.next_tokens * 256, dim)
     table["unembedding.bias"] = (config.next_tokens * 256,)
@@ -327,7 +327,7 @@ def cutoff_of(weights: Weights) -> np.ndarray:
 
 
 def slots(config: Config, length: int) -> int:
-    """How many selected bytes the latent blocks process in training; the first ones."""
+    """The limit of selected bytes, the first of a sequence, that training processes."""
     if config.router in ("all", "none"):
         return length if config.router == "all" else 0
     capacity = int(length * config.latent_capacity_factor)
@@ -342,7 +342,7 @@ def decide(
     causal: bool,
     cutoff: np.ndarray | tuple[float, float] = (0.0, 0.0),
 ) -> np.ndarray:
-    """Which bytes of one sequence are selected, logits [N], bytes [N] -> bool [N].
+    """Which bytes of one sequence are selected: logits [N], bytes [N] -> bool [N].
 
     The router `learned` selects in training the int(N * factor) bytes of the largest logits (a tie
     goes to the earlier byte), as `threshold` does in its first 100 steps. Otherwise see `select`.
@@ -392,7 +392,7 @@ def _sequence(
         decisions = decide(z[:, 0], x, config, causal, cutoff_of(weights))
     selected = np.flatnonzero(decisions)  # (S,), in sequence order
     selected = selected[: N if causal else slots(config, N)]
-    gate = np.ones_like(r) if config.router == "ratio" else r  # with r's gradient in any case
+    gate = np.ones_like(r) if config.router == "ratio" else r  # both with the gradient of r
     if len(selected):
         into = h[selected]
         deep, latent_backward = blocks(weights, "latent", config, positions, into)

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def any_size(monkeypatch):
-    """Products of any size take the hand-scheduled kernel, in many shares."""
+    """Matmuls of any size take the hand-scheduled kernel, in several shares per thread."""
     monkeypatch.setattr(ops, "SMALL", 0)
     monkeypatch.setattr(matmul, "LONG", 0)
 
@@ -34,8 +34,8 @@ def test_products_on_other_processors(shape, tile_m, cores, any_size, monkeypatc
 
 @pytest.mark.parametrize("cores", [1, 3])
 @pytest.mark.parametrize("shape", [(1, 100, 7), (3, 37, 20), (2, 16, 9)], ids=str)
-def test_gram_matrices_are_products(shape, cores, any_size):
-    """X Xᵀ, of which half is computed, is symmetric and the product of X and a copy of Xᵀ."""
+def test_gram_matrices_are_matmuls(shape, cores, any_size):
+    """X Xᵀ, of which half is computed, is symmetric and equals the matmul of X and a copy of Xᵀ."""
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     x, copy = Tensor(x).realize(), Tensor(x).realize()
     with Context(CPU_COUNT=cores):

@@ -49,7 +49,7 @@ def test_pieces_of_every_size(model, weights, text, prefill):
 
 
 def test_a_pass_in_one_graph(model, weights, text):
-    """As on a GPU. Slots that no byte needs, and rejected bytes, leave no trace in the caches."""
+    """As on a GPU. Unused slots and rejected bytes leave no trace in the caches."""
     decoder = Decoder(model)
     decoder.single_graph = True
     found = []

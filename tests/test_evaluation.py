@@ -222,7 +222,7 @@ def places_of(read) -> tuple[dict[str, list[int]], list[range]]:
 
 
 def test_boundaries(found, read):
-    """Each place, and random routing at the same rate, simulated many times."""
+    """Each place, against plain loops; random routing, against 2000 simulations at that rate."""
     routed = (read.router > 0) & read.own
     places, runs = places_of(read)
     near = sorted({p for run in runs for p in run})
@@ -248,7 +248,7 @@ def test_boundaries(found, read):
 
 
 def test_surprisal(found, read):
-    """Of the byte after a routed byte, divided by that of every byte after a byte of text."""
+    """The mean over bytes after routed bytes, divided by the mean over all bytes after text."""
     at = np.flatnonzero(read.own[:-1] & read.own[1:])
     rows = read.logits[at, 0]
     nats = np.logaddexp.reduce(rows, axis=1) - rows[np.arange(len(at)), read.data[at + 1]]
@@ -259,7 +259,7 @@ def test_surprisal(found, read):
 
 
 def test_a_confidence_interval():
-    """Of a share: 95 % of the intervals hold the true one; wider where bytes come in blocks."""
+    """95 % of the intervals of a share hold the true share; bytes in blocks widen the interval."""
     rng = np.random.default_rng(1)
     whole, inside, widths = np.ones(12_800), 0, []
     for _ in range(100):

@@ -182,7 +182,7 @@ def test_drafts_that_are_sometimes_right():
 
 
 def test_drafts_are_corrected_by_the_byte_before_them():
-    """The factor A[y, x] / sum_y' p(y') A[y', x] and the mean rows of A, in plain loops."""
+    """The factor A[y, x] / sum_y' p(y') A[y', x], and the rows of A as means, in plain loops."""
     rng = np.random.default_rng(3)
     prompt = b"abcab"
     after = rng.dirichlet(np.ones(256) / 8, len(prompt) + 1)  # head 0's distributions

@@ -84,7 +84,7 @@ def test_html_page():
 
 
 def test_surprisal_of_the_next_byte():
-    """Of the byte after the last byte of each character; routed marks and tips stay."""
+    """It shades the character before that byte; marks of routed characters and tips stay."""
     bits = [3.0, 2.0, 1.0, 4.0, 16.0]
     sample = [
         record(byte, weight, logprob=-b * math.log(2))

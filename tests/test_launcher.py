@@ -168,7 +168,7 @@ def test_linked_graphs_of_a_decoding_pass(monkeypatch, graph_of):
 
 
 def test_without_kernels(graph_of):
-    """Launching alone leaves the outputs as they were; afterwards the kernels run again."""
+    """Without kernels, a launch leaves the outputs as they were; afterwards kernels run again."""
     graph_of(1)
     x = Tensor(np.zeros((64, 64), np.float32)).realize()
     jit = TinyJit(lambda: x.assign(x + 1).realize() * 2 + 1)
@@ -231,7 +231,7 @@ def test_a_forked_child_runs_graphs_without_helpers(graph_of):
 
 @pytest.fixture
 def clang(monkeypatch):
-    """The launcher's compiler is a clang of this machine."""
+    """A clang of this machine compiles the launcher; skips the test if there is none."""
     names = "clang", *(f"clang-{version}" for version in range(23, 14, -1))
     command = next(filter(None, map(shutil.which, names)), None)
     if command is None:
@@ -252,7 +252,7 @@ def test_clang_compiles_the_launcher(clang, graph_of):
 
 
 def test_machine_code_for_arm64(clang):
-    """It needs no runtime library, for example for atomics: nothing would link that."""
+    """The launcher needs no runtime library (for example for atomics), which nothing would link."""
     compiler = launcher.IRCompiler("arm64")
     compiler.args = ["-mcpu=generic"]  # not this machine's processor
     library = compiler.compile(launcher._source("aarch64"))

@@ -63,7 +63,7 @@ def test_lookup_and_swiglu(kernels, monkeypatch):
 
 
 def test_addresses_of_rows_have_32_bits():
-    """WebGPU has no wider integers, and other GPUs emulate them."""
+    """WebGPU has no 64-bit integers, and other GPUs emulate them."""
     rows = ops._sum_rows(Tensor.empty(64, 24), Tensor.empty(64, dtype="int"), 256)
     calls = Tensor.linear_with_vars(rows)[0].src
     programs = [to_program(call.src[0], Device[rows.device].renderer) for call in calls]

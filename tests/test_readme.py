@@ -76,7 +76,7 @@ def test_quickstart_writes_words(tmp_path):
 
 @pytest.mark.slow
 def test_the_model_that_comes_with_the_package(tmp_path):
-    """It is small, writes words, and knows its language: unseen prose costs it few bits."""
+    """It is small, writes English words, and predicts unseen prose in less than 3 bits per byte."""
     (weights,) = (ROOT / "examples" / "stories" / "first").iterdir()
     assert weights.stat().st_size <= 2_000_000
     assert {a.dtype for a in read_safetensors(weights)[0].values()} == {np.dtype(np.float16)}
@@ -177,7 +177,7 @@ def test_comparison_of_routers(tmp_path):
 
 
 def test_stories(tmp_path):
-    """Books without license, headings, verse and footnotes; whole books are held out."""
+    """The corpus has no license, headings, verse or footnotes; whole books are held out."""
     script = (ROOT / "examples" / "studies" / "make_stories.py").read_text()
     novels = re.findall(r"\w+_\w+_(?:18|19)\d\d", script.split("NOVELS = [")[1].split("]")[0])
     assert len(novels) == 21

@@ -92,7 +92,7 @@ def test_resumed_twice_is_the_same_bit_for_bit(optimizer, accumulation, text, tm
 @SLOW
 @pytest.mark.parametrize("router", ["threshold", "ratio"])
 def test_causal_routers_resume_bit_for_bit(router, text, tmp_path, monkeypatch):
-    """The cutoff is part of a checkpoint. Both after and before `threshold` leaves top-k."""
+    """The cutoff is part of a checkpoint. `threshold` resumes while it uses top-k, and after."""
     monkeypatch.setattr("pico_tg.model.TOP_K_STEPS", 4)
     config = dataclasses.replace(CONFIG, router=router)
     settings = QUICK | {"max_steps": 9, "validation_interval": 4}

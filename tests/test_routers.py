@@ -156,7 +156,7 @@ def test_which_routing_is_which():
 
 
 def test_the_ratio_loss():
-    """1 where the mean weight is the capacity factor, more where both it and the rate exceed it."""
+    """It is 1 if the mean weight G is the capacity factor c, and more if F and G both exceed c."""
     config = dataclasses.replace(TINY, router="ratio", ratio_weight=0.5)
     z = Tensor.full((2, 10), math.log(0.3 / 0.7))
     logits, targets = Tensor.zeros(2, 10, 3, 256), Tensor.zeros(2, 10, 3, dtype="uint8")

@@ -31,11 +31,11 @@ def test_top_k_with_ties_to_the_earlier(data, B, N):
 
 @pytest.mark.parametrize("capacity", [0, 1, 17, 30])
 def test_the_threshold_of_long_sequences(capacity, monkeypatch):
-    """Every sign, magnitude and tie, with equal results from ranking and from the radix search."""
+    """The radix search is right for every sign, magnitude and tie."""
     rng = np.random.default_rng(0)
     z = rng.choice([0.0, -0.0, 1e-45, -1e-45, 3e38, -3e38, np.inf, -np.inf, 1.0, -1.0], (3, 30))
     z[1] = rng.standard_normal(30)
-    z[2] = 1 + rng.integers(0, 9, 30) * 2.0**-23  # which differ in the last digit only
+    z[2] = 1 + rng.integers(0, 9, 30) * 2.0**-23  # differ only in the radix search's last digit
     z = z.astype(np.float32)
     monkeypatch.setattr(selection, "MAX_RANKED", 0)
     found = top_k_decisions(Tensor(z), capacity).numpy()

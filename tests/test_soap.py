@@ -14,7 +14,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 @pytest.mark.parametrize("jit", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_recorded_trajectories(jit):
-    """35 steps of five parameters; uncompiled, 12, of which the last is after a refresh.
+    """35 steps of five parameters. Without TinyJit only 12, the last of them after a refresh.
 
     The parameter of shape (12, 20) starts from the recorded first bases.
     """

@@ -201,7 +201,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(optimizer):
 
 
 def test_the_cutoff_is_a_running_average():
-    """Without bias to 0; over a tenth of the steps at first, with the paper's decay later."""
+    """No bias to 0; at first over a tenth of the steps, later with the decay of the paper."""
     step = TrainStep(with_router("threshold"), TrainSettings(optimizer="adamw"))
     cutoff = step.model.latent.router.cutoff
     assert all(p is not cutoff for p in step.parameters)
@@ -221,7 +221,7 @@ def test_the_cutoff_is_a_running_average():
 @SLOW
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_threshold_steps(accumulation):
-    """The capacity-th largest logit, the overflow, and which steps change the cutoff."""
+    """What steps return: capacity-th largest logit and overflow; which steps change the cutoff."""
     model = with_router("threshold")
     settings = TrainSettings(optimizer="adamw", grad_accumulation_steps=accumulation)
     step, cutoff = TrainStep(model, settings), model.latent.router.cutoff

@@ -63,7 +63,7 @@ def lines(body: bytes) -> list[dict]:
 
 
 def test_continuation(server):
-    """The same text as `generate`, and the same again."""
+    """It is the text of `generate`; the same request gives the same text, another seed another."""
     status, headers, body = ask(server)
     assert status == 200
     assert headers["Content-Type"] == "application/x-ndjson"
@@ -158,7 +158,7 @@ def test_bad_bodies_are_refused(server, body, named):
 
 
 def test_a_closed_connection_ends_the_continuation(server):
-    """As the stop button does: the next request is answered, long before the first would end."""
+    """Stop closes it, too. The next request is answered long before the first would have ended."""
     body = json.dumps(ASKED | {"max_bytes": 4096, "temperature": 1}).encode()
     head = (
         f"POST /generate HTTP/1.1\r\nHost: {server.hosts[0]}\r\nOrigin: http://{server.hosts[0]}\r\n"
@@ -287,7 +287,7 @@ def test_page_in_chromium(server, browser):
     browser.click("#stop")
     wait_for(browser, "document.querySelector('#status').textContent == 'stopped'")
     assert browser.script(f"return {text}.querySelectorAll('b').length") < 4000
-    assert ask(server)[0] == 200  # the server goes on
+    assert ask(server)[0] == 200  # the server still answers
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
-"""Continue a run on the device DEV, after decoding with the weights that it starts from.
+"""Decode with the weights of an interrupted run, finish the run, and repeat its last steps.
 
-Arguments: PATH, RUN and the text that the run is trained on. RUN stopped before its last step; the
-last steps are done again from a checkpoint between. Prints JSON.
+Arguments: PATH, RUN and the text that the run is trained on. The repeated steps are those after the
+last checkpoint but one. Prints JSON.
 """
 
 import json
@@ -26,7 +26,7 @@ def steps() -> tuple[list[dict], dict[str, np.ndarray]]:
     return records, read_safetensors(list_checkpoints(folder)[-1][1])[0]
 
 
-# few bytes at once: each number of rows compiles graphs of its own
+# raw_prompt: a short prompt, since each number of rows compiles graphs of its own
 options = {"max_bytes": 60, "temperature": 0, "raw_prompt": True, "ignore_end": True}
 greedy = bytes(r.byte for r in pico_tg.generate(pico_tg.load(path, run), b"The ", **options))
 records, weights = steps()

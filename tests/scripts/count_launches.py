@@ -1,7 +1,7 @@
-"""Print as JSON what a decoding pass does on a NULL device, for passes of 1 and of 8 bytes.
+"""Count what decoding passes of 1 and of 8 bytes do on a NULL device; print the counts as JSON.
 
-A count each for: graphs launched, kernels launched outside a graph, reads (each waits for the
-device) and writes of the device's memory.
+Counted are: graphs launched, kernels launched outside a graph, reads of the device's memory (each
+waits for the device) and writes.
 """
 
 import collections
