@@ -306,7 +306,7 @@ class TrainSettings:
         choices=PRECISIONS,
     )
     checkpoint_activations: bool = setting(
-        "recompute the activations inside each block in the backward instead of keeping them: "
+        "recompute the activations inside each block in the backward pass instead of keeping them: "
         "less memory, more operations",
         False,
     )

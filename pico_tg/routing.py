@@ -8,8 +8,8 @@ rules, for comparison, are causal too: `space` (arXiv 2404.14408), a byte that i
 digit or UTF-8 continuation byte and follows one; `stride`, every n-th byte; `all`; `none`.
 
 In training the latent blocks process the first `Config.slots` selected bytes of a sequence; when
-causal, all. The router weight scales their output, under rules as well; under `ratio` it is 1 with
-the gradient of the sigmoid.
+causal, all. Their output is multiplied by the router weight, under rules as well; under `ratio`, by
+1 with the gradient of the router weight.
 
 Shape letters: B batch, N bytes.
 """

@@ -94,8 +94,8 @@ def open_webgpu(name: str) -> tuple[str, str]:
 
     info = webgpu.WGPUAdapterInfo()
     webgpu.wgpuDeviceGetAdapterInfo(resource, info)
-    interface = webgpu.enum_WGPUBackendType[info.backendType].removeprefix("WGPUBackendType_")
-    return from_wgpu_str(info.device), interface
+    api = webgpu.enum_WGPUBackendType[info.backendType].removeprefix("WGPUBackendType_")
+    return from_wgpu_str(info.device), api
 
 
 @contextlib.contextmanager

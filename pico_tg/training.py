@@ -98,10 +98,14 @@ def move(tensors: list[Tensor], devices: tuple[str, ...]) -> None:
 class TrainStep:
     """One compiled optimizer step on bytes uint8 [A, B, N + T], averaged over A micro-batches.
 
-    Returns float32 [7]: loss, aux loss, next-byte loss (nats), share of the bytes that causal
-    routing selects, share of the bytes that are selected in training but have no slot, the
-    capacity-th largest router logit (0 unless the router is `threshold`), and 1 if every gradient
-    is finite, else 0; then no weight has changed.
+    Returns float32 [7]:
+
+    - loss, aux loss, next-byte loss (nats)
+    - share of the bytes that causal routing selects
+    - share of the bytes that training selects, but that have no slot
+    - capacity-th largest router logit of a window, on average; 0 unless the router is `threshold`
+    - 1 if every gradient is finite; else 0, and no weight has changed
+
     `consistent` is False while weights and optimizer state are being updated.
     """
 

@@ -115,7 +115,8 @@ class LoopNest:
     def store_elements(self, addresses: list[UOp], vector: UOp) -> list[UOp]:
         """Stores of a vector's elements at separate addresses, to be passed to `store`.
 
-        tinygrad 0.13 extracts elements only from memory, and groups only stores of equal width.
+        tinygrad 0.13 extracts elements only from memory, hence the registers. It groups only stores
+        of equal width, so a vector's store must come after these.
         """
         registers = self.registers(1)
         stored = self._pointer(registers, self.const(0), TILE_N).store(vector)

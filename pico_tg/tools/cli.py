@@ -452,7 +452,7 @@ def command_info(args: argparse.Namespace) -> int:
 
 
 def command_plot(args: argparse.Namespace) -> int:
-    """Draw the curves of training runs, overlaid: bits per byte, router rate, learning rate."""
+    """Draw the curves of training runs: bits per byte, routing gap, router rate, learning rate."""
     load_config(args.path)
     runs = {}
     for name in args.runs:

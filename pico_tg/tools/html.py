@@ -1,4 +1,4 @@
-"""A sample as one HTML file: text shaded by router weight, and the details of each byte."""
+"""One HTML file: text shaded by router weight or surprisal, and the details of each byte."""
 
 import itertools
 import math
@@ -9,7 +9,7 @@ from html import escape
 from ..generation import GeneratedByte
 from .terminal import Character, characters, escape_code, split_prompt
 
-FULL_BITS = 8  # surprisal of the darkest shade
+FULL_BITS = 8  # surprisal, in bits, of the darkest shade
 
 STYLE = """
 :root {

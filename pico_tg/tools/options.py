@@ -170,7 +170,7 @@ def add_eval_options(parser: Parser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--html", type=path_name, metavar="FILE",
-        help=f"also write a page with the first {PASSAGE:,} bytes, shaded by router weight",
+        help=f"also write a page of the first {PASSAGE:,} bytes: router weights, surprisal",
     )  # fmt: skip
 
 

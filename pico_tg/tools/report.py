@@ -71,7 +71,7 @@ def describe_evaluation(measured: Evaluation) -> str:
     for k, right in enumerate(measured.head_accuracy):
         drafts = (f"{by_text[k - 1]:.1%}", f"{greedy[k - 1]:.1%}") if k else ("", "")
         guesses.append((f"{k + 1} ahead", f"{right:.1%}", *drafts))
-    places = [("where the router fires", "of bytes", "of decisions", "95 % interval", "rate")]
+    places = [("kind of byte", "of all bytes", "of routed bytes", "95 % interval", "rate")]
     for name, place in measured.places.items():
         low, high = place.interval
         places.append(
