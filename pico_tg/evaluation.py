@@ -167,7 +167,7 @@ class ByteKind:
 
     - share_of_bytes: the share of all bytes that are of this kind
     - share_of_decisions: the share of all routed bytes that are of this kind
-    - interval: 95 % confidence interval of share_of_decisions, see `_interval`
+    - interval: [low, high], 95 % confidence interval of share_of_decisions, see `_interval`
     - rate: the share of the bytes of this kind that are routed
     """
 
@@ -220,7 +220,7 @@ class Evaluation:
       windows of context_len bytes, as in `Validation`
     - surprisal_ratio: mean cross-entropy of the byte after a routed byte, divided by that of all
       bytes; above 1 the router selects where the text is hard to predict. surprisal_interval: its
-      95 % confidence interval
+      95 % confidence interval, [low, high]
     - places: router decisions by kind of byte. The kinds are: word_start, the first byte of a
       word (ASCII letters, digits, _ and all characters beyond ASCII); word_inside, the first byte
       of a later character of a word; whitespace; punctuation (other ASCII); continuation (byte 2 to

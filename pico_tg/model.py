@@ -191,7 +191,7 @@ class Pico:
             write_into(weight, values)
 
     def decide(self, x: Tensor, router_logits: Tensor, causal: bool | None = None) -> Tensor:
-        """Which of x [B, N] are selected by router logits [B, N]: bool [B, N]; see `__call__`."""
+        """Which bytes of x [B, N] are selected, given logits [B, N]: bool [B, N]; see __call__."""
         router = self.config.router
         if router in RULES:
             x, position = as_index(x), Tensor.arange(x.shape[1], device=x.device)

@@ -142,7 +142,7 @@ def memory_bytes(config: Config, settings: TrainSettings) -> dict[str, int]:
 
 
 def check_memory(config: Config, settings: TrainSettings, device: str) -> None:
-    """Raise PicoError if training needs, by estimate, more than twice a CPU's physical memory."""
+    """On a CPU, raise PicoError if training needs, by estimate, over twice the memory."""
     if device.split(":")[0] != "CPU" or "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):
         return
     needed = sum(memory_bytes(config, settings).values())

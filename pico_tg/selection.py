@@ -38,7 +38,7 @@ def _above_threshold(z: Tensor, capacity: int) -> Tensor:
     key = (bits < 0).where(bits ^ 0x7FFFFFFF, bits).contiguous()  # (B, N)
     T, digit, counts = 0, Tensor.arange(1, 256, device=z.device), []
     for shift in (24, 16, 8, 0):
-        lowest = -128 if shift == 24 else 0  # no overflow: tinygrad's simplifier assumes none
+        lowest = -128 if shift == 24 else 0  # signed: T may not overflow, as tinygrad assumes
         candidate = (T + (digit + lowest) * (1 << shift)).reshape(-1, 255, 1)  # (B or 1, 255, 1)
         count = (key.unsqueeze(1) >= candidate).sum(axis=2, dtype=dtypes.int32).contiguous()
         reached = (count >= capacity).sum(axis=1, keepdim=True, dtype=dtypes.int32)  # (B, 1)

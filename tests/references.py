@@ -1,4 +1,4 @@
-"""References in NumPy, and checks of pico_tg's products, attention and models against them."""
+"""References in NumPy, and checks of pico_tg's matmuls, attention and models against them."""
 
 import math
 from functools import partial
@@ -37,7 +37,7 @@ def build(config: Config, seed: int = 0) -> tuple[Pico, oracle.Weights]:
     return model, weights
 
 
-# (leading, M, L, N) of products: sizes that fill whole tiles and sizes that do not
+# (leading, M, L, N) of matmuls: sizes that fill whole tiles and sizes that do not
 PRODUCTS = [
     ((), 64, 32, 48),
     ((), 37, 41, 29),
@@ -88,7 +88,7 @@ def expected_product(form: str, a: np.ndarray, b: np.ndarray, rounded=np.float64
 
 
 def check_product(form: str, shape: tuple, rounded=np.float64, tolerance: float = 1e-4) -> None:
-    """One product and its gradients against NumPy, relative to the largest entry."""
+    """One matmul and its gradients against NumPy, relative to the largest entry."""
     a, b = factors(form, shape)
     found = product_and_gradients(form, *(Tensor(x).clone().realize() for x in (a, b)))
     for ours, theirs in zip(found, expected_product(form, a, b, rounded), strict=True):

@@ -74,7 +74,7 @@ def test_addresses_of_rows_have_32_bits():
 
 
 def test_jit_and_the_switch(any_size, monkeypatch):
-    """A captured product is that of PICO_KERNELS=0, for four inputs one after the other."""
+    """A captured matmul gives the results of PICO_KERNELS=0, for four inputs in succession."""
     jitted = TinyJit(lambda a, b: product_and_gradients("linear", a, b))
     for seed in range(4):
         tensors = [Tensor(x).clone().realize() for x in factors("linear", PRODUCTS[2], seed)]
@@ -86,7 +86,7 @@ def test_jit_and_the_switch(any_size, monkeypatch):
 
 
 def test_factors_keep_their_memory_in_a_jit(any_size):
-    """A product is the last reader of what an earlier realize of the same function computed."""
+    """A matmul is the last reader of what an earlier realize of the same function computed."""
     right = Tensor(factors("matmul", ((1,), 32, 32, 32))[1]).clone().realize()
 
     @TinyJit

@@ -32,7 +32,7 @@ QUICK = WINDOWS | {"warmup_steps": 5, "learning_rate": 5e-3}
 
 @pytest.mark.parametrize("kernels", "10")
 def test_factors_are_rounded_and_nothing_else(kernels, monkeypatch):
-    """Sums are float32, and gradients are products of rounded factors as well."""
+    """Sums are float32, and gradients are matmuls of rounded factors as well."""
     monkeypatch.setenv("PICO_KERNELS", kernels)
     monkeypatch.setattr(ops, "SMALL", 0)
     with Context(PICO_BF16=1):
@@ -109,7 +109,7 @@ def test_losses_are_within_a_hundredth_over_80_steps():
 
 @pytest.mark.slow
 def test_the_optimizer_stays_in_float32(monkeypatch):
-    """Its products as well, whatever the precision of the model's products."""
+    """SOAP's matmuls too, whatever the precision of the model's matmuls."""
     monkeypatch.setattr(ops, "SMALL", 0)
     found = []
     for bf16 in (0, 1):

@@ -126,7 +126,7 @@ def run_python(*args: str, hide_cpu: Path | None = None) -> str:
 
 
 def test_import_without_cpu_kernels(tmp_path):
-    """Every module imports; a product is computed."""
+    """Every module imports; a matmul is computed."""
     script = str(TESTS / "scripts" / "import_all.py")
     assert run_python(script, hide_cpu=tmp_path) == "False 64.0\n"
 
