@@ -16,8 +16,7 @@ is scaled_dot_product_attention with an N x N mask, `--compile` adds torch.compi
 (`--cuda`, untested) `--attention flex` is flex_attention.
 
 A ratio above 1 means that pico_tg is faster. `without kernels` is the share of pico_tg's time that
-remains when all its kernels are replaced by functions that do nothing: launching them, sampling,
-and other Python.
+remains when no kernel is called: handing kernels out to threads, sampling, and other Python.
 """
 
 import argparse
