@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from tinygrad import Tensor, dtypes
 
-from .config import PRECISIONS, TrainSettings
+from .config import PRECISIONS, RULES, TrainSettings
 from .data import MAX_BATCH_BYTES, Corpus, Data, DataSpec, load_data, load_whole
 from .files import PicoError
 from .generation import GeneratedByte
@@ -35,7 +35,8 @@ SPLITS = ("validation", "train", "all")
 WHITESPACE = np.isin(np.arange(256), list(b" \t\n\v\f\r"))
 CONTINUATION = (np.arange(256) & 0xC0) == 0x80  # bytes 2 to 4 of a UTF-8 character
 WORD = np.array([chr(b).isalnum() or b == ord("_") if b < 128 else True for b in range(256)])
-BLOCKS, MIN_BLOCK, RESAMPLES = 100, 64, 1000  # of the bootstrap, see `_interval`
+# of the bootstrap, see `_interval`
+BLOCKS, MIN_BLOCKS, MIN_BLOCK, RESAMPLES = 100, 20, 64, 1000
 BATCH_POSITIONS = 1 << 14  # positions of one pass of `evaluate` unless batch_size is given
 
 # flags of a position, about the byte that it predicts
@@ -94,9 +95,8 @@ class CausalPass:
 class Validation(CausalPass):
     """Bits per byte of the same held-out windows every time, wrapper bytes left out.
 
-    Measured with causal routing, as decoding routes, and with top-k routing, which looks ahead over
-    the whole window; under a rule, with the slots of training. Raises PicoError if the corpus holds
-    no byte to predict.
+    Measured with causal routing, as decoding routes, and, unless a rule routes, with top-k routing,
+    which looks ahead over the whole window. Raises PicoError if the corpus holds no byte to predict.
     """
 
     def __init__(
@@ -110,6 +110,7 @@ class Validation(CausalPass):
         total = max(1, len(data) - 1)  # positions that have a next byte
         length = min(settings.context_len, total)
         super().__init__(model, length, settings, devices)
+        self.has_top_k = model.config.router not in RULES
         count = math.ceil(total / length)
         multiple = max(1, len(devices))  # all devices take equally many windows
         self.batch_size = math.ceil(min(settings.batch_size, count) / multiple) * multiple
@@ -132,8 +133,9 @@ class Validation(CausalPass):
     def figures(self, x, targets, flags, logits, router_logits, decisions) -> tuple[Tensor]:
         """float32 [4]: nats of scored bytes; of whole ones, causal, top-k; scored bytes routed."""
         scored, whole = _has(flags, SCORED), _has(flags, WHOLE)
-        top_k, _, _ = self.model(x, causal=False)
-        nats, nats_top_k = (cross_entropy(y[:, :, 0], targets) for y in (logits, top_k))
+        nats = nats_top_k = cross_entropy(logits[:, :, 0], targets)
+        if self.has_top_k:
+            nats_top_k = cross_entropy(self.model(x, causal=False)[0][:, :, 0], targets)
         parts = scored.where(nats, 0), whole.where(nats, 0), whole.where(nats_top_k, 0)
         routed = (decisions & scored).cast(dtypes.float32)
         return (Tensor.stack(*(part.sum() for part in (*parts, routed))),)
@@ -145,6 +147,8 @@ class Validation(CausalPass):
         - bits_per_byte_top_k: of the windows without padding, with top-k routing
         - routing_gap: bits per byte of causal routing minus that of top-k, over the same windows
         - seconds
+
+        A rule has no top-k: under it, bits_per_byte_top_k and routing_gap are missing.
         """
         start = time.perf_counter()
         sums = np.zeros(4, np.float64)
@@ -152,10 +156,13 @@ class Validation(CausalPass):
             rows = slice(first, first + self.batch_size)
             sums += self.run(self.windows[rows], self.flags[rows])[0]
         nats, nats_whole, nats_top_k, routed = sums.tolist()
-        return {
-            "validation_bits_per_byte": nats / (self.scored * math.log(2)),
+        top_k = {
             "validation_bits_per_byte_top_k": nats_top_k / (self.whole * math.log(2)),
             "validation_routing_gap": (nats_whole - nats_top_k) / (self.whole * math.log(2)),
+        }
+        return {
+            "validation_bits_per_byte": nats / (self.scored * math.log(2)),
+            **(top_k if self.has_top_k else {}),
             "validation_router_rate": routed / self.scored,
             "validation_seconds": time.perf_counter() - start,
         }
@@ -167,13 +174,13 @@ class ByteKind:
 
     - share_of_bytes: the share of all bytes that are of this kind
     - share_of_decisions: the share of all routed bytes that are of this kind
-    - interval: [low, high], 95 % confidence interval of share_of_decisions, see `_interval`
+    - interval: 95 % confidence interval of share_of_decisions, see `_interval`
     - rate: the share of the bytes of this kind that are routed
     """
 
     share_of_bytes: float
     share_of_decisions: float
-    interval: list[float]
+    interval: list[float] | None
     rate: float
 
 
@@ -217,10 +224,10 @@ class Evaluation:
       `generation.Transitions` corrects the drafts, so that `generate` accepts more
     - router_rate: share of the bytes that went through the latent blocks
     - routing_gap: bits per byte of causal routing minus that of top-k, which looks ahead; over
-      windows of context_len bytes, as in `Validation`
+      windows of context_len bytes, as in `Validation`; None under a rule
     - surprisal_ratio: mean cross-entropy of the byte after a routed byte, divided by that of all
-      bytes; above 1 the router selects where the text is hard to predict. surprisal_interval: its
-      95 % confidence interval, [low, high]
+      bytes; above 1 the router selects where the text is hard to predict; None if no byte is
+      routed. surprisal_interval: its 95 % confidence interval, see `_interval`
     - places: router decisions by kind of byte. The kinds are: word_start, the first byte of a
       word (ASCII letters, digits, _ and all characters beyond ASCII); word_inside, the first byte
       of a later character of a word; whitespace; punctuation (other ASCII); continuation (byte 2 to
@@ -244,9 +251,9 @@ class Evaluation:
     accepted_text: float
     accepted_greedy: float
     router_rate: float
-    routing_gap: float
-    surprisal_ratio: float
-    surprisal_interval: list[float]
+    routing_gap: float | None
+    surprisal_ratio: float | None
+    surprisal_interval: list[float] | None
     places: dict[str, ByteKind]
     boundaries: dict[str, Boundary]
     passage: list[list[GeneratedByte]] = dataclasses.field(repr=False)
@@ -323,7 +330,9 @@ def evaluate(
         validation_bytes=total,
         precision=precision,
     )
-    gap = Validation(model, corpus, settings)()["validation_routing_gap"]
+    gap = None
+    if model.config.router not in RULES:
+        gap = Validation(model, corpus, settings)()["validation_routing_gap"]
     run = _TextPass(model, length, settings).run
     bar = Progress(total=total, desc="evaluating", unit="B", unit_scale=True, disable=not progress)
     with bar:
@@ -408,7 +417,7 @@ class _Measured:
             self.nats, self.nats_without, self.guesses, self.router_logits, self.decisions,
         )  # fmt: skip
 
-    def evaluation(self, context_len: int, stride: int, gap: float, passage: int) -> Evaluation:
+    def evaluation(self, context_len: int, stride: int, gap: float | None, passage: int) -> Evaluation:
         count, routed = int(self.text.sum()), int((self.text & self.decisions).sum())
         bits, bits_without = (
             nats[:-1][self.text[1:]].sum(dtype=np.float64) / (count * math.log(2))
@@ -497,13 +506,15 @@ class _Measured:
         yield "after_newline", self.text & follows & (before == ord("\n"))
         yield "after_whitespace", self.text & ~space & follows & WHITESPACE[before]
 
-    def _surprisal(self) -> tuple[float, list[float]]:
+    def _surprisal(self) -> tuple[float | None, list[float] | None]:
         """Evaluation.surprisal_ratio and surprisal_interval."""
         measured = self.text & np.append(self.text[1:], False)  # the next byte is text as well
         routed = measured & self.decisions
         arrays = self.nats * routed, routed, self.nats * measured, measured
-        sums = [float(array.sum(dtype=np.float64)) for array in arrays]
-        return _ratio(_ratio(*sums[:2]), _ratio(*sums[2:])), _interval(_ratio_of_means, *arrays)
+        if not routed.any():
+            return None, None
+        ratio = _ratio_of_means(*(array.sum(dtype=np.float64) for array in arrays))
+        return float(ratio), _interval(_ratio_of_means, *arrays)
 
     def _boundaries(self, rate: float) -> Iterator[tuple[str, Boundary]]:
         """Each place of a boundary: its name, and how well the routed bytes find it."""
@@ -566,22 +577,25 @@ def _visited(steps: np.ndarray) -> Iterator[int]:
         position += steps[position]
 
 
-def _interval(statistic: Callable[..., np.ndarray], *arrays: np.ndarray) -> list[float]:
-    """95 % confidence interval of statistic(*sums of the arrays [N]), by a block bootstrap.
+def _interval(statistic: Callable[..., np.ndarray], *arrays: np.ndarray) -> list[float] | None:
+    """[low, high], 95 % confidence interval of statistic(*sums of the arrays [N]): block bootstrap.
 
     Neighboring bytes depend on each other, so whole blocks of the text are drawn with replacement:
-    BLOCKS blocks, of at least MIN_BLOCK bytes each. [0, 0] if the statistic is undefined. For a
-    text of a single block, the interval is a point.
+    BLOCKS blocks, of at least MIN_BLOCK bytes each. None if the statistic is undefined, or the text
+    shorter than MIN_BLOCKS blocks: of 5 blocks, such an interval would cover the truth in 83 % of
+    the cases.
     """
     N = len(arrays[0])
-    blocks = max(1, min(BLOCKS, N // MIN_BLOCK))
+    blocks = min(BLOCKS, N // MIN_BLOCK)
+    if blocks < MIN_BLOCKS:
+        return None
     starts = np.arange(blocks) * N // blocks
     drawn = np.random.default_rng(0).multinomial(blocks, np.full(blocks, 1 / blocks), RESAMPLES)
     sums = [drawn @ np.add.reduceat(array.astype(np.float64), starts) for array in arrays]
     with np.errstate(invalid="ignore", divide="ignore"):
         values = statistic(*sums)
     values = values[np.isfinite(values)]
-    return np.quantile(values, [0.025, 0.975]).tolist() if len(values) else [0.0, 0.0]
+    return np.quantile(values, [0.025, 0.975]).tolist() if len(values) else None
 
 
 def _ratio_of_means(a: np.ndarray, m: np.ndarray, b: np.ndarray, n: np.ndarray) -> np.ndarray:

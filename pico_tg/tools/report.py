@@ -37,10 +37,11 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 def describe_validation(record: Mapping[str, Any]) -> str:
     """The line of a record of training that holds a validation."""
+    gap = record.get("validation_routing_gap")
+    relative = "" if gap is None else f"{gap:+.3f} relative to top-k, "
     return (
         f"step {record['step']}: validation "
-        f"{record['validation_bits_per_byte']:.3f} bits/byte with causal routing, "
-        f"{record['validation_routing_gap']:+.3f} relative to top-k, "
+        f"{record['validation_bits_per_byte']:.3f} bits/byte with causal routing, {relative}"
         f"{record['validation_router_rate']:.0%} of the bytes routed "
         f"({record['validation_seconds']:.1f} s)"
     )
@@ -49,13 +50,14 @@ def describe_validation(record: Mapping[str, Any]) -> str:
 def describe_evaluation(measured: Evaluation) -> str:
     """The figures of an evaluation as tables."""
     heads = len(measured.head_accuracy)
+    gap = measured.routing_gap
     head = [
         ("bytes of text", f"{measured.bytes:,}"),
         ("bytes of context", f"{measured.context_len:,}"),
         ("bits per byte", f"{measured.bits_per_byte:.4f}"),
         ("without the latent blocks", f"{measured.bits_per_byte_without_latent:.4f}"),
         ("router rate", f"{measured.router_rate:.1%}"),
-        ("causal routing minus top-k, bits per byte", f"{measured.routing_gap:+.4f}"),
+        ("causal routing minus top-k, bits per byte", "-" if gap is None else f"{gap:+.4f}"),
         ("surprisal after routed bytes / mean", surprisal_line(measured)),
         (
             "accepted drafts per pass, uncorrected, by the text",
@@ -73,13 +75,12 @@ def describe_evaluation(measured: Evaluation) -> str:
         guesses.append((f"{k + 1} ahead", f"{right:.1%}", *drafts))
     places = [("kind of byte", "of all bytes", "of routed bytes", "95 % interval", "rate")]
     for name, place in measured.places.items():
-        low, high = place.interval
         places.append(
             (
                 _words(name),
                 f"{place.share_of_bytes:.1%}",
                 f"{place.share_of_decisions:.1%}",
-                f"{low:.1%} to {high:.1%}",
+                interval(place.interval, ".1%") or "-",
                 f"{place.rate:.1%}",
             )
         )
@@ -96,9 +97,16 @@ def describe_evaluation(measured: Evaluation) -> str:
 
 
 def surprisal_line(measured: Evaluation) -> str:
-    """Evaluation.surprisal_ratio with its interval."""
-    low, high = measured.surprisal_interval
-    return f"{measured.surprisal_ratio:.2f} ({low:.2f} to {high:.2f})"
+    """Evaluation.surprisal_ratio with its interval; "-" if no byte is routed."""
+    if measured.surprisal_ratio is None:
+        return "-"
+    limits = interval(measured.surprisal_interval, ".2f")
+    return f"{measured.surprisal_ratio:.2f}" + (f" ({limits})" if limits else "")
+
+
+def interval(limits: list[float] | None, style: str) -> str:
+    """The limits of a confidence interval; empty if there is none."""
+    return f"{limits[0]:{style}} to {limits[1]:{style}}" if limits else ""
 
 
 def describe_model(facts: Mapping[str, Any]) -> str:
