@@ -95,8 +95,9 @@ class CausalPass:
 class Validation(CausalPass):
     """Bits per byte of the same held-out windows every time, wrapper bytes left out.
 
-    Measured with causal routing, as decoding routes, and, unless a rule routes, with top-k routing,
-    which looks ahead over the whole window. Raises PicoError if the corpus holds no byte to predict.
+    Measured with causal routing, as decoding routes, and, unless a rule routes, with top-k
+    routing, which looks ahead over the whole window. Raises PicoError if the corpus holds no byte
+    to predict.
     """
 
     def __init__(
@@ -417,7 +418,9 @@ class _Measured:
             self.nats, self.nats_without, self.guesses, self.router_logits, self.decisions,
         )  # fmt: skip
 
-    def evaluation(self, context_len: int, stride: int, gap: float | None, passage: int) -> Evaluation:
+    def evaluation(
+        self, context_len: int, stride: int, gap: float | None, passage: int
+    ) -> Evaluation:
         count, routed = int(self.text.sum()), int((self.text & self.decisions).sum())
         bits, bits_without = (
             nats[:-1][self.text[1:]].sum(dtype=np.float64) / (count * math.log(2))

@@ -15,6 +15,7 @@ Every byte is sampled from head 0's distribution and consumes one random number.
 the number of passes, never the text.
 """
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -224,8 +225,8 @@ class DraftPolicy:
     ROW_COST = 0.25  # time of an additional row, latent blocks included, in passes of one row
     WEIGHT = 0.05  # of a new observation in the running average
 
-    def __init__(self, limit: int, transitions: Transitions) -> None:
-        """limit: the largest number of drafts; transitions: corrects the drafts."""
+    def __init__(self, limit: int, transitions: Transitions | None) -> None:
+        """limit: the largest number of drafts; transitions: corrects them."""
         self.acceptance = [0.5] * limit
         self.transitions = transitions
         self.drafts: list[int] = []  # those being observed
@@ -349,15 +350,17 @@ def generate(
         session = _Session(decoder or Decoder(model))
         with session as claimed:
             claimed.reset(use_latent=latent)
-            prompt_logits = claimed.forward(start)[0]  # (n, T, 256)
+            logits, _ = claimed.forward(start)  # (n, T, 256)
             after_prompt = claimed.snapshot() if num_samples > 1 else None
+        transitions = Transitions(start, softmax(logits[:, 0])) if draft_limit else None
+        heads = logits[-1].copy()
+        del logits  # those of a long prompt are large
         for sample in range(num_samples):
             if sample > 0:
                 with session as claimed:
                     claimed.restore(after_prompt)
             rng = np.random.default_rng(None if seed is None else (seed, sample))
-            policy = DraftPolicy(draft_limit, Transitions(start, softmax(prompt_logits[:, 0])))
-            heads = prompt_logits[-1]
+            policy = DraftPolicy(draft_limit, copy.deepcopy(transitions))
             records = _rounds(session, heads, sampler, rng, policy, max_bytes, sample, stats, began)
             yield from records if ignore_end else _until_end_tag(records)
 

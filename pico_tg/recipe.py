@@ -5,9 +5,9 @@ The command line uses `choose` instead.
 """
 
 import math
-import os
 from dataclasses import dataclass
 
+from . import machine
 from .config import Config, TrainSettings
 from .files import PicoError
 from .flops import training_flops
@@ -143,14 +143,13 @@ def memory_bytes(config: Config, settings: TrainSettings) -> dict[str, int]:
 
 def check_memory(config: Config, settings: TrainSettings, device: str) -> None:
     """On a CPU, raise PicoError if training needs, by estimate, over twice the memory."""
-    if device.split(":")[0] != "CPU" or "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):
+    if device.split(":")[0] != "CPU":
         return
-    needed = sum(memory_bytes(config, settings).values())
-    present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    needed, present = sum(memory_bytes(config, settings).values()), machine.memory_bytes()
     if needed > 2 * present:
         raise PicoError(
-            f"training would take about {needed / 1e9:,.0f} GB of memory, and this machine has "
-            f"{present / 1e9:,.0f} GB; take a smaller --context-len, --batch-size or model"
+            f"training would take about {needed / 1e9:,.0f} GB of memory, and there are "
+            f"{present / 1e9:,.1f} GB; take a smaller context_len, batch_size or model"
         )
 
 

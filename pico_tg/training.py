@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tinygrad import Tensor, dtypes, nn
+from tinygrad import Device, Tensor, dtypes, nn
 
 from .checkpoint import (
     checkpoint_path,
@@ -36,6 +36,7 @@ from .evaluation import Validation
 from .files import PicoError
 from .model import Pico, inputs_and_targets, loss_fn
 from .precision import choose_precision
+from .recipe import check_memory
 from .remat import graph_context
 from .runs import (
     BITS,
@@ -308,6 +309,7 @@ def train(
     stored = _stored_run(model.config, folder, base_weights) if resume else {}
     chosen = _chosen_settings(settings, stored, folder, devices, force)
     _check_context_len(chosen.context_len, model.config)
+    check_memory(model.config, chosen, (devices or (Device.DEFAULT,))[0])
     if folder is not None and not resume:
         check_startable(folder)
     data = open_data(dataset, stored, folder, progress)

@@ -24,10 +24,18 @@ from pico_tg.evaluation import (
 )
 from pico_tg.files import PicoError
 from pico_tg.model import Pico
+from pico_tg.tools.report import describe_evaluation
 
 CONTEXT, STRIDE = 24, 16  # the held-out text below is 4 windows and a part of one
 OPTIONS = {"context_len": CONTEXT, "stride": STRIDE, "batch_size": 2}
 DOCUMENTS = ["the cat; sat", "on a mât, 1_2 €!\n\n And then a\tdog,", "ran\n"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_blocks():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "MIN_BLOCK", 4)  # the text is short
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +197,7 @@ def test_router(found, read):
         assert place.share_of_bytes == pytest.approx(len(at) / count), name
         assert place.share_of_decisions == pytest.approx(routed[at].sum() / routed.sum()), name
         assert place.rate == pytest.approx(routed[at].mean()), name
-        low, high = place.interval or (0, 1)
+        low, high = place.interval
         assert 0 <= low <= place.share_of_decisions <= high <= 1, name
 
 
@@ -254,8 +262,8 @@ def test_surprisal(found, read):
     nats = np.logaddexp.reduce(rows, axis=1) - rows[np.arange(len(at)), read.data[at + 1]]
     expected = nats[read.router[at] > 0].mean() / nats.mean()
     assert found.surprisal_ratio == pytest.approx(expected, rel=1e-5)
-    if limits := found.surprisal_interval:
-        assert limits[0] <= found.surprisal_ratio <= limits[1]
+    low, high = found.surprisal_interval
+    assert low <= found.surprisal_ratio <= high
 
 
 def test_a_confidence_interval():
@@ -282,6 +290,20 @@ def test_the_gap_is_that_of_validation(found, data, model):
     measured = Validation(model, data.validation, settings)()
     assert found.routing_gap == pytest.approx(measured["validation_routing_gap"], abs=1e-6)
     assert found.routing_gap != 0
+
+
+def test_a_rule_has_no_top_k_and_no_routed_byte_no_surprisal(data):
+    model = Pico(dataclasses.replace(CONFIG, router="none"), seed=0)
+    settings = TrainSettings(context_len=CONTEXT, batch_size=2, validation_bytes=10**6)
+    assert not [key for key in Validation(model, data.validation, settings)() if "top_k" in key]
+    found = evaluate(model, data, **OPTIONS)
+    assert found.routing_gap is found.surprisal_ratio is found.surprisal_interval is None
+    lines = describe_evaluation(found).splitlines()
+    for name in (
+        "causal routing minus top-k, bits per byte",
+        "surprisal after routed bytes / mean",
+    ):
+        assert [line.split()[-1] for line in lines if line.startswith(name)] == ["-"]
 
 
 def test_passage(found, read):

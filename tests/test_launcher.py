@@ -280,14 +280,3 @@ def test_packed_matmul_on_several_threads(graph_of, monkeypatch, rows, tile_m):
     assert call.src[0].arg.global_size[0] == 2
     np.testing.assert_array_equal(found[0], found[-1])
     np.testing.assert_allclose(found[0], x.numpy() @ weight.numpy().T, atol=1e-4)
-
-
-def test_cgroup_quota(tmp_path):
-    group = tmp_path / "a" / "b"
-    group.mkdir(parents=True)
-    assert launcher.cgroup_quota(tmp_path, "/a/b") == float("inf")
-    (group / "cpu.max").write_text("max 100000\n")
-    (tmp_path / "a" / "cpu.max").write_text("150000 100000\n")
-    assert launcher.cgroup_quota(tmp_path, "/a/b") == 1.5
-    (group / "cpu.max").write_text("50000 100000\n")
-    assert launcher.cgroup_quota(tmp_path, "/a/b") == 0.5

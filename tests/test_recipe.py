@@ -3,6 +3,7 @@
 import pytest
 from tinygrad import nn
 
+from pico_tg import machine, train
 from pico_tg.config import Config, TrainSettings
 from pico_tg.files import PicoError
 from pico_tg.model import Pico
@@ -78,11 +79,17 @@ def test_memory_is_that_of_the_parameters_and_what_was_measured():
         assert found == pytest.approx(measured, rel=0.1)
 
 
-def test_an_impossible_amount_of_memory_is_an_error():
-    with pytest.raises(PicoError, match="take a smaller --context-len, --batch-size or model"):
-        check_memory(XS, TrainSettings(context_len=10**9), "CPU")
-    check_memory(XS, TrainSettings(context_len=10**9), "CUDA")  # its memory is not known
-    check_memory(XS, TrainSettings(context_len=512), "CPU")
+def test_an_impossible_amount_of_memory_is_an_error(monkeypatch):
+    settings = TrainSettings(context_len=512)
+    needed = sum(memory_bytes(XS, settings).values())
+    monkeypatch.setattr(machine, "memory_bytes", lambda: needed / 2 + 1)
+    check_memory(XS, settings, "CPU")
+    monkeypatch.setattr(machine, "memory_bytes", lambda: needed / 2 - 1)
+    with pytest.raises(PicoError, match="take a smaller context_len, batch_size or model"):
+        check_memory(XS, settings, "CPU")
+    check_memory(XS, settings, "CUDA")  # its memory is not known
+    with pytest.raises(PicoError, match="take a smaller context_len"):
+        next(train(Pico(XS, fresh=False), "nowhere.txt", context_len=512))
 
 
 def test_the_cost_is_one_line():

@@ -19,7 +19,6 @@ version 15, other systems than Linux, copies, symbolic launch sizes, PROFILE, DE
 import contextlib
 import ctypes
 import functools
-import math
 import mmap
 import os
 import platform
@@ -29,7 +28,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,6 +40,8 @@ from tinygrad.runtime.graph.hcq import HCQGraph
 from tinygrad.runtime.ops_cpu import CPUProgram
 from tinygrad.runtime.support.compiler_cpu import ClangJITCompiler, CPULLVMCompiler
 from tinygrad.uop.ops import Ops, UOp
+
+from ..machine import cgroup_limit
 
 # A kernel's row: function, shares, number of arguments, position of core_id, arguments' address.
 # A jump's row: address of the choice (int32), 0, unused, unused, address of the targets: the next
@@ -332,27 +332,8 @@ def _launcher() -> Launcher | None:
 
 def usable_cores() -> int:
     """CPU_COUNT, bounded by this process's affinity and by the quota of its cgroup (cpu.max)."""
-    cores = min(CPU_COUNT.value, len(os.sched_getaffinity(0)))
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-        group = next(line[3:] for line in lines if line.startswith("0::"))
-        cores = min(cores, cgroup_quota(Path("/sys/fs/cgroup"), group))
-    except (OSError, ValueError, StopIteration):  # no cgroup v2
-        pass
+    cores = min(CPU_COUNT.value, len(os.sched_getaffinity(0)), cgroup_limit("cpu.max"))
     return max(1, int(cores))
-
-
-def cgroup_quota(root: Path, group: str) -> float:
-    """Cores that cgroup v2 grants: the smallest cpu.max of `group` and of all groups above it."""
-    quota = math.inf
-    folder = root / group.strip("/")
-    for place in (folder, *folder.parents):
-        if (file := place / "cpu.max").exists():
-            limit, period = file.read_text().split()
-            quota = min(quota, math.inf if limit == "max" else int(limit) / int(period))
-        if place == root:
-            break
-    return quota
 
 
 def _source(architecture: str) -> str:

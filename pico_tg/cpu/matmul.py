@@ -2,19 +2,19 @@
 
 import contextlib
 import math
-import sys
 from collections.abc import Callable, Iterator
 
 from tinygrad import Tensor
 from tinygrad.uop.ops import Ops, UOp
 
+from . import launcher
 from .loops import TILE_N, VECTOR, LoopNest, choose_shared_loop, round_up, tile_m
 
 PARALLEL = 1 << 19  # least number of elements for which threads make a copy faster
 # A kernel of at least LONG operations has SHARES shares per thread: with one share per thread, the
-# slowest or busiest core would delay the kernel. This needs the launcher, which is for Linux;
-# elsewhere tinygrad starts a Python thread for each share.
-SHARES = 8 if sys.platform == "linux" else 1
+# slowest or busiest core would delay the kernel. This needs the launcher:
+# without it, tinygrad starts a Python thread for each share.
+SHARES = 8
 LONG = 1 << 25
 UNROLL = 4  # terms of a sum that one iteration adds
 
@@ -119,7 +119,7 @@ def tiled_matmul(
     operations = 2 * elements * L * (products or math.prod(outer))
     loops = (*outer, max(tall_tiles, rest // 4))
     shared, threads = choose_shared_loop(loops)
-    if threads > 1 and operations >= LONG:
+    if threads > 1 and operations >= LONG and launcher.serves():
         threads = min(SHARES * threads, loops[shared])
     nest = LoopNest(out, *inputs, threads=threads)
     zero = nest.broadcast(0.0)

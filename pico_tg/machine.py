@@ -1,0 +1,39 @@
+"""What the system grants this process: memory, and the limits of its control group (cgroup v2)."""
+
+import math
+import os
+from pathlib import Path
+
+
+def memory_bytes() -> float:
+    """The machine's memory, or the limit of this process's control group; inf if unknown."""
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):
+        return math.inf
+    return min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), cgroup_limit("memory.max"))
+
+
+def cgroup_limit(
+    name: str,
+    root: Path = Path("/sys/fs/cgroup"),
+    own: Path = Path("/proc/self/cgroup"),
+) -> float:
+    """The smallest `name` of this process's group and of all groups above it; inf if there is none.
+
+    `memory.max` holds a number of bytes; `cpu.max` holds microseconds and the period in which a
+    group may use them, which is a number of cores. Each may be `max`.
+    """
+    try:
+        group = next(line[3:] for line in own.read_text().splitlines() if line.startswith("0::"))
+    except (OSError, StopIteration):
+        return math.inf
+    limit, folder = math.inf, root / group.strip("/")
+    for place in (folder, *folder.parents):
+        try:
+            first, *period = (place / name).read_text().split()
+            if first != "max":
+                limit = min(limit, int(first) / int(*period or [1]))
+        except (OSError, ValueError):  # the root has no limits
+            pass
+        if place == root:
+            break
+    return limit
