@@ -154,7 +154,7 @@ def test_comparison_of_routers(tmp_path):
     command = command_of("compare_routers.py") + " --routers none --steps 2 --seeds 0 "
     command += "--sizes tiny/model.json --sample-bytes 9 --evaluation-bytes 600 " + files
     out = run(command, tmp_path)
-    row = r"^\| tiny \| (.+?) \| 1 \| (\d+)( \| [\d.]+){9} \|$"
+    row = r"^\| tiny \| (.+?) \| 1 \| (\d+)( \| [\d.-]+){11} \|$"
     ((name, steps, _),) = re.findall(row, out, re.MULTILINE)
     assert name == "none"
     assert int(steps) >= 2
@@ -170,7 +170,7 @@ def test_comparison_of_routers(tmp_path):
     (run_dir / f"{int(steps):08}.safetensors").unlink()
     run(command, tmp_path)
     before, after = (
-        json.loads(text.splitlines()[0]) | {"hours": 0, "commit": ""}  # may change in the meantime
+        json.loads(text.splitlines()[0]) | {"minutes": 0, "commit": ""}  # may change in the meantime
         for text in (results, (tmp_path / "r.jsonl").read_text())
     )
     assert after == before

@@ -10,6 +10,9 @@ trained for as many steps as that budget pays for. Every result is appended to -
 JSON lines; the models and runs go into a folder of the same name, for `pico_tg run`, `eval` and
 `plot`. A repeated command continues an interrupted training, and trains only what is missing.
 Decoding speed is measured last, one model at a time; --sample-bytes 0 skips it.
+
+FLOPs are counted at the capacity. `threshold` and `ratio` compute slots for 1.5 times the capacity,
+so that their steps cost more than the budget says.
 """
 
 import argparse
@@ -21,7 +24,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 
 from tqdm import tqdm
@@ -147,15 +150,11 @@ def train_and_evaluate(variant: Variant, seed: int) -> dict:
     return {
         "command": shlex.join(sys.argv),
         "commit": commit,
-        "hours": seconds / 3600,
+        "minutes": seconds / 60,
         "flops": flops,
         "parameters": variant.config.parameters,
         "bits_per_byte": measured[-1]["validation_bits_per_byte"],
-        "bits_per_byte_top_k": measured[-1]["validation_bits_per_byte_top_k"],
         "routed": measured[-1]["validation_router_rate"],
-        "spaces": evaluation.places["space"].rate,
-        "boundary_f1": evaluation.boundaries["near"].router.f1,
-        "random_f1": evaluation.boundaries["near"].random.f1,
         "curve": [
             (record["step"] / variant.steps, record["validation_bits_per_byte"])
             for record in measured
@@ -218,13 +217,25 @@ for variant, seed, key, result in tqdm(trained, desc="decoding", unit="model"):
         result = result | cached(key, partial(decoding_speed, variant, seed))
     table.setdefault(variant, []).append(result)
 
-# heading of a column, key of a result, digits; boundary F1: within one byte of a boundary
+# heading of a column, path of a figure in a result, digits
 columns = [
-    ("top-k", "bits_per_byte_top_k", 3), ("routed", "routed", 2), ("spaces", "spaces", 2),
-    ("boundary F1", "boundary_f1", 2), ("at random", "random_f1", 2), ("hours", "hours", 2),
+    ("without latent", "evaluation bits_per_byte_without_latent", 3), ("routed", "routed", 2),
+    ("of spaces", "evaluation places space rate", 2),
+    ("boundary F1", "evaluation boundaries near router f1", 2),  # within one byte of a boundary
+    ("at random", "evaluation boundaries near random f1", 2),
+    ("surprisal", "evaluation surprisal_ratio", 2), ("gap", "evaluation routing_gap", 4),
+    ("minutes", "minutes", 1),
 ]  # fmt: skip
 if args.sample_bytes:
     columns += [("bytes/s", "bytes_per_second", 0), ("bytes per pass", "a_pass", 2)]
+
+
+def mean_of(path: str, digits: int, seeds: list[dict]) -> str:
+    """The mean over seeds of a figure; "-" where a variant has none."""
+    figures = [reduce(dict.__getitem__, path.split(), result) for result in seeds]
+    return "-" if None in figures else f"{statistics.mean(figures):.{digits}f}"
+
+
 headings = ["size", "variant", "seeds", "steps", "bits per byte"]
 headings += [heading for heading, _, _ in columns]
 print("\n| " + " | ".join(headings) + " |\n" + "|---" * len(headings) + "|")
@@ -233,9 +244,7 @@ for variant, seeds in table.items():
     spread = f" ± {statistics.stdev(bits):.3f}" if len(bits) > 1 else ""
     row = [variant.size, variant.name, str(len(seeds)), str(variant.steps)]
     row.append(f"{statistics.mean(bits):.3f}{spread}")
-    row += [
-        f"{statistics.mean(r[field] for r in seeds):.{digits}f}" for _, field, digits in columns
-    ]
+    row += [mean_of(path, digits, seeds) for _, path, digits in columns]
     print("| " + " | ".join(row) + " |")
 
 panels = []
