@@ -170,7 +170,7 @@ def test_comparison_of_routers(tmp_path):
     (run_dir / f"{int(steps):08}.safetensors").unlink()
     run(command, tmp_path)
     before, after = (
-        json.loads(text.splitlines()[0]) | {"minutes": 0, "commit": ""}  # may change in the meantime
+        json.loads(text.splitlines()[0]) | {"minutes": 0, "commit": ""}  # these may change
         for text in (results, (tmp_path / "r.jsonl").read_text())
     )
     assert after == before

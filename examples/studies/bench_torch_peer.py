@@ -16,8 +16,9 @@ is scaled_dot_product_attention with an N x N mask, `--compile` adds torch.compi
 (`--cuda`, untested) `--attention flex` is flex_attention.
 
 PyTorch is measured with one thread and with all, and the better time counts: for small matrices,
-and beside a busy process, one thread is often faster. A ratio above 1 means that pico_tg is faster. `without kernels` is the share of pico_tg's time that
-remains when no kernel is called: handing kernels out to threads, sampling, and other Python.
+and beside a busy process, one thread is often faster. A ratio above 1 means that pico_tg is faster.
+`without kernels` is the share of pico_tg's time that remains when no kernel is called: handing
+kernels out to threads, sampling, and other Python.
 """
 
 import argparse
