@@ -299,6 +299,12 @@ class TrainSettings:
         "maximum number of held-out bytes per validation, the same bytes every time", 1 << 18
     )
     optimizer: str = setting("soap or adamw", "soap", choices=OPTIMIZERS)
+    extra_heads_weight: float = setting(
+        "weight of the mean loss of the extra heads, where that of head 0 is 1; 0: the published "
+        "weights, each 1.618 times smaller than that of the head before it",
+        0.0,
+        minimum=0,
+    )
     precision: str = setting(
         "number format of matmul factors: fp32, or bf16 (sums, weights, softmax, norms, router, "
         "loss and optimizer stay float32); auto: bf16 if the device has bf16 tensor cores",

@@ -229,12 +229,18 @@ class Pico:
 
 
 def loss_fn(
-    logits: Tensor, z: Tensor, decisions: Tensor, targets: Tensor, config: Config | None = None
+    logits: Tensor,
+    z: Tensor,
+    decisions: Tensor,
+    targets: Tensor,
+    config: Config | None = None,
+    extra_heads_weight: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, aux_loss, next_byte_loss), float32 scalars in nats per byte.
 
     logits [B, N, T, 256], router logits z and router decisions [B, N], targets [B, N, T] of bytes.
-    LM averages the heads' cross-entropies, weighted by 1.618^(T-1-k). next_byte_loss: head 0's.
+    LM averages the heads' cross-entropies, weighted by 1.618^(T-1-k), or, with extra_heads_weight
+    w > 0, by 1 for head 0 and w / (T-1) for each of the others. next_byte_loss: head 0's.
     The router term depends on the router of `config` (default: learned); for `threshold` and rules,
     loss = LM and AUX = 0:
 
@@ -244,10 +250,14 @@ def loss_fn(
       fraction F, the mean router weight G and the capacity factor c (arXiv 2507.07955); 1 at F=G=c
     """
     T, router = logits.shape[2], config.router if config else "learned"
-    total = sum(1.618 ** (T - 1 - k) for k in range(T))
     head = Tensor.arange(T, dtype=dtypes.float32, device=logits.device)
     per_head = cross_entropy(logits, targets).mean(axis=(0, 1))  # (T,)
-    lm_loss = (per_head * (1.618 ** (T - 1 - head) / total)).sum()
+    if extra_heads_weight and T > 1:
+        extra = extra_heads_weight / (T - 1)
+        shares = (head == 0).where(1.0, extra) / (1 + extra_heads_weight)
+    else:
+        shares = 1.618 ** (T - 1 - head) / sum(1.618 ** (T - 1 - k) for k in range(T))
+    lm_loss = (per_head * shares).sum()
     chosen = decisions.cast(dtypes.float32).detach()  # (B, N)
     if router == "learned":
         # -log sigmoid(z) where selected, -log(1 - sigmoid(z)) elsewhere, in a form without overflow

@@ -141,7 +141,8 @@ class TrainStep:
         config = self.model.config
         x, targets = inputs_and_targets(windows, config.next_tokens)
         logits, z, decisions = self.model(x)
-        losses = loss_fn(logits, z, decisions, targets, config)
+        extra = self.settings.extra_heads_weight
+        losses = loss_fn(logits, z, decisions, targets, config, extra)
         rate = self.model.decide(x, z, causal=True).cast(dtypes.float32).mean()
         gradients = losses[0].gradient(*self.parameters)
         overflow = kth = losses[0].zeros_like()

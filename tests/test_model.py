@@ -107,6 +107,22 @@ def test_causal_on_odd_configurations(config, B, N):
     assert_close(logits, expected[0], 1e-4)
 
 
+@pytest.mark.parametrize("heads", [1, 3])
+def test_weight_of_the_extra_heads(heads):
+    """Against the losses of the heads one by one, of which `next_byte_loss` is the unweighted."""
+    rng = np.random.default_rng(5)
+    logits = Tensor(rng.standard_normal((2, 7, heads, 256)).astype(np.float32))
+    targets = Tensor(rng.integers(0, 256, (2, 7, heads), np.uint8))
+    z, decisions = Tensor(rng.standard_normal((2, 7)).astype(np.float32)), Tensor.ones(2, 7) > 0
+    per_head = [
+        loss_fn(logits[:, :, k : k + 1], z, decisions, targets[:, :, k : k + 1])[2].item()
+        for k in range(heads)
+    ]
+    loss, aux, _ = (t.item() for t in loss_fn(logits, z, decisions, targets, None, 0.2))
+    lm = per_head[0] if heads == 1 else (per_head[0] + 0.2 * np.mean(per_head[1:])) / 1.2
+    assert loss == pytest.approx(0.9 * lm + 0.1 * aux, rel=1e-5)
+
+
 @pytest.mark.parametrize("chosen", ["none", "all"])
 def test_causal_when_the_router_is_extreme(chosen):
     model, weights = build(ODD)

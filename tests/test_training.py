@@ -26,6 +26,7 @@ from pico_tg.runtime import jit_method, write_into
 from pico_tg.training import TrainStep, learning_rate, train
 
 SLOW = pytest.mark.slow
+EXTRA = 0.2  # weight of the extra heads
 QUICK = WINDOWS | {"warmup_steps": 2, "learning_rate": 3e-3}
 
 
@@ -91,7 +92,7 @@ def gradients_of(model: Pico, windows: np.ndarray) -> dict[str, np.ndarray]:
     """Unjitted gradients, by tinygrad (the model's tests compare those with the oracle's)."""
     x, targets = inputs_and_targets(Tensor(windows), CONFIG.next_tokens)
     named = nn.state.get_state_dict(model)
-    loss = loss_fn(*model(x), targets)[0]
+    loss = loss_fn(*model(x), targets, CONFIG, EXTRA)[0]
     return dict(zip(named, [g.numpy() for g in loss.gradient(*named.values())], strict=True))
 
 
@@ -103,7 +104,10 @@ def test_step_is_adamw_on_the_mean_gradient(accumulation):
     batches = batch(rng, 4, accumulation, 2, 40 + CONFIG.next_tokens)
     model, other = make(), make()
     settings = TrainSettings(
-        weight_decay=0.1, grad_accumulation_steps=accumulation, optimizer="adamw"
+        weight_decay=0.1,
+        grad_accumulation_steps=accumulation,
+        optimizer="adamw",
+        extra_heads_weight=EXTRA,
     )
     step = TrainStep(model, settings)
     if accumulation > 1:  # a step that is interrupted leaves no trace
