@@ -145,7 +145,7 @@ class Server(ThreadingHTTPServer):
         self.title = title
         self.decoder = pico_tg.Decoder(model)
         self.one_at_a_time = threading.Lock()
-        self.hosts = [f"{name}:{self.server_port}" for name in ("127.0.0.1", "localhost")]
+        self.hosts = host_names(self.server_port)
         self.url = f"http://{self.hosts[0]}/"
 
 
@@ -171,7 +171,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         try:
-            body = self.body()  # always read: closing with unread bytes would reset the connection
+            body = self.body()  # first: closing with unread bytes may reset the connection
             self.check_host()
             if self.headers["Origin"] not in [f"http://{host}" for host in self.server.hosts]:
                 raise Refused(403, "this request is not from the server's own page")
@@ -224,6 +224,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
+
+
+def host_names(port: int) -> list[str]:
+    """What browsers send as Host for this page: they leave out port 80."""
+    names = ["127.0.0.1", "localhost"]
+    return [f"{name}:{port}" for name in names] + names * (port == 80)
 
 
 def read_options(body: bytes) -> dict[str, str | float | int]:

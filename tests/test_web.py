@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import TINY
+from helpers import TINY, record
 
-from pico_tg import Pico, generate
-from pico_tg.tools.terminal import decode_text
+from pico_tg import Decoder, Pico, generate
+from pico_tg.tools.terminal import characters
 
 spec = importlib.util.spec_from_file_location(
     "web", Path(__file__).parents[1] / "examples" / "web.py"
@@ -69,14 +69,25 @@ def test_continuation(server):
     assert headers["Content-Type"] == "application/x-ndjson"
     *parts, last = lines(body)
     expected = generate(server.decoder.model, b"A", max_bytes=20, temperature=0.7, seed=3)
-    text = "".join(decode_text(expected)).encode()
-    shown = "".join(part["text"] for part in parts if not part["text"].startswith("\\x")).encode()
+    assert parts == [json.loads(web.describe_character(c)) for c in characters(expected)]
     assert len(parts) > 5
-    assert all(character in text for character in shown if character > 32)
-    assert all(0 <= part["weight"] <= 1 for part in parts)
     assert "20 bytes" in last["stats"]
     assert lines(ask(server)[2])[:-1] == parts
     assert lines(ask(server, ASKED | {"seed": 4})[2])[:-1] != parts
+
+
+def test_characters_of_a_continuation():
+    """Shown as text, line breaks too; control characters and bytes that are not UTF-8 as escapes.
+
+    The weight is the highest of its bytes; a draft is one whose bytes are all drafts.
+    """
+    text = "aé\n\x1b".encode() + b"\xff"
+    weights = [0.1, 0.25, 0.75, 0.1, 0.1, 0.1]
+    bytes_ = [record(b, w, i == 2) for i, (b, w) in enumerate(zip(text, weights, strict=True))]
+    found = [json.loads(web.describe_character(c)) for c in characters(bytes_)]
+    assert [part["text"] for part in found] == ["a", "é", "\n", "\\x1b", "\\xff"]
+    assert [part["weight"] for part in found] == [0.1, 0.75, 0.1, 0.1, 0.1]
+    assert [part["routed"] for part in found] == [False, True, False, False, False]
 
 
 def test_page(server):
@@ -87,6 +98,15 @@ def test_page(server):
         nonce = headers["Content-Security-Policy"].split("'nonce-")[1].split("'")[0]
         assert body.count(f'nonce="{nonce}"'.encode()) == 2
     assert nonce not in ask(server, b"", "GET", "/", Origin=None)[1]["Content-Security-Policy"]
+
+
+def test_browsers_leave_out_port_80(server, monkeypatch):
+    monkeypatch.setattr(server, "hosts", web.host_names(80))
+    for host in ("127.0.0.1", "localhost", "localhost:80"):
+        assert ask(server, Host=host, Origin=f"http://{host}")[0] == 200
+    for host in ("localhost:8000", "pico.example"):
+        assert ask(server, Host=host)[0] == 403
+        assert ask(server, Origin=f"http://{host}")[0] == 403
 
 
 def test_only_on_loopback(server):
@@ -157,8 +177,16 @@ def test_bad_bodies_are_refused(server, body, named):
     assert named in line["error"]
 
 
-def test_a_closed_connection_ends_the_continuation(server):
-    """Stop closes it, too. The next request is answered long before the first would have ended."""
+def test_a_closed_connection_ends_the_continuation(server, monkeypatch):
+    """Stop closes it, too. The decoder waits until it is closed."""
+    closed, passes, forward = threading.Event(), [], Decoder.forward
+
+    def wait_and_pass(decoder: Decoder, data: bytes):
+        passes.append(data)
+        assert closed.wait(60)
+        return forward(decoder, data)
+
+    monkeypatch.setattr(Decoder, "forward", wait_and_pass)
     body = json.dumps(ASKED | {"max_bytes": 4096, "temperature": 1}).encode()
     head = (
         f"POST /generate HTTP/1.1\r\nHost: {server.hosts[0]}\r\nOrigin: http://{server.hosts[0]}\r\n"
@@ -167,6 +195,9 @@ def test_a_closed_connection_ends_the_continuation(server):
     with socket.create_connection(("127.0.0.1", server.server_port), timeout=300) as connection:
         connection.sendall(head.encode() + body)
         assert connection.recv(15) == b"HTTP/1.0 200 OK"
+    closed.set()
+    with server.one_at_a_time:  # after the end of the continuation
+        assert 0 < len(passes) < 4096 / 8  # a pass reads up to 8 bytes
     assert ask(server)[0] == 200
 
 
