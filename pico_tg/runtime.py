@@ -100,8 +100,13 @@ def open_webgpu(name: str) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """Discard what libraries write to file descriptor 2 inside the `with` block."""
-    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    """Discard what any thread writes to file descriptor 2 inside the `with` block."""
+    try:
+        saved = os.dup(2)
+    except OSError:  # closed, as in a daemon
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
         yield

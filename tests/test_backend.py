@@ -14,6 +14,7 @@ from tinygrad.helpers import DEV, USE_TC
 from pico_tg import backend
 from pico_tg.backend import check_backend, choose_backend, find_clang, parse_devices
 from pico_tg.files import PicoError
+from pico_tg.runtime import _silent_stderr
 
 SCRIPT = Path(__file__).parent / "scripts" / "compute.py"
 on_cpu = pytest.mark.skipif(Device.DEFAULT != "CPU", reason="an accelerator comes first")
@@ -126,6 +127,24 @@ def test_webgpu_without_its_library_or_a_driver(path, interface, words, choose, 
     choose("WEBGPU")
     with pytest.raises(PicoError, match=f"DEV=WEBGPU: .*{words}"):
         check_backend()
+
+
+def test_standard_error_may_be_closed(capfd):
+    """Opening WebGPU discards what is written to it, and does without it in a daemon."""
+    saved = os.dup(2)
+    with _silent_stderr():
+        os.write(2, b"discarded")
+    os.write(2, b"shown")
+    os.close(2)
+    try:
+        with _silent_stderr():
+            pass
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(2)  # still closed
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+    assert capfd.readouterr().err == "shown"
 
 
 @pytest.mark.parametrize(("kind", "is_gpu"), [(2, False), (4, True), (5, True)])
