@@ -1,5 +1,6 @@
 """A pass with KV caches gives what a full forward pass gives, in every state of the caches."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -85,28 +86,33 @@ def test_rollback_and_restore(model, text, prefill):
 
 def test_refresh(text):
     """A refreshed decoder computes what a new one does; before that, the model has no effect."""
-    model = Pico(TINY, seed=7)
+    config = dataclasses.replace(TINY, router="threshold")
+    model = Pico(config, seed=7)
     decoder = Decoder(model)
     before = decoder.forward(text[:20])
     weights = nn.state.get_state_dict(model)
-    for name, tensor in nn.state.get_state_dict(Pico(TINY, seed=8)).items():
+    for name, tensor in nn.state.get_state_dict(Pico(config, seed=8)).items():
         # fresh norms and biases have one value each
         write_into(weights[name], tensor.numpy() + np.float32(0.1))
+    write_into(model.latent.router.cutoff, np.array([50, 0], np.float32))
     decoder.reset()
     np.testing.assert_array_equal(decoder.forward(text[:20])[0], before[0])
     graphs = dict(decoder.graphs)
     decoder.refresh()
-    found, expected = decoder.forward(text[:20]), Decoder(model).forward(text[:20])
+    new = Decoder(model)
+    found, expected = decoder.forward(text[:20]), new.forward(text[:20])
+    z = expected[1]
+    assert 0 < decoder.selected == new.selected == (z > 50).sum() < (z > 0).sum()
     assert decoder.graphs.items() >= graphs.items()
     assert np.abs(expected[0] - before[0]).max() > 0.1
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_array_equal(ours, theirs)
     options = {"max_bytes": 30, "seed": 0, "raw_prompt": True}
-    refreshed, new = (
+    ours, theirs = (
         [record.byte for record in generate(model, b"a", decoder=used, **options)]
-        for used in (decoder, Decoder(model))
+        for used in (decoder, new)
     )
-    assert refreshed == new
+    assert ours == theirs
 
 
 def test_without_the_latent_blocks(model, weights, text):

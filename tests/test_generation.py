@@ -172,13 +172,25 @@ def test_drafts_that_are_never_right():
     assert decoder.rows[-100:] == [1] * 100
 
 
-def test_drafts_that_are_sometimes_right():
-    """Every third is wrong: at most three bytes a pass."""
+def test_drafts_that_are_sometimes_right(monkeypatch):
+    """Every third is wrong: at most three bytes a pass. What follows each byte is learned."""
+    policies = []
+
+    class Recorded(generation.DraftPolicy):
+        def __init__(self, *args) -> None:
+            super().__init__(*args)
+            policies.append(self)
+
+    monkeypatch.setattr(generation, "DraftPolicy", Recorded)
     decoder, stats = Scripted(SCRIPT, 7, lambda at: at % 3 != 0), Stats()
     records = list(generate(Heads, max_bytes=240, decoder=decoder, stats=stats))
     assert text_of(records) == SCRIPT[:240]
     assert sum(record.drafted for record in records) == stats.accepted > 100
     assert 80 <= stats.passes < 140
+    transitions = policies[0].transitions
+    assert bytes(transitions.A[list(SCRIPT[:94])].argmax(axis=1).tolist()) == SCRIPT[1:95]
+    read = Counter(SEQ_START + SCRIPT[:239])  # nothing is drafted after the last byte
+    assert transitions.counts == [Transitions.PRIOR + read[byte] for byte in range(256)]
 
 
 def test_drafts_are_corrected_by_the_byte_before_them():
