@@ -102,6 +102,22 @@ def test_factors_keep_their_memory_in_a_jit(any_size):
         np.testing.assert_allclose(out.numpy()[0], 2 * x @ right.numpy()[0], rtol=0, atol=1e-4)
 
 
+def test_a_gram_matrix_of_one_panel_in_a_jit(any_size):
+    """Of 16 columns, the copy in panels would be a view, which TinyJit's planner overlooks."""
+
+    @TinyJit
+    def step(x):
+        doubled = (x * 2).contiguous().realize()
+        gram = ops.bmm(doubled[None], doubled[None], trans_a=True)
+        tripled = (x * 3).contiguous().realize()  # must not overwrite `doubled`
+        return gram.realize(), tripled.sum().realize()
+
+    for seed in range(4):
+        x = factors("matmul", ((), 32, 16, 32), seed)[0]
+        gram = step(Tensor(x).clone().realize())[0]
+        np.testing.assert_allclose(gram.numpy()[0], 4 * x.T @ x, rtol=0, atol=1e-4)
+
+
 def test_products_are_computed_once():
     """Forward and both gradients: three times 2MNL operations, and next to nothing else."""
     a, b = (Tensor.ones(256, 256).contiguous().realize() for _ in range(2))

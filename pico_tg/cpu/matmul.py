@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from tinygrad import Tensor
 from tinygrad.uop.ops import Ops, UOp
 
+from ..runtime import without_views
 from . import launcher
 from .loops import TILE_N, VECTOR, LoopNest, choose_shared_loop, round_up, tile_m
 
@@ -60,7 +61,8 @@ def gemm(
 def pack_panels(x: Tensor) -> Tensor:
     """[Z, L, n * TILE_N] -> [Z, n, L, TILE_N]."""
     Z, L, _ = x.shape
-    return x.reshape(Z, L, -1, TILE_N).transpose(1, 2).contiguous()  # (Z, n, L, TILE_N)
+    panels = x.reshape(Z, L, -1, TILE_N).transpose(1, 2)  # (Z, n, L, TILE_N)
+    return without_views(panels).contiguous()  # a single panel is not copied
 
 
 def transpose(x: Tensor) -> Tensor:
