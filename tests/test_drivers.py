@@ -1,7 +1,8 @@
-"""A real driver: WebGPU, through Dawn (the extra `webgpu`) on Vulkan, against the CPU.
+"""A run continued on another device, against the CPU.
 
-It needs no GPU: Mesa's lavapipe is a Vulkan driver for any CPU (Debian: mesa-vulkan-drivers and
-libvulkan1). test_backends.py has a test of OpenCL.
+WebGPU is a real driver: Dawn (the extra `webgpu`) on Vulkan. It needs no GPU: Mesa's lavapipe is a
+Vulkan driver for any CPU (Debian: mesa-vulkan-drivers and libvulkan1). METAL is metal_device.py,
+which needs clang (the extra `clang`). test_backends.py has a test of OpenCL.
 """
 
 import json
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import metal_device
 import pytest
 from helpers import FOX, TINY, WINDOWS
 
@@ -35,46 +37,67 @@ def on_device(device: str, *command: str, **environment: str) -> subprocess.Comp
     )
 
 
-@pytest.fixture
-def stopped(tmp_path) -> tuple[Path, str]:
-    """A model folder whose run `first` stopped after `BEFORE` steps, and its text.
-
-    Skips the test if WebGPU cannot compute here.
-    """
+def check_webgpu() -> None:
+    """Skip the test if WebGPU cannot compute here."""
     check = "from pico_tg.backend import check_backend; check_backend()"
     if (done := on_device("WEBGPU", "-c", check)).returncode:
         pytest.skip(done.stderr.strip().splitlines()[-1])
-    folder = tmp_path / "model"
-    folder.mkdir()
+
+
+def check_metal() -> None:
+    """Skip the test without clang."""
+    if metal_device.find_clang() is None:
+        pytest.skip(metal_device.NO_CLANG)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory) -> tuple[Path, str]:
+    """A model folder whose run `first` stopped after `BEFORE` steps, and its text."""
+    folder, losses = tmp_path_factory.mktemp("model"), []
     (folder / "model.json").write_text(json.dumps(TINY.to_dict()))
-    text, losses = folder / "text.txt", []
+    text = folder / "text.txt"
     text.write_text(FOX)
-    run = pico_tg.train(
-        pico_tg.Pico(TINY, seed=0), str(text), folder / "first",
-        stop=lambda: len(losses) == BEFORE - 1, **SETTINGS,
-    )  # fmt: skip
-    for record in run:
-        losses.append(record["loss"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PICO_CACHE", str(folder / "cache"))
+        run = pico_tg.train(
+            pico_tg.Pico(TINY, seed=0), str(text), folder / "first",
+            stop=lambda: len(losses) == BEFORE - 1, **SETTINGS,
+        )  # fmt: skip
+        for record in run:
+            losses.append(record["loss"])
     assert len(losses) == BEFORE
     return folder, str(text)
 
 
-def measure(device: str, stopped: tuple[Path, str], folder: Path) -> dict:
-    """What tests/scripts/continue_run.py prints on `device`."""
+def measure(device: str, runner: list[str], stopped: tuple[Path, str], folder: Path) -> dict:
+    """What tests/scripts/continue_run.py prints on `device`, run by the script `runner`, if any."""
     shutil.copytree(stopped[0], folder)
-    done = on_device(
-        device, str(TESTS / "scripts" / "continue_run.py"), str(folder), "first", stopped[1]
-    )
+    script = TESTS / "scripts" / "continue_run.py"
+    done = on_device(device, *runner, str(script), str(folder), "first", stopped[1])
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-@pytest.mark.slow
-def test_training_and_decoding(stopped, tmp_path):
+@pytest.fixture(scope="module")
+def on_cpu(stopped, tmp_path_factory) -> dict:
+    return measure("CPU", [], stopped, tmp_path_factory.mktemp("continued") / "CPU")
+
+
+@pytest.mark.slow(minutes=1)
+@pytest.mark.parametrize(
+    ("device", "runner", "check", "backend"),
+    [
+        ("WEBGPU", [], check_webgpu, "backend WEBGPU ("),
+        ("METAL::Apple7", [metal_device.__file__], check_metal, "backend METAL"),
+    ],
+)
+def test_training_and_decoding(device, runner, check, backend, request, tmp_path):
     """Train, resume, validate, decode."""
-    found = measure("WEBGPU", stopped, tmp_path / "WEBGPU")
-    on_cpu = measure("CPU", stopped, tmp_path / "CPU")
-    assert found["backend"].startswith("backend WEBGPU (")
+    check()
+    on_cpu = request.getfixturevalue("on_cpu")  # not before it is known that the device is here
+    stopped = request.getfixturevalue("stopped")
+    found = measure(device, runner, stopped, tmp_path / "copy")
+    assert found["backend"].startswith(backend)
     assert found["bits_per_byte"] == pytest.approx(on_cpu["bits_per_byte"], rel=1e-4)
     assert len(found["losses"]) == STEPS - BEFORE
     assert found["losses"] == pytest.approx(on_cpu["losses"], rel=1e-4)
