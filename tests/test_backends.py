@@ -1,15 +1,18 @@
 """CUDA, Metal and OpenCL without their devices: kernels are rendered for them, none too big.
 
-tinygrad's NULL device schedules and renders, and runs nothing. Where NVIDIA's compiler is installed
-(NVRTC_PATH; pip install nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12), it compiles them as well.
+tinygrad's NULL device schedules and renders, and runs nothing. NVIDIA's compiler (cuda_compiler.py)
+and clang (metal_device.py) compile the kernels, where they are installed.
 """
 
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import cuda_compiler
+import metal_device
 import pytest
 from helpers import TINY
 
@@ -25,29 +28,55 @@ def run_script(name: str, *args: str, **environment: str) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
+def check_metal(sources: list[str]) -> None:
+    """Valid for clang, and within Metal's limits."""
+    if metal_device.find_clang() is None:
+        pytest.skip(f"rendered, not compiled: {metal_device.NO_CLANG}")
+    metal_device.compile_kernels(sources)
+
+
+def check_cuda(*architectures: str) -> Callable[[list[str]], None]:
+    def check(sources: list[str]) -> None:
+        """No register is spilled, no thread uses the stack."""
+        if cuda_compiler.find_nvrtc() is None:
+            pytest.skip(f"rendered, not compiled: {cuda_compiler.NO_NVRTC}")
+        for architecture in architectures:
+            for name, usage in cuda_compiler.compile_kernels(sources, architecture).items():
+                assert usage.spilled == usage.stack == 0, (architecture, name, usage)
+                assert usage.registers <= 168, (architecture, name, usage)
+                assert usage.shared <= 48 << 10, (architecture, name, usage)
+
+    return check
+
+
+@pytest.mark.slow(minutes=0.5)
 @pytest.mark.parametrize(
-    ("device", "precision", "share", "marks"),
+    ("device", "precision", "tensor_cores", "share", "marks", "check"),
     [
-        ("NULL:CUDA:sm_80", "bf16", 0.875, ("__global__", "mma.sync")),
-        ("NULL:METAL:Apple9", "fp32", 0.914, ("kernel void", "simdgroup_float8x8")),
+        # without tensor cores for float32, and none for bfloat16: fp32 is the default
+        ("CUDA:sm_75", "fp32", 0, 0, ("__global__",), check_cuda("sm_75")),
+        ("CUDA:sm_80", "bf16", 12, 0.875, ("mma.sync",), check_cuda("sm_80", "sm_90")),
+        # M1, and M3
+        ("METAL:Apple7", "fp32", 12, 0.914, ("simdgroup_float8x8",), check_metal),
+        ("METAL:Apple9", "bf16", 12, 0.875, ("simdgroup_bfloat8x8",), check_metal),
     ],
 )
-def test_kernels_of_a_step_and_a_pass_on(device, precision, share, marks):
+def test_kernels_of_a_step_and_a_pass_on(device, precision, tensor_cores, share, marks, check):
     # NULL has no limit of its own; on METAL tinygrad keeps to 31 by itself; JIT=2: no graphs
     limits = {"NULL_ALLOW_COPYOUT": "1", "MAX_KERNEL_BUFFERS": "31", "JIT": "2"}
-    found = json.loads(run_script("gpu_kernels.py", precision, DEV=device, **limits))
+    found = json.loads(run_script("gpu_kernels.py", precision, DEV=f"NULL:{device}", **limits))
     assert found["train"] > 100
     assert found["decode_without_latent"] > 20
     # nothing is computed, so the router selects nothing; the latent block runs all the same
     assert found["decode"] >= found["decode_without_latent"] + 10
     # four products of a block, forward and twice backward
-    assert found["on_tensor_cores"] >= 12
+    assert found["on_tensor_cores"] >= tensor_cores
     # of all operations, the optimizer's and the element-wise ones included
     assert found["share"] >= share
     assert 20 < found["buffers"] <= 31
-    (source,) = found["sources"]
-    assert all(mark in source for mark in marks)
+    assert len(found["sources"]) > 200
+    assert all(mark in found["sources"][0] for mark in marks)
+    check(found["sources"])
 
 
 @pytest.mark.slow
@@ -77,13 +106,19 @@ def here() -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("device", "bf16", "tolerance"), [("PYTHON::sm_80", "1", 2e-2), ("PYTHON::METAL", "0", 1e-4)]
-)
-def test_tensor_cores_compute_what_the_default_device_does(device, bf16, tolerance, here):
-    """In tinygrad's emulators of CUDA's and Metal's tensor cores."""
-    found = forward_and_backward(DEV=device, PICO_BF16=bf16)
-    assert found == pytest.approx(here, rel=tolerance)
+def test_tensor_cores_of_cuda_compute_what_the_default_device_does(here):
+    """In tinygrad's emulator."""
+    found = forward_and_backward(DEV="PYTHON::sm_80", PICO_BF16="1")
+    assert found == pytest.approx(here, rel=2e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(metal_device.find_clang() is None, reason=metal_device.NO_CLANG)
+def test_metal_in_bf16_computes_what_the_default_device_does(here):
+    """In metal_device.py; test_drivers.py trains and decodes there in fp32."""
+    script = str(TESTS / "scripts" / "training_step.py")
+    found = run_script("../metal_device.py", script, DEV="METAL::Apple9", PICO_BF16="1")
+    assert [float(x) for x in found.split()] == pytest.approx(here, rel=2e-2)
 
 
 @pytest.mark.slow

@@ -1,12 +1,11 @@
 """Print as JSON what kernels a training step and a decoding pass are on a NULL device.
 
-Argument: fp32 or bf16. DEV=NULL:... schedules and renders kernels of a GPU, and runs none. Where
-NVRTC_PATH names NVIDIA's compiler, CUDA kernels are compiled as well.
+Argument: fp32 or bf16. DEV=NULL:... schedules and renders kernels of a GPU, and compiles and runs
+none. "sources" are those of all kernels, each once, first those that use tensor cores.
 """
 
 import dataclasses
 import json
-import os
 import sys
 import types
 
@@ -14,9 +13,7 @@ import numpy as np
 from tinygrad.device import Compiler
 from tinygrad.runtime.support import compiler_cuda
 
-# without the GPU's compilers the source is enough
-if "NVRTC_PATH" not in os.environ:
-    compiler_cuda.NVRTCCompiler = lambda *args, **options: Compiler()
+compiler_cuda.NVRTCCompiler = lambda *args, **options: Compiler()
 sys.modules["tinygrad.runtime.ops_metal"] = types.SimpleNamespace(MetalCompiler=Compiler)
 
 from helpers import TINY  # noqa: E402
@@ -63,6 +60,10 @@ TrainStep(model, settings)(windows, 1e-3)
 train = taken()
 decode, decode_without_latent = kernels_of_pass(True), kernels_of_pass(False)
 Tensor.realize(all_finite([Tensor.empty(4, 4 + i) for i in range(90)]))  # as of a deep model
+tensor_cores_first = sorted(
+    (*train, *decode, *decode_without_latent), key=lambda kernel: -kernel[1]
+)
+sources = list(dict.fromkeys(source for _, _, _, source in tensor_cores_first))
 operations = sum(work for _, _, work, _ in train)
 print(
     json.dumps(
@@ -73,7 +74,7 @@ print(
             "on_tensor_cores": sum(on for _, on, _, _ in train),
             "share": sum(work for _, on, work, _ in train if on) / operations,
             "buffers": max(count for count, *_ in (*train, *decode, *kernels)),
-            "sources": [source for _, on, _, source in train if on][:1],
+            "sources": sources,
         }
     )
 )
