@@ -310,13 +310,13 @@ def train(
     stored = _stored_run(model.config, folder, base_weights) if resume else {}
     chosen = _chosen_settings(settings, stored, folder, devices, force)
     _check_context_len(chosen.context_len, model.config)
-    check_memory(model.config, chosen, (devices or (Device.DEFAULT,))[0])
     if folder is not None and not resume:
         check_startable(folder)
     data = open_data(dataset, stored, folder, progress)
     micro_batches = chosen.batch_size * chosen.grad_accumulation_steps
     T = model.config.next_tokens
     windows = Windows(data.train, chosen.context_len, T, micro_batches, chosen.seed)
+    check_memory(model.config, chosen, (devices or (Device.DEFAULT,))[0])
     if base_weights is not None:
         load_weights(model, base_weights)
     validate = Validation(model, data.validation, chosen, devices)

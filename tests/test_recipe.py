@@ -79,7 +79,7 @@ def test_memory_is_that_of_the_parameters_and_what_was_measured():
         assert found == pytest.approx(measured, rel=0.1)
 
 
-def test_an_impossible_amount_of_memory_is_an_error(monkeypatch):
+def test_an_impossible_amount_of_memory_is_an_error(monkeypatch, tmp_path):
     settings = TrainSettings(context_len=512)
     needed = sum(memory_bytes(XS, settings).values())
     monkeypatch.setattr(machine, "memory_bytes", lambda: needed / 2 + 1)
@@ -88,8 +88,10 @@ def test_an_impossible_amount_of_memory_is_an_error(monkeypatch):
     with pytest.raises(PicoError, match="take a smaller context_len, batch_size or model"):
         check_memory(XS, settings, "CPU")
     check_memory(XS, settings, "CUDA")  # its memory is not known
+    text = tmp_path / "text.txt"
+    text.write_text("words " * 1000)
     with pytest.raises(PicoError, match="take a smaller context_len"):
-        next(train(Pico(XS, fresh=False), "nowhere.txt", context_len=512))
+        next(train(Pico(XS, fresh=False), str(text), context_len=512))
 
 
 def test_the_cost_is_one_line():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import itertools
 import math
 import os
 import re
@@ -149,25 +150,27 @@ def test_a_script_s_error_saves_the_last_step(text, tmp_path):
 
 @SLOW
 def test_steps_do_not_leak():
-    """Memory on the device is flat over 200 steps, and the process's as good as."""
+    """Memory on the device is flat over 300 steps, and the process's over 100 of them."""
     model = make()
     step = TrainStep(model, TrainSettings(**QUICK))
     windows = np.random.default_rng(0).integers(97, 120, (1, 2, 43), dtype=np.uint8)
 
     def resident() -> int:
+        if sys.platform != "linux":
+            return 0
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     for _ in range(25):
         step(windows, 1e-3)
-    gc.collect()  # what compiling and other tests left
-    process = resident() if sys.platform == "linux" else 0
-    device = GlobalCounters.mem_used
-    for _ in range(200):
-        step(windows, 1e-3)
-    assert GlobalCounters.mem_used == device
-    if sys.platform == "linux":
-        gc.collect()
-        assert resident() - process < 4 << 20
+    device, process = GlobalCounters.mem_used, []
+    for _ in range(4):
+        gc.collect()  # what compiling and other tests left
+        process.append(resident())
+        for _ in range(100):
+            step(windows, 1e-3)
+        assert GlobalCounters.mem_used == device
+    # memory that is allocated once, for threads for example, is no leak
+    assert min(b - a for a, b in itertools.pairwise(process)) < 1 << 20
 
 
 @SLOW

@@ -107,7 +107,7 @@ def test_cpu_kernels_are_imported_at_the_seams_only():
 
 def test_the_model_is_read_in_one_sitting():
     names = ("model", "attention", "routing", "selection")
-    assert sum(len(FILES[name].read_text().splitlines()) for name in names) <= 510
+    assert sum(len(FILES[name].read_text().splitlines()) for name in names) <= 520
 
 
 def run_python(*args: str, hide_cpu: Path | None = None) -> str:
