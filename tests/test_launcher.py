@@ -252,6 +252,12 @@ def test_clang_compiles_the_launcher(clang, graph_of):
     np.testing.assert_array_equal(expected, found)
 
 
+def test_found_inside_a_tinygrad_function():
+    """A model's first product may be in one; tinygrad 0.13 lets no device be opened there."""
+    with Context(ALLOW_DEVICE_USAGE=0):
+        assert launcher._launcher.__wrapped__() is not None
+
+
 def test_machine_code_for_arm64(clang):
     """The launcher needs no runtime library (for example for atomics), which nothing would link."""
     targets = subprocess.run([clang, "--print-targets"], capture_output=True, text=True).stdout

@@ -12,12 +12,14 @@ from tinygrad.engine.realize import compile_linear, estimate_uop
 from tinygrad.uop.ops import Ops
 
 from pico_tg import Config, Pico, loss_fn
+from pico_tg.cpu import launcher
 from pico_tg.runtime import has_cpu_kernels
 
 sizes, lengths = json.loads(sys.argv[1])
 config = Config.preset("xs", **sizes)
 model = Pico(config, fresh=False)
 parameters = nn.state.get_parameters(model)
+launcher.serves()  # compiles the launcher, before nothing is compiled any more
 Device[Device.DEFAULT].renderer.compiler.compile_cached = lambda source: b""
 found = {}
 for length in lengths if has_cpu_kernels(Device.DEFAULT) else ():
