@@ -103,6 +103,8 @@ def check_backend() -> None:
             return
         except Exception as error:  # each device raises its own exception types
             reason = _first_line(error)
+            if isinstance(error, ModuleNotFoundError) and "runtime.ops_" in (error.name or ""):
+                reason = "tinygrad has no such device"
     if _requested:
         raise PicoError(
             f"cannot compute with DEV={_requested}: {reason}; without DEV, pico_tg chooses a device"

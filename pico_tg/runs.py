@@ -270,7 +270,7 @@ def read_metrics(folder: Path) -> list[Record]:
         lines = path.read_text("utf-8", errors="replace").splitlines()
     except OSError as error:
         raise PicoError(
-            f"cannot read {path}: {error.strerror or error}; is {folder} a training run?"
+            f"cannot read {path}: {error.strerror or error}; train writes it into a run's folder"
         ) from error
     records = []
     for line in lines:

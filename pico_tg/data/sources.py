@@ -199,7 +199,10 @@ def one_file(path: str) -> list[File]:
     """The file `path`, or its members if it is an archive."""
     files, _ = expand_archives([File(os.path.basename(path), path)])
     if not files:
-        raise PicoError(f"cannot tell what {path} is by its name; the formats are {KNOWN}")
+        raise PicoError(
+            f"cannot tell what {path} is by its name; the formats are {KNOWN}; "
+            "rename plain text to .txt"
+        )
     return files
 
 
