@@ -4,7 +4,8 @@ tinygrad 0.13 caches on disk only the binary that a compiler made of a kernel's 
 schedules its graphs and generates source code again, which takes many times as long as compiling.
 Here two tables in the same file (CACHEDB) cache the rest:
 
-- pico_schedules: from a graph to its list of kernels, not compiled yet;
+- pico_schedules: from a graph to its list of kernels, not compiled yet; not for graphs on several
+  devices whose buffers have numbers of their process;
 - pico_kernels: from a kernel to its program: binary, launch sizes, counts of operations and bytes.
 
 The key of a graph or kernel is `UOp.key`, a hash of its operations, shapes, dtypes and constants.
@@ -98,14 +99,32 @@ class Schedules(dict):
         """The schedule of the graph with this key; `default` if no schedule is cached."""
         if graph not in self:
             schedule = _read("pico_schedules", _key(graph))
-            if schedule is None:
+            if schedule is None or _has_numbered_buffers(schedule):
                 return default
             super().__setitem__(graph, schedule)
         return self[graph]
 
     def __setitem__(self, graph: bytes, schedule: UOp) -> None:
         super().__setitem__(graph, schedule)
-        _write("pico_schedules", _key(graph), schedule)
+        if not _has_numbered_buffers(schedule):
+            _write("pico_schedules", _key(graph), schedule)
+
+
+def _has_numbered_buffers(schedule: UOp) -> bool:
+    """Whether buffers in the schedule have numbers that only this process gives to one buffer each.
+
+    With several devices some have. Such a number may be that of another buffer in the process that
+    reads the schedule, and one would overwrite the other.
+    (test_jit_cache.test_buffers_with_a_number_of_this_process_are_not_stored)
+    """
+    for call in schedule.src:
+        kernel, *arguments = call.src
+        buffers = {u for argument in arguments for u in argument.toposort()}
+        if any(u.op is Ops.UNIQUE for u in buffers):
+            return True
+        if kernel.op is Ops.LINEAR and _has_numbered_buffers(kernel):
+            return True
+    return False
 
 
 def cached_program(ast: UOp, renderer: Renderer) -> UOp:

@@ -8,6 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+from tinygrad import UOp, dtypes
+from tinygrad.uop.ops import Ops
+
+from pico_tg import jit_cache
 
 SCRIPTS = Path(__file__).parent / "scripts"
 WORKER = {"DEV": "CPU", "CPU_COUNT": "2"}
@@ -70,3 +74,23 @@ def has_ended(pid: int) -> bool:
             return True
         time.sleep(0.1)
     return False
+
+
+def test_buffers_with_a_number_of_this_process_are_not_stored(monkeypatch):
+    """In a process that gave the number to another buffer, both would share their memory."""
+    file = {}
+    monkeypatch.setattr(jit_cache, "_write", lambda table, key, value: file.update({key: value}))
+    monkeypatch.setattr(jit_cache, "_read", lambda table, key: file.get(key))
+    numbered = UOp.new_buffer(("CPU", "CPU:1"), 4, dtypes.float32)
+    local = numbered.replace(src=(UOp(Ops.LUNIQUE, arg=0), numbered.src[1]))
+    plain, with_number = (
+        UOp(Ops.LINEAR, src=(UOp(Ops.SINK).call(buffer.mselect(0)),))
+        for buffer in (local, numbered)
+    )
+    for schedule, stored in ((plain, True), (with_number, False)):
+        for graph in (schedule, UOp(Ops.LINEAR, src=(schedule.call(),))):  # also in a function
+            file.clear()
+            jit_cache.Schedules()[b"graph"] = graph
+            assert bool(file) == stored
+            file[jit_cache._key(b"graph")] = graph  # as older versions stored it
+            assert (jit_cache.Schedules().get(b"graph") is graph) == stored
