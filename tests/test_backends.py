@@ -126,7 +126,7 @@ def test_opencl_computes_what_the_default_device_does():
     """Needs an OpenCL device; Debian's pocl-opencl-icd is one on any CPU."""
     open_it = [sys.executable, "-c", "from tinygrad import Device; Device['CL']"]
     if subprocess.run(open_it, capture_output=True).returncode:
-        pytest.skip("no OpenCL device here (apt-get install pocl-opencl-icd brings one)")
+        pytest.skip("no OpenCL device here (apt-get install pocl-opencl-icd ocl-icd-libopencl1)")
     *found, moved = forward_and_backward("3", DEV="CL")
     *expected, expected_moved = forward_and_backward("3")
     assert found == pytest.approx(expected, rel=1e-4)

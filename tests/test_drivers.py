@@ -2,7 +2,8 @@
 
 WebGPU is a real driver: Dawn (the extra `webgpu`) on Vulkan. It needs no GPU: Mesa's lavapipe is a
 Vulkan driver for any CPU (Debian: mesa-vulkan-drivers and libvulkan1). METAL is metal_device.py,
-which needs clang (the extra `clang`). test_backends.py has a test of OpenCL.
+which needs clang (the extra `clang`). test_backends.py has a test of OpenCL: here, pocl would
+compile for two minutes.
 """
 
 import json
