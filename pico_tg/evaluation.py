@@ -331,9 +331,8 @@ def evaluate(
         validation_bytes=total,
         precision=precision,
     )
-    gap = None
-    if model.config.router not in RULES:
-        gap = Validation(model, corpus, settings)()["validation_routing_gap"]
+    validation = Validation(model, corpus, settings)
+    gap = validation()["validation_routing_gap"] if validation.has_top_k else None
     run = _TextPass(model, length, settings).run
     bar = Progress(total=total, desc="evaluating", unit="B", unit_scale=True, disable=not progress)
     with bar:

@@ -4,8 +4,8 @@ tinygrad 0.13 caches on disk only the binary that a compiler made of a kernel's 
 schedules its graphs and generates source code again, which takes many times as long as compiling.
 Here two tables in the same file (CACHEDB) cache the rest:
 
-- pico_schedules: from a graph to its list of kernels, not compiled yet; not for graphs on several
-  devices whose buffers have numbers of their process;
+- pico_schedules: from a graph to its list of kernels, not compiled yet; graphs on several devices
+  are left out where `_has_numbered_buffers`;
 - pico_kernels: from a kernel to its program: binary, launch sizes, counts of operations and bytes.
 
 The key of a graph or kernel is `UOp.key`, a hash of its operations, shapes, dtypes and constants.
@@ -111,10 +111,10 @@ class Schedules(dict):
 
 
 def _has_numbered_buffers(schedule: UOp) -> bool:
-    """Whether buffers in the schedule have numbers that only this process gives to one buffer each.
+    """Whether a buffer in the schedule is named by a number that is unique in this process only.
 
-    With several devices some have. Such a number may be that of another buffer in the process that
-    reads the schedule, and one would overwrite the other.
+    On several devices this happens (tinygrad 0.13). Another process may have given that number to
+    another buffer; if it reads the schedule, one buffer overwrites the other.
     (test_jit_cache.test_buffers_with_a_number_of_this_process_are_not_stored)
     """
     for call in schedule.src:

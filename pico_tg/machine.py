@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 
 
-def memory_bytes() -> float:
-    """The machine's memory, or the limit of this process's control group; inf if unknown."""
+def available_memory() -> float:
+    """Bytes: the machine's memory, or the limit of this process's control group; inf if unknown."""
     if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):
         return math.inf
     return min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), cgroup_limit("memory.max"))

@@ -145,7 +145,7 @@ def check_memory(config: Config, settings: TrainSettings, device: str) -> None:
     """On a CPU, raise PicoError if training needs, by estimate, over twice the memory."""
     if device.split(":")[0] != "CPU":
         return
-    needed, present = sum(memory_bytes(config, settings).values()), machine.memory_bytes()
+    needed, present = sum(memory_bytes(config, settings).values()), machine.available_memory()
     if needed > 2 * present:
         raise PicoError(
             f"training would take about {needed / 1e9:,.0f} GB of memory, and there are "

@@ -15,8 +15,8 @@ def top_k_decisions(router_logits: Tensor, capacity: int) -> Tensor:
 
     Up to MAX_RANKED bytes, one O(N^2) kernel ranks them; beyond, 14 kernels find the smallest
     selected logit in O(N). `Tensor.topk` runs 67 kernels at N = 1024. Logits are compared instead
-    of sigmoids, which have the same order but are rounded to ties.
-    Logits that are NaN may select more bytes.
+    of sigmoids, which have the same order but are rounded to ties. With logits that are NaN, the
+    O(N^2) kernel may select more bytes.
     """
     z, N = router_logits.detach().contiguous(), router_logits.shape[1]
     if N > MAX_RANKED:

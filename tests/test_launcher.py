@@ -253,7 +253,7 @@ def test_clang_compiles_the_launcher(clang, graph_of):
 
 
 def test_found_inside_a_tinygrad_function():
-    """A model's first product may be in one; tinygrad 0.13 lets no device be opened there."""
+    """A model's first matmul may be in one; tinygrad 0.13 lets no device be opened there."""
     with Context(ALLOW_DEVICE_USAGE=0):
         assert launcher._launcher.__wrapped__() is not None
 

@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from pico_tg.machine import cgroup_limit, memory_bytes
+from pico_tg.machine import available_memory, cgroup_limit
 
 
 def test_limits_of_control_groups(tmp_path):
@@ -27,4 +27,4 @@ def test_limits_of_control_groups(tmp_path):
 
 
 def test_memory_is_that_of_this_machine():
-    assert 1e8 < memory_bytes() < 1e14
+    assert 1e8 < available_memory() < 1e14

@@ -82,9 +82,9 @@ def test_memory_is_that_of_the_parameters_and_what_was_measured():
 def test_an_impossible_amount_of_memory_is_an_error(monkeypatch, tmp_path):
     settings = TrainSettings(context_len=512)
     needed = sum(memory_bytes(XS, settings).values())
-    monkeypatch.setattr(machine, "memory_bytes", lambda: needed / 2 + 1)
+    monkeypatch.setattr(machine, "available_memory", lambda: needed / 2 + 1)
     check_memory(XS, settings, "CPU")
-    monkeypatch.setattr(machine, "memory_bytes", lambda: needed / 2 - 1)
+    monkeypatch.setattr(machine, "available_memory", lambda: needed / 2 - 1)
     with pytest.raises(PicoError, match="take a smaller context_len, batch_size or model"):
         check_memory(XS, settings, "CPU")
     check_memory(XS, settings, "CUDA")  # its memory is not known

@@ -315,7 +315,7 @@ class IRCompiler(ClangJITCompiler):
 @functools.cache
 def _launcher() -> Launcher | None:
     """The process's launcher; None unless on Linux, x86-64 or arm64, with LLVM or clang."""
-    # a product may be the first to ask, inside a tinygrad function, where no device may be opened
+    # a matmul may be the first to ask, inside a tinygrad function, where no device may be opened
     with Context(ALLOW_DEVICE_USAGE=1):
         compiler = Device["CPU"].renderer.compiler
     machine = platform.machine()

@@ -13,8 +13,8 @@ from .loops import TILE_N, VECTOR, LoopNest, choose_shared_loop, round_up, tile_
 
 PARALLEL = 1 << 19  # least number of elements for which threads make a copy faster
 # A kernel of at least LONG operations has SHARES shares per thread: with one share per thread, the
-# slowest or busiest core would delay the kernel. This needs the launcher:
-# without it, tinygrad starts a Python thread for each share.
+# slowest or busiest core would delay the kernel. Only with the launcher: without it, tinygrad
+# starts a Python thread for each share.
 SHARES = 8
 LONG = 1 << 25
 UNROLL = 4  # terms of a sum that one iteration adds
