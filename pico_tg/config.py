@@ -30,7 +30,8 @@ PRESETS: dict[str, dict[str, int | float]] = {
     },
 }
 RULES = ("space", "stride", "all", "none")  # fixed rules for comparison
-ROUTERS = ("learned", "threshold", "ratio", *RULES)
+TOP_K_ROUTERS = ("learned", "entropy")  # in training, select exactly the capacity
+ROUTERS = (*TOP_K_ROUTERS, "threshold", "ratio", *RULES)
 SLOT_FACTOR = 1.5  # slots of `threshold` and `ratio` in training, as a multiple of the capacity
 POSITIONS = ("alibi", "rope")
 OPTIMIZERS = ("soap", "adamw")
@@ -115,9 +116,10 @@ class Config:
         "selected bytes before its own that a latent block attends to"
     )
     router: str = setting(
-        "how bytes are selected: learned, by top-k in training; threshold (arXiv 2603.11535) or "
-        "ratio (arXiv 2507.07955), learned and causal in training as well; or a rule (space, "
-        "stride, all, none) to compare with; all and none ignore latent_capacity_factor",
+        "how bytes are selected: learned, by top-k in training; entropy, the same, but taught to "
+        "select where the next byte is uncertain; threshold (arXiv 2603.11535) or ratio (arXiv "
+        "2507.07955), learned and causal in training as well; or a rule (space, stride, all, none) "
+        "to compare with; all and none ignore latent_capacity_factor",
         "learned",
         choices=ROUTERS,
     )

@@ -357,3 +357,10 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     top = logits.max(axis=-1, keepdim=True).detach().contiguous()
     log_sum = (logits - top).exp().sum(axis=-1, keepdim=True).contiguous().log() + top
     return (log_sum - logits.gather(-1, as_index(targets).unsqueeze(-1))).squeeze(-1)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """-sum(p * log p) in nats, with p = softmax(logits): logits [..., 256] -> [...]."""
+    logits = logits - logits.max(axis=-1, keepdim=True).contiguous()
+    total = logits.exp().sum(axis=-1).contiguous()
+    return total.log() - (logits.exp() * logits).sum(axis=-1) / total

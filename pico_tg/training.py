@@ -30,7 +30,7 @@ from .checkpoint import (
     load_weights,
     weights_of,
 )
-from .config import Config, TrainSettings, field_help
+from .config import TOP_K_ROUTERS, Config, TrainSettings, field_help
 from .data import Data, DataSpec, Windows
 from .evaluation import Validation
 from .files import PicoError
@@ -146,7 +146,7 @@ class TrainStep:
         rate = self.model.decide(x, z, causal=True).cast(dtypes.float32).mean()
         gradients = losses[0].gradient(*self.parameters)
         overflow = kth = losses[0].zeros_like()
-        if config.router != "learned":  # top-k fills exactly the slots
+        if config.router not in TOP_K_ROUTERS:  # top-k fills exactly the slots
             selected = decisions.sum(axis=1, dtype=dtypes.int32)  # (B,)
             overflow = (selected - config.slots(x.shape[1])).maximum(0).mean() / x.shape[1]
         if config.router == "threshold":

@@ -40,6 +40,7 @@ VARIANTS = [
         ("stride", "alibi"),
         ("all", "alibi"),
         ("none", "alibi"),
+        ("entropy", "rope"),
     )
 ]
 SLOW = [pytest.param(config, marks=pytest.mark.slow) for config in VARIANTS]
@@ -143,6 +144,7 @@ def test_which_routing_is_which():
     top_k, positive, above = [0, 3, 4], [0, 2, 3, 4], [0, 4]
     expected = {
         ("learned", 0): [top_k, positive, top_k],
+        ("entropy", 0): [top_k, positive, top_k],
         ("ratio", 0): [positive, positive, top_k],
         ("threshold", TOP_K_STEPS - 1): [top_k, above, top_k],
         ("threshold", TOP_K_STEPS): [above, above, top_k],
@@ -186,7 +188,8 @@ def test_settings_of_the_ratio_loss(changes, error):
 
 
 def test_slots_are_bounded():
-    for router, slots in (("learned", 30), ("space", 30), ("threshold", 45), ("ratio", 45)):
+    slots_of = {"learned": 30, "entropy": 30, "space": 30, "threshold": 45, "ratio": 45}
+    for router, slots in slots_of.items():
         assert dataclasses.replace(TINY, router=router).slots(100) == slots
     wide = dataclasses.replace(TINY, router="ratio", latent_capacity_factor=0.9)
     assert wide.slots(100) == 100
