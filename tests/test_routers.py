@@ -11,7 +11,7 @@ import pytest
 from references import TEXT, assert_close, build
 from tinygrad import Tensor, nn
 
-from pico_tg import Config, PicoError, generate, train
+from pico_tg import Config, Pico, PicoError, generate, train
 from pico_tg.config import ROUTERS, RULES
 from pico_tg.data import SEQ_START
 from pico_tg.decoder import Decoder
@@ -266,3 +266,30 @@ def test_training_steps(config, tmp_path):
         assert low - 0.02 <= records[-1][key] <= high + 0.02
     assert all(math.isfinite(t.numpy().sum()) for t in nn.state.get_parameters(model))
     assert records[-1]["aux_loss"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("router", ["learned", "entropy"])
+def test_what_a_router_learns_from_a_bad_start(router, tmp_path):
+    """Random words: only the byte after a space is uncertain. The first weights avoid spaces."""
+    rng = np.random.default_rng(0)
+    words = rng.integers(97, 123, (60, 4), np.uint8)
+    words = np.pad(words, ((0, 0), (0, 1)), constant_values=32)[rng.integers(60, size=4000)]
+    path = tmp_path / "words.txt"
+    path.write_bytes(words.tobytes())
+    config = dataclasses.replace(
+        TINY, dim=32, next_tokens=1, att_q_heads=2, att_kv_heads=1, fb_att_window_size=8,
+        latent_capacity_factor=0.25, router=router,
+    )  # fmt: skip
+    model = Pico(config, 0)
+    space = model.embedding.weight.numpy()[32]
+    write_into(model.latent.router.weight, -space[None] / (space @ space))
+    options = {"context_len": 64, "batch_size": 8, "max_steps": 60, "warmup_steps": 5}
+    list(train(model, path, epochs=9, learning_rate=0.01, seed=0, **options))
+    x = words[:20].reshape(1, -1)
+    selected = model(Tensor(x), causal=True)[2].numpy()
+    assert selected.mean() == pytest.approx(0.22, abs=0.06)
+    if router == "entropy":
+        assert selected[x == 32].mean() > 0.9
+    else:  # its loss confirms its own decisions
+        assert selected[x == 32].mean() < 0.1
