@@ -30,8 +30,7 @@ PRESETS: dict[str, dict[str, int | float]] = {
     },
 }
 RULES = ("space", "stride", "all", "none")  # fixed rules for comparison
-TOP_K_ROUTERS = ("learned", "entropy")  # in training, select exactly the capacity
-ROUTERS = (*TOP_K_ROUTERS, "threshold", "ratio", *RULES)
+ROUTERS = ("learned", "threshold", "ratio", *RULES)
 SLOT_FACTOR = 1.5  # slots of `threshold` and `ratio` in training, as a multiple of the capacity
 POSITIONS = ("alibi", "rope")
 OPTIMIZERS = ("soap", "adamw")
@@ -116,10 +115,9 @@ class Config:
         "selected bytes before its own that a latent block attends to"
     )
     router: str = setting(
-        "how bytes are selected: learned, by top-k in training; entropy, the same, but taught to "
-        "select where the next byte is uncertain; threshold (arXiv 2603.11535) or ratio (arXiv "
-        "2507.07955), learned and causal in training as well; or a rule (space, stride, all, none) "
-        "to compare with; all and none ignore latent_capacity_factor",
+        "how bytes are selected: learned, by top-k in training; threshold (arXiv 2603.11535) or "
+        "ratio (arXiv 2507.07955), learned and causal in training as well; or a rule (space, "
+        "stride, all, none) to compare with; all and none ignore latent_capacity_factor",
         "learned",
         choices=ROUTERS,
     )
@@ -305,6 +303,12 @@ class TrainSettings:
         "weight of the mean loss of the extra heads, where that of head 0 is 1; 0: the published "
         "weights, each 1.618 times smaller than that of the head before it",
         0.0,
+        minimum=0,
+    )
+    router_warmup_steps: int = setting(
+        "first steps, in which the router learns to select the bytes after which the next one is "
+        "uncertain, instead of those that it selects; only for the router learned",
+        0,
         minimum=0,
     )
     precision: str = setting(

@@ -19,7 +19,7 @@ from tinygrad import Tensor, dtypes, nn
 
 from .attention import banded_attention, rotate
 from .backend import check_backend
-from .config import RULES, TOP_K_ROUTERS, Config
+from .config import RULES, Config
 from .ops import (
     as_index,
     cross_entropy,
@@ -214,7 +214,7 @@ class Pico:
             training = (steps < TOP_K_STEPS).where(top_k, above)
         else:
             above = router_logits > 0
-            training = top_k if router in TOP_K_ROUTERS else above
+            training = top_k if router == "learned" else above
         return {None: training, True: above, False: top_k}[causal].contiguous()
 
     def __call__(
@@ -254,9 +254,9 @@ def loss_fn(
     The router term depends on the router of `config` (default: learned); for `threshold` and rules,
     loss = LM and AUX = 0:
 
-    - learned: loss = 0.9 * LM + 0.1 * AUX. AUX is the router's binary cross-entropy against its own
-      top-k decisions, so that at inference a threshold can replace top-k
-    - entropy: the same, but against the top-k of the entropy of head 0's prediction
+    - learned: loss = 0.9 * LM + 0.1 * AUX. AUX is the router's binary cross-entropy against the
+      decisions: its own top-k, so that at inference a threshold can replace top-k, or those that it
+      shall learn, see `most_uncertain`
     - ratio: loss = LM + ratio_weight * AUX. AUX = F*G/c + (1-F)*(1-G)/(1-c) for the selected
       fraction F, the mean router weight G and the capacity factor c (arXiv 2507.07955); 1 at F=G=c
     """
@@ -270,10 +270,7 @@ def loss_fn(
         shares = 1.618 ** (T - 1 - head) / sum(1.618 ** (T - 1 - k) for k in range(T))
     lm_loss = (per_head * shares).sum()
     chosen = decisions.cast(dtypes.float32).detach()  # (B, N)
-    if router in TOP_K_ROUTERS:
-        if router == "entropy":
-            uncertainty = entropy(logits[:, :, 0].detach())
-            chosen = top_k_decisions(uncertainty, config.capacity(z.shape[1])).cast(dtypes.float32)
+    if router == "learned":
         # -log sigmoid(z) where selected, -log(1 - sigmoid(z)) elsewhere, in a form without overflow
         aux_loss = (z.maximum(0) - z * chosen + ((-z.abs()).exp() + 1).log()).mean()
         return 0.9 * lm_loss + 0.1 * aux_loss, aux_loss, per_head[0]
@@ -282,6 +279,15 @@ def loss_fn(
         aux_loss = F * G / c + (1 - F) * (1 - G) / (1 - c)
         return lm_loss + config.ratio_weight * aux_loss, aux_loss, per_head[0]
     return lm_loss, lm_loss.zeros_like(), per_head[0]
+
+
+def most_uncertain(logits: Tensor, config: Config) -> Tensor:
+    """The `capacity` bytes after which head 0 is least certain of the next one: bool [B, N].
+
+    By the entropy of its prediction; logits [B, N, T, 256].
+    """
+    uncertainty = entropy(logits[:, :, 0].detach())
+    return top_k_decisions(uncertainty, config.capacity(logits.shape[1]))
 
 
 def inputs_and_targets(windows: Tensor, next_tokens: int) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,9 @@
 """Mixture-of-Depths routing (arXiv 2404.02258): which bytes the latent blocks process.
 
 `learned` selects the `capacity` bytes of largest router logit in training, and those of logit above
-0 when causal. So does `entropy`, but its loss teaches it to select the bytes after which the model
-is least certain of the next one, where arXiv 2412.09871 begins its patches. Two more routers are
-causal in training as well: `threshold` (expert threshold, arXiv 2603.11535) selects logits above a
-cutoff, the running average of the capacity-th largest; `ratio` (arXiv 2507.07955) those above 0,
-with a loss that pulls their share to the capacity factor. Fixed
+0 when causal. Two more routers are causal in training as well: `threshold` (expert threshold, arXiv
+2603.11535) selects logits above a cutoff, the running average of the capacity-th largest; `ratio`
+(arXiv 2507.07955) those above 0, with a loss that pulls their share to the capacity factor. Fixed
 rules, for comparison, are causal too: `space` (arXiv 2404.14408), a byte that is not a letter,
 digit or UTF-8 continuation byte and follows one; `stride`, every n-th byte; `all`; `none`.
 

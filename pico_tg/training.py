@@ -30,11 +30,11 @@ from .checkpoint import (
     load_weights,
     weights_of,
 )
-from .config import TOP_K_ROUTERS, Config, TrainSettings, field_help
+from .config import Config, TrainSettings, field_help
 from .data import Data, DataSpec, Windows
 from .evaluation import Validation
 from .files import PicoError
-from .model import Pico, inputs_and_targets, loss_fn
+from .model import Pico, inputs_and_targets, loss_fn, most_uncertain
 from .precision import choose_precision
 from .recipe import check_memory
 from .remat import graph_context
@@ -132,6 +132,10 @@ class TrainStep:
         self.sums: list[Tensor] = []
         if settings.grad_accumulation_steps > 1:
             self.sums = [p.zeros_like().contiguous().realize() for p in self.parameters]
+        self.router_warmup: Tensor | None = None  # int32 [1]: whether the step is one of these
+        if settings.router_warmup_steps:
+            self.router_warmup = Tensor.zeros(1, dtype=dtypes.int32).contiguous().realize()
+            move([self.router_warmup], devices)
         self.consistent = True
         self.whole_step = jit_method(self._whole_step)
         self.accumulate = jit_method(self._accumulate)
@@ -141,12 +145,16 @@ class TrainStep:
         config = self.model.config
         x, targets = inputs_and_targets(windows, config.next_tokens)
         logits, z, decisions = self.model(x)
+        router_target = decisions
+        if self.router_warmup is not None:
+            warmup = (self.router_warmup > 0).expand(*decisions.shape)
+            router_target = warmup.where(most_uncertain(logits, config), decisions)
         extra = self.settings.extra_heads_weight
-        losses = loss_fn(logits, z, decisions, targets, config, extra)
+        losses = loss_fn(logits, z, router_target, targets, config, extra)
         rate = self.model.decide(x, z, causal=True).cast(dtypes.float32).mean()
         gradients = losses[0].gradient(*self.parameters)
         overflow = kth = losses[0].zeros_like()
-        if config.router not in TOP_K_ROUTERS:  # top-k fills exactly the slots
+        if config.router != "learned":  # top-k fills exactly the slots
             selected = decisions.sum(axis=1, dtype=dtypes.int32)  # (B,)
             overflow = (selected - config.slots(x.shape[1])).maximum(0).mean() / x.shape[1]
         if config.router == "threshold":
@@ -200,13 +208,18 @@ class TrainStep:
         batches: np.ndarray,
         lr: float,
         interrupt: Callable[[int], bool] = lambda done: False,
+        router_warmup: bool = False,
     ) -> np.ndarray | None:
         """Take the step. `interrupt(done)` is called after each of several micro-batches.
+
+        router_warmup: whether this is one of the router_warmup_steps.
 
         If `interrupt` returns True before the last micro-batch, the gradients are discarded,
         weights and optimizer stay unchanged, and the result is None.
         """
         rate = on_devices(np.array([lr], np.float32), self.devices)
+        if self.router_warmup is not None:
+            write_into(self.router_warmup, np.array([router_warmup], np.int32))
         with Tensor.train(), graph_context(self.settings, self.devices):
             if len(batches) == 1:
                 windows = on_devices(batches[0], self.devices, 0)
@@ -309,7 +322,7 @@ def train(
     folder = None if run_dir is None else Path(run_dir)
     stored = _stored_run(model.config, folder, base_weights) if resume else {}
     chosen = _chosen_settings(settings, stored, folder, devices, force)
-    _check_context_len(chosen.context_len, model.config)
+    _check_for_model(chosen, model.config)
     if folder is not None and not resume:
         check_startable(folder)
     data = open_data(dataset, stored, folder, progress)
@@ -382,10 +395,14 @@ def _chosen_settings(
     return resumed_settings(given, stored, force, folder) if stored else TrainSettings(**given)
 
 
-def _check_context_len(context_len: int, config: Config) -> None:
-    if config.router != "none" and config.capacity(context_len) < 1:
+def _check_for_model(settings: TrainSettings, config: Config) -> None:
+    if settings.router_warmup_steps and config.router != "learned":
         raise PicoError(
-            f"context_len {context_len} is too short: at a capacity factor of "
+            f"router_warmup_steps is for the router learned, not for {config.router}; leave it out"
+        )
+    if config.router != "none" and config.capacity(settings.context_len) < 1:
+        raise PicoError(
+            f"context_len {settings.context_len} is too short: at a capacity factor of "
             f"{config.latent_capacity_factor} no byte is selected; take at least "
             f"{math.ceil(1 / config.latent_capacity_factor)}"
         )
@@ -493,7 +510,8 @@ def _loop(
             batch = batch.reshape(accumulation, settings.batch_size, -1)
             # not while the first steps compile, which takes long
             with _deferred_interrupt() if steps_here >= 2 else contextlib.nullcontext([]) as caught:
-                losses = train_step(batch, rate, interrupt)
+                warmup = progress.step < settings.router_warmup_steps
+                losses = train_step(batch, rate, interrupt, warmup)
             if losses is None:  # stopped within the step
                 break
             if losses[-1] != 1 or not np.isfinite(losses).all():

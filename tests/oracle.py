@@ -344,11 +344,11 @@ def decide(
 ) -> np.ndarray:
     """Which bytes of one sequence are selected: logits [N], bytes [N] -> bool [N].
 
-    In training, `learned` and `entropy` select the top-k, as `threshold` does in its first 100
-    steps. Otherwise see `select`.
+    The router `learned` selects in training the int(N * factor) bytes of the largest logits (a tie
+    goes to the earlier byte), as `threshold` does in its first 100 steps. Otherwise see `select`.
+    Logits have the order of their sigmoids before rounding.
     """
-    early = config.router == "threshold" and cutoff[1] < 100
-    top_k = config.router in ("learned", "entropy") or early
+    top_k = config.router == "learned" or (config.router == "threshold" and cutoff[1] < 100)
     if causal or not top_k:
         before = [None, *map(int, x[:-1])]
         selected = [
@@ -356,29 +356,11 @@ def decide(
             for n in range(len(x))
         ]
         return np.array(selected, bool)
-    return top_k_of(router_logits, config)
-
-
-def top_k_of(scores: np.ndarray, config: Config) -> np.ndarray:
-    """The int(N * factor) largest of scores [N], a tie to the earlier: bool [N].
-
-    Router logits have the order of their sigmoids before rounding.
-    """
-    by_rank = sorted(range(len(scores)), key=lambda n: (-scores[n], n))
-    top_k = np.zeros(len(scores), bool)
-    top_k[by_rank[: int(len(scores) * config.latent_capacity_factor)]] = True
-    return top_k
-
-
-def router_target(logits: np.ndarray, decisions: np.ndarray, config: Config) -> np.ndarray:
-    """What the router is trained to decide for one sequence: bool [N]; logits [N, P, 256].
-
-    Its own decisions; under `entropy`, the top-k of the entropy of head 0's prediction.
-    """
-    if config.router != "entropy":
-        return decisions
-    p = softmax(logits[:, 0])
-    return top_k_of(-(p * np.log(p)).sum(axis=-1), config)
+    capacity = int(len(router_logits) * config.latent_capacity_factor)
+    by_rank = sorted(range(len(router_logits)), key=lambda n: (-router_logits[n], n))
+    decisions = np.zeros(len(router_logits), bool)
+    decisions[by_rank[:capacity]] = True
+    return decisions
 
 
 class _Sequence(NamedTuple):
@@ -492,11 +474,10 @@ def loss(
     log_sum = np.logaddexp.reduce(logits, axis=-1)  # (B, N, P)
     at_target = np.take_along_axis(logits, targets[..., None].astype(int), axis=-1)[..., 0]
     per_head = (log_sum - at_target).mean(axis=(0, 1))  # (P,)
-    t = np.stack([router_target(*pair, config) for pair in zip(logits, decisions, strict=True)])
-    z, t = router_logits, t.astype(np.float64)
+    z, t = router_logits, decisions.astype(np.float64)
     lm, aux_loss = (per_head * head_shares(config)).sum(), 0.0
     lm_share, aux_share = 1.0, 0.0
-    if config.router in ("learned", "entropy"):
+    if config.router == "learned":
         lm_share, aux_share = 0.9, 0.1
         aux_loss = (np.maximum(z, 0) - z * t + np.log1p(np.exp(-np.abs(z)))).mean()
     elif config.router == "ratio":
@@ -532,13 +513,11 @@ def loss_and_grads(
         # softmax minus one-hot, times the head's share of the mean over B * N positions
         one_hot = np.eye(256)[targets[b]]  # (N, P, 256)
         shares = head_shares(config)[None, :, None]  # (1, P, 1)
-        learned = config.router in ("learned", "entropy")
-        lm_share = 0.9 if learned else 1.0
+        lm_share = 0.9 if config.router == "learned" else 1.0
         d_logits = lm_share * shares * (softmax(sequence.logits) - one_hot) / (B * N)
         r, d_z = sigmoid(sequence.router_logits), np.zeros(N)
-        if learned:
-            t = router_target(sequence.logits, sequence.decisions, config)
-            d_z = 0.1 * (r - t) / (B * N)
+        if config.router == "learned":
+            d_z = 0.1 * (r - sequence.decisions) / (B * N)
         elif config.router == "ratio":
             n, F = 1 / config.latent_capacity_factor, np.mean([s.decisions for s in sequences])
             d_G = config.ratio_weight * n / (n - 1) * ((n - 1) * F - (1 - F))

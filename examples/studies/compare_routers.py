@@ -4,6 +4,7 @@ Prints a table in Markdown and draws the held-out bits per byte.
 
 python examples/studies/compare_routers.py [DATASET] [--steps 200] [--seeds 0,1,2] [--sizes 1M]
     [--routers learned,none] [--positions alibi,rope] [--next-tokens 1,2,4,8]
+    [--router-warmup-steps 0,200]
 
 The budget of a size is the FLOPs of --steps steps of its learned router with ALiBi. Each variant is
 trained for as many steps as that budget pays for. Every result is appended to --results, a file of
@@ -68,6 +69,10 @@ parser.add_argument("--positions", type=names, default=["alibi"], metavar="NAME,
 parser.add_argument(
     "--next-tokens", type=integers, default=[0], metavar="N,…", help="default: that of the size"
 )
+parser.add_argument(
+    "--router-warmup-steps", type=integers, default=[0], metavar="N,…",
+    help="of the router learned; see pico_tg.TrainSettings",
+)  # fmt: skip
 parser.add_argument("--learning-rate", type=float, default=0.012)
 parser.add_argument("--warmup-steps", type=int, default=50)
 parser.add_argument("--validations", type=int, default=10, help="number for each run")
@@ -91,6 +96,7 @@ class Variant:
     name: str
     config: pico_tg.Config
     steps: int
+    router_warmup: int  # steps
 
     @property
     def path(self) -> Path:
@@ -111,15 +117,18 @@ def all_variants() -> list[Variant]:
             size = Path(size).parent.name
         budget = args.steps * training_flops(base, CONTEXT_LEN, BATCH_SIZE)
         print(f"{size}: {base.parameters:,} parameters, budget of training: {budget:.3g} FLOPs")
-        for router, position, heads in itertools.product(
-            args.routers, args.positions, args.next_tokens
+        for router, position, heads, warmup in itertools.product(
+            args.routers, args.positions, args.next_tokens, args.router_warmup_steps
         ):
+            if warmup and router != "learned":
+                continue
             changes = {"router": router, "position": position}
             config = dataclasses.replace(base, **changes, next_tokens=heads or base.next_tokens)
             name = router + (f", {position}" if position != base.position else "")
             name += f", heads {heads}" if heads not in (0, base.next_tokens) else ""
+            name += f", warmup {warmup}" if warmup else ""
             steps = max(1, budget // training_flops(config, CONTEXT_LEN, BATCH_SIZE))
-            variants.append(Variant(size, name, config, steps))
+            variants.append(Variant(size, name, config, steps, warmup))
     return variants
 
 
@@ -134,7 +143,7 @@ def train_and_evaluate(variant: Variant, seed: int) -> dict:
         context_len=CONTEXT_LEN, batch_size=BATCH_SIZE, max_steps=variant.steps, epochs=10**6,
         warmup_steps=min(args.warmup_steps, variant.steps // 2), learning_rate=args.learning_rate,
         validation_interval=max(1, variant.steps // args.validations), checkpoint_interval=250,
-        keep_checkpoints=2, seed=seed,
+        keep_checkpoints=2, seed=seed, router_warmup_steps=variant.router_warmup,
     )  # fmt: skip
     for record in records:
         if "validation_bits_per_byte" in record:
@@ -208,6 +217,8 @@ for seed, variant in itertools.product(args.seeds, all_variants()):
         "steps": variant.steps, "fingerprint": str(data.train.fingerprint),
         "evaluation_bytes": args.evaluation_bytes,
     }  # fmt: skip
+    if variant.router_warmup:
+        key["router_warmup"] = variant.router_warmup
     trained.append((variant, seed, key, cached(key, partial(train_and_evaluate, variant, seed))))
 
 table: dict[Variant, list[dict]] = {}  # one result per seed
