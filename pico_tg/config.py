@@ -306,8 +306,9 @@ class TrainSettings:
         minimum=0,
     )
     router_warmup_steps: int = setting(
-        "first steps, in which the router learns to select the bytes after which the next one is "
-        "uncertain, instead of those that it selects; only for the router learned",
+        "number of first steps in which the router is trained to select the bytes after which the "
+        "model is least certain of the next one; later, as published, it is trained on its own "
+        "decisions; only for the router learned",
         0,
         minimum=0,
     )
