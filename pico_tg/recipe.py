@@ -12,7 +12,10 @@ from .config import Config, TrainSettings
 from .files import PicoError
 from .flops import training_flops
 
-CHOSEN = ("context_len", "batch_size", "epochs", "max_steps", "warmup_steps", "learning_rate")
+CHOSEN = (
+    "context_len", "batch_size", "epochs", "max_steps", "warmup_steps", "learning_rate",
+    "router_warmup_steps",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ STEPS = (300, 3600)  # fewest and most steps of a run; with fewer a model learns
 MIN_WINDOWS = 32  # least number of windows in the training data
 MAX_EPOCHS = 20
 WARMUP = 0.1  # fraction of the steps
+ROUTER_WARMUP = 0.2  # fraction of the steps
 PEAK = (500, 0.012)  # number of steps up to which SOAP's learning rate is constant, and that rate
 PUBLISHED = (3600, 0.001)  # number of steps of the published settings, and their learning rate
 ADAMW_FACTOR = 0.25  # AdamW's learning rate as a fraction of SOAP's
@@ -50,7 +54,7 @@ def choose(
       STEPS and to MAX_EPOCHS passes over the data. With max_minutes, that time replaces the
       Scale's, and max_steps is four times as large, in case the machine is faster than estimated
     - epochs: as many as max_steps needs
-    - warmup_steps: WARMUP of the steps
+    - warmup_steps: WARMUP of the steps; router_warmup_steps, of the router learned: ROUTER_WARMUP
     - learning_rate: PEAK's up to PEAK's steps, then a power law of the steps through PUBLISHED
 
     gflops: rate of a plain matmul on the device.
@@ -81,6 +85,7 @@ def choose(
     pick("epochs", math.ceil(steps * batch / windows))
     steps = min(steps, math.ceil(values["epochs"] * windows / batch))
     pick("warmup_steps", round(WARMUP * steps))
+    pick("router_warmup_steps", round(ROUTER_WARMUP * steps) if config.router == "learned" else 0)
     power = math.log(PEAK[1] / PUBLISHED[1]) / math.log(PUBLISHED[0] / PEAK[0])
     length = min(max(min(steps, affordable), PEAK[0]), PUBLISHED[0])
     peak = PEAK[1] * (PEAK[0] / length) ** power

@@ -132,7 +132,7 @@ class TrainStep:
         self.sums: list[Tensor] = []
         if settings.grad_accumulation_steps > 1:
             self.sums = [p.zeros_like().contiguous().realize() for p in self.parameters]
-        self.router_warmup: Tensor | None = None  # int32 [1]: whether the step is one of these
+        self.router_warmup: Tensor | None = None  # int32 [1]: 1 in the first router_warmup_steps
         if settings.router_warmup_steps:
             self.router_warmup = Tensor.zeros(1, dtype=dtypes.int32).contiguous().realize()
             move([self.router_warmup], devices)

@@ -1,5 +1,7 @@
 """The settings chosen for a newcomer, and what training is said to cost."""
 
+import dataclasses
+
 import pytest
 from tinygrad import nn
 
@@ -61,7 +63,9 @@ def test_what_is_given_stays_and_counts():
     given = {"context_len": 128, "max_steps": 40, "optimizer": "adamw"}
     values = choose(XS, SHAKESPEARE, "CPU", 150, given)
     assert values.keys() == {*CHOSEN} - {*given}
-    assert values["warmup_steps"] == 4
+    assert (values["warmup_steps"], values["router_warmup_steps"]) == (4, 8)
+    rule = choose(dataclasses.replace(XS, router="space"), SHAKESPEARE, "CPU", 150, given)
+    assert rule["router_warmup_steps"] == 0
     assert values["learning_rate"] == 0.003
     timed = choose(XS, SHAKESPEARE, "CPU", 150, {"max_minutes": 30.0})
     assert minutes(timed, 150) > 100  # the time ends training, not the steps
