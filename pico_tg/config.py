@@ -306,9 +306,9 @@ class TrainSettings:
         minimum=0,
     )
     router_warmup_steps: int = setting(
-        "number of first steps in which the router is trained to select the bytes after which the "
-        "model is least certain of the next one; later, as published, it is trained on its own "
-        "decisions; only for the router learned",
+        "number of first steps in which the router is trained to select the bytes with the highest "
+        "entropy of head 0's prediction; later, as published, it is trained on its own decisions; "
+        "only for the router learned",
         0,
         minimum=0,
     )

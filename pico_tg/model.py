@@ -248,15 +248,15 @@ def loss_fn(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, aux_loss, next_byte_loss), float32 scalars in nats per byte.
 
-    logits [B, N, T, 256], router logits z and router decisions [B, N], targets [B, N, T] of bytes.
+    logits [B, N, T, 256], router logits z [B, N], targets [B, N, T] of bytes; decisions bool
+    [B, N]: the router's, or, in router warm-up, `most_uncertain`.
     LM averages the heads' cross-entropies, weighted by 1.618^(T-1-k), or, with extra_heads_weight
     w > 0, by 1 for head 0 and w / (T-1) for each of the others. next_byte_loss: head 0's.
     The router term depends on the router of `config` (default: learned); for `threshold` and rules,
     loss = LM and AUX = 0:
 
     - learned: loss = 0.9 * LM + 0.1 * AUX. AUX is the router's binary cross-entropy against the
-      decisions: its own top-k, so that at inference a threshold can replace top-k, or those that it
-      shall learn, see `most_uncertain`
+      decisions. These are its own top-k, so that at inference a threshold can replace top-k
     - ratio: loss = LM + ratio_weight * AUX. AUX = F*G/c + (1-F)*(1-G)/(1-c) for the selected
       fraction F, the mean router weight G and the capacity factor c (arXiv 2507.07955); 1 at F=G=c
     """
@@ -282,9 +282,9 @@ def loss_fn(
 
 
 def most_uncertain(logits: Tensor, config: Config) -> Tensor:
-    """The `capacity` bytes after which head 0 is least certain of the next one: bool [B, N].
+    """The `capacity` bytes with the highest entropy of head 0's prediction: bool [B, N].
 
-    By the entropy of its prediction; logits [B, N, T, 256].
+    logits [B, N, T, 256]; no gradient passes.
     """
     uncertainty = entropy(logits[:, :, 0].detach())
     return top_k_decisions(uncertainty, config.capacity(logits.shape[1]))

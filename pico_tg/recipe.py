@@ -54,7 +54,8 @@ def choose(
       STEPS and to MAX_EPOCHS passes over the data. With max_minutes, that time replaces the
       Scale's, and max_steps is four times as large, in case the machine is faster than estimated
     - epochs: as many as max_steps needs
-    - warmup_steps: WARMUP of the steps; router_warmup_steps, of the router learned: ROUTER_WARMUP
+    - warmup_steps: WARMUP of the steps
+    - router_warmup_steps, for the router learned: ROUTER_WARMUP of the steps that fit in the time
     - learning_rate: PEAK's up to PEAK's steps, then a power law of the steps through PUBLISHED
 
     gflops: rate of a plain matmul on the device.
@@ -85,13 +86,15 @@ def choose(
     pick("epochs", math.ceil(steps * batch / windows))
     steps = min(steps, math.ceil(values["epochs"] * windows / batch))
     pick("warmup_steps", round(WARMUP * steps))
-    pick("router_warmup_steps", round(ROUTER_WARMUP * steps) if config.router == "learned" else 0)
+    if config.router == "learned":
+        expected = min(steps, affordable) if settings.max_minutes else steps
+        pick("router_warmup_steps", round(ROUTER_WARMUP * expected))
     power = math.log(PEAK[1] / PUBLISHED[1]) / math.log(PUBLISHED[0] / PEAK[0])
     length = min(max(min(steps, affordable), PEAK[0]), PUBLISHED[0])
     peak = PEAK[1] * (PEAK[0] / length) ** power
     factor = ADAMW_FACTOR if settings.optimizer == "adamw" else 1
     pick("learning_rate", float(f"{peak * factor:.2g}"))
-    return {name: values[name] for name in CHOSEN if name not in given}
+    return {name: values[name] for name in CHOSEN if name in values and name not in given}
 
 
 def step_seconds(config: Config, settings: TrainSettings, device: str, gflops: float) -> float:

@@ -132,7 +132,7 @@ class TrainStep:
         self.sums: list[Tensor] = []
         if settings.grad_accumulation_steps > 1:
             self.sums = [p.zeros_like().contiguous().realize() for p in self.parameters]
-        self.router_warmup: Tensor | None = None  # int32 [1]: 1 in the first router_warmup_steps
+        self.router_warmup: Tensor | None = None  # int32 [1]: 1 during router warm-up, else 0
         if settings.router_warmup_steps:
             self.router_warmup = Tensor.zeros(1, dtype=dtypes.int32).contiguous().realize()
             move([self.router_warmup], devices)
@@ -146,6 +146,7 @@ class TrainStep:
         x, targets = inputs_and_targets(windows, config.next_tokens)
         logits, z, decisions = self.model(x)
         router_target = decisions
+        # computed in every step: a second graph would take seconds to compile
         if self.router_warmup is not None:
             warmup = (self.router_warmup > 0).expand(*decisions.shape)
             router_target = warmup.where(most_uncertain(logits, config), decisions)
@@ -212,7 +213,8 @@ class TrainStep:
     ) -> np.ndarray | None:
         """Take the step. `interrupt(done)` is called after each of several micro-batches.
 
-        router_warmup: whether this is one of the router_warmup_steps.
+        router_warmup: whether `most_uncertain` bytes are the target of the router; no effect if
+        router_warmup_steps is 0.
 
         If `interrupt` returns True before the last micro-batch, the gradients are discarded,
         weights and optimizer stay unchanged, and the result is None.
@@ -308,13 +310,14 @@ def train(
     - settings: the fields of `pico_tg.TrainSettings`
 
     A record has: step (from 1), steps (total), epoch (from 0), loss, next_byte_loss, aux_loss
-    (nats), bits_per_byte (of the next byte, training routing), router_rate (share of bytes that
-    causal routing selects), router_overflow (share of bytes that training selects, but that have
-    no slot, see `Config.slots`), lr, bytes (trained on so far), bytes_per_second. With the router
-    `threshold` a record also has router_cutoff (the router weight above which a byte is selected),
-    with max_minutes minutes (used so far), after a validation the keys of `Validation`, and with a
-    checkpoint `checkpoint`, its path. The last step is saved if the caller closes the generator or
-    raises, and at Ctrl-C, except in the first two steps, which compile.
+    (nats; after router_warmup_steps, aux_loss has another target), bits_per_byte (of the next byte,
+    training routing), router_rate (share of bytes that causal routing selects), router_overflow
+    (share of bytes that training selects, but that have no slot, see `Config.slots`), lr, bytes
+    (trained on so far), bytes_per_second. With the router `threshold` a record also has
+    router_cutoff (the router weight above which a byte is selected), with max_minutes minutes (used
+    so far), after a validation the keys of `Validation`, and with a checkpoint `checkpoint`, its
+    path. The last step is saved if the caller closes the generator or raises, and at Ctrl-C, except
+    in the first two steps, which compile.
 
     Raises PicoError on bad settings or data, before anything is written, and on a loss or gradient
     that is not finite, before that step changes the weights.
@@ -451,6 +454,11 @@ def _set_steps(
             f"all {total} steps are within warmup_steps ({settings.warmup_steps}), so the learning "
             "rate never reaches its peak; more epochs or smaller batches give more steps"
         )
+    if 0 < total <= settings.router_warmup_steps:
+        say(
+            f"all {total} steps are within router_warmup_steps ({settings.router_warmup_steps}), "
+            "so the router is never trained on its own decisions; take fewer router_warmup_steps"
+        )
 
 
 def _limit_reached(progress: Progress, settings: TrainSettings) -> str:
@@ -503,15 +511,15 @@ def _loop(
         stopped, steps_here = False, 0
         while not stopped and not ended():
             start = time.perf_counter()
-            # the schedules follow steps or time, whichever has progressed further
+            # the learning rate follows steps or time, whichever has progressed further
             position = max(progress.step, progress.steps * progress.seconds / time_limit)
             rate = learning_rate(position, settings, progress.steps)
             batch = windows.batch_at(progress.windows)  # (A * B, N + T)
             batch = batch.reshape(accumulation, settings.batch_size, -1)
             # not while the first steps compile, which takes long
             with _deferred_interrupt() if steps_here >= 2 else contextlib.nullcontext([]) as caught:
-                warmup = position < settings.router_warmup_steps
-                losses = train_step(batch, rate, interrupt, warmup)
+                warmup = progress.step < settings.router_warmup_steps
+                losses = train_step(batch, rate, interrupt, router_warmup=warmup)
             if losses is None:  # stopped within the step
                 break
             if losses[-1] != 1 or not np.isfinite(losses).all():

@@ -170,7 +170,7 @@ def test_base_weights(weights, text):
     assert all(np.array_equal(before[name], after[name]) for name in before)
     description = json.loads((weights / "more" / "training.json").read_text())
     assert description["base_weights"] == str(file)
-    assert description["settings"]["router_warmup_steps"] == 0  # these weights' router is trained
+    assert description["settings"]["router_warmup_steps"] == 0  # their router counts as trained
     assert cli.main(["train", str(weights), "more", "--resume", "--max-steps", "3"]) == 0
     assert json.loads((weights / "more" / "training.json").read_text()) == description
 
@@ -405,11 +405,11 @@ def test_a_refusal_finishes_the_tracker(model, text, monkeypatch, capsys):
 
 def test_settings_are_chosen(tracked, text, capsys):
     """For the device and the data, apart from those given; or they are the published ones."""
-    _, options = tracked(Wandb(), str(text), "--max-steps", "7")
+    _, options = tracked(Wandb(), str(text), "--max-steps", "20")
     err = capsys.readouterr().err
-    assert options["max_steps"] == 7
+    assert options["max_steps"] == 20
     assert options["context_len"] < TrainSettings.context_len
-    assert options["router_warmup_steps"] == 1
+    assert options["router_warmup_steps"] == 4
     (line,) = [line for line in err.splitlines() if line.startswith("chosen: ")]
     assert f"context_len {options['context_len']}, " in line
     assert "max_steps" not in line

@@ -262,8 +262,13 @@ def test_errors_of_sample_and_chat(example, arguments, named, trained):
 def test_files_and_links_exist(text, folder):
     for name in re.findall(r"`([\w/]+\.py|[a-z_/]+/)`", text):
         assert any((base / name).exists() for base in (ROOT, ROOT / "pico_tg", folder)), name
-    for link in re.findall(r"\]\(([^)#]*)(?:#[\w-]*)?\)", text):
-        assert link.startswith("https://") or (folder / link).exists(), link
+    for link, heading in re.findall(r"\]\(([^)#]*)#?([\w-]*)\)", text):
+        if link.startswith("https://"):
+            continue
+        assert (folder / link).exists(), link
+        target = (folder / link).read_text() if link.endswith(".md") else text
+        titles = [re.sub(r"[^\w -]", "", line) for line in re.findall(r"^#+ (.*)", target, re.M)]
+        assert not heading or heading in [title.lower().replace(" ", "-") for title in titles]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.svg")), ids=lambda p: p.name)

@@ -65,10 +65,12 @@ def test_what_is_given_stays_and_counts():
     assert values.keys() == {*CHOSEN} - {*given}
     assert (values["warmup_steps"], values["router_warmup_steps"]) == (4, 8)
     rule = choose(dataclasses.replace(XS, router="space"), SHAKESPEARE, "CPU", 150, given)
-    assert rule["router_warmup_steps"] == 0
+    assert "router_warmup_steps" not in rule
     assert values["learning_rate"] == 0.003
     timed = choose(XS, SHAKESPEARE, "CPU", 150, {"max_minutes": 30.0})
     assert minutes(timed, 150) > 100  # the time ends training, not the steps
+    warmup = timed["router_warmup_steps"] / timed["max_steps"]
+    assert warmup == pytest.approx(0.05, rel=0.01)  # a fifth of the steps that fit in the time
     assert 0.001 <= timed["learning_rate"] < 0.012
 
 

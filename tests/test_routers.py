@@ -11,14 +11,15 @@ import pytest
 from references import TEXT, assert_close, build
 from tinygrad import Tensor, nn
 
-from pico_tg import Config, Pico, PicoError, generate, train
-from pico_tg.config import ROUTERS, RULES
+from pico_tg import Config, Pico, PicoError, generate, ops, train
+from pico_tg.config import ROUTERS, RULES, TrainSettings
 from pico_tg.data import SEQ_START
 from pico_tg.decoder import Decoder
 from pico_tg.flops import forward_flops
-from pico_tg.model import loss_fn, most_uncertain
+from pico_tg.model import inputs_and_targets, loss_fn, most_uncertain
 from pico_tg.routing import TOP_K_STEPS
 from pico_tg.runtime import write_into
+from pico_tg.training import TrainStep
 
 TINY = Config(
     dim=23,  # heads of 5 channels: one has no pair to rotate with
@@ -176,6 +177,7 @@ def test_most_uncertain():
     logits = np.random.default_rng(0).normal(0, 4, (2, 30, 3, 256)).astype(np.float32)
     p = oracle.softmax(logits[:, :, 0].astype(np.float64))
     entropy = -(p * np.log(p)).sum(axis=-1)
+    assert_close(ops.entropy(Tensor(logits[:, :, 0])).numpy(), entropy, 1e-5)
     found = most_uncertain(Tensor(logits), TINY).numpy()
     for selected, row in zip(found, entropy, strict=True):
         assert {*np.flatnonzero(selected)} == {*np.argsort(row)[-9:]}
@@ -296,7 +298,22 @@ def test_router_warmup(warmup, tmp_path):
     selected = model(Tensor(x), causal=True)[2].numpy()
     assert 0.15 < selected.mean() < 0.3
     share = selected[x == 32].mean()
-    assert share > 0.9 if warmup else share < 0.1  # without, the loss confirms the first decisions
+    # without warm-up, the loss confirms the first decisions
+    assert (share > 0.9) if warmup else (share < 0.1)
+
+
+def test_the_target_of_every_step():
+    """Of the router: the replayed steps read whether they belong to the router warm-up."""
+    settings = TrainSettings(batch_size=2, optimizer="adamw", router_warmup_steps=1)
+    step = TrainStep(build(TINY)[0], settings)
+    windows = np.random.default_rng(0).integers(0, 256, (1, 2, 30 + TINY.next_tokens), np.uint8)
+    aux = [step(windows, 0.0, router_warmup=k % 2 == 1)[1] for k in range(6)]
+    x, _ = inputs_and_targets(Tensor(windows[0]), TINY.next_tokens)
+    logits, z, decisions = step.model(x)
+    for k, target in enumerate((decisions, most_uncertain(logits, TINY))):
+        p = z.sigmoid().numpy()
+        expected = -np.log(np.where(target.numpy(), p, 1 - p)).mean()
+        assert aux[k::2] == pytest.approx([expected] * 3, rel=1e-4)
 
 
 def test_router_warmup_is_for_learned(tmp_path):

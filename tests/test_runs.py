@@ -47,7 +47,7 @@ def text(tmp_path):
 def quick_steps(monkeypatch):
     """Steps and validations that compile nothing: each adds 1 to a weight."""
 
-    def step(self, batches, lr, interrupt=lambda done: False):
+    def step(self, batches, lr, interrupt=lambda done: False, router_warmup=False):
         if len(batches) > 1:
             for done in range(1, len(batches) + 1):
                 if interrupt(done) and done < len(batches):
@@ -149,7 +149,7 @@ def test_a_step_that_fails_saves_nothing(text, tmp_path, quick_steps, monkeypatc
     records = start(text, tmp_path / "run", max_steps=20)
     next(records)
 
-    def fail(self, *args):
+    def fail(self, *args, **options):
         self.consistent = False
         raise KeyboardInterrupt
 
@@ -167,9 +167,9 @@ def test_ctrl_c_within_a_step_saves_that_step(text, tmp_path, quick_steps, monke
         next(records)
     step = TrainStep.__call__
 
-    def interrupted(self, *args):
+    def interrupted(self, *args, **options):
         signal.raise_signal(signal.SIGINT)
-        return step(self, *args)
+        return step(self, *args, **options)
 
     monkeypatch.setattr(TrainStep, "__call__", interrupted)
     with pytest.raises(KeyboardInterrupt):

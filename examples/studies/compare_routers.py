@@ -96,7 +96,7 @@ class Variant:
     name: str
     config: pico_tg.Config
     steps: int
-    router_warmup: int  # steps
+    router_warmup_steps: int
 
     @property
     def path(self) -> Path:
@@ -117,18 +117,17 @@ def all_variants() -> list[Variant]:
             size = Path(size).parent.name
         budget = args.steps * training_flops(base, CONTEXT_LEN, BATCH_SIZE)
         print(f"{size}: {base.parameters:,} parameters, budget of training: {budget:.3g} FLOPs")
-        for router, position, heads, warmup in itertools.product(
-            args.routers, args.positions, args.next_tokens, args.router_warmup_steps
+        for router, position, heads in itertools.product(
+            args.routers, args.positions, args.next_tokens
         ):
-            if warmup and router != "learned":
-                continue
             changes = {"router": router, "position": position}
             config = dataclasses.replace(base, **changes, next_tokens=heads or base.next_tokens)
             name = router + (f", {position}" if position != base.position else "")
             name += f", heads {heads}" if heads not in (0, base.next_tokens) else ""
-            name += f", warmup {warmup}" if warmup else ""
             steps = max(1, budget // training_flops(config, CONTEXT_LEN, BATCH_SIZE))
-            variants.append(Variant(size, name, config, steps, warmup))
+            for warmup in args.router_warmup_steps if router == "learned" else [0]:
+                full_name = name + (f", warm-up {warmup}" if warmup else "")
+                variants.append(Variant(size, full_name, config, steps, warmup))
     return variants
 
 
@@ -143,7 +142,7 @@ def train_and_evaluate(variant: Variant, seed: int) -> dict:
         context_len=CONTEXT_LEN, batch_size=BATCH_SIZE, max_steps=variant.steps, epochs=10**6,
         warmup_steps=min(args.warmup_steps, variant.steps // 2), learning_rate=args.learning_rate,
         validation_interval=max(1, variant.steps // args.validations), checkpoint_interval=250,
-        keep_checkpoints=2, seed=seed, router_warmup_steps=variant.router_warmup,
+        keep_checkpoints=2, seed=seed, router_warmup_steps=variant.router_warmup_steps,
     )  # fmt: skip
     for record in records:
         if "validation_bits_per_byte" in record:
@@ -217,8 +216,8 @@ for seed, variant in itertools.product(args.seeds, all_variants()):
         "steps": variant.steps, "fingerprint": str(data.train.fingerprint),
         "evaluation_bytes": args.evaluation_bytes,
     }  # fmt: skip
-    if variant.router_warmup:
-        key["router_warmup"] = variant.router_warmup
+    if variant.router_warmup_steps:
+        key["router_warmup_steps"] = variant.router_warmup_steps
     trained.append((variant, seed, key, cached(key, partial(train_and_evaluate, variant, seed))))
 
 table: dict[Variant, list[dict]] = {}  # one result per seed

@@ -158,7 +158,7 @@ def complete_settings(
 ) -> tuple[dict[str, Any], list[str]]:
     """The given settings completed by `recipe.choose`, and lines about the choice and the cost."""
     settings, lines = given(args, TrainSettings), []
-    if args.base_weights:  # their router is trained
+    if args.base_weights:  # their router counts as trained
         settings.setdefault("router_warmup_steps", 0)
     device = (devices or (Device.DEFAULT,))[0]
     machine = (train_bytes, device, gemm_rate(settings.get("precision", "auto"), device))

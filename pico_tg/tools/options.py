@@ -109,7 +109,8 @@ def add_train_options(parser: Parser) -> None:
     add_data_options(parser)
     parser.add_argument(
         "--base-weights", type=path_name, metavar="FILE",
-        help="start from these weights (.safetensors) instead of fresh ones",
+        help="start from these weights (.safetensors) instead of fresh ones, and without "
+        "router warm-up unless --router-warmup-steps is given",
     )  # fmt: skip
     add_fields(parser, TrainSettings, defaults=dict.fromkeys(recipe.CHOSEN, "see --settings"))
     parser.add_argument(
