@@ -20,17 +20,7 @@ from tinygrad import Tensor, dtypes, nn
 from .attention import banded_attention, rotate
 from .backend import check_backend
 from .config import RULES, Config
-from .ops import (
-    as_index,
-    cross_entropy,
-    entropy,
-    gather,
-    linear,
-    lookup,
-    materialize,
-    scatter,
-    swiglu,
-)
+from .ops import as_index, cross_entropy, gather, linear, lookup, materialize, scatter, swiglu
 from .remat import run_blocks
 from .routing import TOP_K_STEPS, rule_decisions
 from .runtime import exclusive, write_into
@@ -249,7 +239,7 @@ def loss_fn(
     """(loss, aux_loss, next_byte_loss), float32 scalars in nats per byte.
 
     logits [B, N, T, 256], router logits z [B, N], targets [B, N, T] of bytes; decisions bool
-    [B, N]: the router's, or, in router warm-up, `most_uncertain`.
+    [B, N]: the router's, or, in router warm-up, `training.most_uncertain`.
     LM averages the heads' cross-entropies, weighted by 1.618^(T-1-k), or, with extra_heads_weight
     w > 0, by 1 for head 0 and w / (T-1) for each of the others. next_byte_loss: head 0's.
     The router term depends on the router of `config` (default: learned); for `threshold` and rules,
@@ -279,15 +269,6 @@ def loss_fn(
         aux_loss = F * G / c + (1 - F) * (1 - G) / (1 - c)
         return lm_loss + config.ratio_weight * aux_loss, aux_loss, per_head[0]
     return lm_loss, lm_loss.zeros_like(), per_head[0]
-
-
-def most_uncertain(logits: Tensor, config: Config) -> Tensor:
-    """The `capacity` bytes with the highest entropy of head 0's prediction: bool [B, N].
-
-    logits [B, N, T, 256]; no gradient passes.
-    """
-    uncertainty = entropy(logits[:, :, 0].detach())
-    return top_k_decisions(uncertainty, config.capacity(logits.shape[1]))
 
 
 def inputs_and_targets(windows: Tensor, next_tokens: int) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,8 @@ from .config import Config, TrainSettings, field_help
 from .data import Data, DataSpec, Windows
 from .evaluation import Validation
 from .files import PicoError
-from .model import Pico, inputs_and_targets, loss_fn, most_uncertain
+from .model import Pico, inputs_and_targets, loss_fn
+from .ops import entropy
 from .precision import choose_precision
 from .recipe import check_memory
 from .remat import graph_context
@@ -94,6 +95,15 @@ def move(tensors: list[Tensor], devices: tuple[str, ...]) -> None:
         for tensor in tensors:
             tensor.to_(devices if len(devices) > 1 else devices[0])
         Tensor.realize(*tensors)
+
+
+def most_uncertain(logits: Tensor, config: Config) -> Tensor:
+    """The `capacity` bytes with the highest entropy of head 0's prediction: bool [B, N].
+
+    logits [B, N, T, 256]; no gradient passes.
+    """
+    uncertainty = entropy(logits[:, :, 0].detach())
+    return top_k_decisions(uncertainty, config.capacity(logits.shape[1]))
 
 
 class TrainStep:

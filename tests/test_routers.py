@@ -16,10 +16,10 @@ from pico_tg.config import ROUTERS, RULES, TrainSettings
 from pico_tg.data import SEQ_START
 from pico_tg.decoder import Decoder
 from pico_tg.flops import forward_flops
-from pico_tg.model import inputs_and_targets, loss_fn, most_uncertain
+from pico_tg.model import inputs_and_targets, loss_fn
 from pico_tg.routing import TOP_K_STEPS
 from pico_tg.runtime import write_into
-from pico_tg.training import TrainStep
+from pico_tg.training import TrainStep, most_uncertain
 
 TINY = Config(
     dim=23,  # heads of 5 channels: one has no pair to rotate with
