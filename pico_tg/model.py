@@ -246,7 +246,7 @@ def loss_fn(
     loss = LM and AUX = 0:
 
     - learned: loss = 0.9 * LM + 0.1 * AUX. AUX is the router's binary cross-entropy against the
-      decisions. These are its own top-k, so that at inference a threshold can replace top-k
+      decisions; after router warm-up its own top-k, so that at inference a threshold replaces top-k
     - ratio: loss = LM + ratio_weight * AUX. AUX = F*G/c + (1-F)*(1-G)/(1-c) for the selected
       fraction F, the mean router weight G and the capacity factor c (arXiv 2507.07955); 1 at F=G=c
     """

@@ -351,16 +351,20 @@ def _swiglu(x: Tensor, sigmoid: Tensor) -> Tensor:
     return gate * sigmoid * value
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """-log softmax(logits)[target] in nats: logits [..., 256], targets [...] -> [...]."""
+def _log_sum_exp(logits: Tensor) -> Tensor:
+    """log(sum(exp(logits))): logits [..., 256] -> [..., 1]."""
     # materialize the maximum and the sum, which tinygrad would otherwise recompute for each logit
     top = logits.max(axis=-1, keepdim=True).detach().contiguous()
-    log_sum = (logits - top).exp().sum(axis=-1, keepdim=True).contiguous().log() + top
-    return (log_sum - logits.gather(-1, as_index(targets).unsqueeze(-1))).squeeze(-1)
+    return (logits - top).exp().sum(axis=-1, keepdim=True).contiguous().log() + top
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log softmax(logits)[target] in nats: logits [..., 256], targets [...] -> [...]."""
+    at_target = logits.gather(-1, as_index(targets).unsqueeze(-1))
+    return (_log_sum_exp(logits) - at_target).squeeze(-1)
 
 
 def entropy(logits: Tensor) -> Tensor:
     """-sum(p * log p) in nats, with p = softmax(logits): logits [..., 256] -> [...]."""
-    logits = logits - logits.max(axis=-1, keepdim=True).contiguous()
-    total = logits.exp().sum(axis=-1).contiguous()
-    return total.log() - (logits.exp() * logits).sum(axis=-1) / total
+    log_p = logits - _log_sum_exp(logits)
+    return -(log_p.exp() * log_p).sum(axis=-1)

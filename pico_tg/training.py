@@ -524,11 +524,11 @@ def _loop(
             # the learning rate follows steps or time, whichever has progressed further
             position = max(progress.step, progress.steps * progress.seconds / time_limit)
             rate = learning_rate(position, settings, progress.steps)
+            warmup = progress.step < settings.router_warmup_steps
             batch = windows.batch_at(progress.windows)  # (A * B, N + T)
             batch = batch.reshape(accumulation, settings.batch_size, -1)
             # not while the first steps compile, which takes long
             with _deferred_interrupt() if steps_here >= 2 else contextlib.nullcontext([]) as caught:
-                warmup = progress.step < settings.router_warmup_steps
                 losses = train_step(batch, rate, interrupt, router_warmup=warmup)
             if losses is None:  # stopped within the step
                 break
