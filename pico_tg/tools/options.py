@@ -223,8 +223,8 @@ def add_run_options(parser: Parser) -> None:
     )  # fmt: skip
     sampling.add_argument(
         "--no-speculative", action="store_true",
-        help="one pass per byte, without the model's own drafts of the next bytes: slower, with "
-        "the same distribution of texts",
+        help="one pass per byte, without the model's own drafts of the next bytes; the text is "
+        "the same",
     )  # fmt: skip
     sampling.add_argument("--disable-latent", action="store_true", help="skip the latent blocks")
 
