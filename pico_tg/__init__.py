@@ -9,12 +9,12 @@ from .startup import import_tinygrad, quiet_interrupts
 
 with quiet_interrupts():  # the imports take a second
     problem = import_tinygrad()
-    from .backend import choose_backend
+    from .backend.device import choose_backend
 
     choose_backend(problem)  # before any module creates a Tensor
     del problem
 
-    from .backend import enable_compile_cache
+    from .backend.device import enable_compile_cache
     from .checkpoint import load_weights, save_weights
     from .config import Config, TrainSettings
     from .data import DataSpec, load_data
@@ -23,8 +23,8 @@ with quiet_interrupts():  # the imports take a second
     from .files import PicoError
     from .generation import GeneratedByte, Stats, generate
     from .model import Pico, loss_fn
+    from .optim.soap import SOAP
     from .runs import load
-    from .soap import SOAP
     from .tools.info import describe
     from .training import train
 

@@ -13,8 +13,9 @@ from functools import partial
 
 from tinygrad import Tensor, dtypes
 
-from .ops import fractional_products, matmul
-from .runtime import has_cpu_kernels
+from .backend.runtime import has_cpu_kernels
+from .matmul import matmul
+from .ops import fractional_products
 
 
 def alibi_slopes(heads: int, device: str | tuple[str, ...] | None = None) -> Tensor:

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from tinygrad import Tensor, nn
 
+from .backend.runtime import exclusive
 from .config import Config
 from .files import PicoError, command
 from .model import Pico
-from .runtime import exclusive
 from .safetensors import read_header, read_safetensors, write_safetensors
 
 

@@ -20,11 +20,7 @@ import numpy as np
 from tinygrad import Context, Tensor, dtypes
 
 from .attention import alibi_slopes, rotate
-from .config import RULES
-from .kv_cache import KVCache, PackedLinear, padded_width
-from .model import RMS_EPS, Block, Pico
-from .routing import rule_decisions
-from .runtime import (
+from .backend.runtime import (
     MethodJit,
     exclusive,
     in_host_memory,
@@ -33,10 +29,12 @@ from .runtime import (
     read,
     write_into,
 )
-from .selection import slots
+from .config import RULES
+from .kv_cache import PREFILL_CHUNK, KVCache, PackedLinear, padded_width
+from .model import RMS_EPS, Block, Pico
+from .routing import rule_decisions, slots
 
 DECODE_ROWS = (1, 4, 8)  # few: a padded row costs little time, another size seconds of compiling
-PREFILL_CHUNK = 64  # rows of a prefill pass
 SIZES = (*DECODE_ROWS, PREFILL_CHUNK)  # rows, or slots, of the compiled graphs
 # lengths of a pass's int32 inputs: position of the first byte, position of the first slot, bytes,
 # and what `_rules` returns for them
@@ -135,7 +133,7 @@ class Decoder:
         self.host_cutoff = float(read(self.cutoff)[0])
         self.unembedding = PackedLinear(model.unembedding.weight, model.norm.weight)
         # The captured graphs refer to these buffers: as arguments they would cost 0.1 ms per pass.
-        # hidden: the hidden states of a pass; index and slot: see `selection.slots`
+        # hidden: the hidden states of a pass; index and slot: see `routing.slots`
         self.hidden = Tensor.zeros(PREFILL_CHUNK, width, device=device).contiguous().realize()
         self.index, self.slot, self.inputs = (
             Tensor.zeros(n, dtype=dtypes.int32, device=device).contiguous().realize()

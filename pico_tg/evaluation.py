@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 from tinygrad import Tensor, dtypes
 
+from .backend.precision import graph_context
+from .backend.runtime import exclusive, jit_method, on_devices
 from .config import PRECISIONS, RULES, TrainSettings
 from .data import MAX_BATCH_BYTES, Corpus, Data, DataSpec, load_data, load_whole
 from .files import PicoError
@@ -28,8 +30,6 @@ from .generation import GeneratedByte
 from .model import Pico, inputs_and_targets
 from .ops import cross_entropy
 from .progress import Progress
-from .remat import graph_context
-from .runtime import exclusive, jit_method, on_devices
 
 SPLITS = ("validation", "train", "all")
 WHITESPACE = np.isin(np.arange(256), list(b" \t\n\v\f\r"))

@@ -24,11 +24,11 @@ from functools import partial
 
 import numpy as np
 
+from .backend.runtime import tinygrad_lock
 from .data import SEQ_END, SEQ_START
 from .decoder import DECODE_ROWS, Decoder, graph_size
 from .files import PicoError
 from .model import Pico
-from .runtime import tinygrad_lock
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,12 @@ import math
 import numpy as np
 from tinygrad import Tensor
 
-from .ops import round_up
-from .runtime import has_cpu_kernels, read, write_into
+from .backend.runtime import has_cpu_kernels, read, write_into
+from .config import Config
+from .matmul import round_up
 
 PANEL = 32  # outputs of one panel of a PackedLinear; the slots of a cache are a multiple of PANEL
+PREFILL_CHUNK = 64  # rows of the largest pass
 VECTOR = 16  # the columns of a cache are a multiple of VECTOR; cpu.loops.TILE_N divides both
 
 
@@ -69,6 +71,17 @@ def cache_shape(head_dim: int, window: int, max_rows: int) -> tuple[int, int]:
     head_dim columns hold values, the next one holds ones.
     """
     return round_up(window + max_rows, PANEL), round_up(head_dim + 1, VECTOR)
+
+
+def cache_bytes(config: Config) -> int:
+    """Bytes of the KV caches of a `Decoder` of this model."""
+
+    def size(window: int) -> int:
+        slots, columns = cache_shape(config.head_dim, window, PREFILL_CHUNK)
+        return 4 * config.att_kv_heads * slots * (config.head_dim + columns)
+
+    byte_blocks = 2 * config.fb_num_blocks * size(config.fb_att_window_size)
+    return byte_blocks + config.latent_num_blocks * size(config.latent_att_window_size)
 
 
 class KVCache:

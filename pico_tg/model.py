@@ -18,13 +18,13 @@ import numpy as np
 from tinygrad import Tensor, dtypes, nn
 
 from .attention import banded_attention, rotate
-from .backend import check_backend
+from .backend.block_function import run_blocks
+from .backend.device import check_backend
+from .backend.runtime import exclusive, write_into
 from .config import RULES, Config
-from .ops import as_index, cross_entropy, gather, linear, lookup, materialize, scatter, swiglu
-from .remat import run_blocks
-from .routing import TOP_K_STEPS, rule_decisions
-from .runtime import exclusive, write_into
-from .selection import slots, top_k_decisions
+from .matmul import linear
+from .ops import as_index, cross_entropy, gather, lookup, materialize, scatter, swiglu
+from .routing import TOP_K_STEPS, rule_decisions, slots, top_k_decisions
 
 RMS_EPS = 2.0**-23  # float32's machine epsilon
 

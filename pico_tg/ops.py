@@ -1,40 +1,20 @@
-"""The model's operations with custom gradients: matmul, lookup, gather, scatter, SwiGLU.
+"""The model's operations with custom gradients: lookup, gather, scatter, SwiGLU, losses.
 
 tinygrad fuses lazily: without `materialize`, every kernel that reads an activation would recompute
-that activation. A matmul is computed by the first of these that accepts its sizes and device:
-
-- `cpu.matmul.gemm`, hand-scheduled kernels (see `runtime.has_cpu_kernels`);
-- `_tensor_core_gemm`, from factors padded to whole tiles, in a form that maps to tensor cores;
-- tinygrad's own `@`.
-
-Shape letters: Z matrices in a batch, [M, L] @ [L, N].
+that activation.
 """
 
 import functools
-import math
-from collections.abc import Callable
 
 from tinygrad import Context, Device, Tensor, UOp, dtypes, function
 
-from .precision import BF16, has_tensor_cores, rounded_factor
-from .runtime import (
+from .backend.runtime import (
     AxisType,
-    DType,
     KernelInfo,
     Opt,
     OptOps,
     has_cpu_kernels,
-    without_views,
 )
-
-Gemm = Callable[..., Tensor]  # (a, b, M, N, L, trans_a, trans_b) -> [Z, M, N]; see `_plain_gemm`
-
-TILE = 16  # each side of a factor is padded to a multiple of TILE
-# a matmul of fewer multiplications is bound by memory or by the launch, not by arithmetic
-SMALL = 1 << 15
-MIN_ROWS = 8  # a matmul of fewer rows is left to tinygrad
-# on tensor cores: outputs that tinygrad computes in one workgroup; limits of `_parts_of_sum`
-WORKGROUP_OUTPUTS, MAX_WORKGROUPS, MIN_PART = 4096, 256, 512
 
 
 def materialize(x: Tensor) -> Tensor:
@@ -67,161 +47,6 @@ def fractional_products(x: Tensor, factors: list[float]) -> Tensor:
     carry = (left & 0xFFFF) + (right & 0xFFFF) + ((x0 * low0) >> 16)
     upper = x * high + x1 * low1 + (left >> 16) + (right >> 16) + (carry >> 16)
     return (upper >> 8).cast(dtypes.int32).cast(dtypes.float32) * 2.0**-24
-
-
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., I] with weight [O, I] -> x @ weight.T [..., O], float32."""
-    *lead, I = x.shape
-    rows, O = math.prod(lead), weight.shape[0]
-    gemm = _choose_gemm(x, rows, I, O, _factor_dtype())
-    if gemm is None:
-        return materialize(materialize(x) @ weight.T)
-    return _product(gemm, x.reshape(1, rows, I), weight.reshape(1, O, I)).reshape(*lead, O)
-
-
-def matmul(a: Tensor, b: Tensor, trans_b: bool = False) -> Tensor:
-    """a [..., M, L] @ b [..., L, N] -> [..., M, N], float32; `trans_b`: b is [..., N, L]."""
-    *lead, M, L = a.shape
-    N = b.shape[-2 if trans_b else -1]
-    gemm = _choose_gemm(a, M, L, N, _factor_dtype())
-    if gemm is None:
-        a, b = materialize(a), materialize(b)
-        return materialize(a @ (b.transpose(-1, -2) if trans_b else b))
-    b = b if trans_b else b.transpose(-1, -2)
-    return _product(gemm, a.reshape(-1, M, L), b.reshape(-1, N, L)).reshape(*lead, M, N)
-
-
-def bmm(a: Tensor, b: Tensor, trans_a: bool = False, trans_b: bool = False) -> Tensor:
-    """a [Z, M, L] @ b [Z, L, N] -> [Z, M, N], from float32 factors and without a gradient.
-
-    `trans_a`: a is [Z, L, M]; `trans_b`: b is [Z, N, L].
-    """
-    M, L = a.shape[:0:-1] if trans_a else a.shape[1:]
-    N = b.shape[1 if trans_b else 2]
-    gemm = _choose_gemm(a, M, L, N, dtypes.float32) or _plain_gemm
-    m, l, n = (_padded_size(size, gemm) for size in (M, L, N))
-    a = _pad(without_views(a).float(), *((l, m) if trans_a else (m, l)))
-    b = _pad(without_views(b).float(), *((n, l) if trans_b else (l, n)))
-    return gemm(a, b, M, N, L, trans_a, trans_b)[:, :M, :N]
-
-
-def _factor_dtype() -> DType:
-    return dtypes.bfloat16 if BF16 else dtypes.float32
-
-
-def _choose_gemm(x: Tensor, M: int, L: int, N: int, dtype: DType) -> Gemm | None:
-    """The function for a matmul [M, L] @ [L, N] of x, factors of `dtype`; None: tinygrad's `@`.
-
-    The matmul sums over L, its two gradients over M and N. A sum of one term has no loop to tile.
-    """
-    has_loops = M >= MIN_ROWS and min(L, N) > 1
-    if has_loops and M * L * N >= SMALL and has_cpu_kernels(x.device):
-        from .cpu.matmul import gemm
-
-        return gemm
-    rounded = dtype == dtypes.bfloat16
-    # one kernel on the tensor cores computes all Z matrices, so the threshold counts all of x
-    if (rounded or (has_loops and x.numel() * N >= SMALL)) and has_tensor_cores(x.device, dtype):
-        return _tensor_core_gemm
-    return _plain_gemm if rounded else None
-
-
-def _padded_size(size: int, gemm: Gemm) -> int:
-    """The padded size of one side of a factor: a multiple of TILE.
-
-    On tensor cores a multiple of 4 or 2 tiles, if that adds at most a twentieth: tinygrad's kernels
-    then keep more tiles in registers and load less.
-    """
-    if gemm is _plain_gemm:
-        return size
-    least = round_up(size, TILE)
-    if gemm is not _tensor_core_gemm:
-        return least
-    return next(n for k in (4, 2, 1) if 20 * (n := round_up(size, k * TILE)) <= 21 * least)
-
-
-def round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
-
-
-def _pad(x: Tensor, rows: int, columns: int) -> Tensor:
-    return x.pad((None, (0, rows - x.shape[1]), (0, columns - x.shape[2])))
-
-
-def _product(gemm: Gemm, a: Tensor, b: Tensor) -> Tensor:
-    """a [Z, M, L] @ b [Z, N, L].T by `gemm`, on padded and rounded copies, with its gradient.
-
-    Padding and rounding are fused into the kernels that compute `a`, `b` and the upstream gradient.
-    """
-    _, M, L = a.shape
-    N = b.shape[1]
-    m, l, n = (_padded_size(size, gemm) for size in (M, L, N))
-    a, b = (
-        materialize(rounded_factor(_pad(x.float(), rows, l), bool(BF16)))
-        for x, rows in ((a, m), (b, n))
-    )
-    if a.uop is b.uop:  # the call below would merge the two arguments and lose one gradient
-        raise ValueError("a matmul of a tensor with itself would lose a gradient; clone one factor")
-    product = _product_function(M, N, L, gemm, bool(BF16))
-    return product(a, b)[:, :M, :N].contiguous_backward()
-
-
-@functools.cache
-def _product_function(M: int, N: int, L: int, gemm: Gemm, to_bf16: bool) -> Callable[..., Tensor]:
-    """a, b (padded) -> a @ b.T; the gradients are two more calls of `gemm`."""
-
-    def gradient(upstream: UOp, call: UOp) -> tuple[UOp | None, ...]:
-        a, b, *buffers = (Tensor(uop) for uop in call.src[1:])
-        g = rounded_factor(Tensor(upstream), to_bf16).contiguous()
-        da, db = gemm(g, b, M, L, N), gemm(g, a, N, L, M, trans_a=True)
-        return da.uop, db.uop, *[None for _ in buffers]
-
-    # allow_implicit: the kernel's output buffer is an argument as well
-    @function(grad_fxn=gradient, allow_implicit=True)
-    def product(a: Tensor, b: Tensor) -> Tensor:
-        return gemm(a, b, M, N, L, trans_b=True)
-
-    return product
-
-
-def _plain_gemm(
-    a: Tensor, b: Tensor, M: int, N: int, L: int, trans_a: bool = False, trans_b: bool = False
-) -> Tensor:
-    """a [Z, M, L] @ b [Z, L, N] as tinygrad schedules it, summed in float32.
-
-    `trans_a`: a is [Z, L, M]; `trans_b`: b is [Z, N, L]. M, N and L are the sizes before padding;
-    here nothing is padded.
-    """
-    a, b = a.transpose(1, 2) if trans_a else a, b.transpose(1, 2) if trans_b else b
-    return (a.float() @ b.float()).contiguous()
-
-
-def _tensor_core_gemm(
-    a: Tensor, b: Tensor, M: int, N: int, L: int, trans_a: bool = False, trans_b: bool = False
-) -> Tensor:
-    """`_plain_gemm` of padded factors, in the form that tinygrad maps to tensor cores.
-
-    The zeros of the padding are multiplied as well. The accumulator is float32, in which products
-    of bf16 factors are exact. The gradient of a weight has few outputs and a long sum: it is
-    computed as several matmuls, each of a part of the sum, so that more workgroups share the work.
-    """
-    a, b = a.contiguous(), (b.transpose(1, 2) if trans_b else b).contiguous()
-    Z, parts = len(a), 1
-    if trans_a and not trans_b:
-        parts = _parts_of_sum(Z * a.shape[2] * b.shape[2], a.shape[1])
-        a, b = (x.reshape(Z * parts, -1, x.shape[2]) for x in (a, b))  # (Z * parts, l / parts, _)
-    a = a.transpose(1, 2) if trans_a else a
-    out = a.matmul(b, dtype=dtypes.float32).contiguous()
-    return out if parts == 1 else out.reshape(Z, parts, *out.shape[1:]).sum(axis=1).contiguous()
-
-
-def _parts_of_sum(outputs: int, length: int) -> int:
-    """Into how many parts of at least MIN_PART products each sum of `length` products is split.
-
-    The matmul of all parts has at most MAX_WORKGROUPS workgroups, if it is split at all.
-    """
-    sizes = [n for n in (16, 8, 4, 2) if length % (n * TILE) == 0 and length >= n * MIN_PART]
-    return next((n for n in sizes if n * outputs <= MAX_WORKGROUPS * WORKGROUP_OUTPUTS), 1)
 
 
 def lookup(weight: Tensor, index: Tensor) -> Tensor:
@@ -287,7 +112,7 @@ def _lookup(weight: Tensor, index: Tensor) -> Tensor:
 def gather(x: Tensor, index: Tensor, slot: Tensor) -> Tensor:
     """x [B, N, D] -> [B, S, D]: row index[b, s] in each slot.
 
-    index int32 [B, S] and slot int32 [B, N] are inverse maps: see `selection.slots`. So the
+    index int32 [B, S] and slot int32 [B, N] are inverse maps: see `routing.slots`. So the
     gradient of `gather` is `scatter` with the same maps and vice versa; both cost O(N * D).
     """
     return _gather(x.contiguous(), index, slot).contiguous()

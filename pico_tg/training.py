@@ -23,6 +23,8 @@ from typing import Any
 import numpy as np
 from tinygrad import Device, Tensor, dtypes, nn
 
+from .backend.precision import choose_precision, graph_context
+from .backend.runtime import exclusive, jit_method, on_devices, read, write_all, write_into
 from .checkpoint import (
     checkpoint_path,
     list_checkpoints,
@@ -31,14 +33,14 @@ from .checkpoint import (
     weights_of,
 )
 from .config import Config, TrainSettings, field_help
+from .costs import check_memory
 from .data import Data, DataSpec, Windows
 from .evaluation import Validation
 from .files import PicoError
 from .model import Pico, inputs_and_targets, loss_fn
 from .ops import entropy
-from .precision import choose_precision
-from .recipe import check_memory
-from .remat import graph_context
+from .optim.soap import SOAP, all_finite
+from .routing import top_k_decisions
 from .runs import (
     BITS,
     Progress,
@@ -52,9 +54,6 @@ from .runs import (
     read_description,
     resumed_settings,
 )
-from .runtime import exclusive, jit_method, on_devices, read, write_all, write_into
-from .selection import top_k_decisions
-from .soap import SOAP, all_finite
 
 CUTOFF_DECAY = 0.999  # of the running average of the router's cutoff per step (arXiv 2603.11535),
 CUTOFF_WINDOW = 0.1  # but the average spans no more than this share of the steps so far

@@ -9,8 +9,8 @@ from tinygrad import Tensor, dtypes, nn
 
 from pico_tg.attention import banded_attention
 from pico_tg.config import Config
+from pico_tg.matmul import linear, matmul
 from pico_tg.model import Pico
-from pico_tg.ops import linear, matmul
 
 TEXT = "Ça va?  'Tis 3.5 °C — née in 東京, (e.g.) <b>x_1</b>; and, a \t b\n\nend. ".encode()
 

@@ -11,10 +11,10 @@ import pytest
 from tinygrad import Device
 from tinygrad.helpers import DEV, USE_TC
 
-from pico_tg import backend
-from pico_tg.backend import check_backend, choose_backend, find_clang, parse_devices
+from pico_tg.backend import device as backend
+from pico_tg.backend.device import check_backend, choose_backend, find_clang, parse_devices
+from pico_tg.backend.runtime import _silent_stderr
 from pico_tg.files import PicoError
-from pico_tg.runtime import _silent_stderr
 
 SCRIPT = Path(__file__).parent / "scripts" / "compute.py"
 on_cpu = pytest.mark.skipif(Device.DEFAULT != "CPU", reason="an accelerator comes first")

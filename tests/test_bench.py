@@ -8,8 +8,8 @@ import pytest
 from helpers import FLAGS, TINY
 from tinygrad import Tensor, TinyJit, dtypes
 
-from pico_tg.flops import decoding_flops, forward_flops, training_flops
-from pico_tg.runtime import count_kernels
+from pico_tg.backend.runtime import count_kernels
+from pico_tg.costs import decoding_flops, forward_flops, training_flops
 from pico_tg.tools import bench, cli
 
 
@@ -114,7 +114,7 @@ def test_the_precision_of_the_gemm_rate(precision, fast, monkeypatch):
         return lambda a, b: factors.update((a.dtype, b.dtype))
 
     monkeypatch.setattr(bench, "TinyJit", uncompiled)
-    monkeypatch.setattr("pico_tg.precision.has_bf16_tensor_cores", lambda device: fast)
+    monkeypatch.setattr("pico_tg.backend.precision.has_bf16_tensor_cores", lambda device: fast)
     bench.gemm_rate(precision, "NULL")
     bf16 = precision == "bf16" or (precision == "auto" and fast)
     assert factors == {dtypes.bfloat16 if bf16 else dtypes.float32}

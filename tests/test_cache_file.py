@@ -12,7 +12,7 @@ import pytest
 from tinygrad import helpers
 from tinygrad.helpers import CACHELEVEL
 
-from pico_tg import cache_file
+from pico_tg.backend import cache_file
 
 SERVE = Path(__file__).parent / "scripts" / "serve.py"
 

@@ -5,10 +5,10 @@ import pytest
 from references import check_attention, check_product
 from tinygrad import Context, Device, Tensor, TinyJit
 
-from pico_tg import ops
+import pico_tg.matmul as matmuls
 from pico_tg.attention import banded_attention
+from pico_tg.backend.runtime import has_cpu_kernels
 from pico_tg.cpu import band_attention, loops, matmul
-from pico_tg.runtime import has_cpu_kernels
 
 pytestmark = pytest.mark.skipif(
     not has_cpu_kernels(Device.DEFAULT), reason="needs the hand-scheduled CPU kernels"
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture
 def any_size(monkeypatch):
     """Matmuls of any size take the hand-scheduled kernel, in several shares per thread."""
-    monkeypatch.setattr(ops, "SMALL", 0)
+    monkeypatch.setattr(matmuls, "SMALL", 0)
     monkeypatch.setattr(matmul, "LONG", 0)
 
 
@@ -40,7 +40,7 @@ def test_gram_matrices_are_matmuls(shape, cores, any_size):
     x, copy = Tensor(x).realize(), Tensor(x).realize()
     with Context(CPU_COUNT=cores):
         for trans_a in (False, True):
-            half, whole = (ops.bmm(x, y, trans_a, not trans_a).numpy() for y in (x, copy))
+            half, whole = (matmuls.bmm(x, y, trans_a, not trans_a).numpy() for y in (x, copy))
             np.testing.assert_allclose(half, whole, rtol=0, atol=1e-4)
             np.testing.assert_array_equal(half, half.swapaxes(1, 2))
 

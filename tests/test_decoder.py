@@ -10,10 +10,10 @@ from helpers import TINY
 from tinygrad import GlobalCounters, nn
 
 from pico_tg import decoder as decoder_module
+from pico_tg.backend.runtime import write_into
 from pico_tg.decoder import PREFILL_CHUNK, Decoder
 from pico_tg.generation import generate
 from pico_tg.model import Pico
-from pico_tg.runtime import write_into
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ import pytest
 from helpers import FOX, TINY, WINDOWS
 
 import pico_tg
-from pico_tg.backend import find_dawn
+from pico_tg.backend.device import find_dawn
 
 TESTS = Path(__file__).parent
 STEPS, BEFORE = 70, 50  # steps of the run; steps before the devices continue it
@@ -40,7 +40,7 @@ def on_device(device: str, *command: str, **environment: str) -> subprocess.Comp
 
 def check_webgpu() -> None:
     """Skip the test if WebGPU cannot compute here."""
-    check = "from pico_tg.backend import check_backend; check_backend()"
+    check = "from pico_tg.backend.device import check_backend; check_backend()"
     if (done := on_device("WEBGPU", "-c", check)).returncode:
         pytest.skip(done.stderr.strip().splitlines()[-1])
 

@@ -12,12 +12,12 @@ from helpers import TINY, WINDOWS
 from tinygrad import GlobalCounters, nn
 
 from pico_tg import PicoError, Stats, generation, train
+from pico_tg.backend.runtime import write_into
 from pico_tg.config import Config
 from pico_tg.data import SEQ_END, SEQ_START
 from pico_tg.decoder import Decoder
 from pico_tg.generation import Sampler, Transitions, generate
 from pico_tg.model import Pico
-from pico_tg.runtime import write_into
 
 
 def text_of(records) -> bytes:

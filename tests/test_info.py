@@ -10,11 +10,11 @@ from tinygrad import nn
 
 from pico_tg.checkpoint import save_checkpoint
 from pico_tg.config import TrainSettings
+from pico_tg.costs import decoding_flops, memory_bytes
 from pico_tg.decoder import Decoder
 from pico_tg.files import PicoError
-from pico_tg.flops import cache_bytes, decoding_flops
+from pico_tg.kv_cache import cache_bytes
 from pico_tg.model import Pico
-from pico_tg.recipe import memory_bytes
 from pico_tg.runs import DESCRIBED
 from pico_tg.tools.info import describe
 from pico_tg.tools.report import describe_model

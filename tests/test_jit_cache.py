@@ -11,7 +11,7 @@ import pytest
 from tinygrad import UOp, dtypes
 from tinygrad.uop.ops import Ops
 
-from pico_tg import jit_cache
+from pico_tg.backend import jit_cache
 
 SCRIPTS = Path(__file__).parent / "scripts"
 WORKER = {"DEV": "CPU", "CPU_COUNT": "2"}

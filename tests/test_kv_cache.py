@@ -5,9 +5,9 @@ import pytest
 from tinygrad import Device, Tensor
 
 from pico_tg.attention import alibi_slopes
+from pico_tg.backend.runtime import has_cpu_kernels
 from pico_tg.decoder import PREFILL_CHUNK
 from pico_tg.kv_cache import KVCache, PackedLinear
-from pico_tg.runtime import has_cpu_kernels
 
 
 @pytest.fixture(autouse=True)

@@ -19,8 +19,8 @@ from tinygrad.runtime.graph.hcq import HCQGraph
 from pico_tg import decoder
 from pico_tg.cpu import decoding, launcher
 from pico_tg.kv_cache import PackedLinear
+from pico_tg.matmul import linear
 from pico_tg.model import Pico
-from pico_tg.ops import linear
 
 pytestmark = pytest.mark.skipif(
     not Device.DEFAULT.startswith("CPU") or launcher._launcher() is None,

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pico_tg import linalg
+from pico_tg.optim import linalg
 
 
 @pytest.fixture(params=["openblas", "numpy"])

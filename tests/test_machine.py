@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from pico_tg.machine import available_memory, cgroup_limit
+from pico_tg.backend.machine import available_memory, cgroup_limit
 
 
 def test_limits_of_control_groups(tmp_path):

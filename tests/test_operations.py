@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pico_tg import Config
-from pico_tg.flops import training_flops
+from pico_tg.costs import training_flops
 
 # the README's model
 SIZES = {"dim": 372, "fb_att_window_size": 32, "latent_num_blocks": 8}
@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).parent / "scripts" / "count_operations.py"
 
 @pytest.mark.slow(minutes=1)
 def test_operations_are_close_to_the_model_flops():
-    """Within 1.15 of the model FLOPs of `pico_tg.flops`; one test, since counting takes long."""
+    """Within 1.15 of the model FLOPs of `pico_tg.costs`; one test, since counting takes long."""
     command = [sys.executable, SCRIPT, json.dumps([SIZES, LENGTHS])]
     environment = os.environ | {"CACHELEVEL": "0"}  # nothing is compiled: keep nothing
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)

@@ -6,13 +6,13 @@ from references import FORMS, PRODUCTS, check_product, factors, product_and_grad
 from tinygrad import Device, GlobalCounters, Tensor, TinyJit
 from tinygrad.codegen import to_program
 
-from pico_tg import ops
+from pico_tg import matmul, ops
 
 
 @pytest.fixture
 def any_size(monkeypatch):
     """Products of any size get the device's own kernels."""
-    monkeypatch.setattr(ops, "SMALL", 0)
+    monkeypatch.setattr(matmul, "SMALL", 0)
 
 
 @pytest.mark.parametrize("shape", PRODUCTS, ids=str)
@@ -30,14 +30,14 @@ def test_a_tensor_times_itself_is_refused(any_size):
     """tinygrad merges equal arguments of a function, and with them their gradients."""
     x = Tensor.ones(16, 16).contiguous().realize()
     with pytest.raises(ValueError, match="itself"):
-        ops.linear(x, x)
+        matmul.linear(x, x)
 
 
 @pytest.mark.parametrize("dtype", ["half", "double", "int"])
 def test_other_dtypes_become_float32(dtype, any_size):
     a = (np.arange(64 * 64).reshape(64, 64) % 7 - 3).astype(np.float32)
     x, y = (Tensor(a).cast(dtype).clone().realize() for _ in range(2))
-    for out in (ops.linear(x, y), ops.bmm(x[None], x[None], trans_b=True)[0]):
+    for out in (matmul.linear(x, y), matmul.bmm(x[None], x[None], trans_b=True)[0]):
         np.testing.assert_array_equal(out.numpy(), a @ a.T)
 
 
@@ -93,7 +93,7 @@ def test_factors_keep_their_memory_in_a_jit(any_size):
     def step(x):
         doubled = (x * 2).contiguous().realize()
         tripled = (x * 3).contiguous().realize()  # must not overwrite `doubled`
-        out = ops.bmm(Tensor.stack(doubled), right).realize()
+        out = matmul.bmm(Tensor.stack(doubled), right).realize()
         return out, tripled.sum().realize()
 
     for seed in range(4):
@@ -108,7 +108,7 @@ def test_a_gram_matrix_of_one_panel_in_a_jit(any_size):
     @TinyJit
     def step(x):
         doubled = (x * 2).contiguous().realize()
-        gram = ops.bmm(doubled[None], doubled[None], trans_a=True)
+        gram = matmul.bmm(doubled[None], doubled[None], trans_a=True)
         tripled = (x * 3).contiguous().realize()  # must not overwrite `doubled`
         return gram.realize(), tripled.sum().realize()
 
@@ -137,8 +137,8 @@ def test_a_long_sum_in_parts():
     """The matmul of a weight's gradient: few outputs, a long sum. Runs on any device."""
     rng = np.random.default_rng(0)
     a, b = (rng.standard_normal((2, 1024, n)).astype(np.float32) for n in (16, 32))
-    assert ops._parts_of_sum(2 * 16 * 32, 1024) == 2
-    found = ops._tensor_core_gemm(Tensor(a), Tensor(b), 16, 32, 1024, trans_a=True).numpy()
+    assert matmul._parts_of_sum(2 * 16 * 32, 1024) == 2
+    found = matmul._tensor_core_gemm(Tensor(a), Tensor(b), 16, 32, 1024, trans_a=True).numpy()
     np.testing.assert_allclose(found, a.swapaxes(1, 2) @ b, rtol=0, atol=2e-4)
     # enough workgroups already; too short a sum
-    assert ops._parts_of_sum(1024 * 1024, 8192) == ops._parts_of_sum(16, 512) == 1
+    assert matmul._parts_of_sum(1024 * 1024, 8192) == matmul._parts_of_sum(16, 512) == 1

@@ -20,10 +20,11 @@ from references import (
 )
 from tinygrad import Context, Device, Tensor, TinyJit, dtypes
 
-from pico_tg import SOAP, ops, precision
+from pico_tg import SOAP, matmul
+from pico_tg.backend import precision
+from pico_tg.backend.precision import choose_precision
 from pico_tg.files import PicoError
 from pico_tg.model import Pico
-from pico_tg.precision import choose_precision
 from pico_tg.runs import read_description
 from pico_tg.training import train
 
@@ -34,7 +35,7 @@ QUICK = WINDOWS | {"warmup_steps": 5, "learning_rate": 5e-3}
 def test_factors_are_rounded_and_nothing_else(kernels, monkeypatch):
     """Sums are float32, and gradients are matmuls of rounded factors as well."""
     monkeypatch.setenv("PICO_KERNELS", kernels)
-    monkeypatch.setattr(ops, "SMALL", 0)
+    monkeypatch.setattr(matmul, "SMALL", 0)
     with Context(PICO_BF16=1):
         for form in FORMS if kernels == "0" else ["linear"]:
             check_product(form, PRODUCTS[3], round_to_bf16, tolerance=2e-6)
@@ -110,7 +111,7 @@ def test_losses_are_within_a_hundredth_over_80_steps():
 @pytest.mark.slow
 def test_the_optimizer_stays_in_float32(monkeypatch):
     """SOAP's matmuls too, whatever the precision of the model's matmuls."""
-    monkeypatch.setattr(ops, "SMALL", 0)
+    monkeypatch.setattr(matmul, "SMALL", 0)
     found = []
     for bf16 in (0, 1):
         rng = np.random.default_rng(0)

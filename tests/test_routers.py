@@ -12,13 +12,13 @@ from references import TEXT, assert_close, build
 from tinygrad import Tensor, nn
 
 from pico_tg import Config, Pico, PicoError, generate, ops, train
+from pico_tg.backend.runtime import write_into
 from pico_tg.config import ROUTERS, RULES, TrainSettings
+from pico_tg.costs import forward_flops
 from pico_tg.data import SEQ_START
 from pico_tg.decoder import Decoder
-from pico_tg.flops import forward_flops
 from pico_tg.model import inputs_and_targets, loss_fn
 from pico_tg.routing import TOP_K_STEPS
-from pico_tg.runtime import write_into
 from pico_tg.training import TrainStep, most_uncertain
 
 TINY = Config(

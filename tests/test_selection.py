@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tinygrad import GlobalCounters, Tensor
 
-from pico_tg import selection
+from pico_tg import routing
 from pico_tg.ops import gather, scatter
-from pico_tg.selection import slots, top_k_decisions
+from pico_tg.routing import slots, top_k_decisions
 
 
 def expected_top_k(z: np.ndarray, capacity: int) -> np.ndarray:
@@ -37,35 +37,35 @@ def test_the_threshold_of_long_sequences(capacity, monkeypatch):
     z[1] = rng.standard_normal(30)
     z[2] = 1 + rng.integers(0, 9, 30) * 2.0**-23  # differ only in the radix search's last digit
     z = z.astype(np.float32)
-    monkeypatch.setattr(selection, "MAX_RANKED", 0)
+    monkeypatch.setattr(routing, "MAX_RANKED", 0)
     found = top_k_decisions(Tensor(z), capacity).numpy()
     np.testing.assert_array_equal(found, expected_top_k(z, capacity))
 
 
 @pytest.mark.parametrize("limit", [0, 2048])
 def test_slots_are_in_sequence_order(limit, monkeypatch):
-    monkeypatch.setattr(selection, "MAX_RANKED", limit)
+    monkeypatch.setattr(routing, "MAX_RANKED", limit)
     decisions = np.array([[0, 1, 1, 0, 0, 1], [0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]], bool)
     index, slot = (t.numpy() for t in slots(Tensor(decisions), 4))
     assert index.tolist() == [[1, 2, 5, 0], [0, 0, 0, 0], [0, 1, 2, 3]]
     assert slot.tolist() == [[-1, 0, 1, -1, -1, 2], [-1] * 6, [0, 1, 2, 3, -1, -1]]
 
 
-def routing(B, N, count, seed=0):
+def routed(B, N, count, seed=0):
     rng = np.random.default_rng(seed)
     decisions = expected_top_k(rng.standard_normal((B, N)), count)
     return decisions, *(t.realize() for t in slots(Tensor(decisions), count))
 
 
 def test_gather_then_scatter_keeps_the_selected_bytes():
-    decisions, index, slot = routing(2, 17, 5)
+    decisions, index, slot = routed(2, 17, 5)
     x = np.random.default_rng(1).standard_normal((2, 17, 3)).astype(np.float32)
     back = scatter(gather(Tensor(x), index, slot), index, slot).numpy()
     np.testing.assert_array_equal(back, x * decisions[..., None])
 
 
 def test_gradients_are_each_others_forward():
-    decisions, index, slot = routing(2, 17, 5)
+    decisions, index, slot = routed(2, 17, 5)
     rng = np.random.default_rng(2)
     x = Tensor(rng.standard_normal((2, 17, 3)).astype(np.float32)).realize()
     g = rng.standard_normal((2, 5, 3)).astype(np.float32)
@@ -85,7 +85,7 @@ def test_gradients_are_each_others_forward():
 @pytest.mark.parametrize("direction", ["gather", "scatter"])
 def test_cost_is_linear_both_ways(direction):
     def operations(N, dim=8):
-        _, index, slot = routing(1, N, N // 4)
+        _, index, slot = routed(1, N, N // 4)
         rows = N if direction == "gather" else N // 4
         x = Tensor.ones(1, rows, dim).contiguous().realize()
         GlobalCounters.reset()
@@ -98,7 +98,7 @@ def test_cost_is_linear_both_ways(direction):
 
 
 def test_the_cost_of_selection_is_below_quadratic(monkeypatch):
-    monkeypatch.setattr(selection, "MAX_RANKED", 0)
+    monkeypatch.setattr(routing, "MAX_RANKED", 0)
 
     def operations(N):
         z = Tensor(np.arange(N, dtype=np.float32)[None]).realize()

@@ -7,7 +7,7 @@ import pytest
 from tinygrad import Device, GlobalCounters, Tensor, TinyJit, nn
 
 from pico_tg import SOAP
-from pico_tg.runtime import has_cpu_kernels, write_into
+from pico_tg.backend.runtime import has_cpu_kernels, write_into
 
 GOLDEN = Path(__file__).parent / "golden"
 

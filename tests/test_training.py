@@ -15,14 +15,14 @@ from tinygrad import Device, Tensor, TinyJit, nn
 from tinygrad.helpers import Context
 from tinygrad.uop.ops import Ops
 
+from pico_tg.backend.precision import graph_context
+from pico_tg.backend.runtime import jit_method, write_into
 from pico_tg.config import TrainSettings
 from pico_tg.data import SEQ_END, SEQ_START, DataSpec, load_data
 from pico_tg.evaluation import Validation
 from pico_tg.files import PicoError
 from pico_tg.model import Pico, inputs_and_targets, loss_fn
-from pico_tg.remat import graph_context
 from pico_tg.routing import TOP_K_STEPS
-from pico_tg.runtime import jit_method, write_into
 from pico_tg.training import TrainStep, learning_rate, train
 
 SLOW = pytest.mark.slow

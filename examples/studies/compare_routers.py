@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import pico_tg
 from pico_tg.config import ROUTERS
-from pico_tg.flops import training_flops
+from pico_tg.costs import training_flops
 from pico_tg.runs import read_metrics
 from pico_tg.tools.plot import COLORS, Line, Panel, svg
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import pico_tg
-from pico_tg.flops import training_flops
+from pico_tg.costs import training_flops
 
 # context length, batch size, learning rate, and warm-up: a number of steps, or a fraction of them
 RULES: dict[str, tuple[int, int, float, float]] = {

@@ -27,7 +27,7 @@ from tinygrad import Tensor, dtypes, function
 from tinygrad.codegen.opt import Opt, OptOps
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
-from ..precision import BF16, rounded_factor
+from ..backend.precision import BF16, rounded_factor
 from .loops import TILE_N, LoopNest, even_threads, round_up
 from .matmul import pack_panels, tiled_matmul
 

@@ -41,7 +41,7 @@ from tinygrad.runtime.ops_cpu import CPUProgram
 from tinygrad.runtime.support.compiler_cpu import ClangJITCompiler, CPULLVMCompiler
 from tinygrad.uop.ops import Ops, UOp
 
-from ..machine import cgroup_limit
+from ..backend.machine import cgroup_limit
 
 # A kernel's row: function, shares, number of arguments, position of core_id, arguments' address.
 # A jump's row: address of the choice (int32), 0, unused, unused, address of the targets: the next

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from tinygrad import Tensor
 from tinygrad.uop.ops import Ops, UOp
 
-from ..runtime import without_views
+from ..backend.runtime import without_views
 from . import launcher
 from .loops import TILE_N, VECTOR, LoopNest, choose_shared_loop, round_up, tile_m
 

@@ -9,7 +9,7 @@ A record of a measurement has
 - seconds: time of the step or pass; bytes_per_second: rate of the bytes read or generated
 - kernels: number of kernels executed; operations: FLOPs that the kernels execute, as counted by
   tinygrad
-- model_flops: the FLOPs that the mathematics requires (`pico_tg.flops`), without the optimizer
+- model_flops: the FLOPs that the mathematics requires (`pico_tg.costs`), without the optimizer
 - gflops: model_flops / seconds / 1e9
 - mfu (model FLOPs utilization): gflops divided by the rate of a plain matmul on this machine
 - hfu (hardware FLOPs utilization): the same for operations
@@ -33,17 +33,16 @@ from typing import Any
 import numpy as np
 from tinygrad import Device, GlobalCounters, Tensor, TinyJit, dtypes, nn
 
-from ..backend import describe_backend
+from ..backend.device import describe_backend
+from ..backend.precision import choose_precision, graph_context
+from ..backend.runtime import count_kernels, jit_method, on_devices
 from ..config import Config, TrainSettings
+from ..costs import decoding_flops, training_flops
 from ..decoder import DECODE_ROWS, Decoder
 from ..files import PicoError
-from ..flops import decoding_flops, training_flops
 from ..generation import GeneratedByte, Stats, generate
 from ..model import Pico, inputs_and_targets, loss_fn
-from ..precision import choose_precision
 from ..progress import Progress
-from ..remat import graph_context
-from ..runtime import count_kernels, jit_method, on_devices
 from ..training import TrainStep
 
 Record = dict[str, Any]

@@ -15,8 +15,8 @@ from typing import Any
 
 from tinygrad import Device
 
-from .. import recipe
-from ..backend import (
+from .. import costs
+from ..backend.device import (
     check_backend,
     describe_backend,
     enable_compile_cache,
@@ -156,18 +156,18 @@ def command_train(args: argparse.Namespace) -> int:
 def complete_settings(
     args: argparse.Namespace, config: Config, train_bytes: int, devices: tuple[str, ...]
 ) -> tuple[dict[str, Any], list[str]]:
-    """The given settings completed by `recipe.choose`, and lines about the choice and the cost."""
+    """The given settings completed by `costs.choose`, and lines about the choice and the cost."""
     settings, lines = given(args, TrainSettings), []
     if args.base_weights:  # their router counts as trained
         settings.setdefault("router_warmup_steps", 0)
     device = (devices or (Device.DEFAULT,))[0]
     machine = (train_bytes, device, gemm_rate(settings.get("precision", "auto"), device))
-    if args.settings != "published" and (chosen := recipe.choose(config, *machine, settings)):
+    if args.settings != "published" and (chosen := costs.choose(config, *machine, settings)):
         settings |= chosen
         lines.append(f"chosen: {', '.join(f'{name} {value}' for name, value in chosen.items())}")
     cost = TrainSettings(**settings)
-    recipe.check_memory(config, cost, device)
-    lines.append(recipe.describe_cost(config, cost, *machine))
+    costs.check_memory(config, cost, device)
+    lines.append(costs.describe_cost(config, cost, *machine))
     return settings, lines
 
 

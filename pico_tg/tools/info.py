@@ -9,9 +9,16 @@ from tinygrad import Device
 
 from ..checkpoint import check, list_checkpoints, load_config
 from ..config import Config, TrainSettings
+from ..costs import (
+    choose,
+    decoding_flops,
+    forward_flops,
+    memory_bytes,
+    step_seconds,
+    training_flops,
+)
 from ..files import PicoError, command
-from ..flops import cache_bytes, decoding_flops, forward_flops, training_flops
-from ..recipe import choose, memory_bytes, step_seconds
+from ..kv_cache import cache_bytes
 from ..runs import (
     find_description,
     read_description,
@@ -30,7 +37,7 @@ def describe(
     """Everything that `info` shows about the model PATH, and about RUN if given; valid JSON.
 
     - model: the sizes; parameters: of each part, and total
-    - operations_a_byte: model FLOPs (`pico_tg.flops`), on average over a window of context_len
+    - operations_a_byte: model FLOPs (`pico_tg.costs`), on average over a window of context_len
       bytes: forward, training (forward and backward); and decoding, for one byte after context_len
       bytes at decoding_router_rate. That rate is the one measured at the run's newest checkpoint.
       Without a measurement, the rate is 1 / n for the router `stride` and the capacity for others;

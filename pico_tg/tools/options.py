@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .. import recipe
+from .. import costs
 from ..config import PRECISIONS, PRESETS, Config, TrainSettings, field_help
 from ..data import DataSpec
 from ..evaluation import SPLITS
@@ -112,7 +112,7 @@ def add_train_options(parser: Parser) -> None:
         help="start from these weights (.safetensors) instead of fresh ones, and without "
         "router warm-up unless --router-warmup-steps is given",
     )  # fmt: skip
-    add_fields(parser, TrainSettings, defaults=dict.fromkeys(recipe.CHOSEN, "see --settings"))
+    add_fields(parser, TrainSettings, defaults=dict.fromkeys(costs.CHOSEN, "see --settings"))
     parser.add_argument(
         "--settings", choices=["chosen", "published"],
         help="source of the settings that the command line leaves out: chosen for the device, the "

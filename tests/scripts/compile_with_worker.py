@@ -20,7 +20,7 @@ tinygrad.codegen.do_to_program = lambda *args: made.append(args[0]) or compile_k
 from tinygrad import Tensor, TinyJit  # noqa: E402
 
 import pico_tg  # noqa: E402
-from pico_tg import jit_cache  # noqa: E402
+from pico_tg.backend import jit_cache  # noqa: E402
 
 with open(os.environ["CACHEDB"] + ".starts", "a") as file:
     file.write("once\n")  # the worker must not run this file

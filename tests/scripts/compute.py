@@ -17,6 +17,6 @@ if "no LLVM" in sys.argv:
 from tinygrad import Tensor  # noqa: E402
 from tinygrad.helpers import DEV  # noqa: E402
 
-from pico_tg.backend import describe_backend  # noqa: E402
+from pico_tg.backend.device import describe_backend  # noqa: E402
 
 print(DEV.renderer, describe_backend(), (Tensor.arange(5).float() * 2).sum().item(), sep="|")

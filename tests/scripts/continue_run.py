@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 import pico_tg
-from pico_tg.backend import describe_backend
+from pico_tg.backend.device import describe_backend
 from pico_tg.checkpoint import list_checkpoints
 from pico_tg.safetensors import read_safetensors
 

@@ -12,13 +12,13 @@ tinygrad.schedule.get_kernel_graph = lambda *args: made.append(args[0]) or sched
 from tinygrad import GlobalCounters, Tensor  # noqa: E402
 
 import pico_tg  # noqa: E402
-from pico_tg import ops  # noqa: E402
+from pico_tg import matmul  # noqa: E402
 
 pico_tg.enable_compile_cache()
 x = Tensor(np.arange(4096, dtype=np.float32).reshape(64, 64) / 4096).realize()
 GlobalCounters.reset()
 y = ((x @ x.T).contiguous() + 1).numpy().sum()
 # the gradient's function is at another address in each process
-g = ops.linear(x, (x * 2).contiguous()).sum().gradient(x)[0].numpy().sum()
+g = matmul.linear(x, (x * 2).contiguous()).sum().gradient(x)[0].numpy().sum()
 halves = Tensor(np.arange(8, dtype=np.uint8).reshape(2, 4)).shard(("CPU:0", "CPU:1"), axis=0)
 print(len(made), GlobalCounters.global_ops, y, g, (halves + 1).tolist())

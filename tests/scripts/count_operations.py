@@ -12,8 +12,8 @@ from tinygrad.engine.realize import compile_linear, estimate_uop
 from tinygrad.uop.ops import Ops
 
 from pico_tg import Config, Pico, loss_fn
+from pico_tg.backend.runtime import has_cpu_kernels
 from pico_tg.cpu import launcher
-from pico_tg.runtime import has_cpu_kernels
 
 sizes, lengths = json.loads(sys.argv[1])
 config = Config.preset("xs", **sizes)

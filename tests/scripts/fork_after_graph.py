@@ -6,8 +6,8 @@ import numpy as np
 from tinygrad import Tensor
 
 import pico_tg
+from pico_tg.backend.runtime import read
 from pico_tg.decoder import Decoder
-from pico_tg.runtime import read
 
 config = pico_tg.Config.preset(
     "xs", dim=48, att_q_heads=4, att_kv_heads=2, latent_num_blocks=1, next_tokens=2

@@ -22,7 +22,7 @@ from tinygrad.engine import realize  # noqa: E402
 from tinygrad.uop.ops import Ops  # noqa: E402
 
 from pico_tg import Decoder, Pico, TrainSettings  # noqa: E402
-from pico_tg.soap import all_finite  # noqa: E402
+from pico_tg.optim.soap import all_finite  # noqa: E402
 from pico_tg.training import TrainStep  # noqa: E402
 
 kernels, estimate_uop = [], realize.estimate_uop  # kernels: since the last call of `taken`

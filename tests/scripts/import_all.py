@@ -6,8 +6,8 @@ import pkgutil
 from tinygrad import Device, Tensor
 
 import pico_tg
-from pico_tg.ops import linear
-from pico_tg.runtime import has_cpu_kernels
+from pico_tg.backend.runtime import has_cpu_kernels
+from pico_tg.matmul import linear
 
 for module in pkgutil.walk_packages(pico_tg.__path__, "pico_tg."):
     if module.name.split(".")[1] not in ("cpu", "__main__"):

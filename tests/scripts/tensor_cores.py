@@ -12,7 +12,7 @@ from tinygrad import Context, Tensor
 from tinygrad.runtime.ops_python import PythonProgram
 from tinygrad.uop.ops import Ops
 
-from pico_tg.ops import bmm
+from pico_tg.matmul import bmm
 
 programs = set()
 make = PythonProgram.__init__

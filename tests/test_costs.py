@@ -5,11 +5,10 @@ import dataclasses
 import pytest
 from tinygrad import nn
 
-from pico_tg import machine, train
+from pico_tg import train
+from pico_tg.backend import machine
 from pico_tg.config import Config, TrainSettings
-from pico_tg.files import PicoError
-from pico_tg.model import Pico
-from pico_tg.recipe import (
+from pico_tg.costs import (
     CHOSEN,
     MAX_EPOCHS,
     _matrices,
@@ -19,6 +18,8 @@ from pico_tg.recipe import (
     memory_bytes,
     step_seconds,
 )
+from pico_tg.files import PicoError
+from pico_tg.model import Pico
 
 XS = Config.preset("xs")
 ORIGINAL = Config.preset("xs", dim=372, latent_num_blocks=8, fb_att_window_size=32)

@@ -27,8 +27,8 @@ from pathlib import Path
 
 from tinygrad import Context, Device, getenv
 
+from ..files import PicoError
 from .cache_file import share_cache_file
-from .files import PicoError
 from .runtime import BEAM, CPU_COUNT, DEV, DLL, USE_TC, open_webgpu, opencl_bindings
 
 MACHINE = platform.machine().lower()

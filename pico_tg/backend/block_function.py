@@ -9,13 +9,10 @@ activation checkpointing, only the block's input does.
 import itertools
 from collections.abc import Callable
 
-from tinygrad import Context, Tensor, UOp
+from tinygrad import Tensor, UOp
 
-from .config import TrainSettings
-from .precision import choose_precision
+from .precision import RECOMPUTE
 from .runtime import (
-    JIT,
-    ContextVar,
     Ops,
     PatternMatcher,
     UPat,
@@ -24,27 +21,8 @@ from .runtime import (
     resolve_function,
 )
 
-# switches on activation checkpointing in graphs built within `with Context(PICO_RECOMPUTE=1)`
-RECOMPUTE = ContextVar("PICO_RECOMPUTE", 0)
-
 # slots of PARAMs while a block is traced: numbers that no function inside the block uses
 UPSTREAM_SLOT, INPUT_SLOT, SAVED_SLOT = 999_999, 1_000_000, 2_000_000
-
-
-def graph_context(settings: TrainSettings, devices: tuple[str, ...]) -> Context:
-    """The context in which a run's graphs are built: precision, checkpointing, graph batching.
-
-    On several devices JIT=2 keeps TinyJit from batching kernels into one graph: on two CPU devices,
-    tinygrad 0.13's graphs read weights from before the update
-    (test_training.test_two_devices_are_the_same_as_one).
-    """
-    options = {
-        "PICO_BF16": int(choose_precision(settings.precision, devices) == "bf16"),
-        "PICO_RECOMPUTE": int(settings.checkpoint_activations),
-    }
-    if len(devices) > 1 and JIT.value:
-        options["JIT"] = 2
-    return Context(**options)
 
 
 def run_blocks(block: Callable[[Tensor], Tensor], weights: list[list[Tensor]], x: Tensor) -> Tensor:

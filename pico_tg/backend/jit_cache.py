@@ -244,7 +244,7 @@ class _Worker:
         self.owner = os.getpid()
         self._sent: set[str] = set()
         self._messages: queue.SimpleQueue = queue.SimpleQueue()
-        command = [sys.executable, "-P", "-c", "from pico_tg.jit_cache import work; work()"]
+        command = [sys.executable, "-P", "-c", "from pico_tg.backend.jit_cache import work; work()"]
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

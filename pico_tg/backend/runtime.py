@@ -45,7 +45,7 @@ except ImportError:
     pm_transform_unique_const = PatternMatcher([])
 
 try:
-    from . import cpu
+    from .. import cpu
 except ImportError:  # the folder cpu/ is optional
     cpu = None
 

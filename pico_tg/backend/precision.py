@@ -1,16 +1,26 @@
-"""Mixed precision: factors of matmuls in bfloat16, and which devices have tensor cores for it.
+"""Mixed precision, and the context in which a run builds its graphs.
+
+Factors of matmuls may be bfloat16, on devices that have tensor cores for it.
 
 Weights, sums, gradients and the optimizer stay float32.
 """
 
+from __future__ import annotations
+
 import re
+from typing import TYPE_CHECKING
 
 from tinygrad import Context, Device, Tensor, dtypes
 
-from .runtime import ALLOW_TF32, USE_TC, ContextVar, DType, has_cpu_kernels
+from .runtime import ALLOW_TF32, JIT, USE_TC, ContextVar, DType, has_cpu_kernels
+
+if TYPE_CHECKING:
+    from ..config import TrainSettings
 
 # round the factors of matmuls to bfloat16 in graphs built within `with Context(PICO_BF16=1)`
 BF16 = ContextVar("PICO_BF16", 0)
+# recompute activations in the backward, in graphs built within `with Context(PICO_RECOMPUTE=1)`
+RECOMPUTE = ContextVar("PICO_RECOMPUTE", 0)
 
 
 def has_bf16_tensor_cores(device: str | tuple[str, ...]) -> bool:
@@ -49,3 +59,19 @@ def choose_precision(precision: str, devices: tuple[str, ...] = ()) -> str:
     if precision != "auto":
         return precision
     return "bf16" if has_bf16_tensor_cores((devices or (Device.DEFAULT,))[0]) else "fp32"
+
+
+def graph_context(settings: TrainSettings, devices: tuple[str, ...]) -> Context:
+    """The context in which a run's graphs are built: precision, checkpointing, graph batching.
+
+    On several devices JIT=2 keeps TinyJit from batching kernels into one graph: on two CPU devices,
+    tinygrad 0.13's graphs read weights from before the update
+    (test_training.test_two_devices_are_the_same_as_one).
+    """
+    options = {
+        "PICO_BF16": int(choose_precision(settings.precision, devices) == "bf16"),
+        "PICO_RECOMPUTE": int(settings.checkpoint_activations),
+    }
+    if len(devices) > 1 and JIT.value:
+        options["JIT"] = 2
+    return Context(**options)

@@ -22,9 +22,16 @@ import numpy as np
 from tinygrad import Tensor, dtypes
 from tinygrad.nn.optim import Optimizer
 
+from ..backend.runtime import (
+    in_host_memory,
+    is_capturing,
+    read,
+    without_views,
+    write_all,
+    write_into,
+)
+from ..matmul import bmm
 from . import linalg
-from .ops import bmm
-from .runtime import in_host_memory, is_capturing, read, without_views, write_all, write_into
 
 
 class SOAP(Optimizer):
