@@ -30,8 +30,7 @@ PRESETS: dict[str, dict[str, int | float]] = {
     },
 }
 RULES = ("space", "stride", "all", "none")  # fixed rules for comparison
-ROUTERS = ("learned", "threshold", "ratio", *RULES)
-SLOT_FACTOR = 1.5  # slots of `threshold` and `ratio` in training, as a multiple of the capacity
+ROUTERS = ("learned", *RULES)
 POSITIONS = ("alibi", "rope")
 OPTIMIZERS = ("soap", "adamw")
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -94,9 +93,8 @@ def documented(cls: type) -> type:
 class Config:
     """The sizes of a Pico. Raises PicoError on an impossible size and says how to correct it.
 
-    router, position and ratio_weight are written to model.json only if they differ from the
-    default, so that the file otherwise holds exactly the keys of the published implementation;
-    for the router `ratio`, ratio_weight is always written.
+    router and position are written to model.json only if they differ from the default, so that
+    the file otherwise holds exactly the keys of the published implementation.
     """
 
     dim: int = setting("width of the residual stream")
@@ -115,9 +113,8 @@ class Config:
         "selected bytes before its own that a latent block attends to"
     )
     router: str = setting(
-        "how bytes are selected: learned, by top-k in training; threshold (arXiv 2603.11535) or "
-        "ratio (arXiv 2507.07955), learned and causal in training as well; or a rule (space, "
-        "stride, all, none) to compare with; all and none ignore latent_capacity_factor",
+        "how bytes are selected: learned, by top-k in training; or a rule (space, stride, all, "
+        "none) to compare with; all and none ignore latent_capacity_factor",
         "learned",
         choices=ROUTERS,
     )
@@ -126,12 +123,6 @@ class Config:
         "alibi",
         choices=POSITIONS,
     )
-    ratio_weight: float = setting(
-        "weight of the loss that keeps the share of selected bytes near latent_capacity_factor; "
-        "only for the router ratio",
-        0.03,
-        minimum=0,
-    )
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -139,15 +130,6 @@ class Config:
             raise PicoError(
                 "latent_capacity_factor must be above 0 and at most 1, "
                 f"not {self.latent_capacity_factor}"
-            )
-        if self.router == "ratio" and self.latent_capacity_factor == 1:
-            raise PicoError(
-                "latent_capacity_factor must be below 1 for the router ratio; to route every byte "
-                "take the router all"
-            )
-        if self.router != "ratio" and self.ratio_weight != Config.ratio_weight:
-            raise PicoError(
-                f"ratio_weight is for the router ratio, not for {self.router}; leave it out"
             )
         if self.dim < self.att_q_heads:
             raise PicoError(
@@ -195,17 +177,15 @@ class Config:
         return sum(self.parameters_by_part.values())
 
     def capacity(self, length: int) -> int:
-        """The number of bytes that training aims to select in a sequence of `length` bytes."""
-        return int(length * self.capacity_share)
+        """The number of bytes that training selects in a sequence of `length` bytes.
 
-    def slots(self, length: int) -> int:
-        """In training, the latent blocks process at most this many of `length` bytes."""
-        factor = SLOT_FACTOR if self.router in ("threshold", "ratio") else 1
-        return min(length, math.ceil(factor * self.capacity(length)))
+        A rule may select more of them or fewer; the latent blocks process at most this many.
+        """
+        return int(length * self.capacity_share)
 
     @property
     def capacity_share(self) -> float:
-        """The share of the bytes that training aims to select."""
+        """The share of the bytes that training selects."""
         return {"all": 1.0, "none": 0.0}.get(self.router, self.latent_capacity_factor)
 
     @property
@@ -252,8 +232,7 @@ class Config:
     def to_dict(self) -> dict[str, int | float | str]:
         """The content of model.json: see `Config`."""
         pairs = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)]
-        values = {field.name: value for field, value in pairs if value != field.default}
-        return values | ({"ratio_weight": self.ratio_weight} if self.router == "ratio" else {})
+        return {field.name: value for field, value in pairs if value != field.default}
 
     def to_json(self, path: str | os.PathLike) -> None:
         """Write a model.json, atomically."""

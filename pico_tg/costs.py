@@ -51,8 +51,8 @@ FLOATS_PER_BLOCK = 18  # saved for the backward, per block, byte and channel
 def forward_flops(config: Config, length: int, batch_size: int = 1) -> int:
     """FLOPs of one forward pass over `batch_size` sequences of `length` bytes, as in training.
 
-    The number of selected bytes is the capacity, at which `threshold` and `ratio` aim. A learned
-    router computes the weight of every byte, a rule only the weights of the selected bytes.
+    The number of selected bytes is the capacity. A learned router computes the weight of every
+    byte, a rule only the weights of the selected bytes.
     """
     selected = config.capacity(length)
     pairs = visible_pairs(length, config.fb_att_window_size)
@@ -191,7 +191,7 @@ def memory_bytes(config: Config, settings: TrainSettings) -> dict[str, int]:
     moments = 2 * config.parameters
     if settings.optimizer == "soap":
         moments += sum(2 * (m * m + n * n) for m, n in _matrices(config))
-    latent_share = config.slots(settings.context_len) / settings.context_len
+    latent_share = config.capacity(settings.context_len) / settings.context_len
     blocks = 2 * config.fb_num_blocks + config.latent_num_blocks * latent_share
     kept = 2 if settings.checkpoint_activations else FLOATS_PER_BLOCK
     floats = kept * config.dim * blocks + 3 * 256 * config.next_tokens  # logits, their gradient

@@ -129,8 +129,7 @@ class Decoder:
         )
         device, dim = model.norm.weight.device, self.config.dim
         width = padded_width(dim, device)
-        self.embedding, self.router, self.bias, self.cutoff = self._copies(width)
-        self.host_cutoff = float(read(self.cutoff)[0])
+        self.embedding, self.router, self.bias = self._copies(width)
         self.unembedding = PackedLinear(model.unembedding.weight, model.norm.weight)
         # The captured graphs refer to these buffers: as arguments they would cost 0.1 ms per pass.
         # hidden: the hidden states of a pass; index and slot: see `routing.slots`
@@ -148,19 +147,11 @@ class Decoder:
         self.reset()
 
     def _copies(self, width: int) -> list[Tensor]:
-        """Copies of the weights without a PackedLinear.
-
-        Embedding and router [*, width], bias, and the router logit above which a byte is selected,
-        [1].
-        """
+        """Copies of the weights without a PackedLinear: embedding and router [*, width], bias."""
         model, padding = self.model, ((0, 0), (0, width - self.config.dim))
         rows = model.embedding.weight, model.latent.router.weight
         copies = [weight.detach().pad(padding).clone().realize() for weight in rows]
-        cutoff = Tensor.zeros(1, device=model.norm.weight.device).contiguous()
-        if self.config.router == "threshold":
-            cutoff = model.latent.router.cutoff[:1]
-        others = model.unembedding.bias.detach().reshape(1, -1), cutoff
-        return [*copies, *(tensor.clone().realize() for tensor in others)]
+        return [*copies, model.unembedding.bias.detach().reshape(1, -1).clone().realize()]
 
     @exclusive
     def refresh(self) -> None:
@@ -169,10 +160,9 @@ class Decoder:
         The copies keep their buffers, which the captured graphs read.
         """
         copies = self._copies(self.hidden.shape[1])
-        kept = self.embedding, self.router, self.bias, self.cutoff
+        kept = self.embedding, self.router, self.bias
         for tensor, copy in zip(kept, copies, strict=True):
             write_into(tensor, read(copy))
-        self.host_cutoff = float(read(self.cutoff)[0])
         for part in (*self.fb_in, *self.latent, *self.fb_out, self.unembedding):
             part.refresh()
         self.reset()
@@ -243,7 +233,7 @@ class Decoder:
         if not self.shared_inputs:
             write_into(self.inputs, inputs)
         logits, router_logits = (output[:n].copy() for output in self._outputs(rows))
-        self.last_decisions = rules + (router_logits > self.host_cutoff) > 0
+        self.last_decisions = rules + (router_logits > 0) > 0
         self.position += n
         self.selected += int(self.last_decisions.sum())
         return logits, router_logits
@@ -251,7 +241,7 @@ class Decoder:
     def _rules(self, data: bytes) -> np.ndarray:
         """How the bytes, from `position` on, are routed, without a capacity limit: int [n].
 
-        1: through the latent blocks; -1: past them; 0: as the router's logit and the cutoff decide.
+        1: through the latent blocks; -1: past them; 0: as the sign of the router's logit decides.
         """
         self.recent = (self.recent[-1:] if self.position else b"\0") + data
         router, stride = self.config.router, self.config.stride
@@ -316,7 +306,7 @@ class Decoder:
         for block in self.fb_in:
             h = block(h, start)
         router_logits = (h * self.router).sum(axis=-1).contiguous()
-        above = (router_logits > self.cutoff).cast(dtypes.int32)
+        above = (router_logits > 0).cast(dtypes.int32)
         selected = (above + rules[:rows] > 0).reshape(1, rows)
         index, slot = slots(selected.contiguous(), rows)  # (1, R), (1, R)
         total = selected.sum(dtype=dtypes.int32)
@@ -335,7 +325,6 @@ class Decoder:
         weight = (selected * self.router).sum(axis=-1, keepdim=True).sigmoid().contiguous()
         for block in self.latent:
             deep = block(deep, start)
-        weight = 1 if self.config.router == "ratio" else weight
         added = ((deep - selected) * weight).contiguous()
         number = Tensor.arange(count, device=added.device).reshape(1, -1, 1)
         hit = self.slot.reshape(-1, 1, 1) == number  # (rows, slots, 1)

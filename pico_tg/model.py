@@ -24,7 +24,7 @@ from .backend.runtime import exclusive, write_into
 from .config import RULES, Config
 from .matmul import linear
 from .ops import as_index, cross_entropy, gather, lookup, materialize, scatter, swiglu
-from .routing import TOP_K_STEPS, rule_decisions, slots, top_k_decisions
+from .routing import rule_decisions, slots, top_k_decisions
 
 RMS_EPS = 2.0**-23  # float32's machine epsilon
 
@@ -63,16 +63,10 @@ class RMSNorm:
 
 
 class Router:
-    """h [B, N, D] -> logits [B, N]; the sigmoid of a logit is the router weight of the byte.
+    """h [B, N, D] -> logits [B, N]; the sigmoid of a logit is the router weight of the byte."""
 
-    cutoff float32 [2], only for `threshold`: the logit above which a byte is selected, and the
-    number of training steps that have updated it.
-    """
-
-    def __init__(self, config: Config) -> None:
-        self.weight = Tensor.empty(1, config.dim)
-        if config.router == "threshold":
-            self.cutoff = Tensor.empty(2).is_param_(False)
+    def __init__(self, dim: int) -> None:
+        self.weight = Tensor.empty(1, dim)
 
     def __call__(self, h: Tensor) -> Tensor:
         # one output: a sum is cheaper than a matmul
@@ -142,7 +136,7 @@ class Latent(Blocks):
     """The router, and the wide-window blocks for the bytes that it selects."""
 
     def __init__(self, config: Config) -> None:
-        self.router, self.straight_through = Router(config), config.router == "ratio"
+        self.router = Router(config.dim)
         super().__init__(config, config.latent_att_window_size, config.latent_num_blocks)
 
     def __call__(self, h: Tensor, router_logits: Tensor, decisions: Tensor, count: int) -> Tensor:
@@ -153,8 +147,6 @@ class Latent(Blocks):
         index, slot = slots(decisions, count)  # (B, S), (B, N)
         selected = gather(h, index, slot)  # (B, S, D)
         weight = gather(router_logits.sigmoid().unsqueeze(2), index, slot)  # (B, S, 1)
-        if self.straight_through:  # 1, with the gradient of the sigmoid
-            weight = weight - weight.detach() + 1
         deep = super().__call__(selected)  # (B, S, D)
         return materialize(h + scatter((deep - selected) * weight, index, slot))
 
@@ -178,50 +170,47 @@ class Pico:
             self._draw(weights, np.random.default_rng(seed))
 
     def _draw(self, weights: dict[str, Tensor], rng: np.random.Generator) -> None:
-        """Draw the embedding ~ N(0, 1), the rest ~ U(+-1/sqrt(inputs)); norms are 1, cutoffs 0."""
+        """Draw the embedding ~ N(0, 1), the rest ~ U(+-1/sqrt(inputs)); norms are 1."""
         # NumPy draws: tinygrad's random number generator takes seconds to compile
         for name, weight in weights.items():
             if name == "embedding.weight":
                 values = rng.standard_normal(weight.shape, np.float32)
-            elif "norm" in name or "cutoff" in name:
-                values = np.full(weight.shape, "norm" in name, np.float32)
+            elif "norm" in name:
+                values = np.ones(weight.shape, np.float32)
             else:  # the only bias is the unembedding's, which has `dim` inputs
                 inputs = weight.shape[1] if weight.ndim == 2 else self.config.dim
                 values = (2 * rng.random(weight.shape, np.float32) - 1) / math.sqrt(inputs)
             write_into(weight, values)
 
-    def decide(self, x: Tensor, router_logits: Tensor, causal: bool | None = None) -> Tensor:
-        """Which bytes of x [B, N] are selected, given logits [B, N]: bool [B, N]; see __call__."""
+    def decide(self, x: Tensor, router_logits: Tensor, causal: bool = False) -> Tensor:
+        """Which bytes of x [B, N] are selected, given logits [B, N]: bool [B, N].
+
+        By the rule, if the router is one; else the logits above 0 if `causal`, else the top-k.
+        """
         router = self.config.router
         if router in RULES:
             x, position = as_index(x), Tensor.arange(x.shape[1], device=x.device)
             before = x[:, :-1].pad((None, (1, 0)))
             return rule_decisions(router, x, before, position, self.config.stride).contiguous()
-        top_k = top_k_decisions(router_logits, self.config.capacity(x.shape[1]))
-        if router == "threshold":
-            cutoff, steps = self.latent.router.cutoff.split(1)
-            above = router_logits > cutoff
-            training = (steps < TOP_K_STEPS).where(top_k, above)
-        else:
-            above = router_logits > 0
-            training = top_k if router == "learned" else above
-        return {None: training, True: above, False: top_k}[causal].contiguous()
+        if causal:
+            return (router_logits > 0).contiguous()
+        return top_k_decisions(router_logits, self.config.capacity(x.shape[1])).contiguous()
 
     def __call__(
-        self, x: Tensor, causal: bool | None = None, count: int | None = None
+        self, x: Tensor, causal: bool = False, count: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, N] of uint8 or int -> (logits, router_logits, router_decisions).
 
         logits float32 [B, N, T, 256], router_logits float32 [B, N], router_decisions bool [B, N].
-        causal: True routes as decoding does, None as training does; False takes the top `capacity`
-        unless a rule selects. The latent blocks process the first `count` selected bytes of each
-        sequence: by default all if `causal` is True, at the cost of N slots, else `Config.slots`.
+        `causal` routes as decoding does, by default routing is that of training. The latent blocks
+        process the first `count` selected bytes of each sequence: by default all if `causal`, at
+        the cost of N slots, else the capacity.
         """
         h = self.fb_in(self.embedding(x))  # (B, N, D)
         router_logits = self.latent.router(h)
         decisions = self.decide(x, router_logits, causal)
         if count is None:
-            count = x.shape[1] if causal else self.config.slots(x.shape[1])
+            count = x.shape[1] if causal else self.config.capacity(x.shape[1])
         if count > 0 and self.config.router != "none":
             h = self.latent(h, router_logits, decisions, count)
         logits = self.unembedding(self.norm(self.fb_out(h)))  # (B, N, T*256)
@@ -242,15 +231,11 @@ def loss_fn(
     [B, N]: the router's, or, in router warm-up, `training.most_uncertain`.
     LM averages the heads' cross-entropies, weighted by 1.618^(T-1-k), or, with extra_heads_weight
     w > 0, by 1 for head 0 and w / (T-1) for each of the others. next_byte_loss: head 0's.
-    The router term depends on the router of `config` (default: learned); for `threshold` and rules,
-    loss = LM and AUX = 0:
-
-    - learned: loss = 0.9 * LM + 0.1 * AUX. AUX is the router's binary cross-entropy against the
-      decisions; after router warm-up its own top-k, so that at inference a threshold replaces top-k
-    - ratio: loss = LM + ratio_weight * AUX. AUX = F*G/c + (1-F)*(1-G)/(1-c) for the selected
-      fraction F, the mean router weight G and the capacity factor c (arXiv 2507.07955); 1 at F=G=c
+    loss = 0.9 * LM + 0.1 * AUX. AUX is the router's binary cross-entropy against the decisions.
+    After router warm-up these are its own top-k, so that a threshold can replace top-k in
+    inference. If the router of `config` (default: learned) is a rule, loss = LM and AUX = 0.
     """
-    T, router = logits.shape[2], config.router if config else "learned"
+    T = logits.shape[2]
     head = Tensor.arange(T, dtype=dtypes.float32, device=logits.device)
     per_head = cross_entropy(logits, targets).mean(axis=(0, 1))  # (T,)
     if extra_heads_weight and T > 1:
@@ -259,16 +244,12 @@ def loss_fn(
     else:
         shares = 1.618 ** (T - 1 - head) / sum(1.618 ** (T - 1 - k) for k in range(T))
     lm_loss = (per_head * shares).sum()
+    if config and config.router in RULES:
+        return lm_loss, lm_loss.zeros_like(), per_head[0]
     chosen = decisions.cast(dtypes.float32).detach()  # (B, N)
-    if router == "learned":
-        # -log sigmoid(z) where selected, -log(1 - sigmoid(z)) elsewhere, in a form without overflow
-        aux_loss = (z.maximum(0) - z * chosen + ((-z.abs()).exp() + 1).log()).mean()
-        return 0.9 * lm_loss + 0.1 * aux_loss, aux_loss, per_head[0]
-    if router == "ratio":
-        c, F, G = config.latent_capacity_factor, chosen.mean(), z.sigmoid().mean()
-        aux_loss = F * G / c + (1 - F) * (1 - G) / (1 - c)
-        return lm_loss + config.ratio_weight * aux_loss, aux_loss, per_head[0]
-    return lm_loss, lm_loss.zeros_like(), per_head[0]
+    # -log sigmoid(z) where selected, -log(1 - sigmoid(z)) elsewhere, in a form without overflow
+    aux_loss = (z.maximum(0) - z * chosen + ((-z.abs()).exp() + 1).log()).mean()
+    return 0.9 * lm_loss + 0.1 * aux_loss, aux_loss, per_head[0]
 
 
 def inputs_and_targets(windows: Tensor, next_tokens: int) -> tuple[Tensor, Tensor]:

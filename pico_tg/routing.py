@@ -1,15 +1,12 @@
 """Mixture-of-Depths routing (arXiv 2404.02258): which bytes the latent blocks process.
 
 `learned` selects the `capacity` bytes of largest router logit in training, and those of logit above
-0 when causal. Two more routers are causal in training as well: `threshold` (expert threshold, arXiv
-2603.11535) selects logits above a cutoff, the running average of the capacity-th largest; `ratio`
-(arXiv 2507.07955) those above 0, with a loss that pulls their share to the capacity factor. Fixed
-rules, for comparison, are causal too: `space` (arXiv 2404.14408), a byte that is not a letter,
-digit or UTF-8 continuation byte and follows one; `stride`, every n-th byte; `all`; `none`.
+0 when causal. Fixed rules, for comparison, are causal in training as well: `space` (arXiv
+2404.14408), a byte that is not a letter, digit or UTF-8 continuation byte and follows one;
+`stride`, every n-th byte; `all`; `none`.
 
-In training the latent blocks process the first `Config.slots` selected bytes of a sequence; when
-causal, all. Their output is multiplied by the router weight, under rules as well; under `ratio`, by
-1 with the gradient of the router weight.
+In training the latent blocks process the first `capacity` selected bytes of a sequence; when
+causal, all. Their output is multiplied by the router weight, under rules as well.
 
 Shape letters: B batch, N bytes, S slots.
 """
@@ -19,7 +16,6 @@ import math
 import numpy as np
 from tinygrad import Tensor, dtypes
 
-TOP_K_STEPS = 100  # first training steps of `threshold`, which select the top-k
 MAX_RANKED = 2048  # bytes; longer sequences take algorithms below O(N^2), which run more kernels
 
 Array = Tensor | np.ndarray

@@ -24,7 +24,7 @@ import numpy as np
 from tinygrad import Device, Tensor, dtypes, nn
 
 from .backend.precision import choose_precision, graph_context
-from .backend.runtime import exclusive, jit_method, on_devices, read, write_all, write_into
+from .backend.runtime import exclusive, jit_method, on_devices, write_all, write_into
 from .checkpoint import (
     checkpoint_path,
     list_checkpoints,
@@ -55,8 +55,6 @@ from .runs import (
     resumed_settings,
 )
 
-CUTOFF_DECAY = 0.999  # of the running average of the router's cutoff per step (arXiv 2603.11535),
-CUTOFF_WINDOW = 0.1  # but the average spans no more than this share of the steps so far
 ADAMW_STATE = ("b1_t", "b2_t", "m", "v")
 
 
@@ -108,12 +106,11 @@ def most_uncertain(logits: Tensor, config: Config) -> Tensor:
 class TrainStep:
     """One compiled optimizer step on bytes uint8 [A, B, N + T], averaged over A micro-batches.
 
-    Returns float32 [7]:
+    Returns float32 [6]:
 
     - loss, aux loss, next-byte loss (nats)
     - share of the bytes that causal routing selects
     - share of the bytes that training selects, but that have no slot
-    - capacity-th largest router logit of a window, on average; 0 unless the router is `threshold`
     - 1 if every gradient is finite; else 0, and no weight has changed
 
     `consistent` is False while weights and optimizer state are being updated.
@@ -163,15 +160,12 @@ class TrainStep:
         losses = loss_fn(logits, z, router_target, targets, config, extra)
         rate = self.model.decide(x, z, causal=True).cast(dtypes.float32).mean()
         gradients = losses[0].gradient(*self.parameters)
-        overflow = kth = losses[0].zeros_like()
+        overflow = losses[0].zeros_like()
         if config.router != "learned":  # top-k fills exactly the slots
             selected = decisions.sum(axis=1, dtype=dtypes.int32)  # (B,)
-            overflow = (selected - config.slots(x.shape[1])).maximum(0).mean() / x.shape[1]
-        if config.router == "threshold":
-            top_k = top_k_decisions(z, config.capacity(x.shape[1]))
-            kth = top_k.where(z, math.inf).min(axis=1).mean()
+            overflow = (selected - config.capacity(x.shape[1])).maximum(0).mean() / x.shape[1]
         # contiguous: one kernel of all these sums would use only a few threads of a GPU
-        losses = [x.detach().contiguous() for x in (*losses, rate, overflow, kth)]
+        losses = [x.detach().contiguous() for x in (*losses, rate, overflow)]
         losses = Tensor.stack(*losses).contiguous()
         # a loss that is not finite sets one gradient to NaN, which makes `_apply` skip the update
         smallest = min(range(len(gradients)), key=lambda i: gradients[i].numel())
@@ -248,20 +242,8 @@ class TrainStep:
                 losses = np.concatenate([np.mean(parts, axis=0), self.update(rate).numpy()])
         if isinstance(self.optimizer, SOAP):
             self.optimizer.refresh()
-        if self.model.config.router == "threshold" and losses[-1] == 1:
-            self._update_cutoff(losses[-2])
         self.consistent = True
         return losses
-
-    def _update_cutoff(self, kth: float) -> None:
-        """Update the cutoff, a running average, with a step's capacity-th largest logit.
-
-        In a short run, CUTOFF_DECAY alone averages over all steps and lags behind drifting logits.
-        """
-        cutoff, steps = map(float, read(self.model.latent.router.cutoff))
-        steps += 1
-        cutoff += (kth - cutoff) * max(1 - CUTOFF_DECAY, min(1.0, 1 / (CUTOFF_WINDOW * steps)))
-        write_into(self.model.latent.router.cutoff, np.array([cutoff, steps], np.float32))
 
     def _state(self) -> dict[str, Tensor]:
         if isinstance(self.optimizer, SOAP):
@@ -321,12 +303,11 @@ def train(
     A record has: step (from 1), steps (total), epoch (from 0), loss, next_byte_loss, aux_loss
     (nats; after router_warmup_steps, aux_loss has another target), bits_per_byte (of the next byte,
     training routing), router_rate (share of bytes that causal routing selects), router_overflow
-    (share of bytes that training selects, but that have no slot, see `Config.slots`), lr, bytes
-    (trained on so far), bytes_per_second. With the router `threshold` a record also has
-    router_cutoff (the router weight above which a byte is selected), with max_minutes minutes (used
-    so far), after a validation the keys of `Validation`, and with a checkpoint `checkpoint`, its
-    path. The last step is saved if the caller closes the generator or raises, and at Ctrl-C, except
-    in the first two steps, which compile.
+    (share of bytes that a rule selects beyond `Config.capacity`, which skip the latent blocks), lr,
+    bytes (trained on so far), bytes_per_second. With max_minutes a record also has minutes (used so
+    far), after a validation the keys of `Validation`, and with a checkpoint `checkpoint`, its path.
+    The last step is saved if the caller closes the generator or raises, and at Ctrl-C, except in
+    the first two steps, which compile.
 
     Raises PicoError on bad settings or data, before anything is written, and on a loss or gradient
     that is not finite, before that step changes the weights.
@@ -562,9 +543,6 @@ def _loop(
                 "bytes": progress.bytes,
                 "bytes_per_second": step_bytes / seconds,
             }
-            if train_step.model.config.router == "threshold":
-                cutoff = read(train_step.model.latent.router.cutoff)[0]
-                record["router_cutoff"] = 0.5 + 0.5 * math.tanh(cutoff / 2)  # sigmoid
             if settings.max_minutes:
                 record["minutes"] = progress.seconds / 60
             pending = record

@@ -68,8 +68,6 @@ def shapes(config: Config) -> dict[str, tuple[int, ...]]:
             table[f"{block}.glu.fc1.weight"] = (2 * dim, dim)
             table[f"{block}.glu.fc2.weight"] = (dim, dim)
     table["latent.router.weight"] = (1, dim)
-    if config.router == "threshold":
-        table["latent.router.cutoff"] = (2,)  # cutoff of the logits, training steps so far
     table["norm.weight"] = (dim,)
     table["unembedding.weight"] = (config.next_tokens * 256, dim)
     table["unembedding.bias"] = (config.next_tokens * 256,)
@@ -84,8 +82,6 @@ def random_weights(config: Config, rng: np.random.Generator) -> Weights:
             value = rng.standard_normal(shape)
         elif "norm" in name:
             value = np.ones(shape)
-        elif "cutoff" in name:
-            value = np.zeros(shape)
         else:
             fan_in = config.dim if name == "unembedding.bias" else shape[1]
             value = rng.uniform(-1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in), shape)
@@ -306,54 +302,39 @@ def in_word(byte: int) -> bool:
     return chr(byte) in string.ascii_letters + string.digits or byte >> 6 == 0b10
 
 
-def select(
-    config: Config, position: int, byte: int, before: int | None, z: float, cutoff: float
-) -> bool:
+def select(config: Config, position: int, byte: int, before: int | None, z: float) -> bool:
     """Whether causal routing selects the byte at `position`; `before` is the byte before it.
 
-    A learned router selects a logit z above the cutoff, which is 0 unless the router is threshold.
+    A learned router selects a logit z above 0.
     """
     if config.router == "space":
         return before is not None and in_word(before) and not in_word(byte)
     if config.router == "stride":
         n = next(n for n in itertools.count(1) if n * config.latent_capacity_factor >= 1 - 1e-9)
         return (position + 1) % n == 0
-    return config.router == "all" if config.router in RULES else z > cutoff
-
-
-def cutoff_of(weights: Weights) -> np.ndarray:
-    """[cutoff, training steps]; zeros unless the router is threshold."""
-    return weights.get("latent.router.cutoff", np.zeros(2))
+    return config.router == "all" if config.router in RULES else z > 0
 
 
 def slots(config: Config, length: int) -> int:
     """The limit of selected bytes, the first of a sequence, that training processes."""
     if config.router in ("all", "none"):
         return length if config.router == "all" else 0
-    capacity = int(length * config.latent_capacity_factor)
-    varies = config.router in ("threshold", "ratio")
-    return min(length, math.ceil(1.5 * capacity)) if varies else capacity
+    return int(length * config.latent_capacity_factor)
 
 
 def decide(
-    router_logits: np.ndarray,
-    x: np.ndarray | bytes,
-    config: Config,
-    causal: bool,
-    cutoff: np.ndarray | tuple[float, float] = (0.0, 0.0),
+    router_logits: np.ndarray, x: np.ndarray | bytes, config: Config, causal: bool
 ) -> np.ndarray:
     """Which bytes of one sequence are selected: logits [N], bytes [N] -> bool [N].
 
     The router `learned` selects in training the int(N * factor) bytes of the largest logits (a tie
-    goes to the earlier byte), as `threshold` does in its first 100 steps. Otherwise see `select`.
-    Logits have the order of their sigmoids before rounding.
+    goes to the earlier byte). Otherwise see `select`. Logits have the order of their sigmoids
+    before rounding.
     """
-    top_k = config.router == "learned" or (config.router == "threshold" and cutoff[1] < 100)
-    if causal or not top_k:
+    if causal or config.router in RULES:
         before = [None, *map(int, x[:-1])]
         selected = [
-            select(config, n, int(x[n]), before[n], router_logits[n], cutoff[0])
-            for n in range(len(x))
+            select(config, n, int(x[n]), before[n], router_logits[n]) for n in range(len(x))
         ]
         return np.array(selected, bool)
     capacity = int(len(router_logits) * config.latent_capacity_factor)
@@ -389,15 +370,14 @@ def _sequence(
     z, router_backward = linear(weights, "latent.router", h)  # (N, 1)
     r = sigmoid(z)
     if decisions is None:
-        decisions = decide(z[:, 0], x, config, causal, cutoff_of(weights))
+        decisions = decide(z[:, 0], x, config, causal)
     selected = np.flatnonzero(decisions)  # (S,), in sequence order
     selected = selected[: N if causal else slots(config, N)]
-    gate = np.ones_like(r) if config.router == "ratio" else r  # both with the gradient of r
     if len(selected):
         into = h[selected]
         deep, latent_backward = blocks(weights, "latent", config, positions, into)
         h = h.copy()
-        h[selected] += (deep - into) * gate[selected]
+        h[selected] += (deep - into) * r[selected]
 
     h, fb_out_backward = blocks(weights, "fb_out", config, positions, h)
     h, norm_backward = rms_norm(weights, "norm", h)
@@ -415,7 +395,7 @@ def _sequence(
             r_selected = r[selected]  # (S, 1)
             d_r = ((deep - into) * d_added).sum(axis=1, keepdims=True)  # (S, 1)
             d_z[selected] += d_r * r_selected * (1 - r_selected)
-            d_deep = d_added * gate[selected]
+            d_deep = d_added * r[selected]
             d_h = d_h.copy()
             d_h[selected] += latent_backward(d_deep, grads) - d_deep
         d_h = d_h + router_backward(d_z, grads)
@@ -480,10 +460,6 @@ def loss(
     if config.router == "learned":
         lm_share, aux_share = 0.9, 0.1
         aux_loss = (np.maximum(z, 0) - z * t + np.log1p(np.exp(-np.abs(z)))).mean()
-    elif config.router == "ratio":
-        aux_share, n = config.ratio_weight, 1 / config.latent_capacity_factor
-        F, G = t.mean(), sigmoid(z).mean()
-        aux_loss = n / (n - 1) * ((n - 1) * F * G + (1 - F) * (1 - G))
     return float(lm_share * lm + aux_share * aux_loss), float(aux_loss), float(per_head[0])
 
 
@@ -518,10 +494,6 @@ def loss_and_grads(
         r, d_z = sigmoid(sequence.router_logits), np.zeros(N)
         if config.router == "learned":
             d_z = 0.1 * (r - sequence.decisions) / (B * N)
-        elif config.router == "ratio":
-            n, F = 1 / config.latent_capacity_factor, np.mean([s.decisions for s in sequences])
-            d_G = config.ratio_weight * n / (n - 1) * ((n - 1) * F - (1 - F))
-            d_z = d_G * r * (1 - r) / (B * N)
         sequence.backward(d_logits, d_z, grads)
     losses = loss(
         np.stack([s.logits for s in sequences]),
@@ -562,9 +534,9 @@ def _step(weights, config, position, byte, before, keys, values, positions) -> n
     h = weights["embedding.weight"][byte]  # (D,)
     h = _step_blocks(weights, "fb_in", config, h, keys, values, positions)
     z = float(weights["latent.router.weight"][0] @ h)
-    if select(config, position, byte, before, z, cutoff_of(weights)[0]):
+    if select(config, position, byte, before, z):
         deep = _step_blocks(weights, "latent", config, h, keys, values, positions)
-        h = h + (deep - h) / (1 if config.router == "ratio" else 1 + math.exp(-z))
+        h = h + (deep - h) / (1 + math.exp(-z))
     h = _step_blocks(weights, "fb_out", config, h, keys, values, positions)
     h = _rms(h, weights["norm.weight"])
     logits = weights["unembedding.weight"] @ h + weights["unembedding.bias"]  # (P * 256,)

@@ -34,7 +34,7 @@ def test_preset_and_file(tmp_path):
         ({"latent_capacity_factor": float("nan")}, "latent_capacity_factor"),
         ({"latent_capacity_factor": "0.5"}, "latent_capacity_factor"),
         ({"latent_num_blocks": -1}, "latent_num_blocks"),
-        ({"router": "random"}, "router must be one of learned, threshold, ratio, space"),
+        ({"router": "random"}, "router must be one of learned, space"),
         ({"depth": 3}, "depth"),
     ],
     ids=str,

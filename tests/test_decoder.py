@@ -1,6 +1,5 @@
 """A pass with KV caches gives what a full forward pass gives, in every state of the caches."""
 
-import dataclasses
 import itertools
 
 import numpy as np
@@ -86,15 +85,13 @@ def test_rollback_and_restore(model, text, prefill):
 
 def test_refresh(text):
     """A refreshed decoder computes what a new one does; before that, the model has no effect."""
-    config = dataclasses.replace(TINY, router="threshold")
-    model = Pico(config, seed=7)
+    model = Pico(TINY, seed=7)
     decoder = Decoder(model)
     before = decoder.forward(text[:20])
     weights = nn.state.get_state_dict(model)
-    for name, tensor in nn.state.get_state_dict(Pico(config, seed=8)).items():
+    for name, tensor in nn.state.get_state_dict(Pico(TINY, seed=8)).items():
         # fresh norms and biases have one value each
         write_into(weights[name], tensor.numpy() + np.float32(0.1))
-    write_into(model.latent.router.cutoff, np.array([50, 0], np.float32))
     decoder.reset()
     np.testing.assert_array_equal(decoder.forward(text[:20])[0], before[0])
     graphs = dict(decoder.graphs)
@@ -102,7 +99,7 @@ def test_refresh(text):
     new = Decoder(model)
     found, expected = decoder.forward(text[:20]), new.forward(text[:20])
     z = expected[1]
-    assert 0 < decoder.selected == new.selected == (z > 50).sum() < (z > 0).sum()
+    assert 0 < decoder.selected == new.selected == (z > 0).sum()
     assert decoder.graphs.items() >= graphs.items()
     assert np.abs(expected[0] - before[0]).max() > 0.1
     for ours, theirs in zip(found, expected, strict=True):

@@ -1,9 +1,7 @@
 """Resuming, bit for bit; and steps, which leak no memory."""
 
-import dataclasses
 import gc
 import itertools
-import math
 import os
 import re
 import subprocess
@@ -87,29 +85,6 @@ def test_resumed_twice_is_the_same_bit_for_bit(optimizer, accumulation, text, tm
     list(train(make(2), None, pieces, resume=True))
     assert read_metrics(straight)[-1]["epoch"] >= 2
     compare(straight, pieces)
-
-
-@SLOW
-@pytest.mark.parametrize("router", ["threshold", "ratio"])
-def test_causal_routers_resume_bit_for_bit(router, text, tmp_path, monkeypatch):
-    """The cutoff is part of a checkpoint. `threshold` resumes while it uses top-k, and after."""
-    monkeypatch.setattr("pico_tg.model.TOP_K_STEPS", 4)
-    config = dataclasses.replace(CONFIG, router=router)
-    settings = QUICK | {"max_steps": 9, "validation_interval": 4}
-    straight, pieces = tmp_path / "straight", tmp_path / "pieces"
-    model = Pico(config, 0)
-    records = list(train(model, text, straight, **settings))
-    list(train(Pico(config, 0), text, pieces, stop=after(4), **settings))
-    list(train(Pico(config, 1), None, pieces, resume=True, stop=after(4)))
-    list(train(Pico(config, 2), None, pieces, resume=True))
-    compare(straight, pieces)
-    assert all(0 <= r["router_overflow"] <= 1 - 15 / 40 for r in records)
-    if router == "threshold":
-        weights, _ = read_safetensors(list_checkpoints(pieces)[-1][1])
-        cutoff, steps = weights["latent.router.cutoff"]
-        assert steps == 9
-        assert records[-1]["router_cutoff"] == pytest.approx(1 / (1 + math.exp(-cutoff)))
-        assert Decoder(model).cutoff.item() == cutoff
 
 
 @SLOW

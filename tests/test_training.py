@@ -16,13 +16,12 @@ from tinygrad.helpers import Context
 from tinygrad.uop.ops import Ops
 
 from pico_tg.backend.precision import graph_context
-from pico_tg.backend.runtime import jit_method, write_into
+from pico_tg.backend.runtime import jit_method
 from pico_tg.config import TrainSettings
 from pico_tg.data import SEQ_END, SEQ_START, DataSpec, load_data
 from pico_tg.evaluation import Validation
 from pico_tg.files import PicoError
 from pico_tg.model import Pico, inputs_and_targets, loss_fn
-from pico_tg.routing import TOP_K_STEPS
 from pico_tg.training import TrainStep, learning_rate, train
 
 SLOW = pytest.mark.slow
@@ -205,47 +204,17 @@ def test_a_gradient_that_is_not_finite_changes_nothing(optimizer):
     assert all(np.array_equal(before[k], after[k], equal_nan=True) for k in before)
 
 
-def test_the_cutoff_is_a_running_average():
-    """No bias to 0; at first over a tenth of the steps, later with the decay of the paper."""
-    step = TrainStep(with_router("threshold"), TrainSettings(optimizer="adamw"))
-    cutoff = step.model.latent.router.cutoff
-    assert all(p is not cutoff for p in step.parameters)
-    for t in range(1, 201):
-        step._update_cutoff(5.0 + t)  # drifting logits
-    lag = 205 - cutoff.numpy()[0]
-    assert 10 < lag < 20
-    assert cutoff.numpy()[1] == 200
-    write_into(cutoff, np.array([1.0, 20_000], np.float32))
-    step._update_cutoff(2.0)
-    assert cutoff.numpy()[0] == pytest.approx(0.999 * 1 + 0.001 * 2, abs=1e-6)
-    write_into(cutoff, np.zeros(2, np.float32))
-    step._update_cutoff(3.0)
-    assert cutoff.numpy().tolist() == [3.0, 1.0]
-
-
 @SLOW
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_threshold_steps(accumulation):
-    """What steps return: capacity-th largest logit and overflow; which steps change the cutoff."""
-    model = with_router("threshold")
+def test_overflow_of_a_rule(accumulation):
+    """The share of the bytes that a rule selects beyond the capacity, 10 of 40."""
     settings = TrainSettings(optimizer="adamw", grad_accumulation_steps=accumulation)
-    step, cutoff = TrainStep(model, settings), model.latent.router.cutoff
-    windows = batch(np.random.default_rng(2), accumulation, 2, 40 + CONFIG.next_tokens)
-    logits = [model(Tensor(w[:, :40]))[1].numpy() for w in windows]
-    expected = np.mean([np.sort(z, axis=1)[:, -10] for z in logits])
+    step = TrainStep(with_router("space"), settings)
+    windows = np.zeros((accumulation, 2, 40 + CONFIG.next_tokens), np.uint8)
+    windows[:, :, ::2] = 97  # each second byte follows a letter
     losses = step(windows, 1e-2)
-    assert losses[5] == pytest.approx(expected, abs=1e-5)
-    assert losses[4] == 0  # top-k fills no more than the slots
-    np.testing.assert_allclose(cutoff.numpy(), [expected, 1], atol=1e-5)
-
-    write_into(cutoff, np.array([-100, TOP_K_STEPS], np.float32))  # selects every byte
-    losses = step(windows, 1e-2)
-    assert losses[3] == 1
-    assert losses[4] == pytest.approx((40 - 15) / 40)  # 15 slots: 1.5 times a capacity of 10
-    before = cutoff.numpy().copy()
-    model.norm.weight.assign(model.norm.weight * math.nan).realize()
-    assert step(windows, 1e-2)[-1] == 0
-    np.testing.assert_array_equal(cutoff.numpy(), before)
+    assert losses[3] == pytest.approx(20 / 40)
+    assert losses[4] == pytest.approx((20 - 10) / 40)
 
 
 @SLOW
@@ -383,7 +352,7 @@ TWO = ("CPU", "CPU:1")
 
 @SLOW
 @pytest.mark.skipif(Device.DEFAULT != "CPU", reason="compares two CPU devices")
-@pytest.mark.parametrize("router", ["learned", "threshold", "ratio"])
+@pytest.mark.parametrize("router", ["learned", "space"])
 def test_two_devices_are_the_same_as_one(router):
     """With AdamW. SOAP is tested alone: it turns rounding into whole steps where a gradient is
     of low rank, as those of so few letters are."""
@@ -395,14 +364,8 @@ def test_two_devices_are_the_same_as_one(router):
     two = TrainStep(with_router(router), settings, TWO)
     assert {p.device for p in two.parameters} == {TWO}
     for number, windows in enumerate(batches):
-        if router == "threshold" and number == 2:  # after two steps with top-k
-            for step in (one, two):
-                cutoff = np.array([0.1, TOP_K_STEPS], np.float32)
-                write_into(step.model.latent.router.cutoff, cutoff)
         losses, shared = (step(windows, 1e-2, router_warmup=number < warmup) for step in (one, two))
         np.testing.assert_allclose(losses, shared, rtol=0, atol=2e-5)
-    if router == "threshold":
-        assert losses[4] > 0  # more bytes are above the cutoff than have a slot
     for name, value in weights(one.model).items():
         np.testing.assert_allclose(value, weights(two.model)[name], rtol=0, atol=1e-4, err_msg=name)
 

@@ -11,9 +11,6 @@ trained for as many steps as that budget pays for. Every result is appended to -
 JSON lines; the models and runs go into a folder of the same name, for `pico_tg run`, `eval` and
 `plot`. A repeated command continues an interrupted training, and trains only what is missing.
 Decoding speed is measured last, one model at a time; --sample-bytes 0 skips it.
-
-FLOPs are counted at the capacity. `threshold` and `ratio` compute slots for 1.5 times the capacity,
-so that their steps cost more than the budget says.
 """
 
 import argparse
