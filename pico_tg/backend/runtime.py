@@ -116,12 +116,16 @@ def _silent_stderr() -> Iterator[None]:
         os.close(nowhere)
 
 
-def has_cpu_kernels(device: str | tuple[str, ...]) -> bool:
-    """Whether matmul, attention and decoding on `device` use the hand-scheduled kernels of cpu/.
+def cpu_kernels(device: str | tuple[str, ...]) -> ModuleType | None:
+    """`cpu.kernels`, the hand-scheduled kernels of cpu/, if they serve `device`.
 
-    False on several devices, with PICO_KERNELS=0, and without the folder cpu/.
+    None on several devices, with PICO_KERNELS=0, and without the folder cpu/.
     """
-    return cpu is not None and cpu.enabled(device)
+    if cpu is None or not cpu.enabled(device):
+        return None
+    from ..cpu import kernels
+
+    return kernels
 
 
 def write_into(x: Tensor, values: np.ndarray) -> None:
