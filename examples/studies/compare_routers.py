@@ -32,6 +32,7 @@ from pico_tg.config import ROUTERS
 from pico_tg.costs import training_flops
 from pico_tg.runs import read_metrics
 from pico_tg.tools.plot import COLORS, Line, Panel, svg
+from pico_tg.tools.router_report import router_report
 
 CONTEXT_LEN, BATCH_SIZE = 512, 4
 HERE = Path(__file__).parent
@@ -164,7 +165,7 @@ def train_and_evaluate(variant: Variant, seed: int) -> dict:
             (record["step"] / variant.steps, record["validation_bits_per_byte"])
             for record in measured
         ],
-        "evaluation": evaluation.as_dict(),
+        "evaluation": evaluation.as_dict() | router_report(evaluation).as_dict(),
     }
 
 

@@ -56,6 +56,7 @@ from .report import (
     printable,
     surprisal_line,
 )
+from .router_report import passage, router_report
 from .terminal import (
     StopSignals,
     TrainingDisplay,
@@ -288,30 +289,32 @@ def command_eval(args: argparse.Namespace) -> int:
     data = load_whole(spec) if options["split"] == "all" else load_data(spec)
     model = load(args.path, args.run, args.checkpoint)
     say(describe_backend())
-    passage = PASSAGE if args.html else 0
-    measured = evaluate(model, data, passage=passage, progress=True, **options)
+    measured = evaluate(model, data, progress=True, **options)
+    report = router_report(measured)
     title = f"{model_name(args.path)}, run {args.run}"
     facts = {"step": int(checkpoint.stem), "data": spec.dataset, "split": options["split"]}
     try:
         if args.json:
-            put(json.dumps(facts | measured.as_dict(), indent=2) + "\n")
+            put(json.dumps(facts | measured.as_dict() | report.as_dict(), indent=2) + "\n")
         else:
             part = "all" if facts["split"] == "all" else f"{facts['split']} data"
             put(f"{title}, step {facts['step']}: {part} of {spec.dataset}\n\n")
-            put(describe_evaluation(measured) + "\n")
+            put(describe_evaluation(measured, report) + "\n")
     finally:  # write the page even if standard output cannot be written
         if args.html:
-            near = measured.boundaries["near"]
+            near = report.boundaries["near"]
             shown = facts | {
                 "bits per byte": f"{measured.bits_per_byte:.3f}",
                 "without latent blocks": f"{measured.bits_per_byte_without_latent:.3f}",
                 "router rate": f"{measured.router_rate:.1%}",
-                "surprisal after routed bytes / mean": surprisal_line(measured),
+                "surprisal after routed bytes / mean": surprisal_line(report),
                 "within one byte of a boundary": (
                     f"F1 {near.router.f1:.3f}, at random {near.random.f1:.3f}"
                 ),
             }
-            page = html_page(b"", measured.passage, title, shown, name="Passage", surprisal=True)
+            page = html_page(
+                b"", passage(measured, PASSAGE), title, shown, name="Passage", surprisal=True
+            )
             write_page(args.html, page)
             say(f"wrote {args.html}")
     return 0
