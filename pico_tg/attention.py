@@ -13,7 +13,7 @@ from functools import partial
 
 from tinygrad import Tensor, dtypes
 
-from .backend.runtime import cpu_kernels
+from .backend.cpu_kernels import cpu_kernels
 from .matmul import matmul
 from .ops import fractional_products
 

@@ -10,7 +10,7 @@ import numpy as np
 from tinygrad import Tensor
 
 from .attention import alibi_slopes, rotate
-from .backend.runtime import cpu_kernels
+from .backend.cpu_kernels import cpu_kernels
 from .config import Config
 from .matmul import round_up
 from .model import RMS_EPS, Attention, Linear, RMSNorm

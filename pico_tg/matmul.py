@@ -2,7 +2,7 @@
 
 A matmul is computed by the first of these that accepts its sizes and device:
 
-- `cpu.matmul.gemm`, hand-scheduled kernels (see `backend.runtime.cpu_kernels`);
+- `cpu.matmul.gemm`, hand-scheduled kernels (see `backend.cpu_kernels`);
 - `_tensor_core_gemm`, from factors padded to whole tiles, in a form that maps to tensor cores;
 - tinygrad's own `@`.
 
@@ -15,8 +15,9 @@ from collections.abc import Callable
 
 from tinygrad import Tensor, UOp, dtypes, function
 
+from .backend.cpu_kernels import cpu_kernels
 from .backend.precision import BF16, has_tensor_cores, rounded_factor
-from .backend.runtime import DType, cpu_kernels, without_views
+from .backend.runtime import DType, without_views
 from .ops import materialize
 
 Gemm = Callable[..., Tensor]  # (a, b, M, N, L, trans_a, trans_b) -> [Z, M, N]; see `_plain_gemm`

@@ -8,12 +8,12 @@ import functools
 
 from tinygrad import Context, Device, Tensor, UOp, dtypes, function
 
+from .backend.cpu_kernels import cpu_kernels
 from .backend.runtime import (
     AxisType,
     KernelInfo,
     Opt,
     OptOps,
-    cpu_kernels,
 )
 
 

@@ -7,11 +7,11 @@ from tinygrad import Context, Device, Tensor, TinyJit
 
 import pico_tg.matmul as matmuls
 from pico_tg.attention import banded_attention
-from pico_tg.backend.runtime import cpu_kernels
+from pico_tg.backend.runtime import has_cpu_kernels
 from pico_tg.cpu import band_attention, loops, matmul
 
 pytestmark = pytest.mark.skipif(
-    not cpu_kernels(Device.DEFAULT), reason="needs the hand-scheduled CPU kernels"
+    not has_cpu_kernels(Device.DEFAULT), reason="needs the hand-scheduled CPU kernels"
 )
 
 

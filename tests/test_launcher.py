@@ -20,7 +20,7 @@ from pico_tg import decoder
 from pico_tg.cpu import decoding, launcher
 from pico_tg.kv_cache import PackedLinear
 from pico_tg.matmul import linear
-from pico_tg.model import Pico
+from pico_tg.model import Linear, Pico
 
 pytestmark = pytest.mark.skipif(
     not Device.DEFAULT.startswith("CPU") or launcher._launcher() is None,
@@ -277,7 +277,9 @@ def test_packed_matmul_on_several_threads(graph_of, monkeypatch, rows, tile_m):
     monkeypatch.setattr(decoding, "tile_m", lambda: tile_m)
     rng = np.random.default_rng(0)
     weight, x = (Tensor(rng.standard_normal(s).astype(np.float32)) for s in ((128, 52), (rows, 52)))
-    linear = PackedLinear(weight.realize())
+    layer = Linear(52, 128)
+    layer.weight = weight.realize()
+    linear = PackedLinear(layer)
     x = x.realize()
     found = []
     for cores in (1, 2):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from references import assert_close, build
 from tinygrad import Tensor, dtypes, nn
 
-from pico_tg import ops
+from pico_tg import matmul
 from pico_tg.config import Config
 from pico_tg.model import Pico, loss_fn
 from pico_tg.ops import cross_entropy
@@ -87,7 +87,7 @@ def test_training_on_odd_configurations(config, B, N):
 
 @pytest.mark.slow
 def test_training_with_cpu_kernels_for_every_product(monkeypatch):
-    monkeypatch.setattr(ops, "SMALL", 0)
+    monkeypatch.setattr(matmul, "SMALL", 0)
     compare_training(ODD, 2, 37)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from tinygrad import Context, Device, Tensor, dtypes
 
-from .runtime import ALLOW_TF32, JIT, USE_TC, ContextVar, DType, cpu_kernels
+from .runtime import ALLOW_TF32, JIT, USE_TC, ContextVar, DType, has_cpu_kernels
 
 if TYPE_CHECKING:
     from ..config import TrainSettings
@@ -51,7 +51,7 @@ def rounded_factor(x: Tensor, to_bf16: bool) -> Tensor:
         return x
     rounded = x.cast(dtypes.bfloat16)
     # x + (rounded - x): a cast to float32 and back would also round the gradient
-    return x + (rounded.float() - x).detach() if cpu_kernels(x.device) else rounded
+    return x + (rounded.float() - x).detach() if has_cpu_kernels(x.device) else rounded
 
 
 def choose_precision(precision: str, devices: tuple[str, ...] = ()) -> str:

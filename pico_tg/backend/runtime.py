@@ -116,16 +116,12 @@ def _silent_stderr() -> Iterator[None]:
         os.close(nowhere)
 
 
-def cpu_kernels(device: str | tuple[str, ...]) -> ModuleType | None:
-    """`cpu.kernels`, the hand-scheduled kernels of cpu/, if they serve `device`.
+def has_cpu_kernels(device: str | tuple[str, ...]) -> bool:
+    """Whether matmul, attention and decoding on `device` use the hand-scheduled kernels of cpu/.
 
-    None on several devices, with PICO_KERNELS=0, and without the folder cpu/.
+    False on several devices, with PICO_KERNELS=0, and without the folder cpu/.
     """
-    if cpu is None or not cpu.enabled(device):
-        return None
-    from ..cpu import kernels
-
-    return kernels
+    return cpu is not None and cpu.enabled(device)
 
 
 def write_into(x: Tensor, values: np.ndarray) -> None:

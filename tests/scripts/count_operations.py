@@ -12,7 +12,7 @@ from tinygrad.engine.realize import compile_linear, estimate_uop
 from tinygrad.uop.ops import Ops
 
 from pico_tg import Config, Pico, loss_fn
-from pico_tg.backend.runtime import cpu_kernels
+from pico_tg.backend.runtime import has_cpu_kernels
 from pico_tg.cpu import launcher
 
 sizes, lengths = json.loads(sys.argv[1])
@@ -22,7 +22,7 @@ parameters = nn.state.get_parameters(model)
 launcher.serves()  # compiles the launcher, before nothing is compiled any more
 Device[Device.DEFAULT].renderer.compiler.compile_cached = lambda source: b""
 found = {}
-for length in lengths if cpu_kernels(Device.DEFAULT) else ():
+for length in lengths if has_cpu_kernels(Device.DEFAULT) else ():
     x = Tensor.empty(1, length, dtype="uint8")
     targets = Tensor.empty(1, length, config.next_tokens, dtype="uint8")
     with Tensor.train():
