@@ -10,16 +10,11 @@ import itertools
 from collections.abc import Callable
 
 from tinygrad import Tensor, UOp
+from tinygrad.function import pm_transform_unique_const
+from tinygrad.schedule.rangeify import resolve_function
+from tinygrad.uop.ops import Ops, PatternMatcher, UPat, graph_rewrite
 
 from .precision import RECOMPUTE
-from .runtime import (
-    Ops,
-    PatternMatcher,
-    UPat,
-    graph_rewrite,
-    pm_transform_unique_const,
-    resolve_function,
-)
 
 # slots of PARAMs while a block is traced: numbers that no function inside the block uses
 UPSTREAM_SLOT, INPUT_SLOT, SAVED_SLOT = 999_999, 1_000_000, 2_000_000

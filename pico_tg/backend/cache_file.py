@@ -13,7 +13,8 @@ import sqlite3
 import sys
 import threading
 
-from .runtime import CACHELEVEL, helpers
+from tinygrad import helpers
+from tinygrad.helpers import CACHELEVEL
 
 
 def share_cache_file() -> None:
