@@ -39,7 +39,7 @@ from typing import Any
 import tinygrad.engine.jit
 import tinygrad.engine.realize
 import tinygrad.schedule
-from tinygrad import Device
+from tinygrad import Device, helpers
 from tinygrad.codegen import to_program
 from tinygrad.engine.jit import TinyJit
 from tinygrad.helpers import BEAM, CACHELEVEL, CPU_COUNT, DEBUG, Context, ContextVar, getenv
@@ -197,17 +197,17 @@ def _processor() -> str:
 
 
 def _read(table: str, key: str) -> UOp | None:
-    value = cache_file.read(table, key)
-    if value is not None:
-        with contextlib.suppress(Exception):  # damaged: unpickling raises anything
-            found = pickle.loads(value)
-            return found if isinstance(found, UOp) else None
+    value = helpers.diskcache_get(table, key)
+    with contextlib.suppress(Exception):  # None, or damaged: unpickling raises anything
+        found = pickle.loads(value)
+        return found if isinstance(found, UOp) else None
     return None
 
 
 def _write(table: str, key: str, value: UOp) -> None:
     if CACHELEVEL >= 1:
-        cache_file.write(table, key, pickle.dumps(value))
+        # bytes, which are quickly unpickled to see whether they are damaged (cache_file.py)
+        helpers.diskcache_put(table, key, pickle.dumps(value))
 
 
 # Worker
@@ -230,7 +230,7 @@ def _use_worker(linear: UOp, beam: int) -> None:
     missing = {}
     for ast in asts:
         key = _kernel_key(ast, renderer)
-        if key not in _programs and not cache_file.contains("pico_kernels", key):
+        if key not in _programs and helpers.diskcache_get("pico_kernels", key) is None:
             missing[key] = ast
     if len(missing) >= MIN_FOR_WORKER:
         with contextlib.suppress(OSError):  # no process can be started: this one compiles all

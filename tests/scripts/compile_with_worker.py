@@ -33,7 +33,7 @@ made.clear()
 def count_kept() -> int:
     with sqlite3.connect(os.environ["CACHEDB"]) as file:
         try:
-            return file.execute("SELECT count(*) FROM pico_kernels").fetchone()[0]
+            return file.execute("SELECT count(*) FROM pico_kernels_22").fetchone()[0]
         except sqlite3.OperationalError:  # no such table
             return 0
 
