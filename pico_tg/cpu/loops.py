@@ -184,7 +184,3 @@ def tile_m() -> int:
 def even_threads(iterations: int) -> int:
     """The largest number of threads, at most CPU_COUNT, that divides `iterations`."""
     return next(t for t in range(CPU_COUNT.value, 0, -1) if iterations % t == 0)
-
-
-def round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
