@@ -96,12 +96,15 @@ def test_the_user_is_obeyed(dev):
     ],
 )
 def test_the_command_line_says_what_cannot_be_used(variables, words, tmp_path):
-    """Status 2 and one line; --version works."""
+    """Status 2 and one line."""
     done = python("-m", "pico_tg", "info", str(tmp_path), **variables)
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
     assert re.search(f"cannot compute.*{words}", line)
-    assert python("-m", "pico_tg", "--version", **variables).returncode == 0
+
+
+def test_the_version_needs_no_device():
+    assert python("-m", "pico_tg", "--version", DEV="FOO").returncode == 0
 
 
 def test_a_malformed_dev_is_named():

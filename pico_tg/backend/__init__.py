@@ -1,4 +1,7 @@
-"""What tinygrad 0.13 lacks or hides. Importing it chooses the device that computes."""
+"""What tinygrad 0.13 lacks or hides; README.md lists its defects, each with a test.
+
+The import chooses the device that computes.
+"""
 
 import os
 

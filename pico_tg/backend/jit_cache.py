@@ -67,7 +67,7 @@ class Schedules(dict):
         """The schedule of the graph with this key; `default` if no schedule is cached."""
         if graph not in self:
             schedule = _read("pico_schedules", _key(graph))
-            if schedule is None or _has_numbered_buffers(schedule):
+            if schedule is None:
                 return default
             super().__setitem__(graph, schedule)
         return self[graph]
