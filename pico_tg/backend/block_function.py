@@ -55,7 +55,7 @@ class BlockFunction:
         graph = UOp.maketuple(out.uop, *[g.uop for g in gradients]).substitute(params)
         graph = graph_rewrite(graph, _inline_functions)
         # tinygrad 0.13 numbers constants uniquely: number them from 0 in each trace, so that equal
-        # graphs are scheduled once
+        # graphs are scheduled once (test_block_function.test_equal_blocks_have_equal_graphs)
         graph = graph_rewrite(graph, pm_transform_unique_const, ctx=(None, itertools.count(0)))
         out, *gradients = graph.src
         x, *weights = params.values()

@@ -82,7 +82,7 @@ def without_views(x: Tensor) -> Tensor:
 
     After two reshapes, tinygrad 0.13 passes a view of the buffer to a custom kernel. TinyJit's
     memory planner does not see views and reuses the buffer while the kernel still needs it: SOAP's
-    gradients were overwritten (test_ops.test_factors_keep_their_memory_in_a_jit).
+    gradients were overwritten (test_ops.test_a_gram_matrix_of_one_panel_in_a_jit).
     """
     base = x.uop.base
     if base.op is not Ops.BUFFER or base.numel() != x.numel():

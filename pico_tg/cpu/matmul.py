@@ -126,7 +126,7 @@ def tiled_matmul(
         threads = min(SHARES * threads, loops[shared])
     nest = LoopNest(out, *inputs, threads=threads)
     zero = nest.broadcast(0.0)
-    # tinygrad 0.13 renders no loop of one iteration
+    # tinygrad 0.13 renders no loop of one iteration (test_cpu.test_products_on_other_processors)
     looped = L - L % UNROLL if L >= 2 * UNROLL else 0
 
     def add_tiles(first: int, iterations: int, height: int) -> None:
