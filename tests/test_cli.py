@@ -25,7 +25,6 @@ from pico_tg.safetensors import read_safetensors, write_safetensors
 from pico_tg.tools import cli
 
 TINY = helpers.TINY.to_dict()
-SCRIPTS = Path(__file__).parent / "scripts"
 
 
 @pytest.fixture(autouse=True)
@@ -953,17 +952,6 @@ def test_broken_pipe_is_quiet(output, trained):
     assert process.wait(timeout=600) == 0, err
     assert "Traceback" not in err
     assert "Broken" not in err
-
-
-@pytest.mark.parametrize("module", ["pico_tg.model", "pico_tg.tools.cli"])
-def test_ctrl_c_during_the_imports(module):
-    """A finder of modules presses it when `module` is looked for."""
-    paths = [str(SCRIPTS / "press_ctrl_c"), str(Path(cli.__file__).parents[2])]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PRESS_CTRL_C_AT": module}
-    done = subprocess.run(
-        [sys.executable, "-m", "pico_tg", "--version"], env=env, capture_output=True, text=True
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 @pytest.mark.slow

@@ -20,7 +20,6 @@ from ..backend.device import (
     check_backend,
     describe_backend,
     enable_compile_cache,
-    kernel_search,
     parse_devices,
 )
 from ..checkpoint import list_checkpoints, load_config
@@ -527,8 +526,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         enable_compile_cache()
         check_backend()
-        with kernel_search(getattr(args, "beam", None)):
-            return COMMANDS[args.command](args)
+        return COMMANDS[args.command](args)
     except BrokenPipeError:  # the reader of the output closed it
         drop_output()
         return 0

@@ -55,11 +55,6 @@ def build_parser(functions: dict[str, Callable]) -> Parser:
 
     path = shared("path", metavar="PATH", type=path_name, help="folder of the model")
     run = shared("run", metavar="RUN", help="name of the training run")
-    beam = shared(
-        "--beam", type=int, metavar="N",
-        help="let tinygrad search schedules for its kernels, N candidates at a time: slow the "
-        "first time, then cached; by default, no search",
-    )  # fmt: skip
     as_json = shared("--json", action="store_true", help="print JSON instead of text")
     checkpoint = shared(
         "--checkpoint", type=checkpoint_name, default=-1, metavar="N",
@@ -71,13 +66,13 @@ def build_parser(functions: dict[str, Callable]) -> Parser:
     init.add_argument("--preset", choices=PRESETS, default="xs", help="start from these sizes")
     add_fields(init, Config, defaults=PRESETS["xs"], label="xs")
 
-    training = add("train", "train a model on text", path, run, beam)
+    training = add("train", "train a model on text", path, run)
     add_train_options(training)
 
     evaluating = add("eval", "measure a trained model on text", path, run, checkpoint, as_json)
     add_eval_options(evaluating)
 
-    running = add("run", "write text with a trained model", path, run, checkpoint, beam)
+    running = add("run", "write text with a trained model", path, run, checkpoint)
     add_run_options(running)
 
     informing = add("info", "sizes and costs of a model, checkpoints of a run", path, as_json)
@@ -89,7 +84,7 @@ def build_parser(functions: dict[str, Callable]) -> Parser:
         "--output", type=path_name, metavar="FILE", help="SVG to write (default: PATH/RUN-RUN.svg)"
     )
 
-    measuring = add("bench", "measure the speed of this machine", as_json, beam)
+    measuring = add("bench", "measure the speed of this machine", as_json)
     add_bench_options(measuring)
     return parser
 
