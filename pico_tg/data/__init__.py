@@ -12,10 +12,11 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ..files import PicoError
+from ..files import PicoError, differences
 from .cache import SEQ_END, SEQ_START, Corpus, cached, digest
 from .formats import format_of, reason
 from .hub import hub_splits
@@ -43,9 +44,12 @@ __all__ = [
     "Data",
     "DataSpec",
     "Windows",
+    "describe_data",
     "has_validation",
     "load_data",
     "load_whole",
+    "open_data",
+    "stored_spec",
 ]
 
 HELD_OUT = 0.05  # of the bytes, by default
@@ -129,6 +133,51 @@ def _same_data(label: str) -> PicoError:
         f"{label} is to be both the training and the validation data; to hold out the end of the "
         "data instead, give no validation file or split"
     )
+
+
+# The data of a run --------------------------------------------------------------------------------
+
+
+def stored_spec(stored: dict[str, Any], run: Path) -> DataSpec:
+    """The data of a run, from its training.json. Raises PicoError if the entry is broken."""
+    try:
+        return DataSpec(**stored["dataset"])
+    except TypeError as error:
+        raise PicoError(f"{run}/training.json is broken: dataset: {error}") from error
+
+
+def open_data(
+    dataset: str | os.PathLike | DataSpec | Data | None,
+    stored: dict[str, Any],
+    run: Path | None,
+    progress: bool,
+) -> Data:
+    """The data to train on; by default those of the run to resume, whose training.json is `stored`.
+
+    Raises PicoError if that run was trained on other data; the path of the same data may differ.
+    """
+    if isinstance(dataset, str | os.PathLike):
+        dataset = DataSpec(dataset)
+    before = stored_spec(stored, run) if stored else DataSpec()
+    if dataset is None:
+        dataset = before
+    elif isinstance(dataset, DataSpec) and dataset.dataset == before.dataset:
+        revision = dataset.revision or before.revision  # the hub may have a newer one
+        dataset = dataclasses.replace(dataset, revision=revision)
+    data = dataset if isinstance(dataset, Data) else load_data(dataset, progress=progress)
+    described = describe_data(data)
+    if not stored or described["fingerprints"] == stored["fingerprints"]:
+        return data
+    if changed := differences(stored["dataset"], described["dataset"]):
+        raise PicoError(f"{run} was trained on other data: {changed}")
+    raise PicoError(f"the data of {run} have changed since; train a new RUN on them")
+
+
+def describe_data(data: Data) -> dict[str, Any]:
+    """The entries of training.json about the data."""
+    spec = data.spec.absolute()  # so that the run can be resumed from any folder
+    fingerprints = [data.train.fingerprint, data.validation.fingerprint]
+    return {"dataset": dataclasses.asdict(spec), "data": data.note, "fingerprints": fingerprints}
 
 
 # What a DataSpec names ----------------------------------------------------------------------------
