@@ -16,7 +16,7 @@ def test_python_docs():
 
     loaded = load("python-docs")
     assert all_documents(loaded) == [topics[name].encode() for name in sorted(topics)]
-    assert "python-docs" in loaded.note
+    assert "from python-docs; validating on the end of python-docs" in loaded.note
     assert "\n" not in loaded.note
     share = len(loaded.validation.bytes) / (len(loaded.train.bytes) + len(loaded.validation.bytes))
     assert 0.02 < share < 0.1

@@ -15,10 +15,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from helpers import all_documents, as_rows, check_error, load, split_up, write_jsonl, write_parquet
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from pico_tg.data import SEQ_END, SEQ_START, formats
+from pico_tg.data import SEQ_END, SEQ_START, DataSpec, formats, load_whole
 from pico_tg.files import PicoError
 
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -149,7 +149,7 @@ def test_readers_equal_those_of_datasets(kind, tmp_path):
     ("content", "expected"),
     [
         (b'[{"text": "a"}, {"text": "b"}]', [b"a", b"b"]),
-        (b'{"text":\n"a"}\n{"text":\n"b"}\n', [b"a", b"b"]),
+        (b'\n{\n"text": "a\\nb"\n}\n', [b"a\nb"]),
         (b'\xef\xbb\xbf{"text": "a"}\n{"text": "b"}\n', [b"a", b"b"]),
         (b'{"n": 1}\r\n\r\n{"text": "a"}\r\n{"more": 2, "text": "b"}', [b"a", b"b"]),
         (b'{"text": "2020-01-01"}\n{"text": "\\ud83d\\ude42"}\n', [b"2020-01-01", "🙂".encode()]),
@@ -159,7 +159,7 @@ def test_readers_equal_those_of_datasets(kind, tmp_path):
 def test_forms_of_json(content, expected, suffix, tmp_path):
     path = tmp_path / f"a.{suffix}"
     path.write_bytes(content)
-    assert all_documents(load(path)) == expected
+    assert split_up(load_whole(DataSpec(path))) == expected
 
 
 def test_column_of_each_json_row(tmp_path):
@@ -237,22 +237,22 @@ def test_json_list_of_dates_stays_text(tmp_path):
     assert all_documents(load(path)) == [b"2020-01-01", b"2021-02-03"]
 
 
-@settings(max_examples=40)
-@given(st.lists(st.text(max_size=9), min_size=1), st.integers(1, 40), st.sampled_from([None, 1]))
-def test_json_list_across_every_chunk_boundary(texts, chunk, indent):
-    content = json.dumps([{"n": {}, "text": text} for text in texts], indent=indent)
-    with mock.patch.object(formats, "CHUNK", chunk):
-        read = formats.read_json(io.BytesIO(content.encode()), "a.json", None, ignore)
-        assert [piece for piece, _ in read] == [text.encode() for text in texts if text]
-
-
 @pytest.mark.parametrize(
-    "content",
-    ['[{"text": "a"}', '[{"text": "a"} {"text": "b"}]', '[{"text": "a"}] x', '[{"text": "'],
+    ("content", "match"),
+    [
+        ('[{"text": "a"}', "JSON parse error: Expecting ',' delimiter: line 1 column 15"),
+        ('[{"text": "a"} {"text": "b"}]', "JSON parse error: Expecting ',' delimiter"),
+        ('[{"text": "a"}, 4]', "JSON parse error in record 2: it is no object"),
+        ('[{"text": "a"}] x', "several values that are not one a line; write each object on a"),
+        ('{"text":\n"a"}\n{"text":\n"b"}\n', "several values that are not one a line; write"),
+        ('[{"text": "' + "a" * 100, "more than 100 bytes; write each object on a line of its own"),
+    ],
 )
-def test_broken_json_list(content, tmp_path, cache):
-    (tmp_path / "a.json").write_text(content)
-    check_error(cache, "cannot read .*a.json: JSON parse error", tmp_path / "a.json")
+def test_json_that_is_not_read(content, match, tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(formats, "MAX_JSON_VALUE", 100)
+    for name in ("a.json", "a.jsonl"):
+        (tmp_path / name).write_text(content)
+        check_error(cache, f"cannot read .*{name}: .*{match}", tmp_path / name)
 
 
 def test_deeply_nested_json(tmp_path, cache):
@@ -276,7 +276,7 @@ def test_utf16_is_said(tmp_path, cache):
 def test_unreadable_files(tmp_path, cache):
     for name, content, match in [
         ("bad.jsonl", b'{"text": "a"}\n{"text": oops\n', "cannot read .*bad.jsonl: JSON parse"),
-        ("bad.json", b"[1, 2", "bad.json holds int in place of rows"),
+        ("bad.json", b"[1, 2]", "bad.json holds int in place of rows"),
         (
             "utf8.jsonl",
             b'{"text": "a"}\n{"text": "\xff"}\n',
