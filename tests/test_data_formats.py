@@ -19,7 +19,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pico_tg.data import SEQ_END, SEQ_START, DataSpec, formats, load_whole
-from pico_tg.files import PicoError
 
 SCRIPTS = Path(__file__).parent / "scripts"
 
@@ -261,16 +260,24 @@ def test_deeply_nested_json(tmp_path, cache):
     check_error(cache, "deep.jsonl: JSON parse error: a row is nested too deeply", path)
 
 
-def test_utf16_is_said(tmp_path, cache):
+@pytest.mark.parametrize(
+    ("content", "odd"),
+    [
+        ("für".encode() * 1000, None),
+        ("für".encode("latin-1"), "byte 0xfc is not valid UTF-8; convert the file to UTF-8"),
+        ("One.".encode("utf-16"), "byte 0xff is not valid UTF-8; convert the file to UTF-8"),
+        ("One.".encode("utf-16-le"), "holds NUL, as UTF-16 does; convert the file to UTF-8"),
+        (gzip.compress(b"One."), "byte 0x8b is not valid UTF-8; convert the file to UTF-8"),
+    ],
+)
+def test_text_that_is_none_is_said(content, odd, tmp_path):
+    """It is read to the byte all the same."""
     path = tmp_path / "a.txt"
-    path.write_text("One.\n", encoding="utf-16")
-    loaded = load(path)
-    assert all_documents(loaded) != [b"One.\n"]
-    assert "a.txt is UTF-16 and is read byte by byte; convert the file to UTF-8" in loaded.note
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "a"}', encoding="utf-16")
-    with pytest.raises(PicoError, match="byte 0xff is not valid UTF-8; convert the file"):
-        load(path)
+    path.write_bytes(content)
+    with mock.patch.object(formats, "CHUNK", 100):  # which ends within a character
+        loaded = load(path)
+    assert b"".join(all_documents(loaded)) == content
+    assert loaded.note.split("\n")[1:] == ([f"{path} is read byte by byte: {odd}"] if odd else [])
 
 
 def test_unreadable_files(tmp_path, cache):
@@ -287,6 +294,7 @@ def test_unreadable_files(tmp_path, cache):
         ("half.jsonl", b'{"text": "\\ud83d"}\n', "cannot read .*half.jsonl: .*surrogates"),
         ("bad.parquet", b"PAR1 nonsense", "cannot read .*bad.parquet: Parquet magic"),
         ("bad.csv", b"text\n\xff\xfe\n", "cannot read .*bad.csv"),
+        ("utf16.jsonl", '{"text": "a"}'.encode("utf-16"), "byte 0xff is not valid UTF-8; convert"),
         ("bad.pdf", b"%PDF", "the formats are .txt, .jsonl"),
         ("empty.txt", b"", "empty.txt holds no text"),
         ("markers.txt", b"\n<|endoftext|>\n", "markers.txt holds no text"),

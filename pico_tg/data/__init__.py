@@ -67,20 +67,21 @@ def load_data(spec: DataSpec, progress: bool = True) -> Data:
     folder, train = cached(found.train, progress)
     label, remarks = found.train.label, train.remarks
     if found.validation is None:
-        origin = f"the end of {label}{', which is one document' if train.documents == 1 else ''}"
+        alone = ", which is one document" if train.documents == 1 else ""
         train, validation = hold_out(label, folder, train, spec.validation_size)
+        held_out = f"the end of {label}{alone}: {_sizes(validation)}"
+        held_out += _files(validation) if len(found.train.files) > 1 else ""
     else:
         _, validation = cached(found.validation, progress)
-        origin = found.validation.label
-        if spec.validation_size is not None:
-            origin += " (so validation_size is not used)"
+        unused = "" if spec.validation_size is None else " (so validation_size is not used)"
+        held_out = f"{found.validation.label}{unused}: {_sizes(validation)}{_files(validation)}"
         remarks += validation.remarks
     if train.fingerprint == validation.fingerprint:
         raise PicoError(
             f"{label} and the validation data hold the same text; name other data to "
             "validate on, or none to hold out the end"
         )
-    note = [f"training on {_contents(train)}; validating on {origin}: {_contents(validation)}"]
+    note = [f"training on {_sizes(train)}{_files(train)}; validating on {held_out}"]
     if found.unused:
         note.append(f"not used: {'; '.join(found.unused)}")
     return Data(train, validation, "\n".join([*note, *remarks]), found.spec)
@@ -101,11 +102,14 @@ def has_validation(spec: DataSpec) -> bool:
     return spec.validation_size is not None or find(spec).validation is not None
 
 
-def _contents(corpus: Corpus) -> str:
+def _sizes(corpus: Corpus) -> str:
     documents = "1 document" if corpus.documents == 1 else f"{corpus.documents:,} documents"
+    return f"{len(corpus.bytes):,} bytes in {documents}"
+
+
+def _files(corpus: Corpus) -> str:
     names = [name for name, _ in corpus.files]
-    files = names[0] if len(names) == 1 else f"{len(names)} files ({listed(names)})"
-    return f"{len(corpus.bytes):,} bytes in {documents} from {files}"
+    return f" from {names[0] if len(names) == 1 else f'{len(names)} files ({listed(names)})'}"
 
 
 # The data of a run --------------------------------------------------------------------------------

@@ -192,7 +192,7 @@ def _python_docs(spec: DataSpec) -> Folder:
 
     unused = {}
     if os.path.exists(PYTHON_DOCS):
-        unused[f"./{PYTHON_DOCS}"] = "python-docs is part of Python; write ./ to name this folder"
+        unused[f"./{PYTHON_DOCS}"] = "python-docs is built into Python; ./ names this folder"
     splits = {"train": [File(PYTHON_DOCS, path, path)]}
     return Folder(PYTHON_DOCS, path.parent, None, splits, unused, fetch=fetch)
 
@@ -201,9 +201,9 @@ def _local_folder(spec: DataSpec) -> Folder:
     root = spec.path
     sizes = dict(_sizes(root, root))
     splits, unused = _by_name(spec.dataset, sizes, lambda name: _local_file(name, root / name))
-    if archives := [name for name in unused if unused[name] == ZIP]:
-        raise PicoError(f"{spec.dataset} holds {listed(archives)}; {ZIP}, or move it elsewhere")
     if spec.train_file is None:
+        if archives := [name for name in unused if unused[name] == ZIP]:
+            raise PicoError(f"{spec.dataset} holds {listed(archives)}; {ZIP}, or move it elsewhere")
         _check_card(spec.dataset, root, splits, "/")
     return Folder(spec.dataset, root, spec.column_name, splits, unused)
 

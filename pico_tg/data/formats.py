@@ -5,6 +5,7 @@ file in messages, and `remark` is called with each sentence that the user should
 """
 
 import bz2
+import codecs
 import csv
 import gzip
 import io
@@ -76,8 +77,14 @@ def read_text(file: BinaryIO, label: str, column: str | None, remark: Remark) ->
     is skipped. A file without a marker is one document, byte for byte. To bound memory, a run of
     more than CHUNK newlines counts as text.
     """
-    if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
-        remark(f"{label} is UTF-16 and is read byte by byte; convert the file to UTF-8")
+    head = file.read(CHUNK)
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)
+        odd = "holds NUL, as UTF-16 does; convert the file to UTF-8" if "\0" in text else ""
+    except UnicodeDecodeError as error:
+        odd = reason(error)
+    if odd:
+        remark(f"{label} is read byte by byte: {odd}")
     file.seek(0)
     # Remove the first document's leading newlines only if a marker follows, at any distance.
     split = file.read(1) in (b"\r", b"\n") and _has_marker(file)
