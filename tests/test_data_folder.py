@@ -376,8 +376,7 @@ def test_card_must_agree_with_the_names(tmp_path):
         CARD.replace("configs:", "configs: :"): "data/train-0.txt, more.txt, data/v",
     }.items():
         card.write_text(text)
-        folders = "data" if wrong.startswith("data") else "FOLDER"
-        way_out = f"name a folder of it, as in {folder}/{folders}, or files by train_file"
+        way_out = f"name a folder of it, as in {folder}/data, or files by train_file"
         with pytest.raises(PicoError, match=rf"or splits .* \({wrong}.*\); {way_out}") as caught:
             load(folder)
         assert "\n" not in str(caught.value)

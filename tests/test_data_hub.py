@@ -178,7 +178,7 @@ def test_card_must_agree_with_the_names(hub, home):
     hub.revisions[NEW] = hub.revisions[OLD] | {"more.jsonl": rows}
     refused, folder = load_all(home, hub, spec(), spec("owner/name:data"))
     assert "the README.md of owner/name declares configurations or splits" in refused["error"]
-    assert "(more.jsonl); name a folder of it, as in owner/name:FOLDER, or" in refused["error"]
+    assert "(more.jsonl); name a folder of it, as in owner/name:data, or" in refused["error"]
     assert folder["train"] == ["a"]
 
 

@@ -23,20 +23,9 @@ from .spec import PYTHON_DOCS, DataSpec
 from .windows import MAX_BATCH_BYTES, Windows
 
 __all__ = [
-    "MAX_BATCH_BYTES",
-    "SEQ_END",
-    "SEQ_START",
-    "Corpus",
-    "Data",
-    "DataSpec",
-    "Windows",
-    "describe_data",
-    "has_validation",
-    "load_data",
-    "load_whole",
-    "open_data",
-    "stored_spec",
-]
+    "MAX_BATCH_BYTES", "SEQ_END", "SEQ_START", "Corpus", "Data", "DataSpec", "Windows",
+    "describe_data", "has_validation", "load_data", "load_whole", "open_data", "stored_spec",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

@@ -310,7 +310,7 @@ def _check_card(place: str, root: Path, splits: dict[str, list[File]], joint: st
             declared |= {n: split for n in files for p in paths if fnmatch.fnmatchcase(n, p)}
     wrong = [f.name for name in splits for f in splits[name] if declared.get(f.name) != name]
     if wrong:
-        folder = wrong[0].rpartition("/")[0] or "FOLDER"
+        folder = next((name.rpartition("/")[0] for name in files if "/" in name), "FOLDER")
         raise PicoError(
             f"the README.md of {place} declares configurations or splits that are not read from "
             f"the names of the files ({listed(wrong)}); name a folder of it, as in "
