@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..config import documented, setting
 from ..files import PicoError
@@ -19,18 +20,17 @@ def _option(help: str) -> str | None:
 class DataSpec:
     """Which data to train and validate on. Raises PicoError on invalid options.
 
-    A path may be a pathlib.Path. Names of files and folders determine splits as in Hugging Face
-    `datasets`: a name with the word train or training is training data; valid, validation, val or
-    dev is validation data; test, testing, eval or evaluation is not used unless named explicitly.
-    Files without such a word are training data. Names that begin with a dot are ignored.
+    A path may be a pathlib.Path. A file or folder with the word train or training in its name is
+    training data; valid, validation, val or dev is validation data; test, testing, eval or
+    evaluation is not used unless named. Files without such a word are training data. Names that
+    begin with a dot are ignored.
     """
 
     dataset: str = setting(
         "python-docs (in Python itself); a file (.txt, .jsonl, .json, .csv, .tsv or .parquet, "
-        "possibly compressed: .gz, .bz2, .xz), or a .zip or a folder of such files; a saved "
-        "Hugging Face dataset; or a name on the Hugging Face hub, owner/name. A .txt is one "
-        "document, or several with <|endoftext|> between them. PATH:CONFIG and owner/name:CONFIG "
-        "name one of several configurations",
+        "possibly compressed: .gz, .bz2, .xz) or a folder of such files; or a name on the Hugging "
+        "Face hub, owner/name or owner/name:FOLDER. A .txt is one document, or several with "
+        "<|endoftext|> between them",
         PYTHON_DOCS,
         minimum=None,
     )
@@ -81,39 +81,12 @@ class DataSpec:
                 f"documents, not {size!r}"
             )
 
-    def path_and_config(self) -> tuple[str, str | None]:
-        """The path of a local `dataset`, and the configuration after a colon."""
-        path = os.path.expanduser(self.dataset)
-        folder, _, config = path.rpartition(":")
-        if not os.path.exists(path) and os.path.isdir(folder):
-            return folder, config
-        return path, None
+    @property
+    def path(self) -> Path:
+        """`dataset` as a local path."""
+        return Path(os.path.expanduser(self.dataset))
 
+    @property
     def is_local(self) -> bool:
         """Whether `dataset` is a file or folder; only data on the hub have a revision."""
-        path, _ = self.path_and_config()
-        return self.revision is None and self.dataset != PYTHON_DOCS and os.path.exists(path)
-
-    def beside(self, file: str) -> str | None:
-        """The path of `file` in the folder of a local dataset; None if there is no such file."""
-        path, _ = self.path_and_config()
-        path = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), file)
-        return path if self.is_local() and os.path.isfile(path) else None
-
-    def absolute(self) -> "DataSpec":
-        """The same data from any working directory: local paths become absolute.
-
-        A file beside the dataset keeps its name.
-        """
-        changes = {}
-        for name in ("train_file", "validation_file"):
-            file = getattr(self, name)
-            if file is not None and self.beside(file) is None:
-                file = os.path.abspath(os.path.expanduser(file))
-                if os.path.isfile(file):  # otherwise on the hub
-                    changes[name] = file
-        if self.is_local():
-            path, config = self.path_and_config()
-            path = os.path.abspath(path)
-            changes["dataset"] = path if config is None else f"{path}:{config}"
-        return dataclasses.replace(self, **changes)
+        return self.revision is None and self.dataset != PYTHON_DOCS and self.path.exists()

@@ -24,7 +24,7 @@ from ..backend.device import (
 )
 from ..checkpoint import list_checkpoints, load_config
 from ..config import Config, TrainSettings
-from ..data import DataSpec, has_validation, load_data, load_whole
+from ..data import DataSpec, has_validation, load_data, load_whole, stored_spec
 from ..decoder import Decoder
 from ..evaluation import check_options, evaluate
 from ..files import PicoError, atomic_write, check_writable, command
@@ -39,7 +39,6 @@ from ..runs import (
     read_description,
     read_metrics,
     run_folder,
-    stored_spec,
 )
 from ..training import train
 from .bench import bench_decode, bench_train, gemm_rate
