@@ -19,13 +19,12 @@ with quiet_interrupts():  # the imports take a second
     from .config import Config, TrainSettings
     from .data import DataSpec, load_data
     from .decoder import Decoder
-    from .evaluation import Evaluation, evaluate
+    from .evaluation import EvalSettings, Evaluation, evaluate
     from .files import PicoError
-    from .generation import GeneratedByte, Stats, generate
+    from .generation import GeneratedByte, SampleSettings, Stats, generate
     from .model import Pico, loss_fn
     from .optim.soap import SOAP
     from .runs import load
-    from .tools.info import describe
     from .training import train
 
 __all__ = [
@@ -33,13 +32,14 @@ __all__ = [
     "Config",
     "DataSpec",
     "Decoder",
+    "EvalSettings",
     "Evaluation",
     "GeneratedByte",
     "Pico",
     "PicoError",
+    "SampleSettings",
     "Stats",
     "TrainSettings",
-    "describe",
     "enable_compile_cache",
     "evaluate",
     "generate",

@@ -23,7 +23,16 @@ from tinygrad import Tensor, dtypes
 
 from .backend.precision import graph_context
 from .backend.runtime import exclusive, jit_method, on_devices
-from .config import PRECISIONS, RULES, TrainSettings
+from .config import (
+    PRECISIONS,
+    RULES,
+    TrainSettings,
+    check_fields,
+    documented,
+    field_help,
+    from_keywords,
+    setting,
+)
 from .data import MAX_BATCH_BYTES, Corpus, Data, DataSpec, load_data, load_whole
 from .files import PicoError
 from .generation import GeneratedByte
@@ -266,39 +275,58 @@ class Evaluation:
         return values
 
 
+@documented
+@dataclass(frozen=True)
+class EvalSettings:
+    """How `evaluate` measures a text. Raises PicoError on an impossible value."""
+
+    split: str = setting(
+        "validation (held out of train if the data has none), train, or all: both of them",
+        "validation",
+        choices=SPLITS,
+    )
+    max_bytes: int | None = setting(
+        "measure only the first N bytes, wrapper tags included (default: all)", None, minimum=2
+    )
+    context_len: int = setting(
+        "bytes of context before each predicted byte, where the text has them", 1024
+    )
+    stride: int | None = setting(
+        "bytes that each window predicts, after context_len bytes of context (default: "
+        "context_len, so that every byte is computed twice)",
+        None,
+    )
+    batch_size: int | None = setting(
+        f"windows of one pass (default: as many as hold {BATCH_POSITIONS:,} bytes)", None
+    )
+    precision: str = setting(field_help(TrainSettings)["precision"], "auto", choices=PRECISIONS)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
 def evaluate(
     model: Pico,
     dataset: str | os.PathLike | DataSpec | Data | Corpus | None = None,
     *,
-    split: str = "validation",
-    context_len: int = 1024,
-    stride: int | None = None,
-    batch_size: int | None = None,
-    max_bytes: int | None = None,
-    precision: str = "auto",
     passage: int = 0,
     progress: bool = False,
+    **settings: int | str | None,
 ) -> Evaluation:
     """Measure `model` on a split of a data set. The result is the same on every run.
 
     - dataset: `pico_tg.DataSpec`, its `dataset` alone, or loaded data; None is `python-docs`. A
       corpus is measured whole
-    - split: validation (held out of train if the data set has none), train, or all (train together
-      with the part that is held out of train)
-    - context_len: bytes before each predicted byte, where the text has them; stride: new bytes of a
-      window (default: context_len, so that every byte is computed twice)
-    - batch_size: windows of one pass (default: as many as make 16,384 positions)
-    - max_bytes: only the first max_bytes bytes of the split, wrapper tags included
-    - precision: see `pico_tg.TrainSettings`
     - passage: return records of the first `passage` bytes
     - progress: show a bar on stderr
+    - settings: the fields of `EvalSettings`, such as split="train", max_bytes=10_000
 
-    Memory: about 25 + T bytes for each byte of the split. Raises PicoError on a bad option, and on
-    data with no byte to predict.
+    Memory: about 25 + T bytes for each byte of the split. Raises PicoError on a bad or unknown
+    setting, and on data with no byte to predict.
     """
-    stride = context_len if stride is None else stride
-    options = {"context_len": context_len, "stride": stride, "batch_size": batch_size}
-    check_options(split=split, max_bytes=max_bytes, precision=precision, **options)
+    chosen = from_keywords(EvalSettings, settings)
+    split, context_len = chosen.split, chosen.context_len
+    stride = chosen.stride or context_len
     spec = DataSpec(dataset) if isinstance(dataset, str | os.PathLike) else dataset
     spec = DataSpec() if spec is None else spec
     if isinstance(spec, Corpus):
@@ -308,7 +336,7 @@ def evaluate(
     else:
         data = spec if isinstance(spec, Data) else load_data(spec, progress=progress)
         corpus = data.validation if split == "validation" else data.train
-    total = min(len(corpus.bytes), max_bytes or len(corpus.bytes))
+    total = min(len(corpus.bytes), chosen.max_bytes or len(corpus.bytes))
     text = ~corpus.wrapper_mask(0, total)
     if not text[1:].any():
         part = "data" if split == "all" else f"{split} data"
@@ -318,22 +346,22 @@ def evaluate(
         )
     length = min(context_len + stride, total)
     windows = list(_windows(total, length, min(stride, length)))
-    batch_size = min(batch_size or max(1, BATCH_POSITIONS // length), len(windows))
+    batch_size = min(chosen.batch_size or max(1, BATCH_POSITIONS // length), len(windows))
     if batch_size * length > MAX_BATCH_BYTES:
         raise PicoError(
             f"{batch_size} windows of {length:,} bytes are more than the {MAX_BATCH_BYTES:,} bytes "
             "that are taken for a mistake; take a smaller context_len, stride or batch_size"
         )
     measured = _Measured(corpus, text, model.config.next_tokens)
-    settings = TrainSettings(
+    training = TrainSettings(
         context_len=context_len,
         batch_size=batch_size,
         validation_bytes=total,
-        precision=precision,
+        precision=chosen.precision,
     )
-    validation = Validation(model, corpus, settings)
+    validation = Validation(model, corpus, training)
     gap = validation()["validation_routing_gap"] if validation.has_top_k else None
-    run = _TextPass(model, length, settings).run
+    run = _TextPass(model, length, training).run
     bar = Progress(total=total, desc="evaluating", unit="B", unit_scale=True, disable=not progress)
     with bar:
         for first in range(0, len(windows), batch_size):
@@ -347,32 +375,6 @@ def evaluate(
                     array[begin:end] = figure[row, begin - start : end - start]
                 bar.update(end - begin)
     return measured.evaluation(context_len, stride, gap, passage)
-
-
-def check_options(
-    split: str = "validation",
-    context_len: int = 1,
-    stride: int | None = None,
-    batch_size: int | None = None,
-    max_bytes: int | None = None,
-    precision: str = "auto",
-) -> None:
-    """Raise PicoError unless `evaluate` could take these options."""
-    for name, value, allowed in (
-        ("split", split, SPLITS),
-        ("precision", precision, PRECISIONS),
-    ):
-        if value not in allowed:
-            raise PicoError(f"{name} must be {' or '.join(allowed)}, not {value!r}")
-    for name, value, minimum in (
-        ("context_len", context_len, 1),
-        ("stride", stride, 1),
-        ("batch_size", batch_size, 1),
-        ("max_bytes", max_bytes, 2),
-    ):
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if value is not None and not (whole and value >= minimum):
-            raise PicoError(f"{name} must be a whole number of at least {minimum}, not {value!r}")
 
 
 def _windows(total: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:

@@ -90,7 +90,7 @@ def test_init_describes_the_model(tmp_path, capsys):
     written = json.loads((tmp_path / "a" / "b" / "model.json").read_text())
     assert written["dim"] == 372
     assert set(written) == set(TINY)
-    config = Config.preset("xs", dim=372)
+    config = Config(dim=372)
     assert f"{config.parameters:,} parameters" in capsys.readouterr().out
 
 
@@ -111,7 +111,7 @@ BAD_INIT = {
     "impossible": (["--dim", "3"], "att_q_heads"),
     "no number": (["--dim", "many"], "--dim"),
     "unknown flag": (["--depth", "3"], "--depth"),
-    "unknown preset": (["--preset", "huge"], "huge"),
+    "preset": (["--preset", "xs"], "--preset"),
     "no effect": (["--router", "all"], "--latent-capacity-factor has no effect"),
 }
 
@@ -493,10 +493,7 @@ def test_eval(trained, measured, tmp_path, monkeypatch, capsys):
     assert f"wrote {page}" in err
     assert "model, run run, step 3: validation data of" in out
     own = str(trained.parent / "text.txt")
-    default = {
-        "split": "validation", "context_len": 40, "stride": None, "batch_size": None,
-        "max_bytes": None, "precision": "auto", "passage": 4000, "progress": True,
-    }  # fmt: skip
+    default = {"split": "validation", "context_len": 40, "passage": 4000, "progress": True}
     assert calls == [(own, default)]
     other = tmp_path / "other.txt"
     other.write_text("Another text. " * 20)

@@ -19,7 +19,6 @@ from pico_tg.evaluation import (
     Evaluation,
     Validation,
     _windows,
-    check_options,
     evaluate,
 )
 from pico_tg.files import PicoError
@@ -377,23 +376,6 @@ def test_routed_padding_takes_no_slots(model):
     for length, slots in ((25, 20), (26, 40)):
         real = np.arange(40) < np.array([[40], [length]])
         assert measure.run(decisions, real.astype(np.uint8))[0] == [slots]
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"split": "test"}, "validation or train"),
-        ({"context_len": 0}, "context_len"),
-        ({"stride": 0}, "stride"),
-        ({"batch_size": -1}, "batch_size"),
-        ({"max_bytes": 1}, "max_bytes"),
-        ({"max_bytes": 5.0}, "max_bytes"),
-        ({"precision": "fp8"}, "precision"),
-    ],
-)
-def test_bad_options(options, named):
-    with pytest.raises(PicoError, match=named):
-        check_options(**options)
 
 
 def test_other_parts(model, data, tmp_path, monkeypatch):

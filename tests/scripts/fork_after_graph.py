@@ -9,9 +9,7 @@ import pico_tg
 from pico_tg.backend.runtime import read
 from pico_tg.decoder import Decoder
 
-config = pico_tg.Config.preset(
-    "xs", dim=48, att_q_heads=4, att_kv_heads=2, latent_num_blocks=1, next_tokens=2
-)
+config = pico_tg.Config(dim=48, att_q_heads=4, att_kv_heads=2, latent_num_blocks=1, next_tokens=2)
 decoder = Decoder(pico_tg.Pico(config, seed=0))
 
 
