@@ -24,7 +24,7 @@ from pico_tg.evaluation import EvalSettings, evaluate
 from pico_tg.files import PicoError
 from pico_tg.generation import GeneratedByte, SampleSettings, Stats, generate
 from pico_tg.runs import load
-from pico_tg.safetensors import read_safetensors, write_safetensors
+from pico_tg.safetensors import read_safetensors
 from pico_tg.tools import cli
 from pico_tg.tools.options import build_parser, given
 
@@ -135,7 +135,7 @@ def refused(field: dataclasses.Field) -> list:
 
 @pytest.mark.parametrize(("command", "cls", "prefix"), FIELDS)
 def test_every_field_is_an_option(command, cls, prefix, capsys):
-    """With its help and its default; `given` reads it, and nothing that was not given."""
+    """With its help and default; `given` reads it, and nothing that was not given."""
     assert status([command, "--help"]) == 0
     shown = re.sub(r"\s", "", capsys.readouterr().out)
     position = {"init": ["m"], "bench": []}.get(command, ["m", "r"])
@@ -146,7 +146,9 @@ def test_every_field_is_an_option(command, cls, prefix, capsys):
         arguments = [option] if isinstance(value, bool) else [option, str(value)]
         parsed = build_parser(cli.COMMANDS).parse_args([command, *position, *arguments])
         assert given(parsed, cls, prefix) == {field.name: value}
-        assert re.sub(r"\s", "", field.metadata["help"]) in shown
+        help, default = re.sub(r"\s", "", field.metadata["help"]), field.default
+        told = command in ("init", "run") and default is not None and not isinstance(default, bool)
+        assert help + (f"(default:{default})" if told else "") in shown
 
 
 @pytest.mark.parametrize(("command", "cls", "prefix"), FIELDS[:-1])
@@ -178,10 +180,11 @@ MISTAKES = {  # a command line, and what its error names
     "init ''": "the path is empty",  # as an unset variable of the shell gives
     "train '' r": "the path is empty",
     "train {model} r ''": "the dataset has no name",
-    "train {model} r {text} {short} --context-len 3": "context_len",
-    "train {model} r {text} {short} --context-len 100000": "window",
+    "train {model} r {text} {short} --context-len 3": "context_len 3 is too short",
+    "train {model} r {text} {short} --context-len 100000": "fewer than one window",
     "train {model} r {text} --base-weights nowhere.safetensors": "nowhere.safetensors",
-    "train {model} r {text} --dataset-train-split nope": "nope",
+    "train {model} r {text} --base-weights {truncated}": "{truncated}",
+    "train {model} r {text} --dataset-train-split nope": "has no split 'nope'",
     "train {model} r {rows} --dataset-column-name plot": "story, title",
     "train {model} r missing.txt": "missing.txt",
     "train {model} r {text} --force": "--force requires --resume",
@@ -189,26 +192,26 @@ MISTAKES = {  # a command line, and what its error names
     "train {model} r {text} --devices 2 --sample-prompt A": "--sample-prompt needs one device",
     "train '{new} model' r {text}": "init '{new} model'",  # quoted for the shell
     "train {damaged} r {text}": "dim must be",
-    "train {trained} run {text}": "exists",
+    "train {trained} run {text}": "continue it with --resume",
     "train {trained} run --resume --base-weights x": "--base-weights is for a new run",
-    "train {trained} run --resume --dataset-train-split a": "DATASET",
+    "train {trained} run --resume --dataset-train-split a": "give the DATASET too",
     "train {trained} run --resume --learning-rate 0.5": "learning_rate was",
     "train {trained} nothing --resume": "no training run to resume",
-    "eval {trained} nothing": "train",
-    "eval {trained} run --checkpoint 77": "3",
+    "eval {trained} nothing": "make one with: python -m pico_tg train {trained} nothing",
+    "eval {trained} run --checkpoint 77": "checkpoints exist of steps 3",
     "eval {trained} run --dataset-column-name a": "give the DATASET too",
     "eval {trained} run {rows} --dataset-column-name plot": "story, title",
     "eval {trained} run {text} --split all --dataset-validation-size 0.1": "leave --dataset-valid",
     "eval {trained} run --max-bytes 9": "first 9 bytes of the validation data",
     "eval {trained} run --html no/where.html": "no folder",
-    "info {trained} none": "train",
-    "info {new}": "init",
+    "info {trained} none": "train it: python -m pico_tg train {trained} none",
+    "info {new}": "make one with: python -m pico_tg init {new}",
     "plot {trained} missing": "metrics.jsonl",
-    "plot {new} run": "init",
-    "run {model} nothing": "train",
+    "plot {new} run": "make one with: python -m pico_tg init {new}",
+    "run {model} nothing": "make one with: python -m pico_tg train {model} nothing",
     "run {damaged} r": "dim must be",
     "run {trained} run --raw-prompt": "raw prompt must hold",
-    "run {trained} run --checkpoint 77": "3",
+    "run {trained} run --checkpoint 77": "checkpoints exist of steps 3",
     "run {trained} run --checkpoint last": "neither a step nor best",
     "run {trained} run --prompt a --prompt-file b": "--prompt-file",
     "run {trained} run --prompt-file /dev/null": "/dev/null is empty; leave --prompt-file out",
@@ -239,6 +242,8 @@ def test_a_mistake_is_one_line(line, model, text, trained, tmp_path, monkeypatch
     (damaged / "model.json").write_text(json.dumps(TINY | {"dim": "wide"}))
     places = {"model": model, "text": text, "trained": trained, "rows": rows, "damaged": damaged}
     places |= {"new": tmp_path / "new", "short": shlex.join(SHORT)}
+    places["truncated"] = tmp_path / "base.safetensors"
+    places["truncated"].write_bytes((trained / "run" / "00000003.safetensors").read_bytes()[:-4])
     before = [contents(folder) for folder in (model, trained, damaged)]
     assert status(shlex.split(line.format(**places))) == 2
     captured = capsys.readouterr()
@@ -288,25 +293,6 @@ def test_train_writes_a_run(trained):
 
 
 @pytest.mark.slow
-def test_checkpoint_activations_change_no_loss(trained, text, tmp_path):
-    """The same weights and windows as those of `trained`."""
-    model = tmp_path / "model"
-    assert cli.main(["init", str(model), *FLAGS]) == 0
-    assert (
-        cli.main(["train", str(model), "run", str(text), *SHORT, "--checkpoint-activations"]) == 0
-    )
-    settings = json.loads((model / "run" / "training.json").read_text())["settings"]
-    assert settings["checkpoint_activations"]
-    losses = []
-    for run in (trained / "run", model / "run"):
-        lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-        losses.append([line["loss"] for line in lines])
-    assert losses[0][:2] == pytest.approx(losses[1][:2], rel=1e-6)
-    # SOAP's first update also moves where the gradient is but rounding
-    assert losses[0][2] == pytest.approx(losses[1][2], rel=1e-2)
-
-
-@pytest.mark.slow
 def test_base_weights(weights, text):
     """Training may start from another run's weights."""
     file = weights / "run" / "00000003.safetensors"
@@ -320,23 +306,6 @@ def test_base_weights(weights, text):
     assert description["settings"]["router_warmup_steps"] == 0  # their router counts as trained
     assert cli.main(["train", str(weights), "more", "--resume", "--max-steps", "3"]) == 0
     assert json.loads((weights / "more" / "training.json").read_text()) == description
-
-
-@pytest.mark.parametrize("damage", ["truncated", "foreign"])
-def test_broken_base_weights(damage, weights, text, tmp_path, capsys):
-    path = tmp_path / "base.safetensors"
-    if damage == "truncated":
-        path.write_bytes((weights / "run" / "00000003.safetensors").read_bytes()[:-4])
-    else:
-        write_safetensors(path, {"other.weight": np.zeros((2, 2), np.float32)})
-    arguments = ["train", str(weights), "r", str(text), *SHORT, "--base-weights", str(path)]
-    assert status(arguments) == 2
-    err = capsys.readouterr().err
-    assert "Traceback" not in err
-    (line,) = [line for line in err.splitlines() if "error" in line]
-    assert "base.safetensors" in line
-    assert ("truncated?" if damage == "truncated" else "does not fit the model") in line
-    assert not (weights / "r").exists()
 
 
 def test_resume_of_a_complete_run(trained, capsys):
@@ -657,13 +626,6 @@ def test_run_for_real(trained, tmp_path, capsysbinary):
     assert [int(b, 16) for b in re.findall(r" 0x(\w\w) · router", tips)] == list(out)
     assert tips.count(", routed · ") == sum(record.router_decision for record in expected)
     assert b"bytes: 12\npasses: 12" in re.sub(rb"(?m)^(bytes/s|time).*\n", b"", err)
-
-
-def test_run_with_broken_weights(weights, capsys):
-    path = weights / "run" / "00000003.safetensors"
-    path.write_bytes(path.read_bytes()[:1000])
-    assert status(["run", str(weights), "run"]) == 2
-    assert "00000003.safetensors" in error_line(capsys)
 
 
 @pytest.fixture
