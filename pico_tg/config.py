@@ -45,8 +45,8 @@ def setting(
     - more: see who reads it: `flag` and `metavar` (tools/options.py), `filter` (generation.py),
       `optional` (`Config.to_dict`)
     """
-    limits = {"minimum": minimum, "maximum": maximum, "above": above, "choices": choices}
-    return dataclasses.field(default=default, metadata={"help": help, **limits, **more})
+    metadata = {"help": help, "minimum": minimum, "maximum": maximum, "above": above}
+    return dataclasses.field(default=default, metadata=metadata | {"choices": choices} | more)
 
 
 def types_of(field: dataclasses.Field) -> tuple[type, ...]:
@@ -99,7 +99,7 @@ def _allowed(field: dataclasses.Field) -> str:
         return "a str or a path"
     words = {"minimum": "of at least", "above": "above", "maximum": "at most"}
     bounds = [f"{text} {limits[key]}" for key, text in words.items() if limits[key] is not None]
-    return " ".join(["a number" if float in types else "a whole number", " and ".join(bounds)])
+    return f"{'a number' if float in types else 'a whole number'} {' and '.join(bounds)}".rstrip()
 
 
 def field_help(cls: type) -> dict[str, str]:
