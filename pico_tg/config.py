@@ -40,11 +40,13 @@ def setting(
     """A dataclass field whose metadata holds `help`, limits, and `more`.
 
     - help: what the setting does; of a bool whose default is True, what False does
-    - minimum, maximum: least and greatest number; above: a number must be larger than this one
+    - minimum, maximum: least and greatest number; above, in place of minimum: a number that the
+      value must exceed
     - choices: the only values
     - more: see who reads it: `flag` and `metavar` (tools/options.py), `filter` (generation.py),
       `optional` (`Config.to_dict`)
     """
+    minimum = minimum if above is None else None
     metadata = {"help": help, "minimum": minimum, "maximum": maximum, "above": above}
     return dataclasses.field(default=default, metadata=metadata | {"choices": choices} | more)
 
@@ -150,7 +152,6 @@ class Config:
     latent_capacity_factor: float = setting(
         "fraction of the bytes that training sends to the latent blocks",
         0.25,
-        minimum=None,
         above=0,
         maximum=1,
     )

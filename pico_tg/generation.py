@@ -113,30 +113,19 @@ class Sampler:
 
     temperature: float = setting(
         "below 1 more predictable, above 1 more varied, 0 always the likeliest byte",
-        1.0,
-        minimum=0,
-        metavar="T",
-    )
+        1.0, minimum=0, metavar="T",
+    )  # fmt: skip
     top_k: int = setting(
         "only the K likeliest bytes; 0: all", 0, minimum=0, metavar="K", filter=top_k_filter
     )
     top_p: float = setting(
         "only the likeliest bytes that together reach the probability P",
-        1.0,
-        minimum=None,
-        above=0,
-        maximum=1,
-        metavar="P",
-        filter=top_p_filter,
-    )
+        1.0, above=0, maximum=1, metavar="P", filter=top_p_filter,
+    )  # fmt: skip
     min_p: float = setting(
         "only bytes at least P times as likely as the likeliest one",
-        0.0,
-        minimum=0,
-        maximum=1,
-        metavar="P",
-        filter=min_p_filter,
-    )
+        0.0, minimum=0, maximum=1, metavar="P", filter=min_p_filter,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         check_fields(self)

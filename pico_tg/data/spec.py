@@ -50,7 +50,6 @@ class DataSpec:
         "without validation data, hold out the end: a fraction of the bytes below 1, or a number "
         "of documents (default 0.05)",
         None,
-        minimum=None,
         above=0,
     )
     revision: str | None = _option(
