@@ -186,7 +186,7 @@ def test_bytes_may_be_any_integer():
 
 
 def test_fresh_weights():
-    config = Config.preset("xs")
+    config = Config()
     model = Pico(config, seed=0)
     state = nn.state.get_state_dict(model)
     assert sum(t.numel() for t in state.values()) == config.parameters

@@ -13,7 +13,7 @@ import pytest
 from helpers import TINY, WINDOWS
 from tinygrad import Tensor
 
-from pico_tg import describe, load
+from pico_tg import load
 from pico_tg.checkpoint import checkpoint_path, list_checkpoints, save_checkpoint, weights_of
 from pico_tg.config import Config
 from pico_tg.data import DataSpec, Windows, load_data, stored_spec
@@ -28,6 +28,7 @@ from pico_tg.runs import (
     run_folder,
 )
 from pico_tg.safetensors import read_safetensors, write_safetensors
+from pico_tg.tools.info import describe
 from pico_tg.training import TrainStep, train
 
 FORMER = Path(__file__).parent / "golden" / "run_5601c96"

@@ -164,8 +164,6 @@ def bench_decode(
     prompt and sampling a byte); `memory` (see `Memory`).
     """
     _check(repeats)
-    if context_len < 1:
-        raise PicoError(f"context_len must be at least 1, not {context_len}")
     before = process_seconds()
     gemm = gemm_rate("fp32", Device.DEFAULT)
     calibrating = process_seconds() - before
