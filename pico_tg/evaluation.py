@@ -29,7 +29,7 @@ from .files import PicoError
 from .generation import GeneratedByte
 from .model import Pico, inputs_and_targets
 from .ops import cross_entropy
-from .progress import Progress
+from .progress import Bar
 
 SPLITS = ("validation", "train", "all")
 WHITESPACE = np.isin(np.arange(256), list(b" \t\n\v\f\r"))
@@ -334,7 +334,7 @@ def evaluate(
     validation = Validation(model, corpus, settings)
     gap = validation()["validation_routing_gap"] if validation.has_top_k else None
     run = _TextPass(model, length, settings).run
-    bar = Progress(total=total, desc="evaluating", unit="B", unit_scale=True, disable=not progress)
+    bar = Bar(total=total, desc="evaluating", unit="B", unit_scale=True, disable=not progress)
     with bar:
         for first in range(0, len(windows), batch_size):
             rows = windows[first : first + batch_size]

@@ -10,7 +10,6 @@ from helpers import record, records
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pico_tg.tools import terminal
 from pico_tg.tools.terminal import (
     RESET,
     StopSignals,
@@ -236,24 +235,16 @@ def test_time_left(first, monkeypatch, capsys):
     now = 1000.0
     monkeypatch.setattr("tqdm.std.time", lambda: now)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    bars = []
-
-    class Bar(terminal.Progress):
-        def __init__(self, *args, **options):
-            super().__init__(*args, **options)
-            bars.append(self)
-
-    monkeypatch.setattr(terminal, "Progress", Bar)
-    last, seen = first + 100, []
+    display, last, seen = TrainingDisplay(), first + 100, []
 
     def made():
         nonlocal now
         for step in range(first + 1, first + 51):
             now += 30 if step <= first + 2 else 0.125
             yield step_record(step, last)
-            seen.append((step, bars[0].format_dict, str(bars[0])))
+            seen.append((step, display.bar.format_dict, str(display.bar)))
 
-    assert TrainingDisplay().show(made()) == f"{first + 50}"
+    assert display.show(made()) == f"{first + 50}"
     assert [state["n"] for _, state, _ in seen] == [step for step, _, _ in seen]
     assert [text.split(":")[0] for _, _, text in seen[:3]] == ["compiling", "training", "training"]
     for _, state, text in seen[:2]:

@@ -20,7 +20,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from ..files import PicoError, fsync_folder
-from ..progress import Progress, say
+from ..progress import Bar, say
 from .formats import reason
 from .sources import Source
 
@@ -160,7 +160,7 @@ def _write(source: Source, folder: Path, progress: bool) -> None:
     with (
         open(folder / "bytes", "wb") as data,
         open(folder / "offsets", "wb") as offsets,
-        Progress(
+        Bar(
             total=source.size,
             desc=f"caching {source.label}",
             unit="B",

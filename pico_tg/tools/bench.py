@@ -42,7 +42,7 @@ from ..decoder import DECODE_ROWS, Decoder
 from ..files import PicoError
 from ..generation import GeneratedByte, Stats, generate
 from ..model import Pico, inputs_and_targets, loss_fn
-from ..progress import Progress
+from ..progress import Bar
 from ..training import TrainStep
 
 Record = dict[str, Any]
@@ -92,7 +92,7 @@ def bench_train(
     ends = []
     with (
         memory,
-        Progress(total=WARM_UP, desc="compiling", unit="step", disable=not progress) as bar,
+        Bar(total=WARM_UP, desc="compiling", unit="step", disable=not progress) as bar,
     ):
         for _ in range(WARM_UP):
             step(train_step)
@@ -124,7 +124,7 @@ def bench_train(
             for x in windows:
                 loss_and_gradients(x)
 
-        with Progress(total=2, desc="compiling", unit="step", disable=not progress) as bar:
+        with Bar(total=2, desc="compiling", unit="step", disable=not progress) as bar:
             for _ in range(2):
                 forward_backward()
                 bar.update()
@@ -180,7 +180,7 @@ def bench_decode(
         return generate(decoder.model, prompt, seed=seed, stats=stats, decoder=decoder, **options)
 
     total = 1 + (len(DECODE_ROWS) + 1) * WARM_UP
-    with memory, Progress(total=total, desc="compiling", unit="pass", disable=not progress) as bar:
+    with memory, Bar(total=total, desc="compiling", unit="pass", disable=not progress) as bar:
         next(text(0, Stats()))
         first_byte = process_seconds() - calibrating
         bar.update()

@@ -28,7 +28,7 @@ from ..config import Config, TrainSettings
 from ..data import DataSpec, has_validation, load_data, load_whole
 from ..decoder import Decoder
 from ..evaluation import check_options, evaluate
-from ..files import PicoError, atomic_write, check_writable, command
+from ..files import PicoError, atomic_write, command
 from ..generation import GeneratedByte, Stats, generate
 from ..model import Pico
 from ..progress import drop_output, say
@@ -432,6 +432,12 @@ def sample_page(prompt: bytes, kept: list[GeneratedByte], args: argparse.Namespa
         facts["latent blocks"] = "left out"
     samples = [list(sample) for sample in split_samples(kept, args.num_samples)]
     return html_page(prompt, samples, f"{model_name(args.path)}, run {args.run}", facts)
+
+
+def check_writable(path: Path) -> None:
+    """Raise PicoError unless `write_page` could write `path` now; called before long work."""
+    with contextlib.suppress(EOFError), atomic_write(path):
+        raise EOFError  # an exception leaves `path` as it is
 
 
 def write_page(path: Path, page: str) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ..files import PicoError
 from ..generation import GeneratedByte
-from ..progress import Progress, drop_output
+from ..progress import Bar, drop_output
 from .report import describe_validation
 
 BAD = "\ufffd"  # shown for bytes that are not UTF-8
@@ -254,7 +254,7 @@ class TrainingDisplay:
     def __init__(self, sample: Callable[[], str] | None = None) -> None:
         """`sample` generates a short text with the current weights."""
         self.sample = sample
-        self.bar: Progress | None = None
+        self.bar: Bar | None = None
 
     def micro_batch(self, done: int, total: int) -> None:
         """Show that `done` of the `total` micro-batches of a step are computed."""
@@ -265,7 +265,7 @@ class TrainingDisplay:
     def show(self, records: Iterable[dict]) -> str:
         """Show the records of training; returns the path of the last checkpoint, or ""."""
         checkpoint, smoothed = "", None
-        with Progress(unit="step", desc="compiling") as self.bar:
+        with Bar(unit="step", desc="compiling") as self.bar:
             for shown, record in enumerate(records, 1):
                 bits = record["bits_per_byte"]
                 smoothed = bits if smoothed is None else 0.9 * smoothed + 0.1 * bits
