@@ -280,7 +280,6 @@ def train(
     on_micro_batch: Callable[[int, int], None] = lambda done, total: None,
     progress: bool = False,
     say: Callable[[str], None] = lambda text: None,
-    tracker: dict[str, str] | None = None,
     **settings: int | float | str,
 ) -> Iterator[Record]:
     """Train `model` in place, yielding one record (a dict that is valid JSON) per step.
@@ -294,7 +293,6 @@ def train(
       settings default to the run's. Only settings in `pico_tg.runs.MAY_CHANGE` may differ, with
       `force` also batch_size, and the path of the data if the content is the same
     - base_weights: .safetensors file to start from; recorded in training.json
-    - tracker: {package: id of the run at the tracker}; recorded in training.json
     - stop: called after every micro-batch; True saves the last complete step and ends training
     - on_micro_batch: called with (done, total) after each of several micro-batches of a step
     - progress: show a bar while data are read; say: called with each message, a line, for the user
@@ -343,7 +341,6 @@ def train(
                 "model": model.config.to_dict(),
                 "base_weights": weights or stored.get("base_weights"),
                 "devices": list(devices),
-                "tracker": tracker or stored.get("tracker"),
             }
         )
     records = _loop(train_step, windows, validate, run, reached, stop, on_micro_batch)
