@@ -26,7 +26,7 @@ with quiet_interrupts():  # the imports take a second
     from .optim.soap import SOAP
     from .runs import load
     from .tools.info import describe
-    from .training import train
+    from .training import Events, train
 
 __all__ = [
     "SOAP",
@@ -34,6 +34,7 @@ __all__ = [
     "DataSpec",
     "Decoder",
     "Evaluation",
+    "Events",
     "GeneratedByte",
     "Pico",
     "PicoError",

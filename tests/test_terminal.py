@@ -196,9 +196,9 @@ def test_signals_ask_first(number, monkeypatch, capfd):
     monkeypatch.setattr(os, "_exit", left.append)
     before = signal.getsignal(number)
     with StopSignals() as stopping:
-        assert not stopping()
+        assert not stopping.stop()
         os.kill(os.getpid(), number)
-        assert stopping()
+        assert stopping.stop()
         assert left == []
         os.kill(os.getpid(), number)  # the same one, forwarded
         assert left == []
@@ -216,7 +216,7 @@ def test_an_ignored_signal_stays_ignored(number, monkeypatch):
     try:
         with StopSignals() as stopping:
             os.kill(os.getpid(), number)
-            assert not stopping()
+            assert not stopping.stop()
             assert signal.getsignal(number) is signal.SIG_IGN
     finally:
         signal.signal(number, before)

@@ -56,7 +56,6 @@ from .report import (
     surprisal_line,
 )
 from .terminal import (
-    StopSignals,
     TrainingDisplay,
     put,
     show_samples,
@@ -123,22 +122,20 @@ def command_train(args: argparse.Namespace) -> int:
         data = load_data(spec)
         complete, remarks = complete_settings(args, config, len(data.train.bytes), devices)
         settings = dataclasses.asdict(complete)
-    model, stop_signals = Pico(config, seed), StopSignals()
-    sample = None
+    model, sample = Pico(config, seed), None
     if args.sample_prompt != "" and len(devices) < 2:
         sample = sample_writer(model, os.fsencode(args.sample_prompt or ""))
     display = TrainingDisplay(sample)
     records = train(
         model, data, run_dir, devices=devices, resume=args.resume, force=args.force,
-        base_weights=args.base_weights, stop=stop_signals, on_micro_batch=display.micro_batch,
-        progress=True, say=say, **settings,
+        base_weights=args.base_weights, events=display, **settings,
     )  # fmt: skip
     for line in (*remarks, f"{describe_backend()}; {config.parameters:,} parameters"):
         say(line)
     # catch signals only from here on: before the first step, Ctrl-C exits immediately
-    with stop_signals, contextlib.closing(records):  # an error saves the last step
+    with display, contextlib.closing(records):  # an error saves the last step
         checkpoint = display.show(records)
-    if stop_signals():
+    if display.stop():
         saved = list_checkpoints(run_dir)
         resume = command("train", args.path, args.run, "--resume")
         say(f"wrote {saved[-1][1]}; continue with: {resume}" if saved else f"start with: {resume}")
