@@ -318,8 +318,8 @@ def train(
     after a validation the keys of `Validation`, and with a checkpoint `checkpoint`, its path.
 
     The last step is saved if `events` stop, if the caller closes the generator or ends with an
-    error, and if a validation fails. An error or Ctrl-C within a step saves nothing: the weights
-    may be half updated.
+    error, and if a validation fails. An error or Ctrl-C during an update saves nothing, since the
+    weights may be half updated: the run then resumes from the checkpoint before.
 
     Raises PicoError on bad settings or data, before anything is written, and on a loss or gradient
     that is not finite, before that step changes the weights.

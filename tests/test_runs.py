@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +30,7 @@ from pico_tg.runs import (
     stored_spec,
 )
 from pico_tg.safetensors import read_safetensors, write_safetensors
+from pico_tg.tools.terminal import StopSignals
 from pico_tg.training import TrainStep, train
 
 FORMER = Path(__file__).parent / "golden" / "run_5601c96"
@@ -156,6 +158,19 @@ def test_a_step_that_fails_saves_nothing(text, tmp_path, quick_steps, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         next(records)
     assert list_checkpoints(tmp_path / "run") == []
+
+
+def test_ctrl_c_in_a_script_that_watches_signals(text, tmp_path, quick_steps):
+    """The step in progress ends, and is the last one saved."""
+    run, seen = tmp_path / "run", []
+    with StopSignals() as events:
+        for record in start(text, run, max_steps=20, events=events):
+            seen.append(record["step"])
+            if record["step"] == 3:
+                signal.raise_signal(signal.SIGINT)
+    assert seen == steps(read_metrics(run)) == [1, 2, 3, 4]
+    assert [at for at, _ in list_checkpoints(run)] == [4]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_run_trained_meanwhile_is_not_overwritten(text, tmp_path, quick_steps):
