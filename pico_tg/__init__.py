@@ -16,7 +16,7 @@ from .generation import GeneratedByte, SampleSettings, Stats, generate
 from .model import Pico, loss_fn
 from .optim.soap import SOAP
 from .runs import load
-from .training import train
+from .training import Events, train
 
 __all__ = [
     "SOAP",
@@ -25,6 +25,7 @@ __all__ = [
     "Decoder",
     "EvalSettings",
     "Evaluation",
+    "Events",
     "GeneratedByte",
     "Pico",
     "PicoError",

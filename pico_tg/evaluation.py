@@ -38,7 +38,7 @@ from .data import MAX_BATCH_BYTES, Corpus, Data, DataSpec, load_data, load_whole
 from .files import PicoError
 from .model import Pico, inputs_and_targets
 from .ops import cross_entropy
-from .progress import Progress
+from .progress import Bar
 
 SPLITS = ("validation", "train", "all")
 BATCH_POSITIONS = 1 << 14  # positions of one pass of `evaluate` unless batch_size is given
@@ -284,7 +284,7 @@ def evaluate(
         "decisions": np.zeros(total, bool),
     }
     measure = CausalPass(model, length, training, tuple(figures))
-    bar = Progress(total=total, desc="evaluating", unit="B", unit_scale=True, disable=not progress)
+    bar = Bar(total=total, desc="evaluating", unit="B", unit_scale=True, disable=not progress)
     with bar:
         for first in range(0, len(windows), batch_size):
             rows = windows[first : first + batch_size]

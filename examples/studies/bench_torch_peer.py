@@ -45,8 +45,9 @@ from tqdm import tqdm
 import pico_tg
 from pico_tg import SOAP, Config, Decoder, TrainSettings, generate
 from pico_tg.backend.precision import graph_context
+from pico_tg.costs import gemm_rate
 from pico_tg.cpu.launcher import NativeGraph, without_kernels
-from pico_tg.tools.bench import ForwardBackward, gemm_rate
+from pico_tg.tools.bench import ForwardBackward
 from pico_tg.training import TrainStep
 
 EPS = 2.0**-23

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from ..files import PicoError, fsync_folder
-from ..progress import Progress
+from ..progress import Bar
 from .formats import MissingColumn, Pieces, Remark, read_file, reason
 
 SEQ_START: bytes = b"<pico:seq>"
@@ -197,7 +197,7 @@ def _write(source: Source, folder: Path, progress: bool) -> None:
     total, counts = 0, []
     remarks, missing = [], []
     content = hashlib.blake2b(digest_size=16)
-    bar = Progress(desc=f"caching {source.label}", unit="B", unit_scale=True, disable=not progress)
+    bar = Bar(desc=f"caching {source.label}", unit="B", unit_scale=True, disable=not progress)
     with open(folder / "bytes", "wb") as data, open(folder / "offsets", "wb") as offsets, bar:
         offsets.write(struct.pack("<q", 0))
         for file in source.files:

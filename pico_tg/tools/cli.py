@@ -4,18 +4,16 @@ import argparse
 import contextlib
 import dataclasses
 import errno
-import importlib
 import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tinygrad import Device
 
-from .. import costs
 from ..backend.device import (
     check_backend,
     describe_backend,
@@ -24,10 +22,11 @@ from ..backend.device import (
 )
 from ..checkpoint import list_checkpoints, load_config
 from ..config import Config, TrainSettings
+from ..costs import CHOSEN, check_memory, choose, describe_cost, gemm_rate
 from ..data import DataSpec, has_validation, load_data, load_whole, stored_spec
 from ..decoder import Decoder
 from ..evaluation import EvalSettings, evaluate
-from ..files import PicoError, atomic_write, check_writable, command
+from ..files import PicoError, atomic_write, command
 from ..generation import GeneratedByte, SampleSettings, Stats, generate
 from ..model import Pico
 from ..progress import drop_output, say
@@ -41,7 +40,7 @@ from ..runs import (
     run_folder,
 )
 from ..training import train
-from .bench import bench_decode, bench_train, gemm_rate
+from .bench import bench_decode, bench_train
 from .html import html_page
 from .info import describe
 from .options import (
@@ -64,7 +63,6 @@ from .report import (
 )
 from .router_report import passage, router_report
 from .terminal import (
-    StopSignals,
     TrainingDisplay,
     put,
     show_samples,
@@ -74,7 +72,7 @@ from .terminal import (
 
 
 def model_name(path: Path) -> str:
-    """The name of the model in PATH, for titles and trackers."""
+    """The name of the model in PATH, for titles."""
     return path.resolve().name
 
 
@@ -122,33 +120,28 @@ def command_train(args: argparse.Namespace) -> int:
     remarks: list[str] = []
     # settings and data are checked before the model is built
     if args.resume:
-        data, stored = spec, read_description(run_dir)
-        seed = settings.get("seed", stored["settings"].get("seed", 0))
+        data, stored = spec, read_description(run_dir)["settings"]
+        seed = settings.get("seed", stored.get("seed", 0))
     else:
         check_startable(run_dir)
         seed = TrainSettings(**settings).seed
-        data, stored = load_data(spec), {}
-        settings, remarks = complete_settings(args, config, len(data.train.bytes), devices)
-    model, stop_signals = Pico(config, seed), StopSignals()
-    sample = None
+        data = load_data(spec)
+        complete, remarks = complete_settings(args, config, len(data.train.bytes), devices)
+        settings = dataclasses.asdict(complete)
+    model, sample = Pico(config, seed), None
     if args.sample_prompt != "" and len(devices) < 2:
         sample = sample_writer(model, os.fsencode(args.sample_prompt or ""))
-    display, tracker = TrainingDisplay(sample), None
-    if args.tracker:
-        tracker = Tracker(args.tracker, args, config.to_dict() | settings, stored)
-    with tracker or contextlib.nullcontext():
-        records = train(
-            model, data, run_dir, devices=devices, resume=args.resume, force=args.force,
-            base_weights=args.base_weights, stop=stop_signals, on_micro_batch=display.micro_batch,
-            progress=True, say=say, tracker={args.tracker: tracker.id} if tracker else {},
-            **settings,
-        )  # fmt: skip
-        for line in (*remarks, f"{describe_backend()}; {config.parameters:,} parameters"):
-            say(line)
-        # catch signals only from here on: before the first step, Ctrl-C exits immediately
-        with stop_signals, contextlib.closing(records):  # an error saves the last step
-            checkpoint = display.show(tracker.logged(records) if tracker else records)
-    if stop_signals():
+    display = TrainingDisplay(sample)
+    records = train(
+        model, data, run_dir, devices=devices, resume=args.resume, force=args.force,
+        base_weights=args.base_weights, events=display, **settings,
+    )  # fmt: skip
+    for line in (*remarks, f"{describe_backend()}; {config.parameters:,} parameters"):
+        say(line)
+    # catch signals only from here on: before the first step, Ctrl-C exits immediately
+    with display, contextlib.closing(records):  # an error saves the last step
+        checkpoint = display.show(records)
+    if display.stop():
         saved = list_checkpoints(run_dir)
         resume = command("train", args.path, args.run, "--resume")
         say(f"wrote {saved[-1][1]}; continue with: {resume}" if saved else f"start with: {resume}")
@@ -161,20 +154,21 @@ def command_train(args: argparse.Namespace) -> int:
 
 def complete_settings(
     args: argparse.Namespace, config: Config, train_bytes: int, devices: tuple[str, ...]
-) -> tuple[dict[str, Any], list[str]]:
+) -> tuple[TrainSettings, list[str]]:
     """The given settings completed by `costs.choose`, and lines about the choice and the cost."""
     settings, lines = given(args, TrainSettings), []
     if args.base_weights:  # their router counts as trained
         settings.setdefault("router_warmup_steps", 0)
     device = (devices or (Device.DEFAULT,))[0]
     machine = (train_bytes, device, gemm_rate(settings.get("precision", "auto"), device))
-    if args.settings != "published" and (chosen := costs.choose(config, *machine, settings)):
-        settings |= chosen
-        lines.append(f"chosen: {', '.join(f'{name} {value}' for name, value in chosen.items())}")
-    cost = TrainSettings(**settings)
-    costs.check_memory(config, cost, device)
-    lines.append(costs.describe_cost(config, cost, *machine))
-    return settings, lines
+    if args.settings == "published":
+        complete = TrainSettings(**settings)
+    else:
+        complete = choose(config, *machine, settings)
+        chosen = [f"{name} {getattr(complete, name)}" for name in CHOSEN if name not in settings]
+        lines += [f"chosen: {', '.join(chosen)}"] if chosen else []
+    check_memory(config, complete, device)
+    return complete, [*lines, describe_cost(config, complete, *machine)]
 
 
 def sample_writer(model: Pico, prompt: bytes) -> Callable[[], str]:
@@ -210,63 +204,6 @@ def data_to_train_on(args: argparse.Namespace) -> DataSpec | None:
     if named:
         raise PicoError("give the DATASET too, or leave its options out: --resume uses the run's")
     return None
-
-
-class Tracker:
-    """A run at a tracker such as wandb. A tracker's error after the start is only a warning.
-
-    As a context, finishes the run; an exception, such as `train` refusing to start, marks the run
-    as failed there. It begins before `train`, which writes its id to training.json.
-
-    id: the tracker's identifier of the run, which training.json stores for --resume.
-    """
-
-    def __init__(
-        self,
-        package: str,
-        args: argparse.Namespace,
-        settings: dict[str, Any],
-        stored: dict[str, Any],
-    ) -> None:
-        """Start the tracker's run, or continue the one in `stored`, a training.json.
-
-        Raises PicoError if the tracker cannot start.
-        """
-        self.package, self.warned = package, False
-        known = (stored.get("tracker") or {}).get(package)
-        resumed = {"id": known, "resume": "allow", "allow_val_change": True} if known else {}
-        name = f"{model_name(args.path)}/{args.run}"
-        try:
-            module = importlib.import_module(package)
-            self.run = module.init(project="pico_tg", name=name, config=settings, **resumed)
-            self.id = self.run.id
-        except ImportError as error:
-            raise PicoError(
-                f"--tracker {package} needs its package: pip install {package}"
-            ) from error
-        except Exception as error:  # of the tracker's own types: not logged in, no network
-            raise PicoError(f"--tracker {package}: {error}") from error
-
-    def logged(self, records: Iterable[dict]) -> Iterator[dict]:
-        """Yield the records and log each one before."""
-        for record in records:
-            self._call(self.run.log, record, step=record["step"])
-            yield record
-
-    def __enter__(self) -> "Tracker":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        self._call(self.run.finish, **({} if kind is None else {"exit_code": 1}))
-
-    def _call(self, function: Callable, *args: Any, **options: Any) -> None:
-        try:
-            function(*args, **options)
-        except Exception as error:
-            if not self.warned:
-                message = " ".join(str(error).split()) or type(error).__name__
-                say(f"warning: --tracker {self.package} failed: {message}; training goes on")
-            self.warned = True
 
 
 def command_eval(args: argparse.Namespace) -> int:
@@ -422,6 +359,12 @@ def sample_page(
         facts["latent blocks"] = "left out"
     samples = [list(sample) for sample in split_samples(kept, settings.num_samples)]
     return html_page(prompt, samples, f"{model_name(args.path)}, run {args.run}", facts)
+
+
+def check_writable(path: Path) -> None:
+    """Raise PicoError unless `write_page` could write `path` now; called before long work."""
+    with contextlib.suppress(EOFError), atomic_write(path):
+        raise EOFError  # an exception leaves `path` as it is
 
 
 def write_page(path: Path, page: str) -> None:

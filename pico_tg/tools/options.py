@@ -130,10 +130,6 @@ def add_train_options(parser: Parser) -> None:
     )  # fmt: skip
     parser.add_argument("--force", action="store_true", help="resume with another --batch-size")
     parser.add_argument(
-        "--tracker", choices=["wandb"],
-        help="also log every record to Weights & Biases (pip install wandb)",
-    )  # fmt: skip
-    parser.add_argument(
         "--devices", metavar="N",
         help="share each batch among N devices, or among named ones: CUDA:0,CUDA:1",
     )  # fmt: skip
