@@ -27,6 +27,7 @@ SEQ_START: bytes = b"<pico:seq>"
 SEQ_END: bytes = b"</pico:seq>"
 
 CACHE_FORMAT = 3  # part of every cache's key: to be increased when the files or readers change
+ROOM = "make room there or set PICO_CACHE to another folder"
 BUILD_SECONDS = 24 * 3600  # a temporary folder that is not written for so long is left over
 
 
@@ -133,8 +134,7 @@ def writing_cache() -> Iterator[None]:
         yield
     except OSError as error:
         raise PicoError(
-            f"cannot write the cache in {cache_root()}: {reason(error)}; "
-            "make room there or set PICO_CACHE to another folder"
+            f"cannot write the cache in {cache_root()}: {reason(error)}; {ROOM}"
         ) from error
 
 
