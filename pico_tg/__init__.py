@@ -1,46 +1,37 @@
 """Pico: a byte-level language model without a tokenizer, on tinygrad.
 
 The import chooses the device that computes, which sets tinygrad's variables DEV and TC (see
-backend.py), and changes nothing else of tinygrad or of the process. For child processes it writes
-the choice into the environment (DEV, LLVM_PATH).
+backend/device.py), and changes nothing else of tinygrad or of the process. For child processes it
+writes the choice into the environment (DEV, LLVM_PATH).
 """
 
-from .startup import import_tinygrad, quiet_interrupts
-
-with quiet_interrupts():  # the imports take a second
-    problem = import_tinygrad()
-    from .backend.device import choose_backend
-
-    choose_backend(problem)  # before any module creates a Tensor
-    del problem
-
-    from .backend.device import enable_compile_cache
-    from .checkpoint import load_weights, save_weights
-    from .config import Config, TrainSettings
-    from .data import DataSpec, load_data
-    from .decoder import Decoder
-    from .evaluation import Evaluation, evaluate
-    from .files import PicoError
-    from .generation import GeneratedByte, Stats, generate
-    from .model import Pico, loss_fn
-    from .optim.soap import SOAP
-    from .runs import load
-    from .tools.info import describe
-    from .training import Events, train
+from .backend.device import enable_compile_cache
+from .checkpoint import load_weights, save_weights
+from .config import Config, TrainSettings
+from .data import DataSpec, load_data
+from .decoder import Decoder
+from .evaluation import EvalSettings, Evaluation, evaluate
+from .files import PicoError
+from .generation import GeneratedByte, SampleSettings, Stats, generate
+from .model import Pico, loss_fn
+from .optim.soap import SOAP
+from .runs import load
+from .training import Events, train
 
 __all__ = [
     "SOAP",
     "Config",
     "DataSpec",
     "Decoder",
+    "EvalSettings",
     "Evaluation",
     "Events",
     "GeneratedByte",
     "Pico",
     "PicoError",
+    "SampleSettings",
     "Stats",
     "TrainSettings",
-    "describe",
     "enable_compile_cache",
     "evaluate",
     "generate",

@@ -13,7 +13,7 @@ from functools import partial
 
 from tinygrad import Tensor, dtypes
 
-from .backend.runtime import has_cpu_kernels
+from .backend.cpu_kernels import cpu_kernels
 from .matmul import matmul
 from .ops import fractional_products
 
@@ -49,12 +49,10 @@ def banded_attention(q: Tensor, k: Tensor, v: Tensor, window: int, alibi: bool =
     """
     B, H, N, C = q.shape
     K, G = k.shape[1], H // k.shape[1]
-    if has_cpu_kernels(q.device):
-        from .cpu.band_attention import band_attention
-
+    if cpu := cpu_kernels(q.device):
         # no ALiBi: 2^-100 changes no score, while 0 times a masked key's infinite distance is NaN
         slopes = alibi_slopes(H, q.device) * (1.0 if alibi else 2.0**-100)
-        return band_attention(q, k, v, window, slopes)
+        return cpu.band_attention(q, k, v, window, slopes)
     queries, lookback, blocks = block_sizes(N, window)
 
     # the G heads that share keys become rows of one matrix, so that each key is read once

@@ -12,14 +12,14 @@ next compiled one:
 - prefill: PREFILL_CHUNK rows, for prompts of MIN_PREFILL bytes, which justify another compilation
 """
 
-import math
+import copy
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-from tinygrad import Context, Tensor, dtypes
+from tinygrad import Context, Tensor, dtypes, nn
 
-from .attention import alibi_slopes, rotate
 from .backend.runtime import (
     MethodJit,
     exclusive,
@@ -29,16 +29,16 @@ from .backend.runtime import (
     read,
     write_into,
 )
-from .config import RULES
+from .files import PicoError
 from .kv_cache import PREFILL_CHUNK, KVCache, PackedLinear, padded_width
-from .model import RMS_EPS, Block, Pico
-from .routing import rule_decisions, slots
+from .model import Attends, Block, Embedding, Pico, Router
+from .routing import causal_decisions, slots
 
 DECODE_ROWS = (1, 4, 8)  # few: a padded row costs little time, another size seconds of compiling
 SIZES = (*DECODE_ROWS, PREFILL_CHUNK)  # rows, or slots, of the compiled graphs
-# lengths of a pass's int32 inputs: position of the first byte, position of the first slot, bytes,
-# and what `_rules` returns for them
-INPUTS = (1, 1, PREFILL_CHUNK, PREFILL_CHUNK)
+# lengths of a pass's int32 inputs: position of the first byte, position of the first slot, how many
+# bytes may be routed, the byte before the pass and the bytes of the pass
+INPUTS = (1, 1, 1, 1 + PREFILL_CHUNK)
 MIN_PREFILL = 4096  # bytes of the shortest prompt for which prefill passes are compiled
 
 
@@ -47,54 +47,37 @@ def graph_size(rows: int) -> int:
     return next(size for size in SIZES if rows <= size)
 
 
-class CachedBlock:
-    """A `Block` for decoding: packed weights with the norms' scales folded in, and a KV cache."""
+def pack(model: Pico) -> Pico:
+    """A copy of the model for decoding: its Linears are PackedLinears.
 
-    def __init__(self, block: Block) -> None:
-        attention = block.att
-        heads, kv_heads, head_dim = attention.heads, attention.kv_heads, attention.head_dim
-        self.dim = block.norm1.weight.shape[0]
-        self.alibi = attention.position == "alibi"
-        self.rotated = heads + kv_heads, head_dim  # shape of the queries and keys in qkv
-        slopes = alibi_slopes(heads, block.norm1.weight.device) * self.alibi
-        self.cache = KVCache(heads, kv_heads, head_dim, attention.window, PREFILL_CHUNK, slopes)
-        self.qkv = PackedLinear(attention.fused_qkv.weight, block.norm1.weight)
-        self.proj = PackedLinear(attention.proj.weight)
-        self.fc1 = PackedLinear(block.glu.fc1.weight, block.norm2.weight)
-        self.fc2 = PackedLinear(block.glu.fc2.weight)
+    Embedding and router are padded to the rows of a PackedLinear. Later changes of the model do not
+    change the copy.
+    """
+    width = padded_width(model.config.dim, model.norm.weight.device)
 
-    def refresh(self) -> None:
-        """Copy the present weights of the block again."""
-        for linear in (self.qkv, self.proj, self.fc1, self.fc2):
-            linear.refresh()
+    def padded(part: Embedding | Router) -> Embedding | Router:
+        part = copy.copy(part)
+        padding = (0, width - part.weight.shape[1])
+        part.weight = part.weight.detach().pad((None, padding)).clone().realize()
+        return part
 
-    def __call__(self, h: Tensor, start: Tensor) -> Tensor:
-        """Rows h [R, D padded] at positions start, start + 1, … -> [R, D padded].
+    def packed(block: Block) -> Block:
+        block, att, glu = copy.copy(block), copy.copy(block.att), copy.copy(block.glu)
+        att.fused_qkv, att.proj = PackedLinear(att.fused_qkv, block.norm1), PackedLinear(att.proj)
+        glu.fc1, glu.fc2 = PackedLinear(glu.fc1, block.norm2), PackedLinear(glu.fc2)
+        block.att, block.glu = att, glu
+        return block
 
-        start: int32 [1]. The padding is zeros and stays zeros.
-        """
-        qkv = self._rotate(self.qkv(h, rms_scale(h, self.dim)), start)
-        h = self.proj(self.cache.attend(qkv, start), residual=h)
-        both = self.fc1(h, rms_scale(h, self.dim))
-        value, gate = both[:, : self.dim], both[:, self.dim : 2 * self.dim]
-        # realize each block separately: all blocks then have equal graphs, which are scheduled once
-        return self.fc2((gate.silu() * value).contiguous(), residual=h).realize()
-
-    def _rotate(self, qkv: Tensor, start: Tensor) -> Tensor:
-        """qkv [R, H*C | K*C | …], with rotary embeddings of the queries and keys unless ALiBi."""
-        if self.alibi:
-            return qkv
-        R, width = qkv.shape[0], math.prod(self.rotated)
-        heads = qkv[:, :width].reshape(R, *self.rotated).transpose(0, 1)  # (H + K, R, C)
-        positions = start + Tensor.arange(R, device=start.device)
-        rotated = rotate(heads, positions).transpose(0, 1).reshape(R, width)
-        return rotated.cat(qkv[:, width:], dim=1).contiguous()
-
-
-def rms_scale(h: Tensor, dim: int) -> Tensor:
-    """1 / RMS of rows h [R, D padded] with `dim` channels each: [R, 1]."""
-    mean = h.square().sum(axis=-1, keepdim=True) / dim
-    return (mean + RMS_EPS).rsqrt().contiguous()
+    model, weights = object.__new__(Pico), vars(model)  # copy.copy would copy all weights
+    vars(model).update(weights)
+    model.embedding = padded(model.embedding)
+    for name in ("fb_in", "latent", "fb_out"):
+        stack = copy.copy(getattr(model, name))
+        stack.blocks = [packed(block) for block in stack.blocks]
+        setattr(model, name, stack)
+    model.latent.router = padded(model.latent.router)
+    model.unembedding = PackedLinear(model.unembedding, model.norm)
+    return model
 
 
 class Snapshot(NamedTuple):
@@ -123,35 +106,35 @@ class Decoder:
     def __init__(self, model: Pico, use_latent: bool = True) -> None:
         self.model, self.config, self.use_latent = model, model.config, use_latent
         self.changes = 0
+        self.packed = pack(model)
         self.fb_in, self.latent, self.fb_out = (
-            [CachedBlock(block) for block in part.blocks]
+            [KVCache(block.att) for block in part.blocks]
             for part in (model.fb_in, model.latent, model.fb_out)
         )
-        device, dim = model.norm.weight.device, self.config.dim
-        width = padded_width(dim, device)
-        self.embedding, self.router, self.bias = self._copies(width)
-        self.unembedding = PackedLinear(model.unembedding.weight, model.norm.weight)
+        device, rows = model.norm.weight.device, PREFILL_CHUNK
+        dim = padded_width(model.config.dim, device)
         # The captured graphs refer to these buffers: as arguments they would cost 0.1 ms per pass.
-        # hidden: the hidden states of a pass; index and slot: see `routing.slots`
-        self.hidden = Tensor.zeros(PREFILL_CHUNK, width, device=device).contiguous().realize()
+        # The first graph writes, for the others, hidden states, router logits, index and slot (see
+        # `routing.slots`).
+        self.hidden = Tensor.zeros(rows, dim, device=device).contiguous().realize()
+        self.router_logits = Tensor.zeros(rows, device=device).contiguous().realize()
         self.index, self.slot, self.inputs = (
             Tensor.zeros(n, dtype=dtypes.int32, device=device).contiguous().realize()
-            for n in (PREFILL_CHUNK, PREFILL_CHUNK, sum(INPUTS))
+            for n in (rows, rows, sum(INPUTS))
         )
         self.single_graph = not device.startswith("CPU")
         self.shared_inputs = in_host_memory(self.inputs)
         self.host_inputs = read(self.inputs)
         self.graphs: dict[tuple[str | int, ...], MethodJit] = {}
         # by number of rows: a pass in one call, and the buffers of its outputs
-        self.linked: dict[int, tuple[Callable[[], bool], tuple[np.ndarray, np.ndarray]]] = {}
+        self.linked: dict[int, tuple[Callable[[], bool], list[np.ndarray]]] = {}
         self.reset()
 
-    def _copies(self, width: int) -> list[Tensor]:
-        """Copies of the weights without a PackedLinear: embedding and router [*, width], bias."""
-        model, padding = self.model, ((0, 0), (0, width - self.config.dim))
-        rows = model.embedding.weight, model.latent.router.weight
-        copies = [weight.detach().pad(padding).clone().realize() for weight in rows]
-        return [*copies, model.unembedding.bias.detach().reshape(1, -1).clone().realize()]
+    def __reduce__(self) -> tuple:
+        raise PicoError(
+            "a Decoder cannot be copied or pickled: its compiled passes refer to its own buffers; "
+            "make another one with Decoder(model)"
+        )
 
     @exclusive
     def refresh(self) -> None:
@@ -159,12 +142,9 @@ class Decoder:
 
         The copies keep their buffers, which the captured graphs read.
         """
-        copies = self._copies(self.hidden.shape[1])
-        kept = self.embedding, self.router, self.bias
-        for tensor, copy in zip(kept, copies, strict=True):
-            write_into(tensor, read(copy))
-        for part in (*self.fb_in, *self.latent, *self.fb_out, self.unembedding):
-            part.refresh()
+        kept, new = (nn.state.get_state_dict(model) for model in (self.packed, pack(self.model)))
+        for name, tensor in kept.items():
+            write_into(tensor, read(new[name]))
         self.reset()
 
     def reset(self, use_latent: bool | None = None) -> None:
@@ -218,62 +198,49 @@ class Decoder:
 
     def cache_tensors(self) -> list[Tensor]:
         """The keys and values of all blocks."""
-        caches = [block.cache for block in (*self.fb_in, *self.latent, *self.fb_out)]
+        caches = (*self.fb_in, *self.latent, *self.fb_out)
         return [tensor for cache in caches for tensor in (cache.keys, cache.values)]
 
     def _pass(self, data: bytes) -> tuple[np.ndarray, np.ndarray]:
         n = len(data)
-        rows = graph_size(n)
-        rules = self._rules(data)
+        self.recent = (self.recent[-1:] if self.position else b"\0") + data
         inputs = self.host_inputs
-        inputs[:2] = self.position, self.selected
-        inputs[2 : 2 + n] = np.frombuffer(data, np.uint8)
-        inputs[-PREFILL_CHUNK:] = -1  # padding is not routed
-        inputs[-PREFILL_CHUNK:][:n] = rules
+        inputs[:3] = self.position, self.selected, n if self.use_latent else 0
+        inputs[3 : 4 + n] = np.frombuffer(self.recent, np.uint8)
         if not self.shared_inputs:
             write_into(self.inputs, inputs)
-        logits, router_logits = (output[:n].copy() for output in self._outputs(rows))
-        self.last_decisions = rules + (router_logits > 0) > 0
+        outputs = self._outputs(graph_size(n))
+        logits, router_logits, decisions = (output[:n].copy() for output in outputs)
+        self.last_decisions = decisions > 0
         self.position += n
         self.selected += int(self.last_decisions.sum())
         return logits, router_logits
 
-    def _rules(self, data: bytes) -> np.ndarray:
-        """How the bytes, from `position` on, are routed, without a capacity limit: int [n].
+    def _outputs(self, rows: int) -> list[np.ndarray]:
+        """Run a pass -> logits [R, T, 256], router logits [R] and decisions [R].
 
-        1: through the latent blocks; -1: past them; 0: as the sign of the router's logit decides.
-        """
-        self.recent = (self.recent[-1:] if self.position else b"\0") + data
-        router, stride = self.config.router, self.config.stride
-        if not self.use_latent or router not in RULES:
-            return np.full(len(data), 0 if self.use_latent else -1)
-        recent = np.frombuffer(self.recent, np.uint8).astype(np.int32)
-        position = self.position + np.arange(len(data))
-        return np.where(rule_decisions(router, recent[1:], recent[:-1], position, stride), 1, -1)
-
-    def _outputs(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
-        """Run a pass -> (logits [R, T, 256], router logits [R]); the next pass overwrites them.
-
-        On a CPU, the graphs run one by one until `link_graphs` has joined those that the pass
-        needs. Elsewhere a pass is one graph, one write of its inputs and one read of its results.
+        The next pass overwrites them. On a CPU, the graphs run one by one until `link_graphs` has
+        joined those that the pass needs. Elsewhere a pass is one graph, one write of its inputs and
+        one read of its results.
         """
         if self.single_graph:
-            slots = rows if self.use_latent and self.config.router != "none" else 0
+            count = rows if self.use_latent and self.config.router != "none" else 0
             with Context(JIT_BATCH_SIZE=0):  # by default, tinygrad's first graph has 32 kernels
-                results = read(self._run(self._whole_pass, rows, slots))
-            return results[:-rows].reshape(rows, -1, 256), results[-rows:]
+                results = read(self._run(self._whole_pass, rows, count))
+            logits, rest = results[: -2 * rows], results[-2 * rows :]
+            return [logits.reshape(rows, -1, 256), *rest.reshape(2, rows)]
         if rows in self.linked:
             run, outputs = self.linked[rows]
             if run():
                 return outputs
-        router_logits, choice = self._run(self._encode, rows)
+        router_logits, decisions, choice = self._run(self._encode, rows)
         if number := read(choice)[0]:
-            self._run(self._add_latent, SIZES[number - 1])
-        logits = self._run(self._heads, rows)
-        outputs = read(logits), read(router_logits)
-        encode, heads = (self.graphs[name, rows] for name in ("_encode", "_heads"))
-        latent = [self.graphs.get(("_add_latent", size)) for size in SIZES]
-        if run := link_graphs(encode, choice, latent, heads):
+            self._run(self._deepen, SIZES[number - 1])
+        logits = self._run(self._predict, rows)
+        outputs = [read(logits), read(router_logits), read(decisions)]
+        encode, predict = (self.graphs[name, rows] for name in ("_encode", "_predict"))
+        latent = [self.graphs.get(("_deepen", size)) for size in SIZES]
+        if run := link_graphs(encode, choice, latent, predict):
             self.linked[rows] = run, outputs
         return outputs
 
@@ -285,57 +252,55 @@ class Decoder:
         return self.graphs[key]()
 
     def _whole_pass(self, rows: int, slots: int) -> Tensor:
-        """A pass with `slots` slots for the latent blocks -> logits, then router logits, flat.
+        """A pass with `slots` slots for the latent blocks -> the outputs of a pass, flat.
 
         Unused slots write keys and values after those of the selected bytes. Like those of rejected
         drafts, they are overwritten before any query sees them (see `KVCache`).
         """
-        router_logits, _ = self._encode(rows)
+        router_logits, decisions, _ = self._encode(rows)
         if slots:
-            self._add_latent(slots)
-        return self._heads(rows).flatten().cat(router_logits).contiguous().realize()
+            self._deepen(slots)
+        logits = self._predict(rows).flatten()
+        return logits.cat(router_logits, decisions.float()).contiguous().realize()
 
-    def _encode(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Write `hidden`, `index` and `slot` -> (router logits [R], choice [1]).
+    def _encode(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Write what the other graphs read -> (router logits [R], decisions [R], choice [1]).
 
-        choice: int32, n if the latent blocks need SIZES[n - 1] slots, 0 if no byte is selected.
+        decisions: int32, 0 or 1. choice: int32, n if the latent blocks need SIZES[n - 1] slots, 0
+        if no byte is selected.
         """
-        start, _, data, rules = self.inputs.split(INPUTS)
-        start = start.contiguous()
-        h = self.embedding[data[:rows]].contiguous()  # (R, D padded)
-        for block in self.fb_in:
-            h = block(h, start)
-        router_logits = (h * self.router).sum(axis=-1).contiguous()
-        above = (router_logits > 0).cast(dtypes.int32)
-        selected = (above + rules[:rows] > 0).reshape(1, rows)
-        index, slot = slots(selected.contiguous(), rows)  # (1, R), (1, R)
-        total = selected.sum(dtype=dtypes.int32)
+        start, _, routable, data = self.inputs.split(INPUTS)
+        start, x, before = start.contiguous(), data[1 : 1 + rows].contiguous(), data[:rows]
+        h, router_logits = self.packed.encode(x, _attends(self.fb_in, start))
+        row = Tensor.arange(rows, device=h.device)
+        decisions = causal_decisions(self.config, x, before, start + row, router_logits)
+        decisions = (decisions & (row < routable)).contiguous()
+        index, slot = slots(decisions.unsqueeze(0), rows)  # (1, R), (1, R)
+        total = decisions.sum(dtype=dtypes.int32)
         smaller = (0, *SIZES[: SIZES.index(rows)])  # for each size, the next smaller one
         choice = sum((total > size).cast(dtypes.int32) for size in smaller).reshape(1)
+        decisions = decisions.cast(dtypes.int32).contiguous()
         self.hidden[:rows].assign(h)
-        self.index[:rows].assign(index.reshape(rows))
-        self.slot[:rows].assign(slot.reshape(rows))
-        Tensor.realize(router_logits, choice, self.hidden, self.index, self.slot)
-        return router_logits, choice
+        self.router_logits[:rows].assign(router_logits)
+        self.index[:rows].assign(index.squeeze(0))
+        self.slot[:rows].assign(slot.squeeze(0))
+        written = self.hidden, self.router_logits, self.index, self.slot
+        Tensor.realize(router_logits, decisions, choice, *written)
+        return router_logits, decisions, choice
 
-    def _add_latent(self, count: int) -> Tensor:
+    def _deepen(self, count: int) -> Tensor:
         """Run the latent blocks on the selected rows, in `count` slots, and update `hidden`."""
         start, index = self.inputs[1:2].contiguous(), self.index[:count].contiguous()
-        selected = deep = self.hidden[index].contiguous()  # (slots, D padded)
-        weight = (selected * self.router).sum(axis=-1, keepdim=True).sigmoid().contiguous()
-        for block in self.latent:
-            deep = block(deep, start)
-        added = ((deep - selected) * weight).contiguous()
-        number = Tensor.arange(count, device=added.device).reshape(1, -1, 1)
-        hit = self.slot.reshape(-1, 1, 1) == number  # (rows, slots, 1)
-        return self.hidden.assign(self.hidden + hit.where(added, 0).sum(axis=1)).realize()
+        attends = _attends(self.latent, start)
+        deep = self.packed.deepen(self.hidden, self.router_logits, index, self.slot, attends)
+        return self.hidden.assign(deep).realize()
 
-    def _heads(self, rows: int) -> Tensor:
+    def _predict(self, rows: int) -> Tensor:
         """The logits [R, T, 256] of `hidden`."""
-        start = self.inputs[:1].contiguous()
-        h = self.hidden[:rows].contiguous()
-        for block in self.fb_out:
-            h = block(h, start)
-        bias = self.bias.expand(rows, -1)
-        logits = self.unembedding(h, rms_scale(h, self.config.dim), bias)
-        return logits.reshape(rows, -1, 256).realize()
+        start, h = self.inputs[:1].contiguous(), self.hidden[:rows].contiguous()
+        return self.packed.predict(h, _attends(self.fb_out, start)).realize()
+
+
+def _attends(caches: list[KVCache], start: Tensor) -> Attends:
+    """The attention of each block of a stack, for rows at positions start, start + 1, …"""
+    return [partial(cache.attend, start=start) for cache in caches]

@@ -7,7 +7,7 @@ import shlex
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 class PicoError(Exception):
@@ -20,6 +20,12 @@ class PicoError(Exception):
 def command(*words: object) -> str:
     """A pico_tg command for a message, quoted for the shell."""
     return f"python -m pico_tg {shlex.join(map(str, words))}"
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The changed values of keys that both have, in words: "dim was 24, now 48, router was …"."""
+    both = [(name, before[name], now[name]) for name in now if name in before]
+    return ", ".join(f"{name} was {old}, now {new}" for name, old, new in both if old != new)
 
 
 @contextlib.contextmanager

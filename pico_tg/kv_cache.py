@@ -9,9 +9,11 @@ import math
 import numpy as np
 from tinygrad import Tensor
 
-from .backend.runtime import has_cpu_kernels, read, write_into
+from .attention import alibi_slopes, rotate
+from .backend.cpu_kernels import cpu_kernels
 from .config import Config
 from .matmul import round_up
+from .model import RMS_EPS, Attention, Linear, RMSNorm
 
 PANEL = 32  # outputs of one panel of a PackedLinear; the slots of a cache are a multiple of PANEL
 PREFILL_CHUNK = 64  # rows of the largest pass
@@ -20,48 +22,51 @@ VECTOR = 16  # the columns of a cache are a multiple of VECTOR; cpu.loops.TILE_N
 
 def padded_width(width: int, device: str) -> int:
     """`width`, rounded up to whole panels if the device has CPU kernels."""
-    return round_up(width, PANEL) if has_cpu_kernels(device) else width
+    return round_up(width, PANEL) if cpu_kernels(device) else width
 
 
 class PackedLinear:
-    """A weight [O, I], copied for decoding: x [R, I] -> x @ weight.T [R, O]; it has no gradient.
+    """A `Linear`, copied for decoding rows: x [R, I] -> norm(x) W^T + b + residual; no gradient.
 
-    With CPU kernels the copy consists of panels [I, PANEL], each read sequentially, and rows are
-    padded: x may have more than I columns, and the result has `width` >= O.
+    The scale of `norm` is folded into the copied weight. With CPU kernels the copy consists of
+    panels [I, PANEL], each read sequentially, and rows are padded: x may have more than I columns,
+    which are zeros, and the result has `width` >= O columns, of which those beyond O are zeros.
     """
 
-    def __init__(self, weight: Tensor, input_scale: Tensor | None = None) -> None:
-        """`input_scale` [I] multiplies x; the scale is folded into the copied weight."""
-        self.source = weight, input_scale
-        self.outputs = weight.shape[0]
+    def __init__(self, linear: Linear, norm: RMSNorm | None = None) -> None:
+        weight = linear.weight.detach()
+        self.outputs, self.inputs = weight.shape
+        if norm is not None:
+            weight = weight * norm.weight.detach()
         self.width = padded_width(self.outputs, weight.device)
-        self.has_cpu_kernels = has_cpu_kernels(weight.device)
-        self.weight = self._copy()
-
-    def _copy(self) -> Tensor:
-        weight, input_scale = self.source
-        weight = weight.detach() if input_scale is None else weight.detach() * input_scale.detach()
-        if self.has_cpu_kernels:
+        if cpu_kernels(weight.device):
             weight = weight.pad(((0, self.width - self.outputs), None))
-            inputs = weight.shape[1]
-            weight = weight.reshape(-1, PANEL, inputs).transpose(1, 2)  # (panels, I, PANEL)
-        return weight.clone().realize()
-
-    def refresh(self) -> None:
-        """Copy the present values of the weight, into the same buffer."""
-        write_into(self.weight, read(self._copy()))
+            weight = weight.reshape(-1, PANEL, self.inputs).transpose(1, 2)  # (panels, I, PANEL)
+        self.weight = weight.clone().realize()
+        self.bias = None
+        if linear.bias is not None:
+            padding = (0, self.width - self.outputs)
+            self.bias = linear.bias.detach().pad((padding,)).reshape(1, -1).clone().realize()
 
     def __call__(
-        self, x: Tensor, scale: Tensor | None = None, residual: Tensor | None = None
+        self, x: Tensor, norm: RMSNorm | None = None, residual: Tensor | None = None
     ) -> Tensor:
-        """scale * (x @ weight.T) + residual, with scale [R, 1] and residual [R, width]."""
-        if self.has_cpu_kernels:
-            from .cpu.decoding import packed_matmul
-
-            return packed_matmul(x, self.weight, self.outputs, scale, residual)
+        """x [R, I or more], residual [R, width] -> [R, width]; `norm` as in the constructor."""
+        scale = None if norm is None else rms_scale(x, self.inputs)
+        if self.bias is not None:
+            bias = self.bias.expand(x.shape[0], -1)
+            residual = bias if residual is None else residual + bias
+        if cpu := cpu_kernels(x.device):
+            return cpu.packed_matmul(x, self.weight, self.outputs, scale, residual)
         out = x @ self.weight.T
         out = out if scale is None else out * scale
         return (out if residual is None else out + residual).contiguous()
+
+
+def rms_scale(x: Tensor, channels: int) -> Tensor:
+    """1 / RMS of rows x [R, padded] with `channels` channels each: [R, 1]."""
+    mean = x.square().sum(axis=-1, keepdim=True) / channels
+    return (mean + RMS_EPS).rsqrt().contiguous()
 
 
 def cache_shape(head_dim: int, window: int, max_rows: int) -> tuple[int, int]:
@@ -89,25 +94,23 @@ class KVCache:
 
     A ring buffer: position p is in slot p % slots. A pass of R rows at positions start, start + 1,
     … writes R slots. Because `slots` >= window + R, the overwritten positions are outside every
-    later window. So a pass is rolled back by starting the next pass earlier: no later query needs
-    the overwritten positions, and the rejected positions are masked, since they are after every
-    query, until a later pass overwrites them.
+    later window. Rolling back is free: the next pass starts earlier. Rejected rows lie after every
+    query, so the mask hides them until they are overwritten.
 
     H query heads, K key/value heads, G = H / K, C head_dim, S slots, P columns, R rows of a pass.
     """
 
-    def __init__(
-        self, heads: int, kv_heads: int, head_dim: int, window: int, max_rows: int, slopes: Tensor
-    ) -> None:
-        """max_rows: the rows of the largest pass; slopes [H]: ALiBi's, zeros for none."""
-        self.heads, self.kv_heads, self.head_dim, self.window = heads, kv_heads, head_dim, window
-        self.slots, columns = cache_shape(head_dim, window, max_rows)
-        self.slopes = slopes.contiguous().realize()
-        self.has_cpu_kernels = has_cpu_kernels(self.slopes.device)
-        keys = np.zeros((kv_heads, head_dim, self.slots), np.float32)
-        values = np.zeros((kv_heads, self.slots, columns), np.float32)
-        values[:, :, head_dim] = 1  # so that weights @ values also gives the sum of the weights
-        device = self.slopes.device
+    def __init__(self, attention: Attention, max_rows: int = PREFILL_CHUNK) -> None:
+        """max_rows: the rows of the largest pass."""
+        self.heads, self.kv_heads = attention.heads, attention.kv_heads
+        self.head_dim, self.window = attention.head_dim, attention.window
+        self.position, device = attention.position, attention.proj.weight.device
+        slopes = alibi_slopes(self.heads, device) * (self.position == "alibi")
+        self.slopes = slopes.contiguous().realize()  # (H,), zeros for rotary positions
+        self.slots, columns = cache_shape(self.head_dim, self.window, max_rows)
+        keys = np.zeros((self.kv_heads, self.head_dim, self.slots), np.float32)
+        values = np.zeros((self.kv_heads, self.slots, columns), np.float32)
+        values[:, :, self.head_dim] = 1  # so that weights @ values also gives the sum of weights
         self.keys = Tensor(keys, device=device).clone().realize()  # (K, C, S)
         self.values = Tensor(values, device=device).clone().realize()  # (K, S, P)
 
@@ -117,16 +120,24 @@ class KVCache:
         qkv [R, H*C | K*C | K*C | padding] at positions start, start + 1, … (start: int32 [1])
         -> [R, H*C].
         """
-        if self.has_cpu_kernels:
-            from .cpu.decoding import attend
-
-            return attend(self, qkv, start)
+        if self.position == "rope":
+            qkv = self._rotate(qkv, start)
+        if cpu := cpu_kernels(qkv.device):
+            return cpu.attend(self, qkv, start)
         R, H, C = qkv.shape[0], self.heads, self.head_dim
         keys, values = self._store(qkv, start)
         scores = self._scores(qkv, keys, start)  # (K, G*R, S)
         weights = (scores - scores.max(axis=-1, keepdim=True)).exp()
         sums = (weights @ values).reshape(H, R, -1).transpose(0, 1)  # (R, H, P)
         return (sums[:, :, :C] / sums[:, :, C : C + 1]).reshape(R, H * C).contiguous()
+
+    def _rotate(self, qkv: Tensor, start: Tensor) -> Tensor:
+        """qkv [R, H*C | K*C | …] with rotary embeddings of the queries and keys."""
+        R, heads, C = qkv.shape[0], self.heads + self.kv_heads, self.head_dim
+        rotated = qkv[:, : heads * C].reshape(R, heads, C).transpose(0, 1)  # (H + K, R, C)
+        rotated = rotate(rotated, start + Tensor.arange(R, device=start.device))
+        rotated = rotated.transpose(0, 1).reshape(R, heads * C)
+        return rotated.cat(qkv[:, heads * C :], dim=1).contiguous()
 
     def _store(self, qkv: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
         R, H, K, C = qkv.shape[0], self.heads, self.kv_heads, self.head_dim

@@ -2,7 +2,7 @@
 
 A matmul is computed by the first of these that accepts its sizes and device:
 
-- `cpu.matmul.gemm`, hand-scheduled kernels (see `backend.runtime.has_cpu_kernels`);
+- `cpu.matmul.gemm`, hand-scheduled kernels (see `backend.cpu_kernels`);
 - `_tensor_core_gemm`, from factors padded to whole tiles, in a form that maps to tensor cores;
 - tinygrad's own `@`.
 
@@ -15,8 +15,9 @@ from collections.abc import Callable
 
 from tinygrad import Tensor, UOp, dtypes, function
 
+from .backend.cpu_kernels import cpu_kernels
 from .backend.precision import BF16, has_tensor_cores, rounded_factor
-from .backend.runtime import DType, has_cpu_kernels, without_views
+from .backend.runtime import DType, without_views
 from .ops import materialize
 
 Gemm = Callable[..., Tensor]  # (a, b, M, N, L, trans_a, trans_b) -> [Z, M, N]; see `_plain_gemm`
@@ -75,10 +76,8 @@ def _choose_gemm(x: Tensor, M: int, L: int, N: int, dtype: DType) -> Gemm | None
     The matmul sums over L, its two gradients over M and N. A sum of one term has no loop to tile.
     """
     has_loops = M >= MIN_ROWS and min(L, N) > 1
-    if has_loops and M * L * N >= SMALL and has_cpu_kernels(x.device):
-        from .cpu.matmul import gemm
-
-        return gemm
+    if has_loops and M * L * N >= SMALL and (cpu := cpu_kernels(x.device)):
+        return cpu.gemm
     rounded = dtype == dtypes.bfloat16
     # one kernel on the tensor cores computes all Z matrices, so the threshold counts all of x
     if (rounded or (has_loops and x.numel() * N >= SMALL)) and has_tensor_cores(x.device, dtype):

@@ -8,11 +8,12 @@
   `pico_tg.routing`: by default the top `capacity` in training, those of weight > 0.5 when causal.
 - Head k at position i predicts byte i + 1 + k.
 
-Shape letters: B batch, N bytes, S selected bytes, D dim, H query heads, K key/value heads,
+Shape letters: B batch, N bytes, S slots of selected bytes, D dim, H query heads, K key/value heads,
 C head_dim, T next_tokens. A layer allocates its weights; `Pico` or `load_weights` sets the values.
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from tinygrad import Tensor, dtypes, nn
@@ -24,7 +25,11 @@ from .backend.runtime import exclusive, write_into
 from .config import RULES, Config
 from .matmul import linear
 from .ops import as_index, cross_entropy, gather, lookup, materialize, scatter, swiglu
-from .routing import rule_decisions, slots, top_k_decisions
+from .routing import causal_decisions, slots, top_k_decisions
+
+# packed queries, keys and values [..., H*C | K*C | K*C] -> weighted values [..., H*C]
+Attend = Callable[[Tensor], Tensor]
+Attends = Sequence[Attend]  # one for each block of a stack
 
 RMS_EPS = 2.0**-23  # float32's machine epsilon
 
@@ -40,16 +45,24 @@ class Embedding:
 
 
 class Linear:
-    """x [..., I] -> x W^T + b [..., O], with W [O, I] and an optional b [O]."""
+    """x [..., I] -> norm(x) W^T + b + residual [..., O], with W [O, I] and an optional b [O].
+
+    norm and residual [..., O] are optional: `PackedLinear`, which takes them too, fuses all in one
+    kernel.
+    """
 
     def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
         self.weight = Tensor.empty(outputs, inputs)
         self.bias = Tensor.empty(outputs) if bias else None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        y = linear(x, self.weight)
-        # not materialized: that each consumer adds the bias again is cheaper than storing the sum
-        return y if self.bias is None else (y + self.bias).contiguous_backward()
+    def __call__(
+        self, x: Tensor, norm: "RMSNorm | None" = None, residual: Tensor | None = None
+    ) -> Tensor:
+        y = linear(x if norm is None else norm(x), self.weight)
+        if self.bias is not None:
+            # not materialized: adding the bias again in each consumer is cheaper than storing it
+            y = (y + self.bias).contiguous_backward()
+        return y if residual is None else materialize(residual + y)
 
 
 class RMSNorm:
@@ -74,7 +87,10 @@ class Router:
 
 
 class Attention:
-    """Grouped-query attention; `fused_qkv` packs [query heads | key heads | value heads]."""
+    """h + proj(attention(fused_qkv(norm(h)))): [..., D] -> [..., D].
+
+    `fused_qkv` packs [query heads | key heads | value heads].
+    """
 
     def __init__(self, config: Config, window: int) -> None:
         self.heads, self.kv_heads = config.att_q_heads, config.att_kv_heads
@@ -82,49 +98,59 @@ class Attention:
         self.fused_qkv = Linear(config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim)
         self.proj = Linear(self.heads * self.head_dim, config.dim)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        B, N, _ = x.shape
-        qkv = self.fused_qkv(x).reshape(B, N, -1, self.head_dim).transpose(1, 2)  # (B, H+2K, N, C)
+    def __call__(self, h: Tensor, norm: RMSNorm, attend: Attend | None = None) -> Tensor:
+        attended = (attend or self.banded)(self.fused_qkv(h, norm))
+        return self.proj(attended, residual=h)
+
+    def banded(self, qkv: Tensor) -> Tensor:
+        """Attention of whole sequences: [B, N, H*C | K*C | K*C] -> [B, N, H*C]."""
+        B, N, _ = qkv.shape
+        qkv = qkv.reshape(B, N, -1, self.head_dim).transpose(1, 2)  # (B, H+2K, N, C)
         # materialize each: the gradient of the split is otherwise a masked sum over all heads
         q, k, v = map(materialize, qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1))
         if self.position == "rope":
-            positions = Tensor.arange(N, device=x.device)
+            positions = Tensor.arange(N, device=qkv.device)
             q, k = (materialize(rotate(heads, positions)) for heads in (q, k))
         out = banded_attention(q, k, v, self.window, self.position == "alibi")  # (B, H, N, C)
-        return self.proj(materialize(out.transpose(1, 2)).flatten(2))  # (B, N, H*C) -> (B, N, D)
+        return materialize(out.transpose(1, 2)).flatten(2)  # (B, N, H*C)
 
 
 class SwiGLU:
-    """fc2(silu(gate) * value) with [value | gate] = fc1(x) (arXiv 2002.05202); hidden width D."""
+    """h + fc2(silu(gate) * value), [value | gate] = fc1(norm(h)) (arXiv 2002.05202): [..., D]."""
 
     def __init__(self, dim: int) -> None:
-        self.fc1 = Linear(dim, 2 * dim)
-        self.fc2 = Linear(dim, dim)
+        self.hidden = dim  # width of value and gate
+        self.fc1 = Linear(dim, 2 * self.hidden)
+        self.fc2 = Linear(self.hidden, dim)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.fc2(swiglu(self.fc1(x)))
+    def __call__(self, h: Tensor, norm: RMSNorm) -> Tensor:
+        return self.fc2(swiglu(self.fc1(h, norm), self.hidden), residual=h)
 
 
 class Block:
-    """h + att(norm1(h)), then h + glu(norm2(h)): [B, N, D] -> [B, N, D]."""
+    """Attention, then SwiGLU, each with its norm and residual: [..., D] -> [..., D]."""
 
     def __init__(self, config: Config, window: int) -> None:
         self.norm1, self.norm2 = RMSNorm(config.dim), RMSNorm(config.dim)
         self.att = Attention(config, window)
         self.glu = SwiGLU(config.dim)
 
-    def __call__(self, h: Tensor) -> Tensor:
-        h = materialize(h + self.att(self.norm1(h)))
-        return materialize(h + self.glu(self.norm2(h)))
+    def __call__(self, h: Tensor, attend: Attend | None = None) -> Tensor:
+        return self.glu(self.att(h, self.norm1, attend), self.norm2)
 
 
 class Blocks:
-    """`count` blocks in sequence, all with the same window: [B, N, D] -> [B, N, D]."""
+    """`count` blocks in sequence, all with the same window: [..., D] -> [..., D]."""
 
     def __init__(self, config: Config, window: int, count: int) -> None:
         self.blocks = [Block(config, window) for _ in range(count)]
 
-    def __call__(self, h: Tensor) -> Tensor:
+    def __call__(self, h: Tensor, attends: Attends | None = None) -> Tensor:
+        if attends is not None:
+            for block, attend in zip(self.blocks, attends, strict=True):
+                # realized one by one: blocks then have equal graphs, which are scheduled once
+                h = block(h, attend).realize()
+            return h
         if Tensor.training:  # scheduled once for all blocks
             return run_blocks(self.blocks[0], [nn.state.get_parameters(b) for b in self.blocks], h)
         for block in self.blocks:
@@ -139,20 +165,15 @@ class Latent(Blocks):
         self.router = Router(config.dim)
         super().__init__(config, config.latent_att_window_size, config.latent_num_blocks)
 
-    def __call__(self, h: Tensor, router_logits: Tensor, decisions: Tensor, count: int) -> Tensor:
-        """h [B, N, D] plus weight * (blocks(h) - h), where decisions [B, N] select a byte.
-
-        router_logits [B, N]. `count` slots are computed; further selected bytes skip the blocks.
-        """
-        index, slot = slots(decisions, count)  # (B, S), (B, N)
-        selected = gather(h, index, slot)  # (B, S, D)
-        weight = gather(router_logits.sigmoid().unsqueeze(2), index, slot)  # (B, S, 1)
-        deep = super().__call__(selected)  # (B, S, D)
-        return materialize(h + scatter((deep - selected) * weight, index, slot))
-
 
 class Pico:
-    """The model. If `fresh`, weights are random; equal seeds give equal weights on any device."""
+    """The model: three stages, `encode`, `deepen` and `predict`.
+
+    Training and evaluation run the stages on whole sequences [B, N]. Decoding (`pico_tg.decoder`)
+    runs them on rows [R], the bytes of one pass, with the attention of its KV caches (`attends`)
+    and with packed weights. If `fresh`, weights are random; equal seeds give equal weights on any
+    device.
+    """
 
     @exclusive
     def __init__(self, config: Config, seed: int | None = None, fresh: bool = True) -> None:
@@ -182,19 +203,53 @@ class Pico:
                 values = (2 * rng.random(weight.shape, np.float32) - 1) / math.sqrt(inputs)
             write_into(weight, values)
 
+    def __reduce__(self) -> tuple:
+        """Copies and pickles hold the config and the weights, in buffers of their own.
+
+        By default, tinygrad 0.13 shares a copied tensor's buffer, and a pickled tensor takes over a
+        buffer of the process that reads it (test_model.test_a_copy_is_a_copy).
+        """
+        weights = nn.state.get_state_dict(self)
+        return _rebuild, (self.config, {name: t.numpy() for name, t in weights.items()})
+
+    def encode(self, x: Tensor, attends: Attends | None = None) -> tuple[Tensor, Tensor]:
+        """Bytes x [...] -> (hidden states h [..., D], router logits [...])."""
+        h = self.fb_in(self.embedding(x), attends)
+        return h, self.latent.router(h)
+
     def decide(self, x: Tensor, router_logits: Tensor, causal: bool = False) -> Tensor:
         """Which bytes of x [B, N] are selected, given logits [B, N]: bool [B, N].
 
         By the rule, if the router is one; else the logits above 0 if `causal`, else the top-k.
         """
-        router = self.config.router
-        if router in RULES:
-            x, position = as_index(x), Tensor.arange(x.shape[1], device=x.device)
-            before = x[:, :-1].pad((None, (1, 0)))
-            return rule_decisions(router, x, before, position, self.config.stride).contiguous()
-        if causal:
-            return (router_logits > 0).contiguous()
-        return top_k_decisions(router_logits, self.config.capacity(x.shape[1])).contiguous()
+        if not causal and self.config.router == "learned":
+            return top_k_decisions(router_logits, self.config.capacity(x.shape[1])).contiguous()
+        x = as_index(x)
+        before = x[:, :-1].pad((None, (1, 0)))
+        position = Tensor.arange(x.shape[1], device=x.device)
+        return causal_decisions(self.config, x, before, position, router_logits).contiguous()
+
+    def deepen(
+        self,
+        h: Tensor,
+        router_logits: Tensor,
+        index: Tensor,
+        slot: Tensor,
+        attends: Attends | None = None,
+    ) -> Tensor:
+        """h [..., N, D] plus weight * (latent blocks(h) - h) where a byte has a slot.
+
+        router_logits [..., N]; index int32 [..., S] and slot int32 [..., N]: see `routing.slots`.
+        """
+        selected = gather(h, index, slot)  # (..., S, D)
+        weight = gather(router_logits.sigmoid().unsqueeze(-1), index, slot)  # (..., S, 1)
+        deep = self.latent(selected, attends)
+        return materialize(h + scatter((deep - selected) * weight, index, slot))
+
+    def predict(self, h: Tensor, attends: Attends | None = None) -> Tensor:
+        """Hidden states h [..., D] -> logits [..., T, 256]."""
+        logits = self.unembedding(self.fb_out(h, attends), self.norm)  # (..., T*256)
+        return logits.reshape(*h.shape[:-1], -1, 256)
 
     def __call__(
         self, x: Tensor, causal: bool = False, count: int | None = None
@@ -206,15 +261,20 @@ class Pico:
         process the first `count` selected bytes of each sequence: by default all if `causal`, at
         the cost of N slots, else the capacity.
         """
-        h = self.fb_in(self.embedding(x))  # (B, N, D)
-        router_logits = self.latent.router(h)
+        h, router_logits = self.encode(x)  # (B, N, D), (B, N)
         decisions = self.decide(x, router_logits, causal)
         if count is None:
             count = x.shape[1] if causal else self.config.capacity(x.shape[1])
         if count > 0 and self.config.router != "none":
-            h = self.latent(h, router_logits, decisions, count)
-        logits = self.unembedding(self.norm(self.fb_out(h)))  # (B, N, T*256)
-        return logits.reshape(*x.shape, -1, 256), router_logits, decisions
+            h = self.deepen(h, router_logits, *slots(decisions, count))
+        return self.predict(h), router_logits, decisions
+
+
+def _rebuild(config: Config, weights: dict[str, np.ndarray]) -> Pico:
+    model = Pico(config, fresh=False)
+    for name, tensor in nn.state.get_state_dict(model).items():
+        write_into(tensor, weights[name])
+    return model
 
 
 def loss_fn(

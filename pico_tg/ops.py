@@ -8,12 +8,12 @@ import functools
 
 from tinygrad import Context, Device, Tensor, UOp, dtypes, function
 
+from .backend.cpu_kernels import cpu_kernels
 from .backend.runtime import (
     AxisType,
     KernelInfo,
     Opt,
     OptOps,
-    has_cpu_kernels,
 )
 
 
@@ -59,10 +59,8 @@ def _lookup_gradient(upstream: UOp, call: UOp) -> tuple[UOp | None, ...]:
     weight, index = (Tensor(uop) for uop in call.src[1:])
     g = Tensor(upstream).contiguous()  # (N, D)
     V = weight.shape[0]
-    if has_cpu_kernels(g.device):
-        from .cpu.lookup import lookup_gradient
-
-        return lookup_gradient(g, index, V).uop, None
+    if cpu := cpu_kernels(g.device):
+        return cpu.lookup_gradient(g, index, V).uop, None
     if isinstance(g.device, str):
         return _sum_rows(g, index, V).uop, None
     # a custom kernel would need a part of the result on each device
@@ -110,27 +108,27 @@ def _lookup(weight: Tensor, index: Tensor) -> Tensor:
 
 
 def gather(x: Tensor, index: Tensor, slot: Tensor) -> Tensor:
-    """x [B, N, D] -> [B, S, D]: row index[b, s] in each slot.
+    """x [..., N, D] -> [..., S, D]: row index[..., s] in each slot.
 
-    index int32 [B, S] and slot int32 [B, N] are inverse maps: see `routing.slots`. So the
+    index int32 [..., S] and slot int32 [..., N] are inverse maps: see `routing.slots`. So the
     gradient of `gather` is `scatter` with the same maps and vice versa; both cost O(N * D).
     """
     return _gather(x.contiguous(), index, slot).contiguous()
 
 
 def scatter(x: Tensor, index: Tensor, slot: Tensor) -> Tensor:
-    """x [B, S, D] -> [B, N, D]: row n is slot slot[b, n] of x, or zeros if that is -1."""
+    """x [..., S, D] -> [..., N, D]: row n is slot slot[..., n] of x, or zeros if that is -1."""
     return _scatter(x.contiguous(), index, slot)
 
 
 def _take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of x [B, N, D] by index int32 [B, S] -> [B, S, D]; zeros for the index -1.
+    """Rows of x [..., N, D] by index int32 [..., S] -> [..., S, D]; zeros for the index -1.
 
     The index goes to `gather` as it is: after `index.maximum(0)`, tinygrad 0.13 no longer knows the
     bounds of the address and computes it in 64 bits, which fails on WebGPU
     (test_drivers.test_training_and_decoding).
     """
-    return x.gather(1, index.unsqueeze(2).expand(*index.shape, x.shape[2]))
+    return x.gather(-2, index.unsqueeze(-1).expand(*index.shape, x.shape[-1]))
 
 
 def _gather_gradient(gradient: UOp, call: UOp) -> tuple[UOp | None, ...]:
@@ -141,16 +139,16 @@ def _gather_gradient(gradient: UOp, call: UOp) -> tuple[UOp | None, ...]:
 def _scatter_gradient(gradient: UOp, call: UOp) -> tuple[UOp | None, ...]:
     _, index, slot = (Tensor(uop) for uop in call.src[1:])
     # an unused slot holds index 0, which is not its own row: the slot's gradient is zero
-    used = slot.gather(1, index) == Tensor.arange(index.shape[1], device=index.device)  # (B, S)
-    taken = _take_rows(Tensor(gradient).contiguous(), index)  # (B, S, D)
-    return used.unsqueeze(2).where(taken, 0).uop, None, None
+    used = slot.gather(-1, index) == Tensor.arange(index.shape[-1], device=index.device)  # (..., S)
+    taken = _take_rows(Tensor(gradient).contiguous(), index)  # (..., S, D)
+    return used.unsqueeze(-1).where(taken, 0).uop, None, None
 
 
 # without grad_fxn, tinygrad's gradient of an indexed load is a one-hot sum, O(N * S * D)
 @function(grad_fxn=_gather_gradient)
 def _gather(x: Tensor, index: Tensor, slot: Tensor) -> Tensor:
     # 0 * slot: the gradient needs `slot`, and `call.src` holds only tensors that the function reads
-    return _take_rows(x, index) + 0 * slot[:, :1].unsqueeze(2)
+    return _take_rows(x, index) + 0 * slot[..., :1].unsqueeze(-1)
 
 
 @function(grad_fxn=_scatter_gradient)
@@ -158,9 +156,15 @@ def _scatter(x: Tensor, index: Tensor, slot: Tensor) -> Tensor:
     return _take_rows(x, slot)
 
 
-def swiglu(x: Tensor) -> Tensor:
-    """x [..., value | gate] -> silu(gate) * value, with the sigmoid computed once."""
-    return _swiglu(x, x[..., x.shape[-1] // 2 :].sigmoid().contiguous())
+def swiglu(x: Tensor, width: int) -> Tensor:
+    """x [..., value | gate | padding] -> silu(gate) * value [..., width].
+
+    In training the sigmoid is computed once, for the gradient too; otherwise in the same kernel.
+    """
+    value, gate = x[..., :width], x[..., width : 2 * width]
+    if not Tensor.training:
+        return (gate.silu() * value).contiguous()
+    return _swiglu(x, gate.sigmoid().contiguous())
 
 
 def _swiglu_gradient(upstream: UOp, call: UOp) -> tuple[UOp | None, ...]:

@@ -13,34 +13,35 @@ Shape letters: B batch, N bytes, S slots.
 
 import math
 
-import numpy as np
 from tinygrad import Tensor, dtypes
+
+from .config import Config
 
 MAX_RANKED = 2048  # bytes; longer sequences take algorithms below O(N^2), which run more kernels
 
-Array = Tensor | np.ndarray
 
-
-def in_word(x: Array) -> Array:
+def in_word(x: Tensor) -> Tensor:
     """Where x, bytes as wider integers [...], holds letters, digits or UTF-8 continuation bytes."""
     letter = ((x >= 65) & (x <= 90)) | ((x >= 97) & (x <= 122))
     return letter | ((x >= 48) & (x <= 57)) | ((x >= 128) & (x < 192))
 
 
-def rule_decisions(router: str, x: Array, before: Array, position: Array, stride: int) -> Array:
-    """Which of the bytes x a rule selects: bool [..., N].
+def causal_decisions(
+    config: Config, x: Tensor, before: Tensor, position: Tensor, router_logits: Tensor
+) -> Tensor:
+    """Which of the bytes x the router selects without looking ahead: bool [..., N].
 
-    x and the bytes before them, `before`, signed integers [..., N]; their positions, int [N]. The
-    byte before a sequence counts as 0.
+    x and the bytes before them, `before`, int32 [..., N]; their positions, int32 [N]; the router's
+    logits, float32 [..., N]. The byte before a sequence counts as 0.
     """
-    everywhere = x >= 0
-    if router == "space":
+    if config.router == "learned":
+        return router_logits > 0
+    if config.router == "space":
         return in_word(before) & ~in_word(x)
-    if router == "stride":
-        return everywhere & (position % stride == stride - 1)
-    if router in ("all", "none"):
-        return everywhere if router == "all" else ~everywhere
-    raise ValueError(f"{router!r} is not a rule")
+    everywhere = x >= 0
+    if config.router == "stride":
+        return everywhere & (position % config.stride == config.stride - 1)
+    return everywhere if config.router == "all" else ~everywhere
 
 
 def top_k_decisions(router_logits: Tensor, capacity: int) -> Tensor:

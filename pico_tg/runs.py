@@ -28,8 +28,7 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .config import Config, TrainSettings
-from .data import Data, DataSpec, load_data
-from .files import PicoError, atomic_write, command
+from .files import PicoError, atomic_write, command, differences
 from .model import Pico
 
 Record = dict[str, Any]
@@ -299,12 +298,6 @@ def check_startable(folder: Path) -> None:
     raise PicoError(f"{folder} exists; continue it with --resume, choose another RUN, or delete it")
 
 
-def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """The changed values of keys that both have, in words: "dim was 24, now 48, router was …"."""
-    both = [(name, before[name], now[name]) for name in now if name in before]
-    return ", ".join(f"{name} was {old}, now {new}" for name, old, new in both if old != new)
-
-
 def stored_settings(stored: dict[str, Any], run: Path) -> TrainSettings:
     """The settings of a run, from its training.json. Raises PicoError if one is unknown."""
     known = {field.name for field in dataclasses.fields(TrainSettings)}
@@ -339,45 +332,3 @@ def check_model(config: Config, stored: dict[str, Any], run: Path) -> None:
         raise PicoError(
             f"{run} was trained with another model.json: {changed}; restore it, or train a new RUN"
         )
-
-
-def stored_spec(stored: dict[str, Any], run: Path) -> DataSpec:
-    """The data of a run, from its training.json. Raises PicoError if the entry is broken."""
-    try:
-        return DataSpec(**stored["dataset"])
-    except TypeError as error:
-        raise PicoError(f"{run}/training.json is broken: dataset: {error}") from error
-
-
-def open_data(
-    dataset: str | os.PathLike | DataSpec | Data | None,
-    stored: dict[str, Any],
-    run: Path | None,
-    progress: bool,
-) -> Data:
-    """The data to train on; by default those of the run to resume, whose training.json is `stored`.
-
-    Raises PicoError if that run was trained on other data; the path of the same data may differ.
-    """
-    if isinstance(dataset, str | os.PathLike):
-        dataset = DataSpec(dataset)
-    before = stored_spec(stored, run) if stored else DataSpec()
-    if dataset is None:
-        dataset = before
-    elif isinstance(dataset, DataSpec) and dataset.dataset == before.dataset:
-        revision = dataset.revision or before.revision  # the hub may have a newer one
-        dataset = dataclasses.replace(dataset, revision=revision)
-    data = dataset if isinstance(dataset, Data) else load_data(dataset, progress=progress)
-    described = describe_data(data)
-    if not stored or described["fingerprints"] == stored["fingerprints"]:
-        return data
-    if changed := differences(stored["dataset"], described["dataset"]):
-        raise PicoError(f"{run} was trained on other data: {changed}")
-    raise PicoError(f"the data of {run} have changed since; train a new RUN on them")
-
-
-def describe_data(data: Data) -> dict[str, Any]:
-    """The entries of training.json about the data."""
-    spec = data.spec.absolute()  # so that the run can be resumed from any folder
-    fingerprints = [data.train.fingerprint, data.validation.fingerprint]
-    return {"dataset": dataclasses.asdict(spec), "data": data.note, "fingerprints": fingerprints}

@@ -32,9 +32,9 @@ from .checkpoint import (
 )
 from .config import Config, TrainSettings, field_help
 from .costs import check_memory
-from .data import Data, DataSpec, Windows
+from .data import Data, DataSpec, Windows, describe_data, open_data
 from .evaluation import Validation
-from .files import PicoError
+from .files import PicoError, differences
 from .model import Pico, inputs_and_targets, loss_fn
 from .ops import entropy
 from .optim.soap import SOAP, all_finite
@@ -45,9 +45,6 @@ from .runs import (
     Run,
     check_model,
     check_startable,
-    describe_data,
-    differences,
-    open_data,
     read_description,
     resumed_settings,
 )

@@ -1,10 +1,18 @@
-"""For every test: a data cache of its own, and a watch on TinyJit's memory planner."""
+"""For every test: a data cache of its own, and a watch on TinyJit's memory planner.
+
+With PICO_WITHOUT_CPU=1 the tests run as if the folder pico_tg/cpu did not exist.
+"""
 
 import gc
+import os
+import sys
 
 import pytest
 import tinygrad.engine.jit
 from tinygrad.uop.ops import Ops
+
+if os.environ.get("PICO_WITHOUT_CPU"):
+    sys.modules["pico_tg.cpu"] = None  # its import then raises ImportError
 
 import pico_tg
 

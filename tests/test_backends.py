@@ -15,6 +15,7 @@ import cuda_compiler
 import metal_device
 import pytest
 from helpers import TINY
+from tinygrad import Device
 
 TESTS = Path(__file__).parent
 
@@ -121,12 +122,28 @@ def test_metal_in_bf16_computes_what_the_default_device_does(here):
     assert [float(x) for x in found.split()] == pytest.approx(here, rel=2e-2)
 
 
-@pytest.mark.slow
-def test_opencl_computes_what_the_default_device_does():
-    """Needs an OpenCL device; Debian's pocl-opencl-icd is one on any CPU."""
-    open_it = [sys.executable, "-c", "from tinygrad import Device; Device['CL']"]
-    if subprocess.run(open_it, capture_output=True).returncode:
+@pytest.fixture(scope="module")
+def opencl() -> str:
+    """The name of an OpenCL device; Debian's pocl-opencl-icd is one on any CPU."""
+    name = "from tinygrad import Device; print(Device['CL'].device_name)"
+    done = subprocess.run([sys.executable, "-c", name], capture_output=True, text=True)
+    if done.returncode:
         pytest.skip("no OpenCL device here (apt-get install pocl-opencl-icd ocl-icd-libopencl1)")
+    return done.stdout
+
+
+@pytest.mark.skipif(Device.DEFAULT != "CPU", reason="DEV, or an accelerator, comes first")
+def test_opencl_on_a_cpu_is_not_preferred(opencl):
+    if not opencl.startswith(("pthread", "cpu")):
+        pytest.skip(f"not pocl: {opencl}")
+    env = {name: value for name, value in os.environ.items() if name != "DEV"}
+    command = [sys.executable, "-c", "import pico_tg, tinygrad; print(tinygrad.Device.DEFAULT)"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.stdout == "CPU\n", done.stderr
+
+
+@pytest.mark.slow
+def test_opencl_computes_what_the_default_device_does(opencl):
     *found, moved = forward_and_backward("3", DEV="CL")
     *expected, expected_moved = forward_and_backward("3")
     assert found == pytest.approx(expected, rel=1e-4)

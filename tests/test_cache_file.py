@@ -34,15 +34,12 @@ def use(monkeypatch):
 def put_and_get(key: str = "a", value: object = b"binary") -> object:
     """As tinygrad does for a kernel: what it gets back."""
     helpers.diskcache_put("compiled", key, value)
-    cache_file.write("programs", key, b"value")
-    assert cache_file.contains("programs", key) == (cache_file.read("programs", key) is not None)
     return helpers.diskcache_get("compiled", key)
 
 
 def test_threads_share_the_file(use, tmp_path):
     use(tmp_path / "new" / "cache.db")
     assert helpers.diskcache_get("compiled", "a") is None  # no such table
-    assert cache_file.read("programs", "a") is None
     assert put_and_get() == b"binary"
     found = []
 
@@ -57,7 +54,6 @@ def test_threads_share_the_file(use, tmp_path):
         thread.join()
     assert found == [(b"binary", b"binary")] * 60
     assert helpers.diskcache_get("compiled", "z19") == b"binary"
-    assert cache_file.read("programs", "z19") == b"value"
 
 
 def test_a_file_name_without_a_folder(use, tmp_path, monkeypatch):

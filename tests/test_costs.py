@@ -21,8 +21,8 @@ from pico_tg.costs import (
 from pico_tg.files import PicoError
 from pico_tg.model import Pico
 
-XS = Config.preset("xs")
-ORIGINAL = Config.preset("xs", dim=372, latent_num_blocks=8, fb_att_window_size=32)
+XS = Config()
+ORIGINAL = Config(dim=372, latent_num_blocks=8, fb_att_window_size=32)
 SHAKESPEARE = 1_059_645  # bytes to train on
 
 

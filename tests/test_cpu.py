@@ -63,7 +63,7 @@ def test_attention_on_other_processors(shape, tile_m, cores, monkeypatch):
         check_attention(shape)
 
 
-def test_attention_is_the_same_on_one_thread_and_under_jit(monkeypatch):
+def test_attention_is_the_same_on_one_thread_and_under_jit():
     """Values and gradients, bit for bit."""
 
     def step(q, k, v):
@@ -78,8 +78,7 @@ def test_attention_is_the_same_on_one_thread_and_under_jit(monkeypatch):
         arrays = [rng.standard_normal((1, h, 50, 6)).astype(np.float32) for h in (4, 2, 2)]
         tensors = [Tensor(a).clone().realize() for a in arrays]
         ours = [t.numpy() for t in jitted(*tensors)]
-        with monkeypatch.context() as patch:
-            patch.setattr(loops, "CPU_COUNT", type("Count", (), {"value": 1}))
+        with Context(CPU_COUNT=1):
             one_thread = [t.numpy() for t in step(*tensors)]
         for found, expected in zip(ours, one_thread, strict=True):
             np.testing.assert_array_equal(found, expected)
@@ -96,6 +95,6 @@ def test_tiles_cover_the_band(window, length):
         assert lookback % queries == 0
 
 
-def test_threads_share_evenly(monkeypatch):
-    monkeypatch.setattr(loops, "CPU_COUNT", type("Count", (), {"value": 4}))
-    assert [loops.even_threads(n) for n in (1, 2, 3, 8, 9, 10)] == [1, 2, 3, 4, 3, 2]
+def test_threads_share_evenly():
+    with Context(CPU_COUNT=4):
+        assert [loops.even_threads(n) for n in (1, 2, 3, 8, 9, 10)] == [1, 2, 3, 4, 3, 2]

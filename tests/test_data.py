@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers import all_documents, as_rows, load, split_up, three_splits, write_jsonl
 
-from pico_tg.data import DataSpec, load_data
+from pico_tg.data import DataSpec, describe_data, load_data, open_data
 from pico_tg.files import PicoError
 
 
@@ -16,7 +16,7 @@ def test_python_docs():
 
     loaded = load("python-docs")
     assert all_documents(loaded) == [topics[name].encode() for name in sorted(topics)]
-    assert "python-docs" in loaded.note
+    assert "from python-docs; validating on the end of python-docs" in loaded.note
     assert "\n" not in loaded.note
     share = len(loaded.validation.bytes) / (len(loaded.train.bytes) + len(loaded.validation.bytes))
     assert 0.02 < share < 0.1
@@ -127,6 +127,24 @@ def test_fingerprints_do_not_change_between_versions(tmp_path):
         "e888b17c",
         "7b068508",
     ]
+
+
+def test_data_of_a_run(tmp_path):
+    """The same text under another path is the run's; other text is not, with the reason."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text("one<|endoftext|>two")
+    stored = describe_data(load(tmp_path / "a.txt"))
+    moved = open_data(tmp_path / "b.txt", stored, tmp_path, False)
+    assert moved.spec.dataset == str(tmp_path / "b.txt")
+    (tmp_path / "b.txt").write_text("one<|endoftext|>three")
+    with pytest.raises(PicoError, match=r"trained on other data: dataset was .*a.txt, now .*b.txt"):
+        open_data(tmp_path / "b.txt", stored, tmp_path, False)
+    (tmp_path / "a.txt").write_text("one<|endoftext|>three")
+    with pytest.raises(PicoError, match="have changed since; train a new RUN on them"):
+        open_data(None, stored, tmp_path, False)
+    stored = describe_data(load("python-docs")) | {"fingerprints": ["of", "another"]}
+    with pytest.raises(PicoError, match=r"\(python-docs are those of the Python that runs, now 3"):
+        open_data(None, stored, tmp_path, False)
 
 
 def test_python_docs_have_no_columns():

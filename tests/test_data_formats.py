@@ -15,11 +15,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from helpers import all_documents, as_rows, check_error, load, split_up, write_jsonl, write_parquet
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from pico_tg.data import SEQ_END, SEQ_START, formats
-from pico_tg.files import PicoError
+from pico_tg.data import SEQ_END, SEQ_START, DataSpec, formats, load_whole
 
 SCRIPTS = Path(__file__).parent / "scripts"
 
@@ -149,7 +148,7 @@ def test_readers_equal_those_of_datasets(kind, tmp_path):
     ("content", "expected"),
     [
         (b'[{"text": "a"}, {"text": "b"}]', [b"a", b"b"]),
-        (b'{"text":\n"a"}\n{"text":\n"b"}\n', [b"a", b"b"]),
+        (b'\n{\n"text": "a\\nb"\n}\n', [b"a\nb"]),
         (b'\xef\xbb\xbf{"text": "a"}\n{"text": "b"}\n', [b"a", b"b"]),
         (b'{"n": 1}\r\n\r\n{"text": "a"}\r\n{"more": 2, "text": "b"}', [b"a", b"b"]),
         (b'{"text": "2020-01-01"}\n{"text": "\\ud83d\\ude42"}\n', [b"2020-01-01", "🙂".encode()]),
@@ -159,7 +158,7 @@ def test_readers_equal_those_of_datasets(kind, tmp_path):
 def test_forms_of_json(content, expected, suffix, tmp_path):
     path = tmp_path / f"a.{suffix}"
     path.write_bytes(content)
-    assert all_documents(load(path)) == expected
+    assert split_up(load_whole(DataSpec(path))) == expected
 
 
 def test_column_of_each_json_row(tmp_path):
@@ -237,22 +236,22 @@ def test_json_list_of_dates_stays_text(tmp_path):
     assert all_documents(load(path)) == [b"2020-01-01", b"2021-02-03"]
 
 
-@settings(max_examples=40)
-@given(st.lists(st.text(max_size=9), min_size=1), st.integers(1, 40), st.sampled_from([None, 1]))
-def test_json_list_across_every_chunk_boundary(texts, chunk, indent):
-    content = json.dumps([{"n": {}, "text": text} for text in texts], indent=indent)
-    with mock.patch.object(formats, "CHUNK", chunk):
-        read = formats.read_json(io.BytesIO(content.encode()), "a.json", None, ignore)
-        assert [piece for piece, _ in read] == [text.encode() for text in texts if text]
-
-
 @pytest.mark.parametrize(
-    "content",
-    ['[{"text": "a"}', '[{"text": "a"} {"text": "b"}]', '[{"text": "a"}] x', '[{"text": "'],
+    ("content", "match"),
+    [
+        ('[{"text": "a"}', "JSON parse error: Expecting ',' delimiter: line 1 column 15"),
+        ('[{"text": "a"} {"text": "b"}]', "JSON parse error: Expecting ',' delimiter"),
+        ('[{"text": "a"}, 4]', "JSON parse error in record 2: it is no object"),
+        ('[{"text": "a"}] x', "several values that are not one a line; write each object on a"),
+        ('{"text":\n"a"}\n{"text":\n"b"}\n', "several values that are not one a line; write"),
+        ('[{"text": "' + "a" * 100, "more than 100 bytes; write each object on a line of its own"),
+    ],
 )
-def test_broken_json_list(content, tmp_path, cache):
-    (tmp_path / "a.json").write_text(content)
-    check_error(cache, "cannot read .*a.json: JSON parse error", tmp_path / "a.json")
+def test_json_that_is_not_read(content, match, tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(formats, "MAX_JSON_VALUE", 100)
+    for name in ("a.json", "a.jsonl"):
+        (tmp_path / name).write_text(content)
+        check_error(cache, f"cannot read .*{name}: .*{match}", tmp_path / name)
 
 
 def test_deeply_nested_json(tmp_path, cache):
@@ -261,22 +260,30 @@ def test_deeply_nested_json(tmp_path, cache):
     check_error(cache, "deep.jsonl: JSON parse error: a row is nested too deeply", path)
 
 
-def test_utf16_is_said(tmp_path, cache):
+@pytest.mark.parametrize(
+    ("content", "odd"),
+    [
+        ("für".encode() * 1000, None),
+        ("für".encode("latin-1"), "byte 0xfc is not valid UTF-8; convert the file to UTF-8"),
+        ("One.".encode("utf-16"), "byte 0xff is not valid UTF-8; convert the file to UTF-8"),
+        ("One.".encode("utf-16-le"), "holds NUL, as UTF-16 does; convert the file to UTF-8"),
+        (gzip.compress(b"One."), "byte 0x8b is not valid UTF-8; convert the file to UTF-8"),
+    ],
+)
+def test_text_that_is_none_is_said(content, odd, tmp_path):
+    """It is read to the byte all the same."""
     path = tmp_path / "a.txt"
-    path.write_text("One.\n", encoding="utf-16")
-    loaded = load(path)
-    assert all_documents(loaded) != [b"One.\n"]
-    assert "a.txt is UTF-16 and is read byte by byte; convert the file to UTF-8" in loaded.note
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "a"}', encoding="utf-16")
-    with pytest.raises(PicoError, match="byte 0xff is not valid UTF-8; convert the file"):
-        load(path)
+    path.write_bytes(content)
+    with mock.patch.object(formats, "CHUNK", 100):  # which ends within a character
+        loaded = load(path)
+    assert b"".join(all_documents(loaded)) == content
+    assert loaded.note.split("\n")[1:] == ([f"{path} is read byte by byte: {odd}"] if odd else [])
 
 
 def test_unreadable_files(tmp_path, cache):
     for name, content, match in [
         ("bad.jsonl", b'{"text": "a"}\n{"text": oops\n', "cannot read .*bad.jsonl: JSON parse"),
-        ("bad.json", b"[1, 2", "bad.json holds int in place of rows"),
+        ("bad.json", b"[1, 2]", "bad.json holds int in place of rows"),
         (
             "utf8.jsonl",
             b'{"text": "a"}\n{"text": "\xff"}\n',
@@ -287,6 +294,7 @@ def test_unreadable_files(tmp_path, cache):
         ("half.jsonl", b'{"text": "\\ud83d"}\n', "cannot read .*half.jsonl: .*surrogates"),
         ("bad.parquet", b"PAR1 nonsense", "cannot read .*bad.parquet: Parquet magic"),
         ("bad.csv", b"text\n\xff\xfe\n", "cannot read .*bad.csv"),
+        ("utf16.jsonl", '{"text": "a"}'.encode("utf-16"), "byte 0xff is not valid UTF-8; convert"),
         ("bad.pdf", b"%PDF", "the formats are .txt, .jsonl"),
         ("empty.txt", b"", "empty.txt holds no text"),
         ("markers.txt", b"\n<|endoftext|>\n", "markers.txt holds no text"),

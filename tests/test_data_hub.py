@@ -1,160 +1,207 @@
-"""data/hub.py: revisions, files of our own reading, and work without network."""
+"""data/hub.py with the real huggingface_hub: a server in the hub's place, and caches without one.
 
-import gzip
-import io
-from types import SimpleNamespace
+huggingface_hub reads the environment when it is imported, so data are loaded in processes.
+"""
 
-import datasets
-import huggingface_hub
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
 import pytest
-from helpers import all_documents, as_rows, contents, load, split_up, three_splits, write_jsonl
+from helpers import contents
 
-from pico_tg.data import DataSpec, has_validation, hub, load_data
-from pico_tg.files import PicoError
+LOAD = Path(__file__).parent / "scripts" / "load_data.py"
+OLD, NEW = "a" * 40, "b" * 40
+SPLITS = ("train", "validation", "test")
+FILES = {f"{split}.jsonl": contents("jsonl", [f"{split} 0", f"{split} 1"]) for split in SPLITS}
+CARD = """---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: %s
+  - split: val
+    path: [valid*, dev.*]
+---
+"""
+
+
+class Hub(ThreadingHTTPServer):
+    """Answers as the hub does for owner/name: `revisions` holds {name: bytes} of each commit.
+
+    The last commit is main. `downloads` lists the names of the files that were sent.
+    """
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.revisions, self.downloads = {OLD: dict(FILES)}, []
+
+    def answer(self, path, head):
+        """(status, body, headers) for the path of a request."""
+        if "/owner/name" not in path:
+            return 404, b"", {"X-Error-Code": "RepoNotFound"}
+        commit = next((c for c in self.revisions if c in path), [*self.revisions][-1])
+        files = self.revisions[commit]
+        if "/resolve/" in path:
+            content = files[path.split(f"{commit}/")[1]]
+            self.downloads += [] if head else [path.split(f"{commit}/")[1]]
+            tag = hashlib.sha1(content).hexdigest()
+            return 200, content, {"X-Repo-Commit": commit, "ETag": f'"{tag}"'}
+        found = {"id": "owner/name", "sha": commit}
+        if "/tree/" in path:
+            # a file may be of a size alone
+            sizes = {n: f if isinstance(f, int) else len(f) for n, f in files.items()}
+            found = [{"type": "file", "path": n, "size": sizes[n], "oid": n} for n in files]
+        return 200, json.dumps(found).encode(), {}
+
+
+class Answer(BaseHTTPRequestHandler):
+    def do_GET(self):
+        head = self.command == "HEAD"
+        status, body, headers = self.server.answer(self.path.split("?")[0], head)
+        self.send_response(status)
+        for name, value in (headers | {"Content-Length": str(len(body))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(b"" if head else body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        """No line for each request."""
 
 
 @pytest.fixture
-def folder(tmp_path):
-    return three_splits(tmp_path / "folder")
+def hub():
+    with Hub() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
 
 
-def documents(split, *numbers):
-    return [f"{split} {i}".encode() for i in numbers]
+@pytest.fixture
+def home(tmp_path):
+    return tmp_path / "home"
 
 
-LOAD_DATASET = datasets.load_dataset
+def load_all(home, hub, *specs):
+    """What load_data makes of each of `specs`; without a hub, offline."""
+    environment = os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    if hub is not None:
+        at = f"http://127.0.0.1:{hub.server_port}"
+        environment |= {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": at}
+    command = [sys.executable, LOAD]
+    pipes = {"input": json.dumps(specs), "capture_output": True, "text": True}
+    done = subprocess.run(command, env=environment, check=True, **pipes)
+    assert done.stderr == ""  # no bars, no warnings
+    return json.loads(done.stdout)
 
 
-class Hub:
-    """Plays the hub: a local folder for each revision, and whether the network is there."""
-
-    def __init__(self, monkeypatch, revisions):
-        self.revisions, self.online, self.asked = revisions, True, []
-        monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", self.info)
-        monkeypatch.setattr(datasets, "load_dataset", self.load)
-
-    def info(self, name, revision=None, timeout=None):
-        if not self.online:
-            raise ConnectionError("no route\nto host")
-        return SimpleNamespace(sha=[*self.revisions][-1] if revision is None else revision)
-
-    def load(self, name, config, *, revision, streaming, cache_dir):
-        if not self.online:
-            raise ConnectionError("no route\nto host")
-        self.asked.append((name, config, revision))
-        return LOAD_DATASET(str(self.revisions[revision]), streaming=True, cache_dir=cache_dir)
+def spec(dataset="owner/name", **options):
+    return {"dataset": dataset, **options}
 
 
-def test_hub_dataset(folder, monkeypatch):
-    hub = Hub(monkeypatch, {"0123abc": folder})
-    loaded = load("owner/name:config")
-    assert split_up(loaded.train) == documents("train", 0, 1, 2, 3)
-    assert split_up(loaded.validation) == documents("validation", 0, 1, 2, 3)
-    assert hub.asked == [("owner/name", "config", "0123abc")]
-    assert loaded.spec == DataSpec("owner/name:config", revision="0123abc")
-    assert "not used: test.jsonl (split test)" in loaded.note
-    load("owner/name:config")
-    assert len(hub.asked) == 1  # the revision is known
+def test_revision_is_recorded_and_read_without_network(hub, home):
+    hub.revisions[OLD] |= {"picture.png": b"png", ".hidden/x.txt": b"hidden", "empty.txt": b""}
+    (first,) = load_all(home, hub, spec())
+    assert first["train"] == ["train 0", "train 1"]
+    assert first["validation"] == ["validation 0", "validation 1"]
+    assert first["spec"]["revision"] == OLD
+    unused = "empty.txt (empty); picture.png (no format that is read); test.jsonl (split test)"
+    assert first["note"].endswith(f"\nnot used: {unused}")
+    assert sorted(hub.downloads) == ["train.jsonl", "validation.jsonl"]
+
+    hub.revisions[NEW] = {"train.jsonl": contents("jsonl", ["moved 0", "moved 1"])}
+    again, newest, branch = load_all(home, hub, first["spec"], spec(), spec(revision="main"))
+    assert again == first
+    assert (newest["train"], newest["validation"]) == (["moved 0"], ["moved 1"])
+    assert newest["spec"]["revision"] == branch["spec"]["revision"] == NEW
+
+    again, cached, gone, split, other = load_all(
+        home, None,
+        first["spec"], spec(), spec(revision="c" * 40), first["spec"] | {"train_split": "test"},
+        spec("owner/other"),
+    )  # fmt: skip
+    assert again == first
+    assert (cached["train"], cached["spec"]["revision"]) == (["moved 0"], NEW)
+    assert (
+        f"any newer revision of owner/name than {NEW} (no answer from the hub: " in cached["note"]
+    )
+    assert f"cannot open 'owner/name' on the Hugging Face hub at {'c' * 40} (" in gone["error"]
+    assert "cannot download owner/name from the hub: " in split["error"]
+    assert "'owner/other' on the Hugging Face hub, and it is no local file" in other["error"]
+    assert other["error"].endswith("check the name and the network, or use python-docs")
 
 
-def test_hub_dataset_of_txt_and_csv(tmp_path, monkeypatch):
-    """The builders of `datasets` would make a document of each line, and drop the text NA."""
-    for kind, text, expected in [
-        ("txt", "one\ntwo\n<|endoftext|>\nthree\n", [b"one\ntwo", b"three"]),
-        ("csv", "text,n\nNA,1\n007,2\n", [b"NA", b"007"]),
-    ]:
-        place = tmp_path / kind
-        place.mkdir()
-        (place / f"train.{kind}").write_text(text)
-        more = "<|endoftext|>4" if kind == "txt" else "8,9\n"
-        (place / f"valid.{kind}").write_text(text + more)
-        Hub(monkeypatch, {"0123abc": place})
-        loaded = load(f"owner/{kind}")
-        assert split_up(loaded.train) == expected
-        assert len(split_up(loaded.validation)) == 3
-        assert f"from valid.{kind}" in loaded.note
-
-
-def test_hub_data_whose_files_are_unknown(tmp_path, monkeypatch):
-    """Rows are taken from `datasets`, unless its text builder would make them of lines."""
-    monkeypatch.setattr(hub, "_paths", lambda rows: [])
-    for kind, error in (("jsonl", None), ("txt", "cannot find the .txt files of owner/txt")):
-        (tmp_path / kind).mkdir()
-        (tmp_path / kind / f"a.{kind}").write_bytes(contents(kind, ["a", "b"]))
-        Hub(monkeypatch, {"0123abc": tmp_path / kind})
-        if error is None:
-            assert all_documents(load(f"owner/{kind}")) == [b"a", b"b"]
-        else:
-            with pytest.raises(PicoError, match=error):
-                load(f"owner/{kind}")
-
-
-def test_hub_files_are_split_on_the_marker(monkeypatch):
-    files = {
-        "datasets/owner/name@0123abc/deep/a.txt": b"one\ntwo\n<|endoftext|>\nthree\n",
-        "datasets/owner/name@0123abc/b.txt.gz": gzip.compress(b"held out"),
+def test_files_and_folders(hub, home, tmp_path):
+    """Text is read to the byte, as from local files, and only what is named is downloaded."""
+    hub.revisions[OLD] = {
+        "en/train.txt": b"one\ntwo\n<|endoftext|>\nthree\n",
+        "en/valid.csv": b"text,n\nNA,1\n007,2\n",
+        "de/train.txt": b"eins<|endoftext|>zwei",
+        "a.pdf": b"%PDF",
     }
-
-    class FileSystem:
-        def open(self, path, mode):
-            assert mode == "rb"
-            return io.BytesIO(files[path])
-
-        def size(self, path):
-            return len(files[path])
-
-    info = SimpleNamespace(sha="0123abc")
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: info)
-    monkeypatch.setattr(huggingface_hub, "HfFileSystem", FileSystem)
-    loaded = load("owner/name", train_file="deep/a.txt", validation_file="b.txt.gz")
-    assert split_up(loaded.train) == [b"one\ntwo", b"three"]
-    assert split_up(loaded.validation) == [b"held out"]
-    files["datasets/owner/name@0123abc/a.pdf"] = b""
-    with pytest.raises(PicoError, match=r"cannot tell what a\.pdf is by its name"):
-        load("owner/name", train_file="a.pdf")
-    with pytest.raises(PicoError, match=r"cannot open 'owner/name/gone\.txt' on the"):
-        load("owner/name", train_file="gone.txt")
-
-
-def test_hub_without_network(folder, tmp_path, monkeypatch):
-    """A run's revision is read from the cache although the hub has moved on, or is not there."""
-    moved = tmp_path / "moved"
-    moved.mkdir()
-    write_jsonl(moved / "train.jsonl", as_rows(["moved 0", "moved 1"]))
-    hub = Hub(monkeypatch, {"old": folder})
-    first = load("owner/name")
-    hub.online = False
-    again = load("owner/name")
-    assert again.train.fingerprint == first.train.fingerprint
-    assert again.spec == first.spec == DataSpec("owner/name", revision="old")
-    assert "no answer from the hub: no route to host" in again.note
-    assert "revision old is in the cache" in again.note
-    resumed = load_data(first.spec, progress=False)
-    assert (resumed.note, resumed.spec) == (first.note, first.spec)
-    assert has_validation(DataSpec("owner/name"))
-    with pytest.raises(PicoError, match="'owner/name' at revision new on the Hugging Face hub"):
-        load("owner/name", revision="new")
-    with pytest.raises(PicoError, match=r"'owner/other' .*\(no route to host\).*python-docs"):
-        load("owner/other")
-
     (tmp_path / "mine.txt").write_text("mine")
-    mixed = load("owner/name", validation_file=tmp_path / "mine.txt")
-    assert (split_up(mixed.validation), mixed.spec.revision) == ([b"mine"], "old")
+    mine = str(tmp_path / "mine.txt")
+    folder, files, local, lone, pdf, gone, part = load_all(
+        home, hub,
+        spec("owner/name:en"),
+        spec(train_file="de/train.txt", validation_file="en/valid.csv"),
+        spec(train_file="en/train.txt", validation_file=mine),
+        spec(train_file="de/train.txt"),  # no other file is looked for, as always on the hub
+        spec(train_file="a.pdf"),
+        spec(train_file="gone.txt"),
+        spec("owner/name:fr"),
+    )  # fmt: skip
+    assert folder["train"] == ["one\ntwo", "three"]
+    assert folder["validation"] == files["validation"] == ["NA", "007"]
+    assert files["train"] == ["eins", "zwei"]
+    assert (local["validation"], local["spec"]["train_file"]) == (["mine"], "en/train.txt")
+    assert (lone["train"], lone["validation"]) == (["eins"], ["zwei"])
+    assert "owner/name/a.pdf cannot be read: no format that is read" in pdf["error"]
+    assert "there is no file 'gone.txt', neither in owner/name nor here" in gone["error"]
+    assert part["error"] == "owner/name has no folder 'fr'; its folders: de, en"
+    assert sorted(hub.downloads) == ["de/train.txt", "en/train.txt", "en/valid.csv"]
 
-    hub.online, hub.revisions = True, {"old": folder, "new": moved}
-    assert all_documents(load("owner/name")) == [b"moved 0", b"moved 1"]
-    assert load_data(first.spec, progress=False).train.fingerprint == first.train.fingerprint
-    (folder / "train.jsonl").unlink()  # what an old revision held is in the cache only
-    hub.online = False
-    assert load("owner/name").spec.revision == "new"
-    assert load_data(first.spec, progress=False).train.fingerprint == first.train.fingerprint
+
+def test_card_must_agree_with_the_names(hub, home):
+    rows = contents("jsonl", ["a", "b"])
+    hub.revisions[OLD] = {"data/train-0.jsonl": rows, "valid.jsonl": FILES["train.jsonl"]}
+    hub.revisions[OLD]["README.md"] = (CARD % "data/train-*").encode()
+    (agreeing,) = load_all(home, hub, spec())
+    assert agreeing["train"] == ["a", "b"]
+    hub.revisions[NEW] = hub.revisions[OLD] | {"more.jsonl": rows}
+    refused, folder = load_all(home, hub, spec(), spec("owner/name:data"))
+    assert "the README.md of owner/name declares configurations or splits" in refused["error"]
+    assert "(more.jsonl); name a folder of it, as in owner/name:data, or" in refused["error"]
+    assert folder["train"] == ["a"]
 
 
-def test_hub_out_of_reach(monkeypatch, cache):
-    def fail(*_, **__):
-        raise ConnectionError("no route\nto host")
+def test_large_data_are_refused_unless_a_file_is_named(hub, home):
+    hub.revisions[OLD] = FILES | {"train-1.jsonl": 12 * 10**9}
+    refused, named = load_all(home, hub, spec(), spec(train_file="train.jsonl"))
+    assert "owner/name is a download of 12 GB; name a file of it by train_file" in refused["error"]
+    assert hub.downloads == ["train.jsonl"]
+    assert named["train"] == ["train 0"]
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fail)
-    with pytest.raises(PicoError, match=r"'owner/name' .*\(no route to host\).*python-docs"):
-        load("owner/name")
-    assert not cache.exists()
+
+def test_cache_of_another_program(home):
+    """blobs, snapshots and refs alone: it may lack files, which is said."""
+    place = home / "hub" / "datasets--owner--name"
+    snapshot = place / "snapshots" / OLD
+    for folder in (snapshot, place / "blobs", place / "refs"):
+        folder.mkdir(parents=True)
+    (place / "refs" / "main").write_text(OLD)
+    for name, content in FILES.items():
+        (place / "blobs" / name[:3]).write_bytes(content)
+        (snapshot / name).symlink_to(place / "blobs" / name[:3])
+    loaded, pinned = load_all(home, None, spec(), spec(revision=OLD))
+    assert loaded["train"] == pinned["train"] == ["train 0", "train 1"]
+    assert loaded["spec"]["revision"] == OLD
+    assert "files of owner/name that are not in the cache (" in pinned["note"]
+    assert "any newer revision of owner/name" in loaded["note"]

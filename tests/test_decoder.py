@@ -40,7 +40,7 @@ def test_pieces_of_every_size(model, weights, text, prefill):
     """Three times round the ring buffers, with decode passes and prefill passes."""
     decoder = Decoder(model)
     cuts = [0, 1, 2, 66, 67, 130, 131, 200, 203, 209, len(text)]
-    assert len(text) > 3 * decoder.fb_in[0].cache.slots
+    assert len(text) > 3 * decoder.fb_in[0].slots
     found = [decoder.forward(text[a:b])[0] for a, b in itertools.pairwise(cuts)]
     expected = oracle.decode(weights, TINY, text)
     np.testing.assert_allclose(np.concatenate(found), expected, rtol=0, atol=2e-4)

@@ -6,6 +6,7 @@ which needs clang (the extra `clang`). test_backends.py has a test of OpenCL: he
 compile for two minutes.
 """
 
+import importlib.util
 import json
 import os
 import shutil
@@ -18,7 +19,6 @@ import pytest
 from helpers import FOX, TINY, WINDOWS, Watch
 
 import pico_tg
-from pico_tg.backend.device import find_dawn
 
 TESTS = Path(__file__).parent
 STEPS, BEFORE = 70, 50  # steps of the run; steps before the devices continue it
@@ -88,7 +88,7 @@ def on_cpu(stopped, tmp_path_factory) -> dict:
 @pytest.mark.parametrize(
     ("device", "runner", "check", "backend"),
     [
-        ("WEBGPU", [], check_webgpu, "backend WEBGPU ("),
+        ("WEBGPU", [], check_webgpu, "backend WEBGPU"),
         ("METAL::Apple7", [metal_device.__file__], check_metal, "backend METAL"),
     ],
 )
@@ -111,10 +111,9 @@ def test_training_and_decoding(device, runner, check, backend, request, tmp_path
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Dawn has another driver than Vulkan")
-@pytest.mark.skipif(find_dawn() is None, reason="needs the extra webgpu")
-def test_webgpu_without_a_driver_is_one_line():
-    """Not Dawn's interface Null, which computes nothing, nor the warnings of Dawn."""
+@pytest.mark.skipif(importlib.util.find_spec("pydawn") is None, reason="needs the extra webgpu")
+def test_webgpu_without_a_driver_is_an_error():
+    """Dawn then launches kernels that compute nothing."""
     done = on_device("WEBGPU", "-m", "pico_tg", "info", "nowhere", VK_ICD_FILENAMES="/nowhere")
     assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    assert "no GPU; install the GPU's Vulkan driver" in line
+    assert "no GPU; install its driver" in done.stderr.splitlines()[-1]

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from helpers import TINY as CONFIG
 from oracle import forward
-from tinygrad import Tensor, dtypes, nn
+from tinygrad import Tensor, nn
 
-from pico_tg import evaluation
 from pico_tg.config import TrainSettings
 from pico_tg.data import DataSpec, load_data, load_whole
 from pico_tg.evaluation import (
@@ -19,11 +18,11 @@ from pico_tg.evaluation import (
     Evaluation,
     Validation,
     _windows,
-    check_options,
     evaluate,
 )
 from pico_tg.files import PicoError
 from pico_tg.model import Pico
+from pico_tg.tools import router_report
 from pico_tg.tools.report import describe_evaluation
 
 CONTEXT, STRIDE = 24, 16  # the held-out text below is 4 windows and a part of one
@@ -34,7 +33,7 @@ DOCUMENTS = ["the cat; sat", "on a mât, 1_2 €!\n\n And then a\tdog,", "ran\n"
 @pytest.fixture(scope="module", autouse=True)
 def short_blocks():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "MIN_BLOCK", 4)  # the text is short
+        patch.setattr(router_report, "MIN_BLOCK", 4)  # the text is short
         yield
 
 
@@ -98,7 +97,12 @@ def read(data, model) -> Read:
 
 @pytest.fixture(scope="module")
 def found(data, model) -> Evaluation:
-    return evaluate(model, data, passage=60, **OPTIONS)
+    return evaluate(model, data, **OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def report(found) -> router_report.RouterReport:
+    return router_report.router_report(found)
 
 
 def bits(logits: np.ndarray, targets: np.ndarray) -> float:
@@ -132,48 +136,11 @@ def test_head_accuracy(found, read):
         assert 0 < sum(hits) < len(hits)
 
 
-@pytest.mark.parametrize("which", ["text", "greedy"])
-def test_drafts(which, found, read):
-    """Simulate a decoder: a pass produces one byte and the accepted drafts after it."""
-    likeliest = read.logits.argmax(axis=2)  # (N, T)
-
-    def accepted(p: int) -> int:
-        count = 0
-        for j in (1, 2):
-            at = p + 1 + j
-            if at >= len(read.data) or not read.own[at]:
-                break
-            real = read.data[at] if which == "text" else likeliest[at - 1, 0]
-            if likeliest[p, j] != real:
-                break
-            count += 1
-        return count
-
-    starts = np.flatnonzero(read.own) - 1
-    runs = np.array([accepted(p) for p in starts])
-    shares = [(runs >= 1).mean(), (runs >= 2).mean()]
-    assert getattr(found, f"drafts_right_{which}") == pytest.approx(shares)
-    assert shares[0] > 0
-    passes, byte, drafted = [], 0, []
-    while byte < len(read.data):
-        if read.own[byte]:
-            passes.append(accepted(byte - 1))
-            drafted += range(byte + 1, byte + 1 + passes[-1])
-            byte += passes[-1]
-        byte += 1
-    assert getattr(found, f"accepted_{which}") == pytest.approx(np.mean(passes))
-    if which == "text":
-        own = np.flatnonzero(read.own)
-        marked = [r.drafted for document in found.passage for r in document]
-        assert marked == [p in drafted for p in own if p < 60]
-        assert any(marked)
-
-
-def test_router(found, read):
+def test_router(found, report, read):
     routed = (read.router > 0) & read.own
     count = read.own.sum()
     assert found.router_rate == pytest.approx(routed.sum() / count)
-    kinds = {name: [] for name in found.places}
+    kinds = {name: [] for name in report.places}
     for p in np.flatnonzero(read.own):
         byte, before = bytes([read.data[p]]), bytes([read.data[p - 1]] if read.own[p - 1] else b"")
         if 0x80 <= byte[0] < 0xC0:
@@ -192,7 +159,7 @@ def test_router(found, read):
         if byte == b" ":
             kinds["space"].append(p)
     for name, at in kinds.items():
-        place = found.places[name]
+        place = report.places[name]
         assert at, name
         assert place.share_of_bytes == pytest.approx(len(at) / count), name
         assert place.share_of_decisions == pytest.approx(routed[at].sum() / routed.sum()), name
@@ -229,15 +196,15 @@ def places_of(read) -> tuple[dict[str, list[int]], list[range]]:
     return places, runs
 
 
-def test_boundaries(found, read):
+def test_boundaries(found, report, read):
     """Each place, against plain loops; random routing, against 2000 simulations at that rate."""
     routed = (read.router > 0) & read.own
     places, runs = places_of(read)
     near = sorted({p for run in runs for p in run})
     rng = np.random.default_rng(0)
     at_random = (rng.random((2000, len(routed))) < found.router_rate) & read.own
-    assert found.boundaries.keys() == {*places, "near"}
-    for name, boundary in found.boundaries.items():
+    assert report.boundaries.keys() == {*places, "near"}
+    for name, boundary in report.boundaries.items():
         for rows, measured, tolerance in (
             (routed[None], boundary.router, 1e-6),
             (at_random, boundary.random, 0.05),
@@ -255,15 +222,15 @@ def test_boundaries(found, read):
         assert 0 < boundary.router.precision < 1
 
 
-def test_surprisal(found, read):
+def test_surprisal(report, read):
     """The mean over bytes after routed bytes, divided by the mean over all bytes after text."""
     at = np.flatnonzero(read.own[:-1] & read.own[1:])
     rows = read.logits[at, 0]
     nats = np.logaddexp.reduce(rows, axis=1) - rows[np.arange(len(at)), read.data[at + 1]]
     expected = nats[read.router[at] > 0].mean() / nats.mean()
-    assert found.surprisal_ratio == pytest.approx(expected, rel=1e-5)
-    low, high = found.surprisal_interval
-    assert low <= found.surprisal_ratio <= high
+    assert report.surprisal_ratio == pytest.approx(expected, rel=1e-5)
+    low, high = report.surprisal_interval
+    assert low <= report.surprisal_ratio <= high
 
 
 def test_a_confidence_interval():
@@ -271,18 +238,18 @@ def test_a_confidence_interval():
     rng = np.random.default_rng(1)
     whole, inside, widths = np.ones(12_800), 0, []
     for _ in range(100):
-        low, high = evaluation._interval(np.divide, rng.random(len(whole)) < 0.3, whole)
+        low, high = router_report._interval(np.divide, rng.random(len(whole)) < 0.3, whole)
         inside += low <= 0.3 <= high
         widths.append(high - low)
     assert 88 <= inside <= 99
     assert np.mean(widths) == pytest.approx(2 * 1.96 * math.sqrt(0.3 * 0.7 / 12_800), rel=0.1)
     clumped = np.repeat(rng.random(200) < 0.3, 64)
-    low, high = evaluation._interval(np.divide, clumped, whole)
+    low, high = router_report._interval(np.divide, clumped, whole)
     assert high - low > 4 * np.mean(widths)
-    assert evaluation._interval(np.divide, 0 * whole, 0 * whole) is None  # undefined
-    few = evaluation.MIN_BLOCKS * evaluation.MIN_BLOCK
-    assert evaluation._interval(np.divide, clumped[:few], whole[:few])
-    assert evaluation._interval(np.divide, clumped[: few - 1], whole[: few - 1]) is None
+    assert router_report._interval(np.divide, 0 * whole, 0 * whole) is None  # undefined
+    few = router_report.MIN_BLOCKS * router_report.MIN_BLOCK
+    assert router_report._interval(np.divide, clumped[:few], whole[:few])
+    assert router_report._interval(np.divide, clumped[: few - 1], whole[: few - 1]) is None
 
 
 def test_the_gap_is_that_of_validation(found, data, model):
@@ -297,8 +264,9 @@ def test_a_rule_has_no_top_k_and_no_routed_byte_no_surprisal(data):
     settings = TrainSettings(context_len=CONTEXT, batch_size=2, validation_bytes=10**6)
     assert not [key for key in Validation(model, data.validation, settings)() if "top_k" in key]
     found = evaluate(model, data, **OPTIONS)
-    assert found.routing_gap is found.surprisal_ratio is found.surprisal_interval is None
-    lines = describe_evaluation(found).splitlines()
+    report = router_report.router_report(found)
+    assert found.routing_gap is report.surprisal_ratio is report.surprisal_interval is None
+    lines = describe_evaluation(found, report).splitlines()
     for name in (
         "causal routing minus top-k, bits per byte",
         "surprisal after routed bytes / mean",
@@ -309,12 +277,12 @@ def test_a_rule_has_no_top_k_and_no_routed_byte_no_surprisal(data):
 def test_passage(found, read):
     """Every byte of text among the first 60, by document, against the oracle."""
     at = [p for p in np.flatnonzero(read.own) if p < 60]
-    first = DOCUMENTS[0].encode()
-    assert [bytes(r.byte for r in d) for d in found.passage] == [
+    first, documents = DOCUMENTS[0].encode(), router_report.passage(found, 60)
+    assert [bytes(r.byte for r in d) for d in documents] == [
         first,
         DOCUMENTS[1].encode()[: len(at) - len(first)],
     ]
-    for p, record in zip(at, [r for d in found.passage for r in d], strict=True):
+    for p, record in zip(at, [r for d in documents for r in d], strict=True):
         row = read.logits[p - 1, 0]
         logprob = row[read.data[p]] - np.logaddexp.reduce(row)
         assert record.logprob == pytest.approx(logprob, abs=1e-4)
@@ -324,16 +292,19 @@ def test_passage(found, read):
 
 @pytest.mark.slow
 def test_the_same_on_every_run_and_for_any_batch_size(found, data, model):
-    assert evaluate(model, data, passage=60, **OPTIONS) == found
-    one = evaluate(model, data, passage=60, **OPTIONS | {"batch_size": 1})
+    again = evaluate(model, data, **OPTIONS)
+    assert again.as_dict() == found.as_dict()
+    for name, array in found.figures.items():
+        np.testing.assert_array_equal(again.figures[name], array)
+    one = evaluate(model, data, **OPTIONS | {"batch_size": 1})
     assert one.bits_per_byte == pytest.approx(found.bits_per_byte)
     assert (one.head_accuracy, one.router_rate) == (found.head_accuracy, found.router_rate)
 
 
-def test_as_dict_is_json(found):
-    values = json.loads(json.dumps(found.as_dict()))
-    assert values["places"]["whitespace"]["rate"] == found.places["whitespace"].rate
-    assert "passage" not in values
+def test_as_dict_is_json(found, report):
+    values = json.loads(json.dumps(found.as_dict() | report.as_dict()))
+    assert values["places"]["whitespace"]["rate"] == report.places["whitespace"].rate
+    assert values["bits_per_byte"] == found.bits_per_byte
 
 
 @pytest.mark.parametrize("total", [1, 40, 41, 55, 56, 57, 200])
@@ -348,77 +319,43 @@ def test_windows_score_every_position_once(total, stride):
         assert start == 0 or begin - start >= 24
 
 
-def test_slots(read, data, model):
-    """The windows of the first batch fit twice the capacity, one of the second does not."""
+def test_more_routed_bytes_than_slots(read, model):
+    """A batch that routes more than twice the capacity of a window is computed with more slots."""
     length = CONTEXT + STRIDE
-    slots = CausalPass(model, length, TrainSettings()).slots
-    named = {name: t.numpy() for name, t in nn.state.get_state_dict(model).items()}
-    routed = []
+    measure = CausalPass(model, length, TrainSettings(), ("nats", "decisions"))
+    fits, exceeds = [], []
     for start, _, _ in _windows(len(read.data), length, STRIDE):
-        x = read.data[None, start : start + length]
-        routed.append(int(forward(named, CONFIG, x, causal=True)[2].sum()))
-    assert max(routed[:2]) <= slots < max(routed[2:4])
+        if len(window := read.data[start : start + length + 1]) == length + 1:
+            found = measure(window[None])
+            routed = int(found["decisions"].sum())
+            (fits if routed <= measure.slots else exceeds).append(routed)
+            logits = model(Tensor(window[None, :-1]), causal=True)[0].numpy()[0, :, 0]
+            expected = bits(logits, window[1:].astype(int)) * math.log(2)
+            assert found["nats"].mean() == pytest.approx(expected, abs=1e-5)
+    assert fits
+    assert exceeds
 
 
-class Decided(CausalPass):
-    """Returns the number of slots of the pass."""
-
-    def _graph(self, count, windows, flags):
-        decisions = windows[:, :-1].cast(dtypes.bool)
-        return Tensor([count]), (decisions & flags.cast(dtypes.bool)).sum(axis=1).max()
-
-
-def test_routed_padding_takes_no_slots(model):
-    """Bytes after the end of the text may be routed as well, and need no slot."""
-    decisions = np.zeros((2, 41), np.uint8)
-    decisions[0, :20] = decisions[1, 5:35] = 1
-    measure = Decided(model, 40, TrainSettings())
-    assert measure.slots == 20
-    for length, slots in ((25, 20), (26, 40)):
-        real = np.arange(40) < np.array([[40], [length]])
-        assert measure.run(decisions, real.astype(np.uint8))[0] == [slots]
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"split": "test"}, "validation or train"),
-        ({"context_len": 0}, "context_len"),
-        ({"stride": 0}, "stride"),
-        ({"batch_size": -1}, "batch_size"),
-        ({"max_bytes": 1}, "max_bytes"),
-        ({"max_bytes": 5.0}, "max_bytes"),
-        ({"precision": "fp8"}, "precision"),
-    ],
-)
-def test_bad_options(options, named):
-    with pytest.raises(PicoError, match=named):
-        check_options(**options)
-
-
-def test_other_parts(model, data, tmp_path, monkeypatch):
+def test_other_parts(model, data, tmp_path):
     """A split, the whole data and a corpus; one byte of text is enough for a corpus."""
-    measured = []
-
-    def kept(corpus, *rest):
-        measured.append(bytes(corpus.bytes))
-        raise InterruptedError
-
-    monkeypatch.setattr(evaluation, "_Measured", kept)
     whole = load_whole(data.spec, progress=False)
-    for part, options in ((data, {"split": "train"}), (data.spec, {"split": "all"}), (whole, {})):
-        with pytest.raises(InterruptedError):
-            evaluate(model, part, **OPTIONS, **options)
-    train, everything, same = measured
+    train, everything, same = (
+        evaluate(model, part, **OPTIONS, **options).data.tobytes()
+        for part, options in (
+            (data, {"split": "train"}),
+            (data.spec, {"split": "all"}),
+            (whole, {}),
+        )
+    )
     assert everything == same == train + bytes(data.validation.bytes)
     (tmp_path / "x.txt").write_text("x")
-    whole = load_whole(DataSpec(str(tmp_path / "x.txt")), progress=False)
-    assert bytes(whole.bytes) == b"<pico:seq>x</pico:seq>"
+    found = evaluate(model, load_whole(DataSpec(str(tmp_path / "x.txt")), progress=False))
+    assert found.bytes == 1
 
 
 def test_bad_data(model, data, monkeypatch):
     with pytest.raises(PicoError, match="first 10 bytes of the validation data hold no byte"):
         evaluate(model, data, max_bytes=10)
-    monkeypatch.setattr(evaluation, "MAX_BATCH_BYTES", 2 * CONTEXT)
+    monkeypatch.setattr("pico_tg.evaluation.MAX_BATCH_BYTES", 2 * CONTEXT)
     with pytest.raises(PicoError, match=r"2 windows of 40 bytes .* smaller context_len"):
         evaluate(model, data, **OPTIONS)

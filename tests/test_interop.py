@@ -65,9 +65,7 @@ def test_a_published_folder(published, tmp_path, monkeypatch, capsys):
 
     assert cli.main(["eval", str(published), "run"]) == 2
     assert "give a DATASET" in capsys.readouterr().err
-    with pytest.raises(
-        pico_tg.PicoError, match=r"no training\.json of pico_tg"
-    ):  # as train --resume
+    with pytest.raises(pico_tg.PicoError, match=r"no training\.json of pico_tg"):  # as --resume
         read_description(published / "run")
 
 

@@ -1,19 +1,28 @@
 """The two halves of KVCache and PackedLinear compute the same: plain tinygrad and CPU kernels."""
 
+import dataclasses
+import os
+
 import numpy as np
 import pytest
+from helpers import TINY
 from tinygrad import Device, Tensor
 
-from pico_tg.attention import alibi_slopes
 from pico_tg.backend.runtime import has_cpu_kernels
-from pico_tg.decoder import PREFILL_CHUNK
-from pico_tg.kv_cache import KVCache, PackedLinear
+from pico_tg.kv_cache import PREFILL_CHUNK, KVCache, PackedLinear
+from pico_tg.model import Attention, Linear, RMSNorm
+
+CONFIG = dataclasses.replace(TINY, dim=42)
 
 
-@pytest.fixture(autouse=True)
-def cpu_kernels():
-    if not has_cpu_kernels(Device.DEFAULT):
-        pytest.skip(f"{Device.DEFAULT} has no CPU kernels")
+pytestmark = pytest.mark.skipif(
+    not has_cpu_kernels(Device.DEFAULT), reason="needs the hand-scheduled CPU kernels"
+)
+
+
+def attend(switch, cache, qkv, at):
+    os.environ["PICO_KERNELS"] = switch
+    return cache.attend(tensor(qkv), at).numpy()
 
 
 def tensor(x: np.ndarray) -> Tensor:
@@ -25,32 +34,38 @@ def tensor(x: np.ndarray) -> Tensor:
 )
 def test_attend(rows, heads, kv_heads, monkeypatch):
     """Before the ring buffer is full, when it just is, and long after."""
-    C, window = 7, 9
+    C = CONFIG.dim // heads
     rng = np.random.default_rng(rows)
     caches = []
+    attention = Attention(dataclasses.replace(CONFIG, att_q_heads=heads, att_kv_heads=kv_heads), 9)
     for switch in "10":
         monkeypatch.setenv("PICO_KERNELS", switch)
-        cache = KVCache(heads, kv_heads, C, window, PREFILL_CHUNK, alibi_slopes(heads))
-        assert cache.has_cpu_kernels == (switch == "1")
-        caches.append(cache)
+        assert (has_cpu_kernels(Device.DEFAULT)) == (switch == "1")
+        caches.append((switch, KVCache(attention)))
     for start in (0, rows, 40, 40 + rows, 90, 1000):
         qkv = rng.standard_normal((rows, (heads + 2 * kv_heads) * C))
         at = Tensor(np.array([start], np.int32)).realize()
-        one, other = (cache.attend(tensor(qkv), at).numpy() for cache in caches)
+        one, other = (attend(switch, cache, qkv, at) for switch, cache in caches)
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 8, PREFILL_CHUNK])
-def test_packed_linear(rows, monkeypatch):
+def test_packed_linear(rows, bias, monkeypatch):
+    """norm(x) W^T + b + residual, as the Linear computes it; further columns are zeros."""
     rng = np.random.default_rng(rows)
-    weight, input_scale = rng.standard_normal((50, 21)), rng.standard_normal(21)
-    x, scale = rng.standard_normal((rows, 21)), rng.standard_normal((rows, 1))
-    residual = rng.standard_normal((rows, 64))
+    linear, norm = Linear(21, 50, bias), RMSNorm(21)
+    linear.weight, norm.weight = tensor(rng.normal(size=(50, 21))), tensor(rng.normal(size=21))
+    if bias:
+        linear.bias = tensor(rng.normal(size=50))
+    x, residual = tensor(rng.normal(size=(rows, 21))), rng.normal(size=(rows, 50))
+    expected = linear(x).numpy(), linear(x, norm, tensor(residual)).numpy()
     for switch in "10":
         monkeypatch.setenv("PICO_KERNELS", switch)
-        packed = PackedLinear(tensor(weight), tensor(input_scale))
-        plain = packed(tensor(x)).numpy()[:, :50]
-        np.testing.assert_allclose(plain, (x * input_scale) @ weight.T, rtol=0, atol=1e-4)
-        found = packed(tensor(x), tensor(scale), tensor(residual[:, : packed.width]))
-        expected = (x * input_scale) @ weight.T * scale + residual[:, :50]
-        np.testing.assert_allclose(found.numpy()[:, :50], expected, rtol=0, atol=1e-4)
+        packed = PackedLinear(linear, norm if bias else None), PackedLinear(linear, norm)
+        padded = np.pad(residual, ((0, 0), (0, packed[1].width - 50)))
+        if not bias:
+            np.testing.assert_allclose(packed[0](x).numpy()[:, :50], expected[0], rtol=0, atol=1e-4)
+        found = packed[1](x, norm, tensor(padded)).numpy()
+        np.testing.assert_allclose(found[:, :50], expected[1], rtol=0, atol=1e-4)
+        assert not found[:, 50:].any()

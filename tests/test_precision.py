@@ -138,3 +138,9 @@ def test_the_precision_is_recorded_and_kept(tmp_path):
         train(Pico(CONFIG), None, run, resume=True, precision=other)
     train(Pico(CONFIG), None, run, resume=True, precision="auto")  # no difference
     assert read_description(run)["settings"]["precision"] == here
+
+
+def test_asked_inside_a_tinygrad_function():
+    """tinygrad 0.13 lets no device be opened there; a matmul may be the first to ask."""
+    with Context(ALLOW_DEVICE_USAGE=0):
+        assert precision.has_tensor_cores("NULL", dtypes.float32) is False

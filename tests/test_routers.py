@@ -154,7 +154,7 @@ def test_positions_beyond_a_million():
     model, _ = build(dataclasses.replace(TINY, router="all", position="rope"))
     data = text(4, 32).tobytes()
     near, far = Decoder(model), Decoder(model)
-    slots = far.fb_in[0].cache.slots
+    slots = far.fb_in[0].slots
     far.position = far.selected = slots * (10**6 // slots)
     far.recent = b" "
     # far windows first hold zeros that no pass wrote: compare the last rows, which see none of them

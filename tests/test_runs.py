@@ -13,23 +13,22 @@ import pytest
 from helpers import TINY, WINDOWS, Watch
 from tinygrad import Tensor
 
-from pico_tg import describe, load
+from pico_tg import load
 from pico_tg.checkpoint import checkpoint_path, list_checkpoints, save_checkpoint, weights_of
 from pico_tg.config import Config
-from pico_tg.data import DataSpec, Windows, load_data
-from pico_tg.files import PicoError
+from pico_tg.data import DataSpec, Windows, load_data, stored_spec
+from pico_tg.files import PicoError, differences
 from pico_tg.model import Pico
 from pico_tg.runs import (
     BITS,
     Run,
-    differences,
     find_checkpoint,
     read_description,
     read_metrics,
     run_folder,
-    stored_spec,
 )
 from pico_tg.safetensors import read_safetensors, write_safetensors
+from pico_tg.tools.info import describe
 from pico_tg.tools.terminal import StopSignals
 from pico_tg.training import TrainStep, train
 
@@ -434,7 +433,7 @@ def test_the_revision_of_a_run_is_kept(run, monkeypatch):
         asked.append((spec.dataset, spec.revision))
         raise PicoError("enough")
 
-    monkeypatch.setattr("pico_tg.runs.load_data", load_data)
+    monkeypatch.setattr("pico_tg.data.load_data", load_data)
     for dataset in (None, "owner/name", DataSpec("owner/name", revision="fff"), "owner/other"):
         with pytest.raises(PicoError, match="enough"):
             train(Pico(TINY), dataset, run, resume=True)

@@ -32,6 +32,7 @@ from pico_tg.config import ROUTERS
 from pico_tg.costs import training_flops
 from pico_tg.runs import read_metrics
 from pico_tg.tools.plot import COLORS, Line, Panel, svg
+from pico_tg.tools.router_report import router_report
 
 CONTEXT_LEN, BATCH_SIZE = 512, 4
 HERE = Path(__file__).parent
@@ -108,7 +109,7 @@ def all_variants() -> list[Variant]:
     variants = []
     for size in args.sizes:
         if size in SIZES:
-            base = pico_tg.Config.preset("xs", **SIZES[size])
+            base = pico_tg.Config(**SIZES[size])
         else:
             base = pico_tg.Config.from_json(size)
             size = Path(size).parent.name
@@ -164,7 +165,7 @@ def train_and_evaluate(variant: Variant, seed: int) -> dict:
             (record["step"] / variant.steps, record["validation_bits_per_byte"])
             for record in measured
         ],
-        "evaluation": evaluation.as_dict(),
+        "evaluation": evaluation.as_dict() | router_report(evaluation).as_dict(),
     }
 
 

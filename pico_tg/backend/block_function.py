@@ -10,16 +10,11 @@ import itertools
 from collections.abc import Callable
 
 from tinygrad import Tensor, UOp
+from tinygrad.function import pm_transform_unique_const
+from tinygrad.schedule.rangeify import resolve_function
+from tinygrad.uop.ops import Ops, PatternMatcher, UPat, graph_rewrite
 
 from .precision import RECOMPUTE
-from .runtime import (
-    Ops,
-    PatternMatcher,
-    UPat,
-    graph_rewrite,
-    pm_transform_unique_const,
-    resolve_function,
-)
 
 # slots of PARAMs while a block is traced: numbers that no function inside the block uses
 UPSTREAM_SLOT, INPUT_SLOT, SAVED_SLOT = 999_999, 1_000_000, 2_000_000
@@ -60,7 +55,7 @@ class BlockFunction:
         graph = UOp.maketuple(out.uop, *[g.uop for g in gradients]).substitute(params)
         graph = graph_rewrite(graph, _inline_functions)
         # tinygrad 0.13 numbers constants uniquely: number them from 0 in each trace, so that equal
-        # graphs are scheduled once
+        # graphs are scheduled once (test_block_function.test_equal_blocks_have_equal_graphs)
         graph = graph_rewrite(graph, pm_transform_unique_const, ctx=(None, itertools.count(0)))
         out, *gradients = graph.src
         x, *weights = params.values()

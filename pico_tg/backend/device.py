@@ -6,16 +6,14 @@ device that is not a GPU is not taken. On a CPU, unless DEV names a code generat
 the first usable one of libLLVM 16 or later, clang, and tinygrad's own assembler (x86-64 only).
 tinygrad itself would assume clang and, without clang, fail at the first kernel.
 
-DEV=WEBGPU selects WebGPU, through Dawn: the library of the extra `webgpu`, unless WEBGPU_PATH names
-another one.
-
-The import never fails because of DEV. `check_backend`, which the command line and `Pico()` call,
-raises the error instead.
+The import does not fail because a device is missing. `check_backend`, which the command line and
+`Pico()` call, raises the error instead.
 """
 
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import importlib.util
 import os
 import platform
@@ -23,67 +21,70 @@ import shutil
 import site
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from tinygrad import Context, Device, getenv
+from tinygrad import Device, Tensor, dtypes, getenv
+from tinygrad.helpers import CPU_COUNT, DEV, USE_TC, Target
+from tinygrad.runtime.support.c import DLL
 
 from ..files import PicoError
 from .cache_file import share_cache_file
-from .runtime import BEAM, CPU_COUNT, DEV, DLL, USE_TC, open_webgpu, opencl_bindings
 
 MACHINE = platform.machine().lower()
 MACHINE = {"amd64": "x86_64", "aarch64": "arm64"}.get(MACHINE, MACHINE)  # tinygrad's names
 
 _requested = os.environ.get("DEV", "")  # the user's DEV, before `choose_backend` completes it
-_problem: str | None = None  # why DEV cannot be used, as far as `choose_backend` knows
 
 
-def choose_backend(problem: str | None = None) -> None:
+def choose_backend() -> None:
     """Determine `tinygrad.Device.DEFAULT` and, on a CPU, its code generator. Idempotent.
 
     Sets tinygrad's context variables DEV and TC, and DEV and LLVM_PATH in the environment, for
-    child processes. Never raises: `check_backend` reports a `problem` with DEV.
+    child processes. Never raises: `check_backend` reports what is wrong with DEV.
     """
-    global _problem
-    _problem = problem
-    if problem is not None:
-        return
-    try:
-        device = Device.DEFAULT.split(":")[0]
-    except Exception as error:  # CPU=1 in the environment: an AssertionError
-        _problem = _first_line(error)
-        return
+    with contextlib.suppress(Exception):
+        _choose()
+
+
+@functools.cache  # keeps a success; an error is raised again by the next call
+def _choose() -> None:
+    device = Device.DEFAULT.split(":")[0]
     if device == "CL" and not DEV.device and not _is_gpu():
         device = "CPU"
-    if device == "WEBGPU":
-        with contextlib.suppress(ValueError):  # `check_backend` reports it
-            _use_dawn()
     if device != "CPU" or DEV.renderer not in ("", "LLVM", "CLANGJIT", "X86"):
         return
-    if DEV.arch and not DEV.arch.startswith(f"{MACHINE},"):
-        _problem = f"{DEV.arch!r} is no processor of this machine; try {MACHINE},native"
-        return
-    finders = {"LLVM": find_llvm, "CLANGJIT": find_clang, "X86": lambda: MACHINE == "x86_64"}
-    wanted = [DEV.renderer] if DEV.renderer else list(finders)
-    found = {}
-    renderer = next((name for name in wanted if found.setdefault(name, finders[name]())), None)
-    if renderer is None:
-        _problem = f"no code generator (tried {', '.join(wanted)}); {_how_to_get_llvm()}"
-        if "CLANGJIT" in wanted and "CC" in os.environ:
-            _problem += f"; CC={os.environ['CC']} is not clang"
-        return
-    if renderer == "LLVM":
-        _set_variable("LLVM_PATH", found["LLVM"])
-    target = dataclasses.replace(DEV.value[0], device="CPU", renderer=renderer)
-    if not target.arch:
-        # AMX makes tinygrad use vectors of 16 floats instead of 4, which doubles the speed of a
-        # matmul. TC is switched off below, since it would select the tensor cores named AMX.
-        wide = "" if renderer == "X86" else ",AMX"
-        target = dataclasses.replace(target, arch=f"{MACHINE},native{wide}")
+    llvm = find_llvm()
+    usable = {"LLVM": lambda: llvm, "CLANGJIT": find_clang, "X86": lambda: MACHINE == "x86_64"}
+    target = complete_target(DEV.value[0], MACHINE, usable)
+    if target.renderer == "LLVM":
+        _set_variable("LLVM_PATH", llvm)
     DEV.value = [target, *DEV.value[1:]]
     os.environ["DEV"] = repr(DEV)
     if "AMX" in target.arch:
         USE_TC.value = 0
+
+
+def complete_target(target: Target, machine: str, usable: dict[str, Callable]) -> Target:
+    """`target` as a CPU, with a code generator and a processor.
+
+    `usable` maps the names of code generators, the best first, to functions whose result is true
+    if the generator can be used. Raises ValueError if none can, or for another machine's processor.
+    """
+    if target.arch and not target.arch.startswith(f"{machine},"):
+        raise ValueError(f"{target.arch!r} is no processor of this machine; try {machine},native")
+    wanted = [target.renderer] if target.renderer else list(usable)
+    renderer = next((name for name in wanted if usable[name]()), None)
+    if renderer is None:
+        problem = f"no code generator (tried {', '.join(wanted)}); {_how_to_get_llvm(machine)}"
+        if "CLANGJIT" in wanted and "CC" in os.environ:
+            problem += f"; CC={os.environ['CC']} is not clang"
+        raise ValueError(problem)
+    # AMX makes tinygrad use vectors of 16 floats instead of 4, which doubles the speed of a
+    # matmul. `_choose` switches TC off, since it would select the tensor cores named AMX.
+    wide = "" if renderer == "X86" else ",AMX"
+    arch = target.arch or f"{machine},native{wide}"
+    return dataclasses.replace(target, device="CPU", renderer=renderer, arch=arch)
 
 
 def check_backend() -> None:
@@ -93,23 +94,26 @@ def check_backend() -> None:
     machine has none.
     """
     share_cache_file()
-    reason = _problem
-    if reason is None:
-        try:
-            device = Device.DEFAULT
-            if device.split(":")[0] in ("DISK", "NPY", "TINYFS"):
-                raise ValueError(f"{device} stores data and cannot compute")
-            _open(device)
-            return
-        except Exception as error:  # each device raises its own exception types
-            reason = _first_line(error)
-            if isinstance(error, ModuleNotFoundError) and "runtime.ops_" in (error.name or ""):
-                reason = "tinygrad has no such device"
-    if _requested:
+    if dtypes.default_float != dtypes.float32:
+        given = os.environ.get("DEFAULT_FLOAT")
+        raise PicoError(
+            f"DEFAULT_FLOAT={given} would change the dtype of the weights; unset it (--precision "
+            "bf16 is mixed precision)"
+        )
+    try:
+        _choose()
+        if Device.DEFAULT.split(":")[0] in ("DISK", "NPY", "TINYFS"):
+            raise ValueError(f"{Device.DEFAULT} stores data and cannot compute")
+        _open(Device.DEFAULT)
+    except Exception as error:  # each device raises its own exception types
+        reason = _first_line(error)
+        if isinstance(error, ModuleNotFoundError) and "runtime.ops_" in (error.name or ""):
+            reason = "tinygrad has no such device"
+        if not _requested:
+            raise PicoError(f"cannot compute: {reason}") from error
         raise PicoError(
             f"cannot compute with DEV={_requested}: {reason}; without DEV, pico_tg chooses a device"
-        )
-    raise PicoError(f"cannot compute: {reason}")
+        ) from error
 
 
 def enable_compile_cache() -> None:
@@ -147,36 +151,24 @@ def parse_devices(text: str) -> tuple[str, ...]:
     return tuple(Device.canonicalize(name) for name in devices)
 
 
-def kernel_search(width: int | None) -> contextlib.AbstractContextManager:
-    """A context in which tinygrad searches schedules for new kernels, `width` candidates at a time.
-
-    `None` leaves the width to the environment's BEAM. tinygrad stores the results in its cache
-    file. Hand-scheduled kernels (cpu/) are not searched. Raises PicoError on a width below 0.
-    """
-    if width is not None and width < 0:
-        raise PicoError(f"beam must be at least 0 (no search), not {width}")
-    return Context(BEAM=BEAM.value if width is None else width)
-
-
 def _open(name: str) -> None:
     """Open a device and load its compiler; raises any exception if the device cannot compute."""
-    if name.split(":")[0] == "WEBGPU":
-        _use_dawn()
-        if open_webgpu(name)[1] == "Null":
-            raise ValueError(f"Dawn finds no GPU; {_how_to_get_a_driver()}")
+    is_webgpu = name.split(":")[0] == "WEBGPU"
+    if is_webgpu:
+        _find_dawn()
     Device[name].renderer  # noqa: B018  # a property that loads the compiler
+    # without a driver, Dawn's launches succeed and compute nothing
+    if is_webgpu and (Tensor([1.0], device=name) + 1).item() != 2:
+        raise ValueError("no GPU; install its driver (Debian: mesa-vulkan-drivers and libvulkan1)")
 
 
 def describe_backend() -> str:
     """One line: the device, and a way to make it faster, if one is known."""
-    name = Device.DEFAULT
-    if name.split(":")[0] == "WEBGPU":
-        return "backend {} ({}, {})".format(name, *open_webgpu(name))
-    if name.split(":")[0] != "CPU":
-        return f"backend {name}"
+    if Device.DEFAULT.split(":")[0] != "CPU":
+        return f"backend {Device.DEFAULT}"
     line = f"backend CPU ({DEV.renderer or 'default'}, {CPU_COUNT.value} threads)"
     if DEV.renderer == "X86":
-        line += f"; {_how_to_get_llvm()}: about five times faster"
+        line += f"; {_how_to_get_llvm(MACHINE)}: about five times faster"
     return line
 
 
@@ -202,31 +194,16 @@ def _is_llvm_16(path: str) -> bool:
         return False
 
 
-def find_dawn() -> str | None:
-    """Path of Dawn, which implements WebGPU; None if there is none.
-
-    The first of: WEBGPU_PATH, the library of the extra `webgpu`, the system's.
-    """
-    if os.environ.get("WEBGPU_PATH"):
-        return DLL.findlib("webgpu", ["webgpu_dawn"])
-    endings = {"win32": ".dll", "darwin": f"_{MACHINE}.dylib"}
-    ending = endings.get(sys.platform, f"_{MACHINE.replace('arm64', 'aarch64')}.so")
+def _find_dawn() -> None:
+    """Tell tinygrad the path of Dawn (WebGPU) in the extra `webgpu`, unless it finds another."""
+    if os.environ.get("WEBGPU_PATH") or DLL.findlib("webgpu", ["webgpu_dawn"]):
+        return
     package = importlib.util.find_spec("pydawn")
-    for folder in package.submodule_search_locations if package else []:
-        if (path := Path(folder) / "lib" / f"libwebgpu_dawn{ending}").is_file():
-            return str(path)
-    return DLL.findlib("webgpu", ["webgpu_dawn"])
-
-
-def _use_dawn() -> None:
-    """Tell tinygrad the path of Dawn; raises ValueError if there is none."""
-    path = find_dawn()
-    if path is not None:
-        _set_variable("WEBGPU_PATH", path)
-    elif given := os.environ.get("WEBGPU_PATH"):
-        raise ValueError(f"WEBGPU_PATH={given} is not a library")
-    else:
+    if package is None:
         raise ValueError("no WebGPU library; pip install 'pico_tg[webgpu]' brings Dawn")
+    endings = {"win32": ".dll", "darwin": f"_{MACHINE}.dylib"}
+    name = "libwebgpu_dawn" + endings.get(sys.platform, f"_{platform.machine()}.so")
+    _set_variable("WEBGPU_PATH", str(Path(*package.submodule_search_locations) / "lib" / name))
 
 
 def _set_variable(name: str, value: str) -> None:
@@ -248,26 +225,20 @@ def find_clang() -> str | None:
 
 def _is_gpu() -> bool:
     """Whether tinygrad's OpenCL device is a GPU, unlike pocl and Intel's CPU runtime."""
-    opencl, kind = opencl_bindings(), ctypes.c_uint64()
-    opencl.clGetDeviceInfo(
-        Device["CL"].device_id, opencl.CL_DEVICE_TYPE, 8, ctypes.byref(kind), None
-    )
+    from tinygrad.runtime.autogen import opencl  # this import loads the OpenCL library
+
+    device, kind = Device["CL"].device_id, ctypes.c_uint64()
+    opencl.clGetDeviceInfo(device, opencl.CL_DEVICE_TYPE, 8, ctypes.byref(kind), None)
     return bool(kind.value & opencl.CL_DEVICE_TYPE_GPU)
 
 
-def _how_to_get_llvm() -> str:
+def _how_to_get_llvm(machine: str) -> str:
     """Advice for this machine: the extra `cpu` has wheels for Linux on x86-64 only."""
-    if sys.platform == "linux" and MACHINE == "x86_64":
+    if sys.platform == "linux" and machine == "x86_64":
         return "pip install 'pico_tg[cpu]' brings libLLVM"
     if sys.platform == "darwin":
         return "brew install llvm brings libLLVM"
     return "install clang, or libLLVM 16 or later (LLVM_PATH names it)"
-
-
-def _how_to_get_a_driver() -> str:
-    if sys.platform == "linux":
-        return "install the GPU's Vulkan driver (Debian: mesa-vulkan-drivers and libvulkan1)"
-    return "install the GPU's driver"
 
 
 def _first_line(error: Exception) -> str:

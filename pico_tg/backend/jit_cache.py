@@ -1,4 +1,4 @@
-"""A cache of schedules and compiled kernels on disk, and a second process that compiles.
+"""A cache of schedules and compiled kernels on disk.
 
 tinygrad 0.13 caches on disk only the binary that a compiler made of a kernel's source. Each process
 schedules its graphs and generates source code again, which takes many times as long as compiling.
@@ -14,13 +14,8 @@ variables, the environment variables that tinygrad's code generation reads, and 
 renderer, its target, its compiler and the processor. So no entry becomes invalid: a different
 setting has a different key. A value that cannot be read counts as missing. The file only grows and
 may be deleted at any time. CACHELEVEL=0 turns both tables off.
-
-Code generation is mostly Python's work, on one core. If many kernels are missing, a worker (another
-process) compiles them from the last to the first and writes them to the file, while this process
-starts with the first.
 """
 
-import atexit
 import contextlib
 import functools
 import hashlib
@@ -28,25 +23,16 @@ import importlib.metadata
 import os
 import pickle
 import platform
-import queue
 import re
-import subprocess
-import sys
-import threading
 from pathlib import Path
-from typing import Any
 
-import tinygrad.engine.jit
 import tinygrad.engine.realize
 import tinygrad.schedule
-from tinygrad import Device
+from tinygrad import helpers
 from tinygrad.codegen import to_program
-from tinygrad.engine.jit import TinyJit
-from tinygrad.helpers import BEAM, CACHELEVEL, CPU_COUNT, DEBUG, Context, ContextVar, getenv
+from tinygrad.helpers import CACHELEVEL, DEBUG, ContextVar
 from tinygrad.renderer import Renderer
 from tinygrad.uop.ops import CallInfo, Ops, UOp
-
-from . import cache_file
 
 VERSION = importlib.metadata.version("tinygrad")
 # context variables that affect what is printed, recorded or cached, but not the result
@@ -56,8 +42,6 @@ IRRELEVANT = {
 }
 # devices that interpret a kernel's list of operations, which the cache does not store
 INTERPRETERS = ("PYTHON", "NULL", "DSP")
-# least number of missing kernels for which a worker, which takes half a second to start, pays
-MIN_FOR_WORKER = 16
 
 _programs: dict[str, UOp] = {}  # the kernels that this process has read or compiled, by key
 
@@ -65,29 +49,13 @@ _programs: dict[str, UOp] = {}  # the kernels that this process has read or comp
 def install() -> None:
     """Make tinygrad use the cache, for the whole process.
 
-    Replaces `to_program` and `compile_linear` in tinygrad.engine.realize, `compile_linear` in
-    tinygrad.engine.jit, `TinyJit.add_linear`, `tinygrad.schedule.schedule_cache` and
+    Replaces `to_program` in tinygrad.engine.realize, `tinygrad.schedule.schedule_cache` and
     `CallInfo.__repr__`.
     """
     if isinstance(tinygrad.schedule.schedule_cache, Schedules):
         return
     tinygrad.schedule.schedule_cache = Schedules()
     tinygrad.engine.realize.to_program = cached_program
-    compile_linear = tinygrad.engine.realize.compile_linear
-    add_linear = TinyJit.add_linear
-
-    def compile_with_worker(linear: UOp, beam: int | None = None, **options: Any) -> UOp:
-        _use_worker(linear, BEAM.value if beam is None else beam)
-        return compile_linear(linear, beam, **options)
-
-    def add_with_worker(jit: TinyJit, linear: UOp, var_vals: dict) -> None:
-        add_linear(jit, linear, var_vals)
-        # the worker compiles while this process continues to capture
-        _use_worker(linear, getenv("JITBEAM", BEAM.value))
-
-    tinygrad.engine.realize.compile_linear = compile_with_worker
-    tinygrad.engine.jit.compile_linear = compile_with_worker
-    TinyJit.add_linear = add_with_worker
     # tinygrad's __repr__ includes id(grad_fxn), so UOp.key would differ between processes
     CallInfo.__repr__ = lambda self: f"CallInfo({self.__reduce__()[1]})"
 
@@ -99,7 +67,7 @@ class Schedules(dict):
         """The schedule of the graph with this key; `default` if no schedule is cached."""
         if graph not in self:
             schedule = _read("pico_schedules", _key(graph))
-            if schedule is None or _has_numbered_buffers(schedule):
+            if schedule is None:
                 return default
             super().__setitem__(graph, schedule)
         return self[graph]
@@ -197,117 +165,14 @@ def _processor() -> str:
 
 
 def _read(table: str, key: str) -> UOp | None:
-    value = cache_file.read(table, key)
-    if value is not None:
-        with contextlib.suppress(Exception):  # damaged: unpickling raises anything
-            found = pickle.loads(value)
-            return found if isinstance(found, UOp) else None
+    value = helpers.diskcache_get(table, key)
+    with contextlib.suppress(Exception):  # None, or damaged: unpickling raises anything
+        found = pickle.loads(value)
+        return found if isinstance(found, UOp) else None
     return None
 
 
 def _write(table: str, key: str, value: UOp) -> None:
     if CACHELEVEL >= 1:
-        cache_file.write(table, key, pickle.dumps(value))
-
-
-# Worker
-
-
-def _use_worker(linear: UOp, beam: int) -> None:
-    """Let the worker compile the kernels of a schedule, the last first, if many are missing.
-
-    The worker compiles for the device CPU only, whose compiler needs no driver. There is no worker
-    with BEAM, which times the kernels that it compiles, with CPU_COUNT=1 and with CACHELEVEL=0.
-    """
-    if CACHELEVEL < 1 or CPU_COUNT.value == 1 or DEBUG >= 3 or beam:
-        return
-    asts = [call.src[0] for call in linear.src if call.device == "CPU"]
-    asts = [ast for ast in asts if ast.op in (Ops.SINK, Ops.PROGRAM) and not _is_compiled(ast)]
-    if len(asts) < MIN_FOR_WORKER:
-        return
-    with Context(ALLOW_DEVICE_USAGE=1):
-        renderer = Device["CPU"].renderer
-    missing = {}
-    for ast in asts:
-        key = _kernel_key(ast, renderer)
-        if key not in _programs and not cache_file.contains("pico_kernels", key):
-            missing[key] = ast
-    if len(missing) >= MIN_FOR_WORKER:
-        with contextlib.suppress(OSError):  # no process can be started: this one compiles all
-            _worker().send(missing)
-
-
-class _Worker:
-    """A process that runs `work` on the kernels that it receives, and ends with this process."""
-
-    def __init__(self) -> None:
-        self.owner = os.getpid()
-        self._sent: set[str] = set()
-        self._messages: queue.SimpleQueue = queue.SimpleQueue()
-        command = [sys.executable, "-P", "-c", "from pico_tg.backend.jit_cache import work; work()"]
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-            start_new_session=True,  # Ctrl-C reaches this process only, which then ends the worker
-        )
-        atexit.register(self._end)
-        threading.Thread(target=self._write, daemon=True).start()
-
-    def send(self, kernels: dict[str, UOp]) -> None:
-        """Send the worker the kernels, by key, that it has not received before."""
-        kernels = {key: ast for key, ast in kernels.items() if key not in self._sent}
-        self._sent |= kernels.keys()
-        if kernels:
-            context = {name: variable.value for name, variable in ContextVar._cache.items()}
-            self._messages.put((context, list(kernels.values())))
-
-    def _write(self) -> None:
-        """Runs in a thread, since the pipe may be full while the worker is busy."""
-        with contextlib.suppress(Exception):  # without a worker, this process compiles all kernels
-            while True:
-                message = pickle.dumps(self._messages.get())
-                self._process.stdin.write(len(message).to_bytes(8, "little") + message)
-                self._process.stdin.flush()
-
-    def _end(self) -> None:
-        if os.getpid() == self.owner:
-            self._process.kill()
-            self._process.wait()
-
-
-_workers: list[_Worker] = []
-_starting = threading.Lock()
-
-
-def _worker() -> _Worker:
-    with _starting:
-        # a process that was forked from the owner must not write to the owner's pipe
-        if not _workers or _workers[-1].owner != os.getpid():
-            _workers.append(_Worker())
-        return _workers[-1]
-
-
-def work() -> None:
-    """The worker's main: compile the kernels from stdin, the last first, until stdin closes."""
-    cache_file.share_cache_file()
-    messages: queue.SimpleQueue = queue.SimpleQueue()
-
-    def receive() -> None:
-        # do not unpickle here: unpickling writes tinygrad's table of UOps, which is not thread-safe
-        while size := sys.stdin.buffer.read(8):
-            messages.put(sys.stdin.buffer.read(int.from_bytes(size, "little")))
-        os._exit(0)  # the other process has ended
-
-    threading.Thread(target=receive, daemon=True).start()
-    kernels: list[tuple[dict, UOp]] = []
-    while True:
-        while not (kernels and messages.empty()):
-            context, asts = pickle.loads(messages.get())
-            kernels += [(context, ast) for ast in asts]
-        context, ast = kernels.pop()
-        # the other process gets the same error and reports it
-        with contextlib.suppress(Exception), Context(**context):
-            cached_program(ast, Device["CPU"].renderer)
+        # bytes, which are quickly unpickled to see whether they are damaged (cache_file.py)
+        helpers.diskcache_put(table, key, pickle.dumps(value))

@@ -11,8 +11,10 @@ import re
 from typing import TYPE_CHECKING
 
 from tinygrad import Context, Device, Tensor, dtypes
+from tinygrad.dtype import DType
+from tinygrad.helpers import ALLOW_TF32, JIT, USE_TC, ContextVar
 
-from .runtime import ALLOW_TF32, JIT, USE_TC, ContextVar, DType, has_cpu_kernels
+from .runtime import has_cpu_kernels
 
 if TYPE_CHECKING:
     from ..config import TrainSettings

@@ -1,119 +1,29 @@
-"""All uses of non-public tinygrad: names, host memory of tensors, captured graphs.
+"""What the model needs of non-public tinygrad: names, memory of tensors, captured graphs, a lock.
 
 Public are the names that `tinygrad` itself exports (`from tinygrad import ...`), and `tinygrad.nn`.
-All other names that the package needs outside cpu/ and jit_cache.py are imported here and
-re-exported, so that an upgrade of tinygrad changes one file (tests/test_structure.py). Checked with
-0.13.0.
+Only backend/ and cpu/ import others; all other files get theirs here (tests/test_structure.py).
 """
 
-import contextlib
 import functools
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from tinygrad import Device, Tensor, TinyJit, UOp, helpers
-from tinygrad.codegen.opt import Opt, OptOps
-from tinygrad.dtype import DType, _to_np_dtype
-from tinygrad.engine import jit, realize
-from tinygrad.engine.realize import capturing
-from tinygrad.helpers import (
-    ALLOW_TF32,
-    BEAM,
-    CACHELEVEL,
-    DEV,
-    JIT,
-    USE_TC,
-    ContextVar,
-)
-from tinygrad.runtime.support.c import DLL
-from tinygrad.schedule.rangeify import resolve_function
-from tinygrad.uop.ops import AxisType, KernelInfo, Ops, PatternMatcher, UPat, graph_rewrite
+from tinygrad import Tensor, TinyJit
+from tinygrad.codegen.opt import Opt, OptOps  # noqa: F401  # for ops.py
+from tinygrad.dtype import DType, _to_np_dtype  # noqa: F401  # DType: for matmul.py
+from tinygrad.engine import realize
+from tinygrad.uop.ops import AxisType, KernelInfo, Ops  # noqa: F401  # for ops.py
 
-try:  # 0.14 runs each kernel on one thread
-    from tinygrad.helpers import CPU_COUNT
-except ImportError:
-    CPU_COUNT = ContextVar("CPU_COUNT", 1)
-
-try:  # 0.14 has neither unique constants nor a need to number them
-    from tinygrad.function import pm_transform_unique_const
-except ImportError:
-    pm_transform_unique_const = PatternMatcher([])
+from ..files import PicoError
 
 try:
     from .. import cpu
 except ImportError:  # the folder cpu/ is optional
     cpu = None
-
-__all__ = [  # re-exported
-    "ALLOW_TF32",
-    "BEAM",
-    "CACHELEVEL",
-    "CPU_COUNT",
-    "DEV",
-    "DLL",
-    "JIT",
-    "USE_TC",
-    "AxisType",
-    "ContextVar",
-    "DType",
-    "KernelInfo",
-    "Ops",
-    "Opt",
-    "OptOps",
-    "PatternMatcher",
-    "UPat",
-    "graph_rewrite",
-    "helpers",
-    "pm_transform_unique_const",
-    "resolve_function",
-]
-
-
-def opencl_bindings() -> ModuleType:
-    """tinygrad's bindings of OpenCL, imported on demand: the import loads the OpenCL library."""
-    from tinygrad.runtime.autogen import opencl
-
-    return opencl
-
-
-def open_webgpu(name: str) -> tuple[str, str]:
-    """Open a WebGPU device -> (name of its adapter, graphics API through which Dawn drives it).
-
-    The API is Vulkan, Metal, D3D12, …; or Null, if Dawn finds no driver: all launches then succeed
-    and compute nothing. Warnings that Dawn and Mesa write to standard error are discarded.
-    """
-    with _silent_stderr():
-        resource = Device[name].device_res
-    from tinygrad.runtime.autogen import webgpu
-    from tinygrad.runtime.ops_webgpu import from_wgpu_str
-
-    info = webgpu.WGPUAdapterInfo()
-    webgpu.wgpuDeviceGetAdapterInfo(resource, info)
-    api = webgpu.enum_WGPUBackendType[info.backendType].removeprefix("WGPUBackendType_")
-    return from_wgpu_str(info.device), api
-
-
-@contextlib.contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """Discard what any thread writes to file descriptor 2 inside the `with` block."""
-    try:
-        saved = os.dup(2)
-    except OSError:  # closed, as in a daemon
-        yield
-        return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(nowhere)
 
 
 def has_cpu_kernels(device: str | tuple[str, ...]) -> bool:
@@ -175,7 +85,7 @@ def without_views(x: Tensor) -> Tensor:
 
     After two reshapes, tinygrad 0.13 passes a view of the buffer to a custom kernel. TinyJit's
     memory planner does not see views and reuses the buffer while the kernel still needs it: SOAP's
-    gradients were overwritten (test_ops.test_factors_keep_their_memory_in_a_jit).
+    gradients were overwritten (test_ops.test_a_gram_matrix_of_one_panel_in_a_jit).
     """
     base = x.uop.base
     if base.op is not Ops.BUFFER or base.numel() != x.numel():
@@ -184,10 +94,7 @@ def without_views(x: Tensor) -> Tensor:
     return Tensor(base.reshape(x.shape)) if in_order else x
 
 
-_TinyJit = getattr(jit, "_TinyJit", TinyJit)  # in 0.14 TinyJit is a function that makes these
-
-
-class MethodJit(_TinyJit):
+class MethodJit(TinyJit):
     """A TinyJit that the launcher of cpu/ replays directly, if it can and there are no inputs.
 
     TinyJit's own checks before a replay take longer than a decoding pass of a small model.
@@ -242,28 +149,7 @@ def link_graphs(
 
 def is_capturing() -> bool:
     """Whether a TinyJit is capturing: host work done now would be missing from the replays."""
-    return bool(capturing)
-
-
-@contextlib.contextmanager
-def count_kernels() -> Iterator[list[int]]:
-    """Count the kernels that run inside the `with` block, in the yielded list's only element.
-
-    GlobalCounters.kernel_count counts a captured graph of many kernels as one.
-    """
-    count, estimate = [0], realize.estimate_uop
-
-    def counting(call: UOp):  # tinygrad estimates each call that it executes
-        ast = call.src[0]
-        graph = ast.op is Ops.CUSTOM_FUNCTION and ast.arg == "graph"
-        count[0] += len(ast.src[0].src) if graph else 1
-        return estimate(call)
-
-    realize.estimate_uop = counting
-    try:
-        yield count
-    finally:
-        realize.estimate_uop = estimate
+    return bool(realize.capturing)
 
 
 def on_devices(values: np.ndarray, devices: tuple[str, ...], axis: int | None = None) -> Tensor:
@@ -279,11 +165,34 @@ def on_devices(values: np.ndarray, devices: tuple[str, ...], axis: int | None = 
 tinygrad_lock = threading.RLock()
 
 
+_used = _forked = False  # whether this process, or the one it was forked from, has computed
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = _used
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+
 def exclusive(function: Callable) -> Callable:
-    """The function, holding `tinygrad_lock` while it runs."""
+    """The function, holding `tinygrad_lock` while it runs.
+
+    Raises PicoError in a process that was forked from one that has computed: it would wait for the
+    parent's threads, and share the parent's buffers (test_backend.test_a_forked_child_is_told).
+    """
 
     @functools.wraps(function)
     def locked(*args, **kwargs):
+        global _used
+        if _forked:
+            raise PicoError(
+                "this process was forked from one that has already computed, and shares its "
+                'memory; start it by multiprocessing.get_context("spawn")'
+            )
+        _used = True
         with tinygrad_lock:
             return function(*args, **kwargs)
 

@@ -25,10 +25,11 @@ from collections.abc import Callable
 
 from tinygrad import Tensor, dtypes, function
 from tinygrad.codegen.opt import Opt, OptOps
+from tinygrad.helpers import round_up
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
 from ..backend.precision import BF16, rounded_factor
-from .loops import TILE_N, LoopNest, even_threads, round_up
+from .loops import TILE_N, LoopNest, even_threads
 from .matmul import pack_panels, tiled_matmul
 
 

@@ -22,12 +22,14 @@ import functools
 import mmap
 import os
 import platform
+import string
 import subprocess
 import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,7 +52,7 @@ ROW = 5  # int64s
 MAX_ARGUMENTS = 96
 SPIN = 2000  # polls before a thread sleeps, about 20 to 80 µs
 # byte offsets in the shared state, each in a separate cache line to avoid false sharing
-TICKET, DONE, SEQUENCE, SLEEPERS, WAITING, KERNEL = 0, 64, 128, 192, 256, 320
+STATE = {"TICKET": 0, "DONE": 64, "SEQUENCE": 128, "SLEEPERS": 192, "WAITING": 256, "KERNEL": 320}
 STATE_BYTES = 512
 FUTEX = {"x86_64": 202, "aarch64": 98}  # the number of the system call
 PAUSE = {"x86_64": "pause", "aarch64": "yield"}
@@ -339,239 +341,26 @@ def usable_cores() -> int:
 
 
 def _source(architecture: str) -> str:
-    """LLVM IR of `launch(state, rows, count, syscall)`; if rows is 0, a helper's endless loop.
-
-    The ticket is epoch << 32 | shares << 16 | shares claimed, with a new epoch for each kernel of
-    several shares. A thread claims a share by compare-and-swap of the whole ticket. The swap
-    succeeds only while a share of that epoch is unclaimed. KERNEL is overwritten only when all
-    shares of the epoch are done, so the row that the thread read before the swap is that epoch's.
-    """
-    wait, wake = 128, 129  # FUTEX_WAIT and FUTEX_WAKE, FUTEX_PRIVATE_FLAG added
-
-    def field(name: str, offset: int, base: str = "%state") -> str:
-        return f"%{name} = getelementptr i8, ptr {base}, i64 {offset}"
-
-    def futex(word: str, operation: int, value: str) -> str:
-        address, number = f"%{word}.{operation}", FUTEX[architecture]
-        arguments = f"i64 {number}, i64 {address}, i64 {operation}, i64 {value}, i64 0"
-        return (
-            f"{address} = ptrtoint ptr %{word} to i64\n"
-            f"  %ignored.{word} = call i64 (i64, ...) %syscall({arguments})"
-        )
-
+    """LLVM IR of `launch(state, rows, count, syscall)`, from the template launcher.ll.in."""
     cases, labels = [], []
-    for n in range(1, MAX_ARGUMENTS + 1):
+    for n in range(1, MAX_ARGUMENTS + 1):  # a call of a function of n arguments
         lines = [f"call.{n}:"]
         for i in range(n):
             lines.append(f"  %p.{n}.{i} = getelementptr i64, ptr %arguments, i64 {i}")
             lines.append(f"  %v.{n}.{i} = load i64, ptr %p.{n}.{i}")
         values = ", ".join(f"i64 %v.{n}.{i}" for i in range(n))
-        cases.append("\n".join([*lines, f"  call void %function({values})", "  ret void"]))
+        cases += [*lines, f"  call void %function({values})", "  ret void"]
         labels.append(f"i64 {n}, label %call.{n}")
-    return f"""
-define void @launch(i64 %state.i, i64 %rows.i, i64 %count, i64 %syscall.i) {{
-start:
-  %state = inttoptr i64 %state.i to ptr
-  %rows = inttoptr i64 %rows.i to ptr
-  %syscall = inttoptr i64 %syscall.i to ptr
-  %helps = icmp eq i64 %rows.i, 0
-  br i1 %helps, label %helper, label %kernels
-helper:
-  call void @help(ptr %state, ptr %syscall)
-  ret void
-kernels:
-  %k = phi i64 [0, %start], [%k.next, %next]
-  %offset = mul i64 %k, {8 * ROW}
-  %row = getelementptr i8, ptr %rows, i64 %offset
-  {field("shares.p", 8, "%row")}
-  %shares = load i64, ptr %shares.p
-  switch i64 %shares, label %several [i64 0, label %jump i64 1, label %one]
-jump:
-  %choice.i = load i64, ptr %row
-  %choice.p = inttoptr i64 %choice.i to ptr
-  %choice = load i32, ptr %choice.p
-  {field("targets.p", 32, "%row")}
-  %targets.i = load i64, ptr %targets.p
-  %targets = inttoptr i64 %targets.i to ptr
-  %target.p = getelementptr i64, ptr %targets, i32 %choice
-  %target = load i64, ptr %target.p
-  br label %next
-one:
-  call void @call_kernel(ptr %row, i64 0)
-  br label %after
-several:
-  call void @share_out(ptr %state, ptr %row, i64 %shares, ptr %syscall)
-  br label %after
-after:
-  %k.after = add i64 %k, 1
-  br label %next
-next:
-  %k.next = phi i64 [%target, %jump], [%k.after, %after]
-  %more = icmp ult i64 %k.next, %count
-  br i1 %more, label %kernels, label %end
-end:
-  ret void
-}}
-
-; one kernel of several shares, complete at the return
-define internal void @share_out(ptr %state, ptr %row, i64 %shares, ptr %syscall) noinline {{
-start:
-  {field("done", DONE)}
-  {field("ticket", TICKET)}
-  {field("sequence", SEQUENCE)}
-  {field("sleepers", SLEEPERS)}
-  {field("waiting", WAITING)}
-  {field("kernel", KERNEL)}
-  store atomic i32 0, ptr %done seq_cst, align 4
-  %row.i = ptrtoint ptr %row to i64
-  store atomic i64 %row.i, ptr %kernel seq_cst, align 8
-  %old = load atomic i64, ptr %ticket seq_cst, align 8
-  %epoch = lshr i64 %old, 32
-  %epoch.next = add i64 %epoch, 1
-  %high = shl i64 %epoch.next, 32
-  %middle = shl i64 %shares, 16
-  %new = or i64 %high, %middle
-  store atomic i64 %new, ptr %ticket seq_cst, align 8
-  %asleep = load atomic i32, ptr %sleepers seq_cst, align 4
-  %any.asleep = icmp sgt i32 %asleep, 0
-  br i1 %any.asleep, label %wake, label %claim
-wake:
-  %sequence.old = atomicrmw add ptr %sequence, i32 1 seq_cst
-  {futex("sequence", wake, "2147483647")}
-  br label %claim
-claim:
-  %worked = call i1 @work(ptr %state, ptr %syscall)
-  br i1 %worked, label %claim, label %spin
-spin:
-  %i = phi i64 [0, %claim], [%i.next, %not.done]
-  %d = load atomic i32, ptr %done seq_cst, align 4
-  %d.wide = zext i32 %d to i64
-  %complete = icmp uge i64 %d.wide, %shares
-  br i1 %complete, label %end, label %not.done
-not.done:
-  call void asm sideeffect "{PAUSE[architecture]}", "~{{memory}}"()
-  %i.next = add i64 %i, 1
-  %on = icmp ult i64 %i.next, {SPIN}
-  br i1 %on, label %spin, label %announce
-announce:
-  store atomic i32 1, ptr %waiting seq_cst, align 4
-  br label %look
-look:
-  %d2 = load atomic i32, ptr %done seq_cst, align 4
-  %d2.wide = zext i32 %d2 to i64
-  %complete2 = icmp uge i64 %d2.wide, %shares
-  br i1 %complete2, label %retract, label %sleep
-sleep:
-  {futex("done", wait, "%d2.wide")}
-  br label %look
-retract:
-  store atomic i32 0, ptr %waiting seq_cst, align 4
-  br label %end
-end:
-  ret void
-}}
-
-; claims and runs one share; false if no share was left
-define internal i1 @work(ptr %state, ptr %syscall) noinline {{
-start:
-  {field("done", DONE)}
-  {field("ticket", TICKET)}
-  {field("waiting", WAITING)}
-  {field("kernel", KERNEL)}
-  br label %look
-look:
-  %t = load atomic i64, ptr %ticket seq_cst, align 8
-  %claimed = and i64 %t, 65535
-  %shifted = lshr i64 %t, 16
-  %shares = and i64 %shifted, 65535
-  %left = icmp ult i64 %claimed, %shares
-  br i1 %left, label %claim, label %none
-claim:
-  %row.i = load atomic i64, ptr %kernel seq_cst, align 8
-  %next = add i64 %t, 1
-  %pair = cmpxchg ptr %ticket, i64 %t, i64 %next seq_cst seq_cst
-  %won = extractvalue {{ i64, i1 }} %pair, 1
-  br i1 %won, label %run, label %look
-run:
-  %row = inttoptr i64 %row.i to ptr
-  call void @call_kernel(ptr %row, i64 %claimed)
-  %before = atomicrmw add ptr %done, i32 1 seq_cst
-  %w = load atomic i32, ptr %waiting seq_cst, align 4
-  %is.waiting = icmp ne i32 %w, 0
-  br i1 %is.waiting, label %wake, label %end
-wake:
-  {futex("done", wake, "1")}
-  br label %end
-end:
-  ret i1 true
-none:
-  ret i1 false
-}}
-
-; a helper: claims and runs shares in an endless loop, and sleeps while there are none
-define internal void @help(ptr %state, ptr %syscall) noinline {{
-start:
-  {field("sequence", SEQUENCE)}
-  {field("sleepers", SLEEPERS)}
-  br label %fresh
-fresh:
-  br label %spin
-spin:
-  %i = phi i64 [0, %fresh], [%i.next, %idle]
-  %worked = call i1 @work(ptr %state, ptr %syscall)
-  br i1 %worked, label %fresh, label %idle
-idle:
-  call void asm sideeffect "{PAUSE[architecture]}", "~{{memory}}"()
-  %i.next = add i64 %i, 1
-  %on = icmp ult i64 %i.next, {SPIN}
-  br i1 %on, label %spin, label %announce
-announce:
-  %sleepers.old = atomicrmw add ptr %sleepers, i32 1 seq_cst
-  %seen = load atomic i32, ptr %sequence seq_cst, align 4
-  %last = call i1 @work(ptr %state, ptr %syscall)
-  br i1 %last, label %retract, label %sleep
-sleep:
-  %seen.wide = zext i32 %seen to i64
-  {futex("sequence", wait, "%seen.wide")}
-  br label %retract
-retract:
-  %sleepers.now = atomicrmw sub ptr %sleepers, i32 1 seq_cst
-  br label %fresh
-}}
-
-; the function of a row with its arguments, all passed as 64-bit integers; core_id is the share
-define internal void @call_kernel(ptr %row, i64 %share) noinline "no-jump-tables"="true" {{
-start:
-  %own = alloca [{MAX_ARGUMENTS} x i64]
-  %function.i = load i64, ptr %row
-  %function = inttoptr i64 %function.i to ptr
-  {field("number.p", 16, "%row")}
-  %number = load i64, ptr %number.p
-  {field("core.p", 24, "%row")}
-  %core = load i64, ptr %core.p
-  {field("given.p", 32, "%row")}
-  %given.i = load i64, ptr %given.p
-  %given = inttoptr i64 %given.i to ptr
-  %numbered = icmp sge i64 %core, 0
-  br i1 %numbered, label %copy, label %select
-copy:
-  %i = phi i64 [0, %start], [%i.next, %copy]
-  %from = getelementptr i64, ptr %given, i64 %i
-  %to = getelementptr i64, ptr %own, i64 %i
-  %value = load i64, ptr %from
-  store volatile i64 %value, ptr %to
-  %i.next = add i64 %i, 1
-  %on = icmp ult i64 %i.next, %number
-  br i1 %on, label %copy, label %put
-put:
-  %core.at = getelementptr i64, ptr %own, i64 %core
-  store volatile i64 %share, ptr %core.at
-  br label %select
-select:
-  %arguments = phi ptr [%given, %start], [%own, %put]
-  switch i64 %number, label %bad [{" ".join(labels)}]
-bad:
-  ret void
-{chr(10).join(cases)}
-}}
-"""
+    template = string.Template((Path(__file__).parent / "launcher.ll.in").read_text("utf-8"))
+    return template.substitute(
+        STATE,
+        ROW_BYTES=8 * ROW,
+        MAX_ARGUMENTS=MAX_ARGUMENTS,
+        SPIN=SPIN,
+        PAUSE=PAUSE[architecture],
+        FUTEX=FUTEX[architecture],
+        WAIT=128,  # FUTEX_WAIT | FUTEX_PRIVATE_FLAG
+        WAKE=129,  # FUTEX_WAKE | FUTEX_PRIVATE_FLAG
+        CASES="\n".join(cases),
+        LABELS=" ".join(labels),
+    )

@@ -152,6 +152,7 @@ class LoopNest:
     def program(self, name: str, operations: int = 0) -> UOp:
         """The finished kernel; `operations`: additions and multiplications of one run."""
         # tinygrad 0.13 itself estimates 0: it takes the whole kernel for address arithmetic
+        # (test_soap.test_operations_of_a_step)
         info = KernelInfo(name=name, estimates=Estimates(operations, mem=self.bytes))
         device = UOp(Ops.DEVICE, arg=self.device)
         return UOp(Ops.PROGRAM, src=(UOp.sink(*self.stores, arg=info), device))
@@ -184,7 +185,3 @@ def tile_m() -> int:
 def even_threads(iterations: int) -> int:
     """The largest number of threads, at most CPU_COUNT, that divides `iterations`."""
     return next(t for t in range(CPU_COUNT.value, 0, -1) if iterations % t == 0)
-
-
-def round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple

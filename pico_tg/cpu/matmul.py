@@ -5,11 +5,12 @@ import math
 from collections.abc import Callable, Iterator
 
 from tinygrad import Tensor
+from tinygrad.helpers import round_up
 from tinygrad.uop.ops import Ops, UOp
 
 from ..backend.runtime import without_views
 from . import launcher
-from .loops import TILE_N, VECTOR, LoopNest, choose_shared_loop, round_up, tile_m
+from .loops import TILE_N, VECTOR, LoopNest, choose_shared_loop, tile_m
 
 PARALLEL = 1 << 19  # least number of elements for which threads make a copy faster
 # A kernel of at least LONG operations has SHARES shares per thread: with one share per thread, the
@@ -125,7 +126,7 @@ def tiled_matmul(
         threads = min(SHARES * threads, loops[shared])
     nest = LoopNest(out, *inputs, threads=threads)
     zero = nest.broadcast(0.0)
-    # tinygrad 0.13 renders no loop of one iteration
+    # tinygrad 0.13 renders no loop of one iteration (test_cpu.test_products_on_other_processors)
     looped = L - L % UNROLL if L >= 2 * UNROLL else 0
 
     def add_tiles(first: int, iterations: int, height: int) -> None:

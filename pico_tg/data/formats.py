@@ -5,6 +5,7 @@ file in messages, and `remark` is called with each sentence that the user should
 """
 
 import bz2
+import codecs
 import csv
 import gzip
 import io
@@ -12,8 +13,8 @@ import itertools
 import json
 import lzma
 import os
-import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import BinaryIO
 
 from ..files import PicoError
@@ -28,7 +29,9 @@ MARKER = b"<|endoftext|>"  # between the documents of a .txt
 NEWLINES = b"\r\n"
 PARQUET_ROWS = 4  # rows decoded at a time: few, since rows may be long
 MAX_CSV_FIELD = 1 << 26  # characters; Python's csv module needs 4 bytes for each
-MAX_JSON_RECORD = 1 << 28  # characters of a record that is not on one line
+MAX_JSON_VALUE = 1 << 30  # bytes of a list of objects, which is read whole
+JSON_LINES = "write each object on a line of its own, as jq -c does"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 COLUMN_WITHIN = 1000  # number of first rows of JSON, one of which must have the column
 
 
@@ -44,10 +47,13 @@ def format_of(name: str) -> str | None:
     return suffix if suffix in READERS else None
 
 
-def decompress(file: BinaryIO, name: str) -> BinaryIO:
-    """`file`, or its decompressed content as a stream if `name` ends in .gz, .bz2 or .xz."""
-    opener = COMPRESSIONS.get(os.path.splitext(name.lower())[1])
-    return opener(file) if opener else file
+def read_file(path: Path, label: str, column: str | None, remark: Remark) -> Pieces:
+    """The documents of a file, which may be compressed, by the reader of its name."""
+    with open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise PicoError(f"{path} is a pointer of Git LFS; run: git lfs pull")
+    with COMPRESSIONS.get(path.suffix.lower(), open)(path, "rb") as file:
+        yield from READERS[format_of(path.name)](file, label, column, remark)
 
 
 def reason(error: Exception) -> str:
@@ -71,8 +77,14 @@ def read_text(file: BinaryIO, label: str, column: str | None, remark: Remark) ->
     is skipped. A file without a marker is one document, byte for byte. To bound memory, a run of
     more than CHUNK newlines counts as text.
     """
-    if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
-        remark(f"{label} is UTF-16 and is read byte by byte; convert the file to UTF-8")
+    head = file.read(CHUNK)
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)
+        odd = "holds NUL, as UTF-16 does; convert the file to UTF-8" if "\0" in text else ""
+    except UnicodeDecodeError as error:
+        odd = reason(error)
+    if odd:
+        remark(f"{label} is read byte by byte: {odd}")
     file.seek(0)
     # Remove the first document's leading newlines only if a marker follows, at any distance.
     split = file.read(1) in (b"\r", b"\n") and _has_marker(file)
@@ -154,7 +166,7 @@ def document(label: str, name: str, value: object, columns: list[str]) -> bytes 
 
 
 def read_json(file: BinaryIO, label: str, column: str | None, remark: Remark) -> Pieces:
-    """The rows of JSON Lines, or of a JSON list of objects. A row has to fit into memory.
+    """The rows of JSON Lines, or of a JSON list of objects, which is read whole.
 
     Each row has its own columns, so the column of text is chosen for each row.
     """
@@ -182,12 +194,7 @@ def _json_rows(file: BinaryIO, label: str) -> Iterator[dict]:
     try:
         lines = _is_json_lines(file)
         file.seek(start)
-        for place, row in _json_lines(file) if lines else _json_values(file):
-            if not isinstance(row, dict) and place == "record 1":
-                raise MissingColumn(f"{label} holds {type(row).__name__} in place of rows")
-            if not isinstance(row, dict):
-                raise ValueError(f"JSON parse error in {place}: it is no object")
-            yield row
+        yield from _json_lines(file) if lines else _json_value(file, label)
     except RecursionError:
         raise ValueError("JSON parse error: a row is nested too deeply") from None
 
@@ -204,52 +211,37 @@ def _is_json_lines(file: BinaryIO) -> bool:
         return False
 
 
-def _json_lines(file: BinaryIO) -> Iterator[tuple[str, object]]:
+def _json_lines(file: BinaryIO) -> Iterator[dict]:
     for number, line in enumerate(file, 1):
         if line.isspace():
             continue
         try:
-            yield f"line {number}", json.loads(line.decode())
+            row = json.loads(line.decode())
         except ValueError as error:
             raise ValueError(f"JSON parse error in line {number}: {reason(error)}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"JSON parse error in line {number}: it is no object")
+        yield row
 
 
-def _json_values(file: BinaryIO) -> Iterator[tuple[str, object]]:
-    """The members of a list, or the values of a file that holds several, in any layout."""
-    text = io.TextIOWrapper(file, "utf-8", newline="")
-    decode, blank = json.JSONDecoder().raw_decode, re.compile(r"[ \t\r\n]*")
-    buffer = text.read(CHUNK).lstrip()
-    in_list = buffer.startswith("[")
-    at, number, after_comma, at_end = int(in_list), 1, True, False
-    while True:
-        at = blank.match(buffer, at).end()
-        if in_list and buffer.startswith("]", at):
-            if (buffer[at + 1 :] + text.read(CHUNK)).strip():
-                raise ValueError("JSON parse error: text after the list")
-            return
-        if in_list and not after_comma and buffer.startswith(",", at):
-            at, after_comma = at + 1, True
-            continue
-        if at < len(buffer):
-            if in_list and not after_comma:
-                raise ValueError(f"JSON parse error after record {number - 1}: expected a comma")
-            try:
-                value, at = decode(buffer, at)
-            except json.JSONDecodeError as error:
-                # an error near the end of the buffer may mean that the record continues after it
-                cut = error.msg.startswith("Unterminated string") or error.pos > len(buffer) - 32
-                if at_end or not cut or len(buffer) > MAX_JSON_RECORD:
-                    raise ValueError(f"JSON parse error in record {number}: {error.msg}") from error
-            else:
-                yield f"record {number}", value
-                number, after_comma = number + 1, False
-                continue
-        elif at_end:
-            break
-        more = text.read(max(CHUNK, len(buffer) - at))
-        buffer, at, at_end = buffer[at:] + more, 0, not more
-    if in_list:
-        raise ValueError("JSON parse error: the list has no end")
+def _json_value(file: BinaryIO, label: str) -> list[dict]:
+    """The members of the list that the file is, or the only object, on any number of lines."""
+    content = file.read(MAX_JSON_VALUE + 1)
+    if len(content) > MAX_JSON_VALUE:
+        raise ValueError(f"a value of more than {MAX_JSON_VALUE:,} bytes; {JSON_LINES}")
+    try:
+        rows = json.loads(content.decode()) if content.strip() else []
+    except json.JSONDecodeError as error:
+        several = error.msg == "Extra data"
+        why = f"several values that are not one a line; {JSON_LINES}" if several else error
+        raise ValueError(f"JSON parse error: {why}") from error
+    rows = rows if isinstance(rows, list) else [rows]
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) and number == 1:
+            raise MissingColumn(f"{label} holds {type(row).__name__} in place of rows")
+        if not isinstance(row, dict):
+            raise ValueError(f"JSON parse error in record {number}: it is no object")
+    return rows
 
 
 def read_csv(file: BinaryIO, label: str, column: str | None, remark: Remark) -> Pieces:

@@ -1,184 +1,85 @@
-"""Data sets on the Hugging Face hub at a fixed revision; cached ones are read without network.
+"""Data sets on the Hugging Face hub, by public functions of huggingface_hub.
 
-PICO_CACHE/hub-<key>.json lists the splits and files of each revision of a data set that was used,
-the latest use last. With this file and the cached corpora, a run needs no answer from the hub.
+Files lie in the hub's own cache, so a revision that is there is read without network.
 """
 
-import json
-from functools import partial
+import glob
+import re
 from pathlib import Path
 
-from ..files import PicoError, atomic_write
-from .cache import CACHE_FORMAT, cache_folder, cache_root, digest, open_cache, writing_cache
-from .formats import Pieces, Remark, format_of, reason
-from .sources import (
-    HUB,
-    KNOWN,
-    File,
-    Source,
-    Splits,
-    expand_archives,
-    file_source,
-    quiet_datasets,
-    read_rows,
-    split_label,
-    unused_sentences,
-)
+from ..files import PicoError
+from .formats import reason
+
+MAX_DOWNLOAD = 10 * 10**9  # bytes of a data set; to download more, name a file
 
 
-def hub_splits(dataset: str, revision: str | None, file: str | None, column: str | None) -> Splits:
-    """The splits of `owner/name` or `owner/name:config`, or of one file of it, at a revision.
+def open_hub(name: str, revision: str | None) -> tuple[Path, dict[str, int], dict[str, str]]:
+    """The data set `owner/name` at a commit, tag or branch; None is the newest revision.
 
-    revision: a commit, tag or branch; None is the newest, or, if the hub cannot be reached, the
-    cached revision that was used last. Raises PicoError if there is no such data set.
+    Returns the folder that holds its files once they are downloaded, whose name is the commit; the
+    name and size of each file; and what is not used, with the reason: if the hub does not answer,
+    any revision that is newer than the cached one. Raises PicoError if there is no such data set.
     """
-    name, _, config = dataset.partition(":")
-    label = dataset if file is None else f"{dataset}/{file}"
-    index_key = digest(json.dumps([CACHE_FORMAT, name, config, file]))
-    index_path = cache_root() / f"hub-{index_key}.json"
-    entries = _read_index(index_path)
-
-    def splits_of(entry: dict) -> Splits:
-        return _splits(label, name, config, entry, column)
-
-    entry = next((entry for entry in entries if entry["revision"] == revision), None)
-    if entry is not None:
-        return splits_of(entry)
+    unused, silence = {}, None
     try:
-        from huggingface_hub import HfApi
+        from huggingface_hub import HfApi, get_cached_repo_tree, logging, snapshot_download
+        from huggingface_hub.errors import CachedRepoTreeNotFoundError
+        from huggingface_hub.utils import disable_progress_bars
 
-        # before `load_dataset`, which retries for half a minute without network
-        options = {} if revision is None else {"revision": revision}
-        info = HfApi().dataset_info(name, timeout=10, **options)
-        entry = next((entry for entry in entries if entry["revision"] == info.sha), None)
-        if entry is None:
-            entry = _ask_hub(name, config, info, file)
-    except PicoError:
-        raise
-    except Exception as error:  # httpx, huggingface_hub, fsspec and datasets have their own types
-        for entry in reversed(entries if revision is None else []):
-            splits = splits_of(entry)
-            if any(open_cache(cache_folder(source)) for source in splits.sources.values()):
-                splits.unused.append(
-                    f"any newer revision of {name} (no answer from the hub: {reason(error)}); "
-                    f"revision {entry['revision']} is in the cache"
-                )
-                return splits
-        at = "" if revision is None else f" at revision {revision}"
-        local = ", and it is no local file or folder" if revision is None else ""
+        logging.set_verbosity_error()
+        disable_progress_bars()
+        if not re.fullmatch("[0-9a-f]{40}", revision or ""):  # a commit stays what it is
+            try:
+                HfApi().dataset_info(name, revision=revision, timeout=10)
+            except Exception as error:  # httpx and huggingface_hub have their own types
+                silence = error
+        # of the files the README.md alone; this caches the list of all files
+        asked = {"repo_type": "dataset", "revision": revision, "allow_patterns": "README.md"}
+        root = Path(snapshot_download(name, local_files_only=silence is not None, **asked))
+        try:
+            tree = get_cached_repo_tree(name, repo_type="dataset", revision=root.name)
+            sizes = {file.path: file.size for file in tree}
+        except CachedRepoTreeNotFoundError:  # written by an older huggingface_hub
+            paths = [path for path in root.rglob("*") if path.is_file()]
+            sizes = {path.relative_to(root).as_posix(): path.stat().st_size for path in paths}
+            unused[f"files of {name} that are not in the cache"] = "the cache has no list of them"
+    except Exception as error:
+        at = ", and it is no local file or folder" if revision is None else f" at {revision}"
         raise PicoError(
-            f"cannot open {label!r}{at} on the Hugging Face hub ({reason(error)}){local}; "
+            f"cannot open {name!r} on the Hugging Face hub{at} ({reason(silence or error)}); "
             "check the name and the network, or use python-docs"
         ) from error
-    if entry not in entries[-1:]:
-        _write_index(index_path, [other for other in entries if other != entry] + [entry])
-    return splits_of(entry)
+    if silence is not None:
+        unused[f"any newer revision of {name} than {root.name}"] = (
+            f"no answer from the hub: {reason(silence)}"
+        )
+    return root, sizes, unused
 
 
-def _read_index(path: Path) -> list[dict]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return []
+def download(
+    name: str, root: Path, sizes: dict[str, int], named: bool, paths: list[Path], progress: bool
+) -> None:
+    """Download those of `paths`, files in `root`, that are not in the cache.
 
-
-def _write_index(path: Path, entries: list[dict]) -> None:
-    with writing_cache():
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        file.write(json.dumps(entries).encode())
-
-
-def _ask_hub(name: str, config: str, info, file: str | None) -> dict:
-    """Ask the hub for the splits of a revision, the files of each split, and the other files.
-
-    The files are None for a split that only `datasets` can read.
+    Raises PicoError if they have more than MAX_DOWNLOAD bytes, unless the user named them.
     """
-    root = f"{HUB}datasets/{name}@{info.sha}/"
-    entry = {"revision": info.sha, "splits": {}, "unused": []}
-    if file is not None:
-        from huggingface_hub import HfFileSystem
-
-        HfFileSystem().size((root + file).removeprefix(HUB))  # raises if there is no such file
-        files, _ = expand_archives([File(file, root + file)])
-        if not files:
-            raise PicoError(f"cannot tell what {file} is by its name; the formats are {KNOWN}")
-        entry["splits"]["train"] = [[file.name, file.path, file.member] for file in files]
-        return entry
-    loaded = _load(name, config, info.sha)
-    used, unused = set(), {}
-    for split, rows in loaded.items():
-        paths = _paths(rows)
-        found = [File(_name_in(path, root), path) for path in paths]
-        used |= {file.name for file in found}
-        files, unread = expand_archives(found)
-        if not files or any(unread.get(file.name) for file in found):
-            # this builder yields lines, which would split documents
-            if getattr(rows.info, "builder_name", None) == "text":
-                raise PicoError(
-                    f"cannot find the .txt files of {name} on the hub; name one as the train file"
-                )
-            entry["splits"][str(split)] = None
-        else:
-            unused |= unread
-            entry["splits"][str(split)] = [[file.name, file.path, file.member] for file in files]
-    for sibling in getattr(info, "siblings", None) or []:
-        path = sibling.rfilename
-        if path not in used and path != "README.md" and not path.startswith("."):
-            known = format_of(path) or path.endswith(".zip")
-            unused[path] = "in no split of the configuration" if known else "no format that is read"
-    entry["unused"] = unused_sentences(unused)
-    return entry
-
-
-def _load(name: str, config: str, revision: str) -> dict:
-    loaded = quiet_datasets().load_dataset(
-        name,
-        config or None,
-        revision=revision,
-        streaming=True,
-        cache_dir=str(cache_root() / "datasets"),
-    )
-    return loaded if isinstance(loaded, dict) else {"train": loaded}
-
-
-def _paths(rows) -> list[str]:
-    """The files that `datasets` would stream (datasets 4 and 5 name them only privately)."""
-    arguments = getattr(getattr(rows, "_ex_iterable", None), "kwargs", {})
-    paths = arguments.get("base_files") or arguments.get("files") or []
-    return [path for path in paths if isinstance(path, str)]
-
-
-def _name_in(path: str, root: str) -> str:
-    return path.removeprefix(root) if path.startswith(root) else path.rsplit("/", 1)[-1]
-
-
-def _splits(label: str, name: str, config: str, entry: dict, column: str | None) -> Splits:
-    sources, revision = {}, entry["revision"]
-    for split, files in entry["splits"].items():
-        text = split_label(label, split, entry["splits"])
-        identity = ["hub", label, revision, column, split]
-        if files is None:
-            read = partial(_read_split, text, name, config, revision, split, column)
-            sources[split] = Source(text, identity, read)
-        else:
-            sources[split] = file_source(text, [File(*file) for file in files], column, identity)
-    return Splits(sources, list(entry["unused"]), revision)
-
-
-def _read_split(
-    label: str,
-    name: str,
-    config: str,
-    revision: str,
-    split: str,
-    column: str | None,
-    remark: Remark,
-) -> Pieces:
-    try:
-        rows = _load(name, config, revision)[split]
-    except Exception as error:
+    missing = [path.relative_to(root).as_posix() for path in paths if not path.is_file()]
+    size = sum(sizes[path] for path in missing)
+    if size > MAX_DOWNLOAD and not named:
         raise PicoError(
-            f"cannot open {label!r} on the Hugging Face hub: {reason(error)}"
-        ) from error
-    yield from read_rows(label, rows, column, remark)
+            f"{name} is a download of {size / 1e9:.0f} GB; name a file of it by train_file, or a "
+            f"folder as in {name}:FOLDER, or run: hf download {name} --repo-type dataset"
+        )
+    if not missing:
+        return
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.utils import enable_progress_bars
+
+        if progress:
+            enable_progress_bars()
+        patterns = [glob.escape(path) for path in missing]
+        asked = {"repo_type": "dataset", "revision": root.name}
+        snapshot_download(name, allow_patterns=patterns, **asked)
+    except Exception as error:
+        raise PicoError(f"cannot download {name} from the hub: {reason(error)}") from error

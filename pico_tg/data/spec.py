@@ -3,8 +3,9 @@
 import dataclasses
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
-from ..config import documented, setting
+from ..config import check_fields, documented, setting
 from ..files import PicoError
 
 PYTHON_DOCS = "python-docs"
@@ -19,18 +20,17 @@ def _option(help: str) -> str | None:
 class DataSpec:
     """Which data to train and validate on. Raises PicoError on invalid options.
 
-    A path may be a pathlib.Path. Names of files and folders determine splits as in Hugging Face
-    `datasets`: a name with the word train or training is training data; valid, validation, val or
-    dev is validation data; test, testing, eval or evaluation is not used unless named explicitly.
-    Files without such a word are training data. Names that begin with a dot are ignored.
+    A path may be a pathlib.Path. A file or folder with the word train or training in its name is
+    training data; valid, validation, val or dev is validation data; test, testing, eval or
+    evaluation is not used unless named. Files without such a word are training data. Names that
+    begin with a dot are ignored.
     """
 
     dataset: str = setting(
         "python-docs (in Python itself); a file (.txt, .jsonl, .json, .csv, .tsv or .parquet, "
-        "possibly compressed: .gz, .bz2, .xz), or a .zip or a folder of such files; a saved "
-        "Hugging Face dataset; or a name on the Hugging Face hub, owner/name. A .txt is one "
-        "document, or several with <|endoftext|> between them. PATH:CONFIG and owner/name:CONFIG "
-        "name one of several configurations",
+        "possibly compressed: .gz, .bz2, .xz) or a folder of such files; or a name on the Hugging "
+        "Face hub, owner/name or owner/name:FOLDER. A .txt is one document, or several with "
+        "<|endoftext|> between them",
         PYTHON_DOCS,
         minimum=None,
     )
@@ -46,9 +46,11 @@ class DataSpec:
         "split to validate on (default: validation if there is one, unless both train_file and "
         "validation_size are given; with train_file, only of local data)"
     )
-    validation_size: float | int | None = _option(
+    validation_size: float | int | None = setting(
         "without validation data, hold out the end: a fraction of the bytes below 1, or a number "
-        "of documents (default 0.05)"
+        "of documents (default 0.05)",
+        None,
+        above=0,
     )
     revision: str | None = _option(
         "revision of a data set on the hub: a commit, tag or branch (default: the newest, which a "
@@ -56,64 +58,29 @@ class DataSpec:
     )
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            name, value = field.name, getattr(self, field.name)
-            if name == "validation_size" or (value is None and name != "dataset"):
-                continue
-            if not isinstance(value, str | os.PathLike) or isinstance(os.fspath(value), bytes):
-                raise PicoError(f"{name} must be a str or a path, not {value!r}")
-            if not os.fspath(value):
+        check_fields(self)
+        for name, value in dataclasses.asdict(self).items():
+            if value == "":
                 raise PicoError(
                     "the dataset has no name; python-docs needs no download"
                     if name == "dataset"
                     else f"{name} is empty; leave it out or name one"
                 )
-            object.__setattr__(self, name, os.fspath(value))  # the dataclass is frozen
         if self.validation_file is not None and self.validation_split is not None:
             raise PicoError("give a validation_file or a validation_split, not both")
         size = self.validation_size
-        if size is None:
-            return
-        whole = isinstance(size, int) and not isinstance(size, bool) and size >= 1
-        if not whole and not (isinstance(size, float) and 0 < size < 1):
+        if isinstance(size, float) and size >= 1:
             raise PicoError(
                 "validation_size must be a fraction between 0 and 1, or a whole number of "
                 f"documents, not {size!r}"
             )
 
-    def path_and_config(self) -> tuple[str, str | None]:
-        """The path of a local `dataset`, and the configuration after a colon."""
-        path = os.path.expanduser(self.dataset)
-        folder, _, config = path.rpartition(":")
-        if not os.path.exists(path) and os.path.isdir(folder):
-            return folder, config
-        return path, None
+    @property
+    def path(self) -> Path:
+        """`dataset` as a local path."""
+        return Path(os.path.expanduser(self.dataset))
 
+    @property
     def is_local(self) -> bool:
         """Whether `dataset` is a file or folder; only data on the hub have a revision."""
-        path, _ = self.path_and_config()
-        return self.revision is None and self.dataset != PYTHON_DOCS and os.path.exists(path)
-
-    def beside(self, file: str) -> str | None:
-        """The path of `file` in the folder of a local dataset; None if there is no such file."""
-        path, _ = self.path_and_config()
-        path = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), file)
-        return path if self.is_local() and os.path.isfile(path) else None
-
-    def absolute(self) -> "DataSpec":
-        """The same data from any working directory: local paths become absolute.
-
-        A file beside the dataset keeps its name.
-        """
-        changes = {}
-        for name in ("train_file", "validation_file"):
-            file = getattr(self, name)
-            if file is not None and self.beside(file) is None:
-                file = os.path.abspath(os.path.expanduser(file))
-                if os.path.isfile(file):  # otherwise on the hub
-                    changes[name] = file
-        if self.is_local():
-            path, config = self.path_and_config()
-            path = os.path.abspath(path)
-            changes["dataset"] = path if config is None else f"{path}:{config}"
-        return dataclasses.replace(self, **changes)
+        return self.revision is None and self.dataset != PYTHON_DOCS and self.path.exists()

@@ -2,14 +2,11 @@
 
 For a weight W [m, n] with gradient G, SOAP keeps moving averages of the Gram matrices G Gᵀ [m, m]
 and Gᵀ G [n, n] (the paper's L and R; here GG of side 0 and 1), and for each an orthonormal basis Q
-that approximates its eigenvectors. Adam's moments M and V live in these bases:
-
-    projected = Q0ᵀ G Q1                      M, V: moving averages of projected, projected²
-    W -= lr * Q0 (M / (sqrt(V) + eps)) Q1ᵀ    Q = qr(GG Q), a power iteration, every few steps
-
-A tensor of more dimensions has one GG and Q for each side. Two details come from the authors' code,
-not from the paper: the first gradient only initializes GG and Q, and a refresh sorts the columns of
-Q by their estimated eigenvalues.
+that approximates its eigenvectors. Adam's moments M and V live in these bases (`Stack.update`). A
+power iteration follows the eigenvectors every few steps (`_refresh`). A tensor of more dimensions
+has one GG and Q for each side. Two details come from the authors' code, not from the paper: the
+first gradient only initializes GG and Q, and a refresh sorts the columns of Q by their estimated
+eigenvalues.
 
 Shape letters: Z parameters of one shape [m, n, …], which are stacked; s the size of one side.
 """
@@ -39,16 +36,14 @@ class SOAP(Optimizer):
 
     - params: float32 tensors; those of equal shape are stacked and share kernels
     - lr: learning rate; `self.lr` is a Tensor [1] that may be assigned between steps
-    - betas: decay of the first and the second moment
-    - shampoo_beta: decay of GG; None: betas[1]
+    - betas: decay of the first and the second moment; GG decays as the second
     - eps: added to the root of the second moment
     - weight_decay: decoupled, p -= lr * weight_decay * p after the update; only for parameters of
-      two or more dimensions unless `decay_vectors`
+      two or more dimensions
     - precondition_frequency: updates between two refreshes of the bases
     - max_precond_dim: sides longer than this are not projected
-    - precondition_1d: project vectors too; otherwise plain Adam updates them
-    - normalize_grads: scale each parameter's update to a root mean square of 1 before lr
-    - correct_bias: Adam's bias correction
+
+    Plain Adam updates vectors and scalars.
 
     The first gradient only initializes GG and Q; parameters change from the second step on. A step
     whose gradients are not all finite changes nothing: after each step, `self.finite` (a bool
@@ -79,24 +74,15 @@ class SOAP(Optimizer):
         params: list[Tensor],
         lr: float = 3e-3,
         betas: tuple[float, float] = (0.95, 0.95),
-        shampoo_beta: float | None = None,
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         precondition_frequency: int = 10,
         max_precond_dim: int = 10000,
-        precondition_1d: bool = False,
-        normalize_grads: bool = False,
-        correct_bias: bool = True,
-        decay_vectors: bool = False,
     ) -> None:
         super().__init__(params, lr, fused=False)
-        self.betas = betas
-        self.shampoo_beta = betas[1] if shampoo_beta is None else shampoo_beta
-        for name, beta in zip(
-            ("betas", "betas", "shampoo_beta"), (*betas, self.shampoo_beta), strict=True
-        ):
+        for beta in betas:
             if not 0 <= beta < 1:
-                raise ValueError(f"{name} must be at least 0 and below 1, not {beta}")
+                raise ValueError(f"betas must be at least 0 and below 1, not {beta}")
         for name, value, minimum in (
             ("precondition_frequency", precondition_frequency, 1),
             ("max_precond_dim", max_precond_dim, 0),
@@ -106,17 +92,16 @@ class SOAP(Optimizer):
                 raise ValueError(f"{name} must be at least {minimum}, not {value}")
         if not eps > 0:
             raise ValueError(f"eps must be above 0, not {eps}")
-        self.eps, self.weight_decay, self.decay_vectors = eps, weight_decay, decay_vectors
+        self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         self.precondition_frequency = precondition_frequency
-        self.normalize_grads, self.correct_bias = normalize_grads, correct_bias
         self.count = self._zeros(1, dtype=np.int32)  # gradients averaged into GG
         self.refreshed = self._zeros(1, dtype=np.int32)  # `count` at the last refresh
         self.finite = self._zeros(1, dtype=np.bool_)
         self.stacks = []
         for shape in dict.fromkeys(p.shape for p in self.params):
             members = [i for i, p in enumerate(self.params) if p.shape == shape]
-            projected = len(shape) > 1 or precondition_1d
-            sides = [i for i, s in enumerate(shape) if projected and 1 < s <= max_precond_dim]
+            matrix = len(shape) > 1
+            sides = [i for i, s in enumerate(shape) if matrix and 1 < s <= max_precond_dim]
             self.stacks.append(Stack(self, members, shape, sides))
         largest = max(len(stack.members) for stack in self.stacks)
         self.indices = [self._tensor(np.array([z], np.int32)) for z in range(largest)]
@@ -130,44 +115,33 @@ class SOAP(Optimizer):
             return Tensor(values).shard(self.device).contiguous().realize().is_param_(False)
         return Tensor(values, device=self.device).clone().realize().is_param_(False)
 
-    @staticmethod
-    def _stacked(grads: list[Tensor]) -> Tensor:
-        """Gradients of one shape, stacked: float32 [Z, *shape]."""
-        stacked = Tensor.stack(*[grad.cast(dtypes.float32) for grad in grads])
-        # for one realized gradient, `contiguous` makes a view of its buffer, and the planner of
-        # TinyJit in 0.13, which does not see views, gives the buffer to others (GPUs trained on
-        # wrong gradients; test_training.test_steps_without_cpu_kernels)
-        whole = without_views(stacked)
-        return stacked.contiguous() if whole is stacked else whole
-
     def _step(self, params: list[Tensor], grads: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Called by `schedule_step`: the deltas to subtract from the parameters, and the state."""
-        stacked = [self._stacked([grads[i] for i in stack.members]) for stack in self.stacks]
+        stacked = [stack.stacked(grads) for stack in self.stacks]
         finite = all_finite(stacked).reshape(1)
         self.finite.assign(finite)
-        updating = finite & (self.count > 0)  # the first gradient updates nothing
-        t = self.count.maximum(1).cast(dtypes.float32)
-        rate = self.lr
-        if self.correct_bias:
-            corrections = [1 - (t * math.log(beta)).exp() if beta else 1 for beta in self.betas]
-            rate = rate * (corrections[1] ** 0.5) / corrections[0]
-        updating, rate = updating.contiguous(), rate.contiguous()
+        # the first gradient updates nothing
+        updating = (finite & (self.count > 0)).contiguous()
+        rate = self._corrected_rate().contiguous()
         deltas: list[Tensor] = [None] * len(params)
         state = [self.finite]
         for stack, gradient in zip(self.stacks, stacked, strict=True):
-            update = stack.step(gradient, finite, updating)
-            decays = self.weight_decay and (len(stack.shape) > 1 or self.decay_vectors)
+            update = stack.update(gradient, finite, updating)
             for z, i in enumerate(stack.members):
-                # an index in memory, unlike a constant, lets all members share one kernel
-                index = self.indices[z].reshape(*[1] * update.ndim).expand(1, *stack.shape)
-                delta = rate * update.gather(0, index).reshape(*(stack.shape or (1,)))
-                if decays:
+                delta = rate * stack.member(update, z)
+                if self.weight_decay and len(stack.shape) > 1:
                     delta = delta + self.lr * self.weight_decay * (params[i].detach() - delta)
                 delta = updating.where(delta, 0).reshape(stack.shape)
                 deltas[i] = delta.cast(params[i].dtype)
             state += stack.tensors().values()
         self.count.assign(self.count + finite.cast(dtypes.int32))
         return deltas, [*state, self.count]
+
+    def _corrected_rate(self) -> Tensor:
+        """The learning rate [1] with Adam's correction of its moments' start from zero."""
+        t = self.count.maximum(1).cast(dtypes.float32)
+        corrections = [1 - (t * math.log(beta)).exp() if beta else 1 for beta in self.betas]
+        return self.lr * (corrections[1] ** 0.5) / corrections[0]
 
     def step(self) -> None:
         """One optimization step from the parameters' `.grad`, refresh included."""
@@ -244,28 +218,41 @@ class Stack:
         bases |= {f"Q{side}": Q for side, Q in zip(self.sides, self.Q, strict=True)}
         return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq} | bases
 
-    def step(self, gradient: Tensor, finite: Tensor, updating: Tensor) -> Tensor:
-        """Gradients [Z, *shape] -> updates [Z, *shape] before the learning rate.
+    def update(self, gradient: Tensor, finite: Tensor, updating: Tensor) -> Tensor:
+        """Gradients [Z, *shape] -> updates [Z, *shape], which the learning rate will multiply.
 
         GG changes if `finite`, the moments if `updating`; both are bool [1].
         """
-        optimizer = self.optimizer
-        beta1, beta2 = optimizer.betas
-        projected = gradient
+        beta1, beta2 = self.optimizer.betas
+        projected = gradient  # Q0ᵀ G Q1
         for side, Q in zip(self.sides, self.Q, strict=True):
             projected = _project(projected, side, Q)
+        # M and V: moving averages of projected and projected²
         _lerp(self.exp_avg, projected, 1 - beta1, updating)
         _lerp(self.exp_avg_sq, projected.square(), 1 - beta2, updating)
-        update = (self.exp_avg / (self.exp_avg_sq.sqrt() + optimizer.eps)).contiguous()
+        # Q0 (M / (sqrt(V) + eps)) Q1ᵀ
+        update = (self.exp_avg / (self.exp_avg_sq.sqrt() + self.optimizer.eps)).contiguous()
         for side, Q in zip(self.sides, self.Q, strict=True):
             update = _project(update, side, Q, back=True)
+        # GG: moving averages of G Gᵀ and Gᵀ G
         for side, GG in zip(self.sides, self.GG, strict=True):
-            _lerp(GG, _gram(gradient, side), 1 - optimizer.shampoo_beta, finite)
-        if optimizer.normalize_grads:
-            axes = tuple(range(1, update.ndim))
-            rms = update.square().mean(axis=axes, keepdim=True).sqrt() if axes else update.abs()
-            update = update / (rms + 1e-30)
+            _lerp(GG, _gram(gradient, side), 1 - beta2, finite)
         return update.contiguous()
+
+    def stacked(self, grads: list[Tensor]) -> Tensor:
+        """The members' gradients among those of all parameters: float32 [Z, *shape]."""
+        stacked = Tensor.stack(*[grads[i].cast(dtypes.float32) for i in self.members])
+        # for one realized gradient, `contiguous` makes a view of its buffer, and the planner of
+        # TinyJit in tinygrad 0.13, which does not see views, gives the buffer to others (GPUs
+        # trained on wrong gradients; test_training.test_steps_without_cpu_kernels)
+        whole = without_views(stacked)
+        return stacked.contiguous() if whole is stacked else whole
+
+    def member(self, stacked: Tensor, z: int) -> Tensor:
+        """Member z of stacked [Z, *shape] -> [*shape], or [1] for a scalar."""
+        # an index in memory, unlike a constant, lets all members share one kernel
+        index = self.optimizer.indices[z].reshape(*[1] * stacked.ndim).expand(1, *self.shape)
+        return stacked.gather(0, index).reshape(*(self.shape or (1,)))
 
     def refresh(self, first: bool) -> list[Callable[[], None]]:
         """Tasks, one for each parameter, that refresh its bases and project its moments again."""
@@ -300,7 +287,7 @@ def _refresh(sides: list[int], GGs: list[np.ndarray], host: list[np.ndarray], fi
         if first:  # the moments are zero
             Q[:] = linalg.eigenvectors(GG / scale)
             continue
-        product = (GG / scale) @ Q
+        product = (GG / scale) @ Q  # the new basis is qr(GG Q)
         # by the estimated eigenvalues, diag(Qᵀ GG Q), descending
         order = np.argsort(-np.einsum("ij,ij->j", Q, product), kind="stable")
         new_Q = linalg.qr(product[:, order])

@@ -18,17 +18,16 @@ from ..backend.device import (
     check_backend,
     describe_backend,
     enable_compile_cache,
-    kernel_search,
     parse_devices,
 )
 from ..checkpoint import list_checkpoints, load_config
 from ..config import Config, TrainSettings
 from ..costs import CHOSEN, check_memory, choose, describe_cost, gemm_rate
-from ..data import DataSpec, has_validation, load_data, load_whole
+from ..data import DataSpec, has_validation, load_data, load_whole, stored_spec
 from ..decoder import Decoder
-from ..evaluation import check_options, evaluate
+from ..evaluation import EvalSettings, evaluate
 from ..files import PicoError, atomic_write, command
-from ..generation import GeneratedByte, Stats, generate
+from ..generation import GeneratedByte, SampleSettings, Stats, generate
 from ..model import Pico
 from ..progress import drop_output, say
 from ..runs import (
@@ -39,13 +38,20 @@ from ..runs import (
     read_description,
     read_metrics,
     run_folder,
-    stored_spec,
 )
 from ..training import train
 from .bench import bench_decode, bench_train
 from .html import html_page
 from .info import describe
-from .options import BENCH_SETTINGS, PASSAGE, SAMPLE_BYTES, build_parser, given, option_of
+from .options import (
+    BENCH_DEFAULTS,
+    BENCH_TRAIN,
+    PASSAGE,
+    SAMPLE_BYTES,
+    build_parser,
+    given,
+    option_of,
+)
 from .plot import training_chart
 from .report import (
     describe_evaluation,
@@ -55,6 +61,7 @@ from .report import (
     printable,
     surprisal_line,
 )
+from .router_report import passage, router_report
 from .terminal import (
     TrainingDisplay,
     put,
@@ -71,8 +78,7 @@ def model_name(path: Path) -> str:
 
 def command_init(args: argparse.Namespace) -> int:
     """Describe a new model: write PATH/model.json. `train` makes the weights."""
-    config = Config.preset(args.preset, **given_sizes(args))
-    path = args.path
+    config, path = Config(**given_sizes(args)), args.path
     try:
         if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
             raise PicoError(
@@ -207,48 +213,43 @@ def command_eval(args: argparse.Namespace) -> int:
     checkpoint = find_checkpoint(run_dir, args.checkpoint)
     stored = find_description(run_dir)
     spec = data_to_measure(args, stored)
-    context_len = args.context_len
-    if context_len is None:
-        settings = stored["settings"] if stored else {}
-        context_len = settings.get("context_len", TrainSettings.context_len)
-    options = {
-        "split": args.split or default_split(args, spec, stored),
-        "context_len": context_len,
-        "stride": args.stride,
-        "batch_size": args.batch_size,
-        "max_bytes": args.max_bytes,
-        "precision": args.precision,
-    }
-    check_options(**options)
+    trained = stored["settings"] if stored else {}
+    chosen = {"context_len": trained.get("context_len", TrainSettings.context_len)}
+    chosen |= given(args, EvalSettings)
+    if "split" not in chosen:
+        chosen["split"] = default_split(args, spec, stored)
+    settings = EvalSettings(**chosen)
     if args.html:
         check_writable(args.html)
-    data = load_whole(spec) if options["split"] == "all" else load_data(spec)
+    data = load_whole(spec) if settings.split == "all" else load_data(spec)
     model = load(args.path, args.run, args.checkpoint)
     say(describe_backend())
-    passage = PASSAGE if args.html else 0
-    measured = evaluate(model, data, passage=passage, progress=True, **options)
+    measured = evaluate(model, data, progress=True, **chosen)
+    report = router_report(measured)
     title = f"{model_name(args.path)}, run {args.run}"
-    facts = {"step": int(checkpoint.stem), "data": spec.dataset, "split": options["split"]}
+    facts = {"step": int(checkpoint.stem), "data": spec.dataset, "split": settings.split}
     try:
         if args.json:
-            put(json.dumps(facts | measured.as_dict(), indent=2) + "\n")
+            put(json.dumps(facts | measured.as_dict() | report.as_dict(), indent=2) + "\n")
         else:
             part = "all" if facts["split"] == "all" else f"{facts['split']} data"
             put(f"{title}, step {facts['step']}: {part} of {spec.dataset}\n\n")
-            put(describe_evaluation(measured) + "\n")
+            put(describe_evaluation(measured, report) + "\n")
     finally:  # write the page even if standard output cannot be written
         if args.html:
-            near = measured.boundaries["near"]
+            near = report.boundaries["near"]
             shown = facts | {
                 "bits per byte": f"{measured.bits_per_byte:.3f}",
                 "without latent blocks": f"{measured.bits_per_byte_without_latent:.3f}",
                 "router rate": f"{measured.router_rate:.1%}",
-                "surprisal after routed bytes / mean": surprisal_line(measured),
+                "surprisal after routed bytes / mean": surprisal_line(report),
                 "within one byte of a boundary": (
                     f"F1 {near.router.f1:.3f}, at random {near.random.f1:.3f}"
                 ),
             }
-            page = html_page(b"", measured.passage, title, shown, name="Passage", surprisal=True)
+            page = html_page(
+                b"", passage(measured, PASSAGE), title, shown, name="Passage", surprisal=True
+            )
             write_page(args.html, page)
             say(f"wrote {args.html}")
     return 0
@@ -281,11 +282,11 @@ def default_split(args: argparse.Namespace, spec: DataSpec, stored: dict[str, An
 
 def command_run(args: argparse.Namespace) -> int:
     """Write text with the model PATH as trained in RUN, and print each byte immediately."""
-    raw = args.output == "raw"
+    raw, settings = args.output == "raw", SampleSettings(**given(args, SampleSettings))
     for wrong, reason in (
         (args.color, "go with --color, which adds escape sequences"),
         (args.show_router_decisions, "go with --show-router-decisions, which adds marks"),
-        (args.num_samples > 1, "go with --num-samples: nothing would separate the samples"),
+        (settings.num_samples > 1, "go with --num-samples: nothing would separate the samples"),
         (not hasattr(sys.stdout, "buffer"), "write to this standard output, which takes text only"),
     ):
         if raw and wrong:
@@ -295,22 +296,7 @@ def command_run(args: argparse.Namespace) -> int:
         check_writable(args.html)
     model = load(args.path, args.run, args.checkpoint)
     stats = Stats()
-    records = generate(
-        model,
-        prompt,
-        max_bytes=args.max_bytes,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        seed=args.seed,
-        num_samples=args.num_samples,
-        speculative=not args.no_speculative,
-        ignore_end=args.ignore_end,
-        raw_prompt=args.raw_prompt,
-        latent=not args.disable_latent,
-        stats=stats,
-    )
+    records = generate(model, prompt, stats=stats, **dataclasses.asdict(settings))
     say(describe_backend())
     kept: list[GeneratedByte] = []
     complete = False
@@ -321,11 +307,12 @@ def command_run(args: argparse.Namespace) -> int:
             for record in records:
                 put(bytes([record.byte]))
         else:
-            show_samples(records, prompt, args.num_samples, args.color, args.show_router_decisions)
+            marks = args.color, args.show_router_decisions
+            show_samples(records, prompt, settings.num_samples, *marks)
         complete = True
     finally:  # also after an interrupt or a closed pipe: write the page of the bytes so far
         if args.html and (kept or complete):
-            write_page(args.html, sample_page(prompt, kept, args))
+            write_page(args.html, sample_page(prompt, kept, args, settings))
             say(f"wrote {args.html}")
         if args.stats:
             say(describe_stats(stats))
@@ -358,16 +345,19 @@ def keep(records: Iterator[GeneratedByte], kept: list[GeneratedByte]) -> Iterato
         yield record
 
 
-def sample_page(prompt: bytes, kept: list[GeneratedByte], args: argparse.Namespace) -> str:
-    """The page of run --html, with the options that shaped the text."""
+def sample_page(
+    prompt: bytes, kept: list[GeneratedByte], args: argparse.Namespace, settings: SampleSettings
+) -> str:
+    """The page of run --html, with the settings that shaped the text."""
     facts = {"checkpoint": args.checkpoint} if args.checkpoint != -1 else {}
-    facts["temperature"] = f"{args.temperature:g}"
-    for name, default in (("top_k", 0), ("top_p", 1), ("min_p", 0), ("seed", None)):
-        if getattr(args, name) != default:
-            facts[name.replace("_", "-")] = getattr(args, name)
-    if args.disable_latent:
+    facts["temperature"] = f"{settings.temperature:g}"
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if value != field.default and ("filter" in field.metadata or field.name == "seed"):
+            facts[field.name.replace("_", "-")] = value
+    if not settings.latent:
         facts["latent blocks"] = "left out"
-    samples = [list(sample) for sample in split_samples(kept, args.num_samples)]
+    samples = [list(sample) for sample in split_samples(kept, settings.num_samples)]
     return html_page(prompt, samples, f"{model_name(args.path)}, run {args.run}", facts)
 
 
@@ -419,23 +409,18 @@ def command_bench(args: argparse.Namespace) -> int:
     Times are medians. `model` are the GFLOPs that the mathematics requires, `executed` those that
     the kernels execute. MFU and HFU divide the rates of these two by that of a plain matmul.
     """
-    sizes = given_sizes(args)
-    if args.model:
-        config = dataclasses.replace(load_config(args.model), **sizes)
-    else:
-        config = Config.preset(args.preset, **sizes)
-    settings = given(args, TrainSettings) | {"context_len": args.context_len}
+    sizes = load_config(args.model) if args.model else Config()
+    config = dataclasses.replace(sizes, **given_sizes(args))
+    settings = TrainSettings(**BENCH_DEFAULTS | given(args, TrainSettings))
     shown = {"repeats": args.repeats, "progress": True}
     if args.mode == "decode":
-        for name in (*BENCH_SETTINGS, "devices"):
+        for name in (*BENCH_TRAIN, "devices"):
             if getattr(args, name) is not None:
                 raise PicoError(f"{option_of(name)} belongs to bench train, not to bench decode")
-        records = bench_decode(config, args.context_len, **shown)
+        records = bench_decode(config, settings.context_len, **shown)
     else:
         devices = () if args.devices is None else parse_devices(args.devices)
-        records = bench_train(
-            config, TrainSettings(**{"batch_size": 1} | settings), devices, **shown
-        )
+        records = bench_train(config, settings, devices, **shown)
     for record in records:
         print(json.dumps(record) if args.json else describe_measured(record), flush=True)
     return 0
@@ -467,8 +452,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         enable_compile_cache()
         check_backend()
-        with kernel_search(getattr(args, "beam", None)):
-            return COMMANDS[args.command](args)
+        return COMMANDS[args.command](args)
     except BrokenPipeError:  # the reader of the output closed it
         drop_output()
         return 0

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..evaluation import Evaluation
 from ..generation import Stats
+from .router_report import RouterReport
 
 BOUNDARIES = {
     "word_end": "last byte of a word",
@@ -47,9 +48,8 @@ def describe_validation(record: Mapping[str, Any]) -> str:
     )
 
 
-def describe_evaluation(measured: Evaluation) -> str:
-    """The figures of an evaluation as tables."""
-    heads = len(measured.head_accuracy)
+def describe_evaluation(measured: Evaluation, report: RouterReport) -> str:
+    """The figures of an evaluation, and of its router report, as tables."""
     gap = measured.routing_gap
     head = [
         ("bytes of text", f"{measured.bytes:,}"),
@@ -58,23 +58,13 @@ def describe_evaluation(measured: Evaluation) -> str:
         ("without the latent blocks", f"{measured.bits_per_byte_without_latent:.4f}"),
         ("router rate", f"{measured.router_rate:.1%}"),
         ("causal routing minus top-k, bits per byte", "-" if gap is None else f"{gap:+.4f}"),
-        ("surprisal after routed bytes / mean", surprisal_line(measured)),
-        (
-            "accepted drafts per pass, uncorrected, by the text",
-            f"{measured.accepted_text:.2f} of {heads - 1}",
-        ),
-        (
-            "accepted drafts per pass, uncorrected, greedily",
-            f"{measured.accepted_greedy:.2f} of {heads - 1}",
-        ),
+        ("surprisal after routed bytes / mean", surprisal_line(report)),
     ]
-    guesses = [("byte", "right", "all drafts so far, by the text", "greedily")]
-    by_text, greedy = measured.drafts_right_text, measured.drafts_right_greedy
+    guesses = [("byte", "right")]
     for k, right in enumerate(measured.head_accuracy):
-        drafts = (f"{by_text[k - 1]:.1%}", f"{greedy[k - 1]:.1%}") if k else ("", "")
-        guesses.append((f"{k + 1} ahead", f"{right:.1%}", *drafts))
+        guesses.append((f"{k + 1} ahead", f"{right:.1%}"))
     places = [("kind of byte", "of all bytes", "of routed bytes", "95 % interval", "rate")]
-    for name, place in measured.places.items():
+    for name, place in report.places.items():
         places.append(
             (
                 _words(name),
@@ -85,7 +75,7 @@ def describe_evaluation(measured: Evaluation) -> str:
             )
         )
     found = [("routed bytes as word boundaries (random)", "precision", "recall", "F1")]
-    for name, boundary in measured.boundaries.items():
+    for name, boundary in report.boundaries.items():
         router, random = boundary.router, boundary.random
         pairs = (
             (router.precision, random.precision),
@@ -96,12 +86,12 @@ def describe_evaluation(measured: Evaluation) -> str:
     return "\n\n".join(map(table, (head, guesses, places, found)))
 
 
-def surprisal_line(measured: Evaluation) -> str:
-    """Evaluation.surprisal_ratio with its interval; "-" if no byte is routed."""
-    if measured.surprisal_ratio is None:
+def surprisal_line(report: RouterReport) -> str:
+    """RouterReport.surprisal_ratio with its interval; "-" if no byte is routed."""
+    if report.surprisal_ratio is None:
         return "-"
-    limits = interval(measured.surprisal_interval, ".2f")
-    return f"{measured.surprisal_ratio:.2f}" + (f" ({limits})" if limits else "")
+    limits = interval(report.surprisal_interval, ".2f")
+    return f"{report.surprisal_ratio:.2f}" + (f" ({limits})" if limits else "")
 
 
 def interval(limits: list[float] | None, style: str) -> str:
@@ -110,7 +100,7 @@ def interval(limits: list[float] | None, style: str) -> str:
 
 
 def describe_model(facts: Mapping[str, Any]) -> str:
-    """What `pico_tg.describe` returns, as tables."""
+    """What `tools.info.describe` returns, as tables."""
     parts, operations = facts["parameters"], facts["operations_a_byte"]
     length = operations["context_len"]
     sizes = [(name, str(value)) for name, value in facts["model"].items()]

@@ -13,12 +13,15 @@ from tinygrad import GlobalCounters, Tensor  # noqa: E402
 
 import pico_tg  # noqa: E402
 from pico_tg import matmul  # noqa: E402
+from pico_tg.backend.block_function import run_blocks  # noqa: E402
 
 pico_tg.enable_compile_cache()
 x = Tensor(np.arange(4096, dtype=np.float32).reshape(64, 64) / 4096).realize()
 GlobalCounters.reset()
 y = ((x @ x.T).contiguous() + 1).numpy().sum()
-# the gradient's function is at another address in each process
-g = matmul.linear(x, (x * 2).contiguous()).sum().gradient(x)[0].numpy().sum()
+# the gradients' functions are at other addresses in each process
+weight = (x * 2).contiguous().realize()
+out = run_blocks(lambda x: matmul.linear(x, weight), [[weight]], x)
+g = out.sum().gradient(x)[0].numpy().sum()
 halves = Tensor(np.arange(8, dtype=np.uint8).reshape(2, 4)).shard(("CPU:0", "CPU:1"), axis=0)
 print(len(made), GlobalCounters.global_ops, y, g, (halves + 1).tolist())

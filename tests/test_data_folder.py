@@ -1,9 +1,10 @@
-"""data/sources.py: what is read and what is not; validation data are never trained on."""
+"""data/folder.py: what is read and what is not; validation data are never trained on."""
 
 import dataclasses
 import gzip
 import json
 import os
+import sys
 import zipfile
 
 import datasets
@@ -20,14 +21,8 @@ from helpers import (
     write_parquet,
 )
 
-from pico_tg.data import (
-    DataSpec,
-    formats,
-    has_validation,
-    load_data,
-    load_whole,
-    sources,
-)
+from pico_tg.data import DataSpec, formats, has_validation, load_data, load_whole
+from pico_tg.data.folder import split_of
 from pico_tg.files import PicoError
 
 
@@ -43,18 +38,6 @@ def test_folder_of_txt(tmp_path):
     loaded = load(folder, train_file="b.txt", validation_file="deeper/c.txt")
     assert split_up(loaded.train) == [b"b1", b"b2"]
     assert split_up(loaded.validation) == [b"c"]
-
-
-def test_saved_datasets(tmp_path):
-    one = datasets.Dataset.from_list(as_rows(["a", None, "b"]))
-    two = datasets.Dataset.from_list(as_rows(["c"]))
-    one.save_to_disk(tmp_path / "single")
-    datasets.DatasetDict(train=one, validation=two, test=two).save_to_disk(tmp_path / "dict")
-    assert all_documents(load(tmp_path / "single")) == [b"a", b"b"]
-    loaded = load(tmp_path / "dict")
-    assert split_up(loaded.train) == [b"a", b"b"]
-    assert split_up(loaded.validation) == [b"c"]
-    assert "split validation" in loaded.note
 
 
 @pytest.fixture
@@ -124,13 +107,9 @@ STORY = "One.\n\n  Two;\n\tthree.\n"
 
 
 def write_story(place):
-    """A .txt at `place`, which may lie in an archive or be compressed."""
+    """A .txt at `place`, which may be compressed."""
     place.parent.mkdir(parents=True, exist_ok=True)
-    if place.suffix == ".zip":
-        with zipfile.ZipFile(place, "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr("deep/a.txt", STORY)
-            archive.writestr("__MACOSX/deep/._a.txt", "no data")
-    elif place.suffix in (".gz", ".bz2", ".xz"):
+    if place.suffix in (".gz", ".bz2", ".xz"):
         with formats.COMPRESSIONS[place.suffix](place, "wb") as file:
             file.write(STORY.encode())
     else:
@@ -146,7 +125,6 @@ def write_story(place):
         ("a.txt.gz", "picture.png"),
         ("a.txt.bz2", None),
         ("a.txt.xz", "b.py"),
-        ("a.zip", "README.md"),
         ("deep/er/a.txt", "x/README.md"),
     ],
 )
@@ -169,7 +147,7 @@ def test_everything_is_read_or_named(tmp_path):
     (folder / "a.txt").write_text("from a.txt")
     write_jsonl(folder / "b.jsonl", as_rows(["from b.jsonl"]))
     write_parquet(folder / "c.parquet", as_rows(["from c.parquet"]))
-    write_story(folder / "d.zip")
+    write_story(folder / "d.txt.xz")
     (folder / "e.csv.gz").write_bytes(gzip.compress(b"text\nfrom e.csv.gz\n"))
     (folder / "empty.txt").touch()
     (folder / "config.json").write_text('{"a": 1}')
@@ -184,7 +162,8 @@ def test_everything_is_read_or_named(tmp_path):
         STORY.encode(),
         b"from e.csv.gz",
     ]
-    assert " from 5 files (a.txt, b.jsonl, c.parquet, d.zip/deep/a.txt, e.csv.gz)" in found.note
+    assert " from 4 files (a.txt, b.jsonl, c.parquet, d.txt.xz); validating on " in found.note
+    assert "1 document from e.csv.gz\n" in found.note
     for words in (
         "empty.txt (empty)",
         "x.tar (no format that is read)",
@@ -196,13 +175,37 @@ def test_everything_is_read_or_named(tmp_path):
 
 
 def test_nothing_to_read(tmp_path, cache):
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "README.md").write_text("# no data")
-    check_error(cache, "holds no data that can be read; the formats are", tmp_path / "folder")
-    (tmp_path / "folder" / "a.json").write_text("{}")
-    check_error(cache, "neither a column 'text'", tmp_path / "folder")
-    (tmp_path / "bad.zip").write_text("PK nonsense")
-    check_error(cache, "cannot read .*bad.zip: File is not a zip file", tmp_path / "bad.zip")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    check_error(cache, "folder holds no files; the formats are", folder)
+    (folder / "README.md").write_text("# no data")
+    (folder / "a.txt").touch()
+    check_error(cache, r"no data that can be read: README.md \(no format .*a.txt \(empty\)", folder)
+    (folder / "a.json").write_text("{}")
+    check_error(cache, "neither a column 'text'", folder)
+
+
+def test_formats_that_are_not_read(tmp_path, cache):
+    """Each has one line with the way out, alone, within a folder, and in a folder of it."""
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.txt", "a<|endoftext|>b")
+    unpack = r"\.zip is not read: unpack it into a folder"
+    check_error(cache, unpack, tmp_path / "a.zip")
+    mixed = tmp_path / "mixed"
+    (mixed / "deep").mkdir(parents=True)
+    (mixed / "b.txt").write_text("b<|endoftext|>c")
+    check_error(cache, unpack, mixed, validation_file="../a.zip")
+    (tmp_path / "a.zip").rename(mixed / "deep" / "A.ZIP")
+    check_error(cache, f"mixed holds deep/A.ZIP; {unpack}, or move it elsewhere", mixed)
+    check_error(cache, "there is no file or folder gone.zip", "gone.zip")
+
+    one = datasets.Dataset.from_list(as_rows(["a", "b"]))
+    one.save_to_disk(tmp_path / "saved" / "one")
+    datasets.DatasetDict(train=one).save_to_disk(tmp_path / "several")
+    for folder in ("saved", "saved/one", "several", "several/train"):
+        check_error(cache, r"save_to_disk of `datasets`.*to_parquet\(", tmp_path / folder)
+    one.to_parquet(tmp_path / "train.parquet")  # the way out
+    assert all_documents(load(tmp_path / "train.parquet")) == [b"a", b"b"]
 
 
 def test_pointer_of_git_lfs_is_no_text(tmp_path, cache):
@@ -238,17 +241,16 @@ LAYOUTS = {  # of the validation file, beside it others
 }
 
 
-@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "parquet"])
 @pytest.mark.parametrize("held_out", LAYOUTS)
-def test_splits_by_name(kind, held_out, tmp_path):
+def test_splits_by_name(held_out, tmp_path):
     """Each document is in the split that its file's name says, and in no other."""
-    expected = {"train": [], "validation": []}
+    expected, kind = {"train": [], "validation": []}, "jsonl"
     for name in (held_out, *LAYOUTS[held_out]):
         path = tmp_path / "set" / name.format(kind)
         path.parent.mkdir(parents=True, exist_ok=True)
         texts = [f"{name} {i}" for i in range(3)]
         path.write_bytes(contents(kind, texts))
-        split = sources.split_of(name.format(kind))
+        split = split_of(name.format(kind))
         if split in expected and name != "README.md":
             expected[split] += [text.encode() for text in texts]
     loaded = load(tmp_path / "set")
@@ -274,7 +276,7 @@ def test_words_of_splits():
         "evaluation.01.csv": "test",
         "my testing set.txt": "test",
     }.items():
-        assert sources.split_of(name) == split, name
+        assert split_of(name) == split, name
 
 
 @pytest.fixture
@@ -340,72 +342,50 @@ def test_same_data_for_both(named, cache):
     check_error(cache, "is to be both", named / "a.txt", validation_file=named / "a.txt")
 
 
-def test_split_names_in_a_zip(tmp_path):
-    path = tmp_path / "set.zip"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("set/train.txt", "t 0<|endoftext|>t 1")
-        archive.writestr("set/valid.txt", "v 0")
-        archive.writestr("set/README.md", "no data")
-    assert_disjoint(load(path), [b"v 0"], 2)
-    assert "set.zip/set/README.md (no format that is read)" in load(path).note
-    (tmp_path / "folder").mkdir()
-    path.rename(tmp_path / "folder" / "set.zip")
-    assert_disjoint(load(tmp_path / "folder"), [b"v 0"], 2)
-
-
 CARD = """---
 license: mit
 configs:
-- config_name: en
+- config_name: default
   data_files:
   - split: train
-    path: en/*.jsonl
-  - split: validation
-    path: ["en/*-held.jsonl"]
-- config_name: de
-  data_dir: de
+    path: [data/train*, "*.txt"]
+  - split: dev
+    path: data/*valid*
 ---
-# Two languages
+# Data
 """
 
 
-@pytest.fixture
-def clone(tmp_path):
-    for language in ("en", "de"):
-        for name in ("a", "b-held"):
-            path = tmp_path / "clone" / language / f"{name}.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_jsonl(path, as_rows([f"{language} {name}"]))
-    (tmp_path / "clone" / "README.md").write_text(CARD)
-    return tmp_path / "clone"
-
-
-def test_configurations_of_a_clone(clone, cache):
-    check_error(cache, "has the configurations en, de; name one, as in .*clone:en", clone)
-    check_error(cache, "no configuration 'fr'; there is: en, de", f"{clone}:fr")
-    loaded = load(f"{clone}:en")  # the patterns overlap
-    assert split_up(loaded.train) == [b"en a"]
-    assert split_up(loaded.validation) == [b"en b-held"]
-    assert "not used: de/a.jsonl, de/b-held.jsonl (not in the configuration)" in loaded.note
-    assert all_documents(load(f"{clone}:de")) == [b"de a", b"de b-held"]
-    loaded = load(clone, train_file="en/b-held.jsonl", validation_file="en/a.jsonl")
-    assert split_up(loaded.train) == [b"en b-held"]  # no configuration is needed
-    (clone / "README.md").write_text(CARD.replace("name: de", "name: de\n  default: true"))
-    assert all_documents(load(clone)) == [b"de a", b"de b-held"]
-    (clone / "README.md").write_text("# Two languages")
-    assert all_documents(load(f"{clone}:de")) == [b"de a", b"de b-held"]  # a folder in it
-    with pytest.raises(PicoError, match="no configuration 'fr'; there is: none"):
-        load(f"{clone}:fr")
-    (clone / "README.md").write_text("---\nconfigs:\n- no\n---\n")
-    with pytest.raises(PicoError, match=r"cannot read the configurations in .*README\.md"):
-        load(clone)
-
-
-def test_card_on_a_file_system_that_ignores_case(clone, monkeypatch):
-    configurations = sources._configurations(clone)
-    monkeypatch.setattr(sources, "_configurations", lambda folder: configurations)
-    (clone / "README.md").rename(clone / "readme.md")
-    assert "readme.md" not in load(f"{clone}:en").note
+def test_card_must_agree_with_the_names(tmp_path):
+    """A README.md of the hub is refused where its splits are others than those of the names."""
+    folder = tmp_path / "clone"
+    (folder / "data").mkdir(parents=True)
+    for name in ("data/train-0.txt", "data/valid-0.txt", "more.txt"):
+        (folder / name).write_text(name)
+    card = folder / "README.md"
+    for text in (CARD, "# no configurations", "---\nlicense: mit\n---\nconfigs:\n"):
+        card.write_text(text)
+        loaded = load(folder)
+        assert split_up(loaded.train) == [b"data/train-0.txt", b"more.txt"]
+        assert split_up(loaded.validation) == [b"data/valid-0.txt"]
+    for text, wrong in {
+        CARD.replace("dev", "test"): "data/valid-0.txt",
+        CARD.replace(', "*.txt"', ""): "more.txt",
+        CARD.replace("data/*valid*", "data/*"): "data/train-0.txt",
+        CARD.replace("---\n#", "- config_name: de\n---\n#"): "data/train-0.txt, more.txt, data/v",
+        CARD.replace("configs:", "configs: :"): "data/train-0.txt, more.txt, data/v",
+    }.items():
+        card.write_text(text)
+        way_out = f"name a folder of it, as in {folder}/data, or files by train_file"
+        with pytest.raises(PicoError, match=rf"or splits .* \({wrong}.*\); {way_out}") as caught:
+            load(folder)
+        assert "\n" not in str(caught.value)
+        assert split_up(load(folder / "data").train) == [b"data/train-0.txt"]
+        loaded = load(folder, train_file="more.txt", validation_file="data/train-0.txt")
+        assert all_documents(loaded) == [b"more.txt", b"data/train-0.txt"]
+    there = "there is no .*clone:data; a folder of .*clone is written .*clone/data"
+    with pytest.raises(PicoError, match=there):
+        load(f"{folder}:data")
 
 
 def test_missing_things(tmp_path, cache, folder):
@@ -424,14 +404,19 @@ def test_missing_things(tmp_path, cache, folder):
     check_error(cache, "neither a column 'text' nor 'bytes'; .* story, n", path)
 
 
-def test_file_without_permission(tmp_path, cache, monkeypatch):
-    (tmp_path / "a.txt").write_text("a")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_file_that_cannot_be_read(tmp_path, cache):
+    (tmp_path / "a.txt").symlink_to("/proc/self/mem")  # fails for root, too
+    check_error(cache, "cannot read .*a.txt: Input/output error", tmp_path / "a.txt")
 
-    def refuse(*_):  # the tests may run as root, whom nothing is refused
-        raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(sources, "open", refuse, raising=False)
-    check_error(cache, "cannot read .*a.txt: Permission denied", tmp_path / "a.txt")
+def test_folder_named_python_docs(tmp_path, monkeypatch):
+    (tmp_path / "python-docs").mkdir()
+    (tmp_path / "python-docs" / "a.txt").write_text("a<|endoftext|>b")
+    monkeypatch.chdir(tmp_path)
+    unused = "not used: ./python-docs (python-docs is built into Python; ./ names this folder)"
+    assert unused in load("python-docs").note
+    assert all_documents(load("./python-docs")) == [b"a", b"b"]
 
 
 def test_paths_as_objects(tmp_path):
@@ -449,21 +434,6 @@ def test_paths_as_objects(tmp_path):
         DataSpec(column_name=4)
 
 
-def test_absolute(clone, tmp_path, monkeypatch):
-    (tmp_path / "a.txt").write_text("a")
-    (tmp_path / "python-docs").mkdir()
-    monkeypatch.chdir(tmp_path)
-    for dataset, absolute in {
-        "a.txt": tmp_path / "a.txt",
-        "./clone": clone,
-        "clone:en": f"{clone}:en",
-        "python-docs": "python-docs",
-        "owner/name:config": "owner/name:config",
-    }.items():
-        assert DataSpec(dataset).absolute() == DataSpec(absolute)
-    assert DataSpec("clone", revision="main").absolute().dataset == "clone"
-
-
 def test_absolute_files(folder, tmp_path, monkeypatch):
     """The files of a run are the same from any working directory."""
     (tmp_path / "held.txt").write_text("held")
@@ -473,18 +443,16 @@ def test_absolute_files(folder, tmp_path, monkeypatch):
     local = DataSpec("folder", train_file="test.jsonl", validation_file="held.txt")
     loaded = load_data(local, progress=False)
     assert split_up(loaded.train) == documents("test", 0, 1, 2, 3)
-    absolute = local.absolute()
+    absolute = loaded.spec
     assert absolute == DataSpec(folder, train_file="test.jsonl", validation_file=held)
-    for dataset, revision in (("python-docs", None), ("owner/name", "0123abc")):
-        spec = DataSpec(dataset, revision=revision, train_file="x.txt", validation_file="held.txt")
-        assert spec.absolute() == dataclasses.replace(spec, validation_file=held)
+    assert load("python-docs", train_file="held.txt", validation_size=0.5).spec.train_file == held
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "held.txt").write_text("another file")
     monkeypatch.chdir("elsewhere")
     again = load_data(absolute, progress=False)
     assert again.train.fingerprint == loaded.train.fingerprint
     assert again.validation.fingerprint == loaded.validation.fingerprint
-    assert absolute.absolute() == absolute
+    assert again.spec == absolute
 
 
 def test_without_a_home(tmp_path, cache, monkeypatch):

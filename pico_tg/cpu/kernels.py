@@ -1,0 +1,8 @@
+"""The kernels by which the rest of the package knows this folder: see `backend.runtime`."""
+
+from .band_attention import band_attention
+from .decoding import attend, packed_matmul
+from .lookup import lookup_gradient
+from .matmul import gemm
+
+__all__ = ["attend", "band_attention", "gemm", "lookup_gradient", "packed_matmul"]

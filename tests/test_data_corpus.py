@@ -1,0 +1,137 @@
+"""data/corpus.py: the cache under attack, by users, disks and other processes."""
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import all_documents, check_error, load
+
+from pico_tg.data import SEQ_END, SEQ_START, DataSpec, load_data
+from pico_tg.files import PicoError
+
+SCRIPTS = Path(__file__).parent / "scripts"
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("<|endoftext|>".join(f"document {i}" for i in range(1000)))
+    return path
+
+
+def builds(path, capfd, **options):
+    """Whether loading `path` reads the file, which a bar shows."""
+    load_data(DataSpec(path, **options), progress=True)
+    out, err = capfd.readouterr()
+    assert out == ""
+    return "caching" in err
+
+
+def test_cache_is_reused_until_the_file_changes(text, tmp_path, capfd):
+    assert builds(text, capfd)
+    assert not builds(text, capfd)
+    assert not builds(text, capfd, validation_size=10)  # holding out is a view of any size
+    other = tmp_path / "other.txt"
+    other.write_text(text.read_text().replace("7", "8"))  # as long as before
+    for path in (text, other):
+        os.utime(path, ns=(10**18, 10**18))
+    assert builds(text, capfd)
+    shutil.copy2(other, text)  # of the same size and time
+    assert b"7" not in load(text).train.bytes.tobytes()
+    load(text)
+    assert capfd.readouterr() == ("", "")  # no bar unless one is asked for
+
+
+@pytest.mark.parametrize("name", ["bytes", "offsets", "meta.json"])
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "removed", "longer"])
+def test_damaged_cache_is_rebuilt(text, cache, capfd, name, damage):
+    expected = all_documents(load(text))
+    (folder,) = cache.iterdir()
+    content = (folder / name).read_bytes()
+    (folder / name).unlink()
+    if damage != "removed":
+        changed = {"truncated": content[:-8], "emptied": b"", "longer": content + b"8 bytes."}
+        (folder / name).write_bytes(changed[damage])
+    assert builds(text, capfd)
+    assert all_documents(load(text)) == expected
+    assert [path.name for path in cache.iterdir()] == [folder.name]
+
+
+def test_full_disk(text, cache):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        check_error(cache, f"cannot write the cache in {cache}: .*set PICO_CACHE", text)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert load(text).train.documents
+
+
+def test_cache_in_an_impossible_place(text, tmp_path, monkeypatch):
+    monkeypatch.setenv("PICO_CACHE", str(text))
+    with pytest.raises(
+        PicoError, match=r"cannot write the cache in .*: (File exists|Not a directory)"
+    ):
+        load(text)
+
+
+def start_builder(text):
+    return subprocess.Popen(
+        [sys.executable, SCRIPTS / "slow_builder.py", text],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_two_builders_at_once(text, cache):
+    """The first to be done wins; the other one takes what is there."""
+    builders = [start_builder(text), start_builder(text)]
+    assert [builder.stdout.readline() for builder in builders] == ["building\n"] * 2
+    assert len(list(cache.glob("*.tmp"))) == 2
+    fingerprint = load(text).train.fingerprint  # a third one starts last and is done first
+    (folder,) = (path for path in cache.iterdir() if path.suffix != ".tmp")
+    times = (folder / "bytes").stat()
+    for builder in builders:
+        assert builder.communicate("\n", timeout=600)[0].strip() == fingerprint
+        assert builder.returncode == 0
+    assert list(cache.iterdir()) == [folder]
+    assert (folder / "bytes").stat() == times
+
+
+def test_killed_builder(text, cache, tmp_path):
+    """Whoever builds next removes what was left a day ago, whatever it builds, and nothing else."""
+    builders = [start_builder(text), start_builder(text)]
+    for builder in builders:
+        assert builder.stdout.readline() == "building\n"
+        builder.kill()
+        builder.communicate()
+    old, recent = cache.glob("*.tmp")
+    os.utime(old / "bytes", (0, 0))
+    other = tmp_path / "other.txt"
+    other.write_text("a<|endoftext|>b")
+    load(other)
+    assert not old.exists()
+    assert recent.exists()
+    assert len(all_documents(load(text))) == 1000
+
+
+def test_wrapper_mask(tmp_path):
+    texts = ["a", "no <pico:seq> tag </pico:seq>", "bcd", "x" * 50, "held out"]
+    (tmp_path / "a.txt").write_text("<|endoftext|>".join(texts))
+    corpus = load(tmp_path / "a.txt", validation_size=1).train
+    expected = []
+    for text in texts[:-1]:
+        expected += [True] * len(SEQ_START) + [False] * len(text) + [True] * len(SEQ_END)
+    total = len(expected)
+    assert corpus.wrapper_mask(0, total).dtype == bool
+    for start in range(total + 1):
+        for stop in range(start, total + 1, 7):
+            assert corpus.wrapper_mask(start, stop).tolist() == expected[start:stop]
+    for start, stop in [(-1, 3), (5, 4), (0, total + 1)]:
+        with pytest.raises(IndexError):
+            corpus.wrapper_mask(start, stop)
