@@ -319,15 +319,15 @@ class TrainSettings:
     )
     optimizer: str = setting("soap or adamw", "soap", choices=OPTIMIZERS)
     extra_heads_weight: float = setting(
-        "weight of the mean loss of the extra heads, where that of head 0 is 1; 0: the published "
-        "weights, each 1.618 times smaller than that of the head before it",
+        "loss weight of the extra heads together, where head 0 has 1; 0: the published weights, "
+        "which fall by 1.618 from head to head",
         0.0,
         minimum=0,
     )
     router_warmup_steps: int = setting(
-        "number of first steps in which the router is trained to select the bytes with the highest "
-        "entropy of head 0's prediction; later, as published, it is trained on its own decisions; "
-        "only for the router learned",
+        "first steps, in which the router learns to select the bytes whose next byte is hardest to "
+        "predict (entropy); after them it learns from its own choices, as published; only for the "
+        "router learned",
         0,
         minimum=0,
     )
