@@ -11,9 +11,7 @@ import pico_tg
 
 START = time.perf_counter()
 pico_tg.enable_compile_cache()
-config = pico_tg.Config.preset(
-    "xs", dim=96, att_q_heads=6, att_kv_heads=2, latent_num_blocks=2, next_tokens=4
-)
+config = pico_tg.Config(dim=96, att_q_heads=6, att_kv_heads=2, latent_num_blocks=2, next_tokens=4)
 model = pico_tg.Pico(config, seed=0)
 settings = {"context_len": 512, "batch_size": 4, "learning_rate": 1.2e-2, "warmup_steps": 50}
 records = pico_tg.train(model, "python-docs", max_steps=500, epochs=10, **settings)

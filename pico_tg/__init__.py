@@ -10,27 +10,28 @@ from .checkpoint import load_weights, save_weights
 from .config import Config, TrainSettings
 from .data import DataSpec, load_data
 from .decoder import Decoder
-from .evaluation import Evaluation, evaluate
+from .evaluation import EvalSettings, Evaluation, evaluate
 from .files import PicoError
-from .generation import GeneratedByte, Stats, generate
+from .generation import GeneratedByte, SampleSettings, Stats, generate
 from .model import Pico, loss_fn
 from .optim.soap import SOAP
 from .runs import load
-from .tools.info import describe
-from .training import train
+from .training import Events, train
 
 __all__ = [
     "SOAP",
     "Config",
     "DataSpec",
     "Decoder",
+    "EvalSettings",
     "Evaluation",
+    "Events",
     "GeneratedByte",
     "Pico",
     "PicoError",
+    "SampleSettings",
     "Stats",
     "TrainSettings",
-    "describe",
     "enable_compile_cache",
     "evaluate",
     "generate",

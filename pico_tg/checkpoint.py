@@ -164,7 +164,7 @@ def quarantine(path: Path) -> None:
 def remove_leftovers(run_dir: str | os.PathLike) -> None:
     """Remove the leftovers of killed processes: half-written files, and states without weights."""
     for file in Path(run_dir).iterdir():
-        half = re.fullmatch(r"\.(\d{8,}\.|training\.|metrics\.).*\.tmp", file.name)
+        half = re.fullmatch(r"\.(\d{8,}|training)\..*\.tmp", file.name)
         state = re.fullmatch(r"(\d{8,})\.state\.safetensors", file.name)
         if half or (state and not file.with_name(f"{state[1]}.safetensors").exists()):
             with contextlib.suppress(OSError):

@@ -1,7 +1,9 @@
 """Config, the sizes of a model (model.json), and TrainSettings, how a run trains it.
 
-The metadata of a field holds help, limits and choices: `check_fields` enforces the limits, the
-command line derives flags from the metadata, and the class docstrings list the help.
+A field of these dataclasses is the one place of a setting: its metadata holds help, limits and
+choices. `check_fields` enforces the limits, the command line derives flags from the fields, and the
+class docstrings list the help. SampleSettings (generation.py), EvalSettings (evaluation.py) and
+DataSpec (data/spec.py) are made of the same fields.
 """
 
 import dataclasses
@@ -10,25 +12,12 @@ import math
 import os
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 
 from .files import PicoError, atomic_write
 
-PRESETS: dict[str, dict[str, int | float]] = {
-    "xs": {
-        "dim": 128,
-        "next_tokens": 8,
-        "att_q_heads": 9,
-        "att_kv_heads": 3,
-        "fb_num_blocks": 2,
-        "fb_att_window_size": 16,
-        "latent_capacity_factor": 0.25,
-        "latent_num_blocks": 12,
-        "latent_att_window_size": 512,
-    },
-}
 RULES = ("space", "stride", "all", "none")  # fixed rules for comparison
 ROUTERS = ("learned", *RULES)
 POSITIONS = ("alibi", "rope")
@@ -36,54 +25,107 @@ OPTIMIZERS = ("soap", "adamw")
 PRECISIONS = ("auto", "fp32", "bf16")
 MAX_PARAMETERS = 10**11  # a larger model is rejected as a mistake
 
+Settings = TypeVar("Settings")
+
 
 def setting(
     help: str,
     default: Any = MISSING,
-    minimum: int | None = 1,
+    minimum: float | None = 1,
+    maximum: float | None = None,
+    above: float | None = None,
     choices: tuple[str, ...] | None = None,
+    **more: Any,
 ) -> Any:
-    """A dataclass field whose metadata holds `help`, `minimum` and `choices`."""
-    metadata = {"help": help, "minimum": minimum, "choices": choices}
-    return dataclasses.field(default=default, metadata=metadata)
+    """A dataclass field whose metadata holds `help`, limits, and `more`.
+
+    - help: what the setting does; of a bool whose default is True, what False does
+    - minimum, maximum: least and greatest number; above, in place of minimum: a number that the
+      value must exceed
+    - choices: the only values
+    - more: see who reads it: `flag` and `metavar` (tools/options.py), `filter` (generation.py),
+      `optional` (`Config.to_dict`)
+    """
+    minimum = minimum if above is None else None
+    metadata = {"help": help, "minimum": minimum, "maximum": maximum, "above": above}
+    return dataclasses.field(default=default, metadata=metadata | {"choices": choices} | more)
+
+
+def types_of(field: dataclasses.Field) -> tuple[type, ...]:
+    """The types that a value may have: (int, NoneType) for a field annotated `int | None`."""
+    return get_args(field.type) or (field.type,)
 
 
 def check_fields(instance: Any) -> None:
     """Raise PicoError, naming the field, unless every field has its type and is within its limits.
 
-    NumPy scalars become Python numbers, which JSON can represent.
+    NumPy scalars become Python numbers, which JSON can represent; paths become str.
     """
     for field in dataclasses.fields(instance):
-        value, name = getattr(instance, field.name), field.name
+        name, value = field.name, getattr(instance, field.name)
         if isinstance(value, np.generic):
             value = value.item()
-            object.__setattr__(instance, name, value)  # the dataclass is frozen
-        choices, minimum = field.metadata["choices"], field.metadata["minimum"]
-        number = not isinstance(value, bool) and isinstance(
-            value, int if field.type is int else int | float
-        )
-        if choices is not None:
-            if value not in choices:
-                raise PicoError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
-        elif field.type is bool:
-            if not isinstance(value, bool):
-                raise PicoError(f"{name} must be True or False, not {value!r}")
-        elif not number or (minimum is not None and not value >= minimum):
-            kind = "a whole number" if field.type is int else "a number"
-            limit = "" if minimum is None else f" of at least {minimum}"
-            raise PicoError(f"{name} must be {kind}{limit}, not {value!r}")
-        elif not math.isfinite(value):
+        elif isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        if not _allows(field, value):
+            raise PicoError(f"{name} must be {_allowed(field)}, not {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
             raise PicoError(f"{name} must be finite, not {value!r}")
+        object.__setattr__(instance, name, value)  # the dataclass is frozen
+
+
+def _allows(field: dataclasses.Field, value: Any) -> bool:
+    types, limits = types_of(field), field.metadata
+    if limits["choices"] is not None:
+        return value in limits["choices"]
+    if type(value) not in ((*types, int) if float in types else types):
+        return False
+    if value is None or isinstance(value, bool | str):
+        return True
+    minimum, maximum, above = limits["minimum"], limits["maximum"], limits["above"]
+    return (  # all False for NaN
+        (minimum is None or value >= minimum)
+        and (maximum is None or value <= maximum)
+        and (above is None or value > above)
+    )
+
+
+def _allowed(field: dataclasses.Field) -> str:
+    """What `_allows` allows, in words."""
+    types, limits = types_of(field), field.metadata
+    if limits["choices"] is not None:
+        return f"one of {', '.join(limits['choices'])}"
+    if bool in types:
+        return "True or False"
+    if str in types:
+        return "a str or a path"
+    words = {"minimum": "of at least", "above": "above", "maximum": "at most"}
+    bounds = [f"{text} {limits[key]}" for key, text in words.items() if limits[key] is not None]
+    return f"{'a number' if float in types else 'a whole number'} {' and '.join(bounds)}".rstrip()
 
 
 def field_help(cls: type) -> dict[str, str]:
-    """The help of each field of Config or TrainSettings, by name."""
+    """The help of each field, by name."""
     return {field.name: field.metadata["help"] for field in dataclasses.fields(cls)}
+
+
+def from_keywords(cls: type[Settings], keywords: dict[str, Any]) -> Settings:
+    """cls(**keywords), for a function that takes the fields of `cls` as keywords.
+
+    Raises PicoError on an unknown keyword and lists those that there are.
+    """
+    known = field_help(cls).keys()
+    if wrong := ", ".join(sorted(keywords.keys() - known)):
+        raise PicoError(f"unknown setting {wrong}; there are: {', '.join(sorted(known))}")
+    return cls(**keywords)
 
 
 def documented(cls: type) -> type:
     """Class decorator: append the help of each field to the docstring."""
-    lines = [f"    - {name}: {text}" for name, text in field_help(cls).items()]
+    lines = []
+    for field in dataclasses.fields(cls):
+        off = "False: " if field.default is True else ""
+        lines.append(f"    - {field.name}: {off}{field.metadata['help']}")
     cls.__doc__ = "\n".join([(cls.__doc__ or "").rstrip() + "\n", *lines])
     return cls
 
@@ -97,40 +139,42 @@ class Config:
     the file otherwise holds exactly the keys of the published implementation.
     """
 
-    dim: int = setting("width of the residual stream")
-    next_tokens: int = setting("number of next bytes that one position predicts, one head each")
-    att_q_heads: int = setting("query heads of each attention")
-    att_kv_heads: int = setting("key/value heads, each shared by equally many query heads")
+    dim: int = setting("width of the residual stream", 128)
+    next_tokens: int = setting("number of next bytes that one position predicts, one head each", 8)
+    att_q_heads: int = setting("query heads of each attention", 9)
+    att_kv_heads: int = setting("key/value heads, each shared by equally many query heads", 3)
     fb_num_blocks: int = setting(
-        "full-bandwidth blocks before the latent ones, and again after them"
+        "full-bandwidth blocks before the latent ones, and again after them", 2
     )
-    fb_att_window_size: int = setting("bytes before its own that a full-bandwidth block attends to")
+    fb_att_window_size: int = setting(
+        "bytes before its own that a full-bandwidth block attends to", 16
+    )
     latent_capacity_factor: float = setting(
-        "fraction of the bytes that training sends to the latent blocks", minimum=None
+        "fraction of the bytes that training sends to the latent blocks",
+        0.25,
+        above=0,
+        maximum=1,
     )
-    latent_num_blocks: int = setting("latent blocks, which run on the selected bytes only")
+    latent_num_blocks: int = setting("latent blocks, which run on the selected bytes only", 12)
     latent_att_window_size: int = setting(
-        "selected bytes before its own that a latent block attends to"
+        "selected bytes before its own that a latent block attends to", 512
     )
     router: str = setting(
-        "how bytes are selected: learned, by top-k in training; or a rule (space, stride, all, "
-        "none) to compare with; all and none ignore latent_capacity_factor",
+        f"how bytes are selected: learned, by top-k in training; or a rule ({', '.join(RULES)}) to "
+        "compare with; all and none ignore latent_capacity_factor",
         "learned",
         choices=ROUTERS,
+        optional=True,
     )
     position: str = setting(
         "position encoding of attention: alibi (arXiv 2108.12409) or rope (arXiv 2104.09864)",
         "alibi",
         choices=POSITIONS,
+        optional=True,
     )
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not 0 < self.latent_capacity_factor <= 1:
-            raise PicoError(
-                "latent_capacity_factor must be above 0 and at most 1, "
-                f"not {self.latent_capacity_factor}"
-            )
         if self.dim < self.att_q_heads:
             raise PicoError(
                 f"dim ({self.dim}) is smaller than att_q_heads ({self.att_q_heads}): "
@@ -194,13 +238,6 @@ class Config:
         return math.ceil(1 / self.latent_capacity_factor - 1e-9)
 
     @classmethod
-    def preset(cls, name: str, **changes: int | float | str) -> "Config":
-        """A named configuration with some keys changed: `Config.preset("xs", dim=372)`."""
-        if name not in PRESETS:
-            raise PicoError(f"no preset named {name!r}; there is: {', '.join(PRESETS)}")
-        return cls.from_dict(PRESETS[name] | changes, f"preset {name!r}")
-
-    @classmethod
     def from_json(cls, path: str | os.PathLike) -> "Config":
         """Read a model.json. Raises PicoError on a missing file, broken JSON or a wrong key."""
         try:
@@ -216,13 +253,12 @@ class Config:
     @classmethod
     def from_dict(cls, values: dict, where: str) -> "Config":
         """The inverse of `to_dict`. Raises PicoError with a message that starts with `where`."""
-        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+        fields = {field.name: field for field in dataclasses.fields(cls)}
         for key in values:
-            if key not in defaults:
-                known = ", ".join(defaults)
-                raise PicoError(f"{where}: unknown key {key!r}; the keys are {known}")
-        for key, default in defaults.items():
-            if key not in values and default is MISSING:
+            if key not in fields:
+                raise PicoError(f"{where}: unknown key {key!r}; the keys are {', '.join(fields)}")
+        for key, field in fields.items():
+            if key not in values and "optional" not in field.metadata:
                 raise PicoError(f"{where}: the key {key!r} is missing")
         try:
             return cls(**values)
@@ -232,7 +268,11 @@ class Config:
     def to_dict(self) -> dict[str, int | float | str]:
         """The content of model.json: see `Config`."""
         pairs = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)]
-        return {field.name: value for field, value in pairs if value != field.default}
+        return {
+            field.name: value
+            for field, value in pairs
+            if "optional" not in field.metadata or value != field.default
+        }
 
     def to_json(self, path: str | os.PathLike) -> None:
         """Write a model.json, atomically."""
@@ -279,15 +319,15 @@ class TrainSettings:
     )
     optimizer: str = setting("soap or adamw", "soap", choices=OPTIMIZERS)
     extra_heads_weight: float = setting(
-        "weight of the mean loss of the extra heads, where that of head 0 is 1; 0: the published "
-        "weights, each 1.618 times smaller than that of the head before it",
+        "loss weight of the extra heads together, where head 0 has 1; 0: the published weights, "
+        "which fall by 1.618 from head to head",
         0.0,
         minimum=0,
     )
     router_warmup_steps: int = setting(
-        "number of first steps in which the router is trained to select the bytes with the highest "
-        "entropy of head 0's prediction; later, as published, it is trained on its own decisions; "
-        "only for the router learned",
+        "first steps, in which the router learns to select the bytes whose next byte is hardest to "
+        "predict (entropy); after them it learns from its own choices, as published; only for the "
+        "router learned",
         0,
         minimum=0,
     )

@@ -11,9 +11,15 @@ loss, the embedding lookup and the optimizer are left out.
 """
 
 import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+from tinygrad import Device, Tensor, TinyJit, dtypes
+
 from .backend import machine
+from .backend.precision import choose_precision
 from .config import RULES, Config, TrainSettings
 from .files import PicoError
 
@@ -99,8 +105,8 @@ def visible_pairs(length: int, window: int) -> int:
 
 def choose(
     config: Config, train_bytes: int, device: str, gflops: float, given: dict[str, object]
-) -> dict[str, int | float]:
-    """Values for the settings of CHOSEN that are not in `given`, for a run of a few minutes.
+) -> TrainSettings:
+    """The settings of a run of a few minutes: those in `given`, and a value for each other CHOSEN.
 
     - context_len, batch_size: those of the device's Scale; smaller if the data would otherwise make
       fewer than MIN_WINDOWS windows, or fewer than the fewest STEPS in MAX_EPOCHS passes
@@ -112,43 +118,89 @@ def choose(
     - router_warmup_steps, for the router learned: ROUTER_WARMUP of the steps that fit in the time
     - learning_rate: PEAK's up to PEAK's steps, then a power law of the steps through PUBLISHED
 
-    gflops: rate of a plain matmul on the device.
+    gflops: `gemm_rate` of the device. Raises PicoError if a given setting is out of its bounds.
     """
     scale = CPU if device.split(":")[0] == "CPU" else GPU
     values: dict[str, object] = dict(given)
 
-    def pick(name: str, value: int | float) -> None:
+    def pick(name: str, value: int | float) -> TrainSettings:
         values.setdefault(name, value)
+        return TrainSettings(**values)
 
     shortest = math.ceil(1 / config.latent_capacity_factor)
-    pick("context_len", max(shortest, min(scale.context_len, train_bytes // MIN_WINDOWS)))
-    context_len = values["context_len"]
-    windows = max(1, (train_bytes - config.next_tokens) // context_len)
-    pick("batch_size", max(1, min(scale.batch_size, MAX_EPOCHS * windows // STEPS[0])))
-    settings = TrainSettings(**values)
+    length = max(shortest, min(scale.context_len, train_bytes // MIN_WINDOWS))
+    windows = _windows(config, pick("context_len", length), train_bytes)
+    most = max(1, min(scale.batch_size, MAX_EPOCHS * windows // STEPS[0]))
+    settings = pick("batch_size", most)
     batch = settings.batch_size * settings.grad_accumulation_steps
     minutes = settings.max_minutes or scale.minutes
     affordable = int(minutes * 60 / step_seconds(config, settings, device, gflops))
     if settings.max_minutes:
-        pick("max_steps", 4 * affordable + 1)
+        settings = pick("max_steps", 4 * affordable + 1)
     else:
         few, many = STEPS
-        pick(
-            "max_steps", max(1, min(max(few, min(many, affordable)), MAX_EPOCHS * windows // batch))
-        )
-    steps = values["max_steps"]
-    pick("epochs", math.ceil(steps * batch / windows))
-    steps = min(steps, math.ceil(values["epochs"] * windows / batch))
+        clipped = min(max(few, min(many, affordable)), MAX_EPOCHS * windows // batch)
+        settings = pick("max_steps", max(1, clipped))
+    settings = pick("epochs", math.ceil(settings.max_steps * batch / windows))
+    steps = total_steps(config, settings, train_bytes)
     pick("warmup_steps", round(WARMUP * steps))
     if config.router == "learned":
         expected = min(steps, affordable) if settings.max_minutes else steps
         pick("router_warmup_steps", round(ROUTER_WARMUP * expected))
     power = math.log(PEAK[1] / PUBLISHED[1]) / math.log(PUBLISHED[0] / PEAK[0])
-    length = min(max(min(steps, affordable), PEAK[0]), PUBLISHED[0])
-    peak = PEAK[1] * (PEAK[0] / length) ** power
+    steps = min(max(min(steps, affordable), PEAK[0]), PUBLISHED[0])
+    peak = PEAK[1] * (PEAK[0] / steps) ** power
     factor = ADAMW_FACTOR if settings.optimizer == "adamw" else 1
-    pick("learning_rate", float(f"{peak * factor:.2g}"))
-    return {name: values[name] for name in CHOSEN if name in values and name not in given}
+    return pick("learning_rate", float(f"{peak * factor:.2g}"))
+
+
+def total_steps(config: Config, settings: TrainSettings, train_bytes: int) -> int:
+    """The steps of a run without max_minutes: max_steps, or fewer if the epochs end before."""
+    batch = settings.batch_size * settings.grad_accumulation_steps
+    windows = _windows(config, settings, train_bytes)
+    return min(settings.max_steps, math.ceil(settings.epochs * windows / batch))
+
+
+def _windows(config: Config, settings: TrainSettings, train_bytes: int) -> int:
+    return max(1, (train_bytes - config.next_tokens) // settings.context_len)
+
+
+def gemm_rate(precision: str, device: str) -> float:
+    """The measured rate of a plain matmul on `device`, in GFLOPS.
+
+    On a CPU it is NumPy's for 1536 x 1536 matrices in float32; elsewhere tinygrad's best over
+    several sizes, in a precision of `TrainSettings`.
+    """
+    if device.split(":")[0] == "CPU":
+        size = 1536
+        a, b = np.random.default_rng(0).standard_normal((2, size, size)).astype(np.float32)
+        return 2 * size**3 / _fastest(lambda: a @ b) / 1e9
+    best = 0.0
+    bf16 = choose_precision(precision, (device,)) == "bf16"
+    dtype = dtypes.bfloat16 if bf16 else dtypes.float32
+    for size in (64, 256, 1024, 4096):
+        a, b = (Tensor.rand(size, size, device=device).cast(dtype).realize() for _ in range(2))
+        matmul = TinyJit(lambda a, b: a.matmul(b, dtype=dtypes.float32).realize())
+
+        def call(matmul: TinyJit = matmul, a: Tensor = a, b: Tensor = b) -> None:
+            matmul(a, b)
+            Device[device].synchronize()
+
+        seconds = _fastest(call)  # the first three calls compile and capture
+        best = max(best, 2 * size**3 / seconds / 1e9)
+        if seconds > 0.01:  # the next size takes 64 times as long
+            break
+    return best
+
+
+def _fastest(call: Callable[[], object]) -> float:
+    """Seconds of the fastest of eight calls."""
+    seconds = []
+    for _ in range(8):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def step_seconds(config: Config, settings: TrainSettings, device: str, gflops: float) -> float:
@@ -164,20 +216,26 @@ def step_seconds(config: Config, settings: TrainSettings, device: str, gflops: f
     return seconds
 
 
+def run_seconds(
+    config: Config, settings: TrainSettings, steps: int, device: str, gflops: float
+) -> float:
+    """An estimate of the seconds of `steps` train steps, at most max_minutes."""
+    limit = 60 * settings.max_minutes or math.inf
+    return min(steps * step_seconds(config, settings, device, gflops), limit)
+
+
 def describe_cost(
     config: Config, settings: TrainSettings, train_bytes: int, device: str, gflops: float
 ) -> str:
     """One line: the time and the memory that training will take, both estimates."""
-    windows = max(1, (train_bytes - config.next_tokens) // settings.context_len)
-    batch = settings.batch_size * settings.grad_accumulation_steps
-    steps = min(settings.max_steps, math.ceil(settings.epochs * windows / batch))
-    seconds = step_seconds(config, settings, device, gflops)
-    total = min(steps * seconds, 60 * settings.max_minutes or math.inf)
-    time = f"{total:.0f} s" if total < 100 else f"{total / 60:,.0f} minutes"
+    steps = total_steps(config, settings, train_bytes)
+    total = run_seconds(config, settings, steps, device, gflops)
+    duration = f"{total:.0f} s" if total < 100 else f"{total / 60:,.0f} minutes"
     parts = {name: size / 1e6 for name, size in memory_bytes(config, settings).items()}
     named = ", ".join(f"{name} {size:,.0f}" for name, size in parts.items())
     return (
-        f"training will take about {time} after compiling, {seconds:.2g} s a step, "
+        f"training will take about {duration} after compiling, "
+        f"{step_seconds(config, settings, device, gflops):.2g} s a step, "
         f"and {sum(parts.values()):,.0f} MB of memory ({named})"
     )
 

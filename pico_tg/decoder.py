@@ -29,6 +29,7 @@ from .backend.runtime import (
     read,
     write_into,
 )
+from .files import PicoError
 from .kv_cache import PREFILL_CHUNK, KVCache, PackedLinear, padded_width
 from .model import Attends, Block, Embedding, Pico, Router
 from .routing import causal_decisions, slots
@@ -67,7 +68,8 @@ def pack(model: Pico) -> Pico:
         block.att, block.glu = att, glu
         return block
 
-    model = copy.copy(model)
+    model, weights = object.__new__(Pico), vars(model)  # copy.copy would copy all weights
+    vars(model).update(weights)
     model.embedding = padded(model.embedding)
     for name in ("fb_in", "latent", "fb_out"):
         stack = copy.copy(getattr(model, name))
@@ -127,6 +129,12 @@ class Decoder:
         # by number of rows: a pass in one call, and the buffers of its outputs
         self.linked: dict[int, tuple[Callable[[], bool], list[np.ndarray]]] = {}
         self.reset()
+
+    def __reduce__(self) -> tuple:
+        raise PicoError(
+            "a Decoder cannot be copied or pickled: its compiled passes refer to its own buffers; "
+            "make another one with Decoder(model)"
+        )
 
     @exclusive
     def refresh(self) -> None:

@@ -24,12 +24,21 @@ from tinygrad import Tensor, dtypes
 
 from .backend.precision import graph_context
 from .backend.runtime import exclusive, jit_method, on_devices
-from .config import PRECISIONS, RULES, TrainSettings
+from .config import (
+    PRECISIONS,
+    RULES,
+    TrainSettings,
+    check_fields,
+    documented,
+    field_help,
+    from_keywords,
+    setting,
+)
 from .data import MAX_BATCH_BYTES, Corpus, Data, DataSpec, load_data, load_whole
 from .files import PicoError
 from .model import Pico, inputs_and_targets
 from .ops import cross_entropy
-from .progress import Progress
+from .progress import Bar
 
 SPLITS = ("validation", "train", "all")
 BATCH_POSITIONS = 1 << 14  # positions of one pass of `evaluate` unless batch_size is given
@@ -191,39 +200,58 @@ class Evaluation:
         return {k: v for k, v in values.items() if not isinstance(v, np.ndarray | dict)}
 
 
+@documented
+@dataclass(frozen=True)
+class EvalSettings:
+    """How `evaluate` measures a text. Raises PicoError on an impossible value."""
+
+    split: str = setting(
+        "validation (held out of train if the data has none), train, or all: both of them",
+        "validation",
+        choices=SPLITS,
+    )
+    max_bytes: int | None = setting(
+        "measure only the first N bytes, wrapper tags included (default: all)", None, minimum=2
+    )
+    context_len: int = setting(
+        "bytes of context before each predicted byte, where the text has them", 1024
+    )
+    stride: int | None = setting(
+        "bytes that each window predicts, after context_len bytes of context (default: "
+        "context_len, so that every byte is computed twice)",
+        None,
+    )
+    batch_size: int | None = setting(
+        f"windows of one pass (default: as many as hold {BATCH_POSITIONS:,} bytes)", None
+    )
+    precision: str = setting(field_help(TrainSettings)["precision"], "auto", choices=PRECISIONS)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
 def evaluate(
     model: Pico,
     dataset: str | os.PathLike | DataSpec | Data | Corpus | None = None,
     *,
-    split: str = "validation",
-    context_len: int = 1024,
-    stride: int | None = None,
-    batch_size: int | None = None,
-    max_bytes: int | None = None,
-    precision: str = "auto",
     progress: bool = False,
+    **settings: int | str | None,
 ) -> Evaluation:
     """Measure `model` on a split of a data set. The result is the same on every run.
 
     - dataset: `pico_tg.DataSpec`, its `dataset` alone, or loaded data; None is `python-docs`. A
       corpus is measured whole
-    - split: validation (held out of train if the data set has none), train, or all (train together
-      with the part that is held out of train)
-    - context_len: bytes before each predicted byte, where the text has them; stride: new bytes of a
-      window (default: context_len, so that every byte is computed twice)
-    - batch_size: windows of one pass (default: as many as make 16,384 positions)
-    - max_bytes: only the first max_bytes bytes of the split, wrapper tags included
-    - precision: see `pico_tg.TrainSettings`
     - progress: show a bar on stderr
+    - settings: the fields of `EvalSettings`, such as split="train", max_bytes=10_000
 
-    Memory: about 25 + T bytes for each byte of the split. Raises PicoError on a bad option, and on
-    data with no byte to predict.
+    Memory: about 25 + T bytes for each byte of the split. Raises PicoError on a bad or unknown
+    setting, and on data with no byte to predict.
     """
-    stride = context_len if stride is None else stride
-    options = {"context_len": context_len, "stride": stride, "batch_size": batch_size}
-    check_options(split=split, max_bytes=max_bytes, precision=precision, **options)
+    chosen = from_keywords(EvalSettings, settings)
+    split, context_len = chosen.split, chosen.context_len
+    stride = chosen.stride or context_len
     corpus = _corpus(dataset, split, progress)
-    total = min(len(corpus.bytes), max_bytes or len(corpus.bytes))
+    total = min(len(corpus.bytes), chosen.max_bytes or len(corpus.bytes))
     data, text = corpus.bytes[:total], ~corpus.wrapper_mask(0, total)
     if not text[1:].any():
         part = "data" if split == "all" or corpus is dataset else f"{split} data"
@@ -233,19 +261,19 @@ def evaluate(
         )
     length = min(context_len + stride, total)
     windows = list(_windows(total, length, min(stride, length)))
-    batch_size = min(batch_size or max(1, BATCH_POSITIONS // length), len(windows))
+    batch_size = min(chosen.batch_size or max(1, BATCH_POSITIONS // length), len(windows))
     if batch_size * length > MAX_BATCH_BYTES:
         raise PicoError(
             f"{batch_size} windows of {length:,} bytes are more than the {MAX_BATCH_BYTES:,} bytes "
             "that are taken for a mistake; take a smaller context_len, stride or batch_size"
         )
-    settings = TrainSettings(
+    training = TrainSettings(
         context_len=context_len,
         batch_size=batch_size,
         validation_bytes=total,
-        precision=precision,
+        precision=chosen.precision,
     )
-    validation = Validation(model, corpus, settings)
+    validation = Validation(model, corpus, training)
     gap = validation()["validation_routing_gap"] if validation.has_top_k else None
     T = model.config.next_tokens
     figures = {
@@ -255,8 +283,8 @@ def evaluate(
         "router_logits": np.zeros(total, np.float32),
         "decisions": np.zeros(total, bool),
     }
-    measure = CausalPass(model, length, settings, tuple(figures))
-    bar = Progress(total=total, desc="evaluating", unit="B", unit_scale=True, disable=not progress)
+    measure = CausalPass(model, length, training, tuple(figures))
+    bar = Bar(total=total, desc="evaluating", unit="B", unit_scale=True, disable=not progress)
     with bar:
         for first in range(0, len(windows), batch_size):
             rows = windows[first : first + batch_size]
@@ -297,32 +325,6 @@ def _corpus(
         return load_whole(spec.spec if isinstance(spec, Data) else spec, progress=progress)
     data = spec if isinstance(spec, Data) else load_data(spec, progress=progress)
     return data.validation if split == "validation" else data.train
-
-
-def check_options(
-    split: str = "validation",
-    context_len: int = 1,
-    stride: int | None = None,
-    batch_size: int | None = None,
-    max_bytes: int | None = None,
-    precision: str = "auto",
-) -> None:
-    """Raise PicoError unless `evaluate` could take these options."""
-    for name, value, allowed in (
-        ("split", split, SPLITS),
-        ("precision", precision, PRECISIONS),
-    ):
-        if value not in allowed:
-            raise PicoError(f"{name} must be {' or '.join(allowed)}, not {value!r}")
-    for name, value, minimum in (
-        ("context_len", context_len, 1),
-        ("stride", stride, 1),
-        ("batch_size", batch_size, 1),
-        ("max_bytes", max_bytes, 2),
-    ):
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if value is not None and not (whole and value >= minimum):
-            raise PicoError(f"{name} must be a whole number of at least {minimum}, not {value!r}")
 
 
 def _windows(total: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:

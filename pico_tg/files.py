@@ -58,27 +58,14 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
                 os.unlink(temporary)
 
 
-def check_writable(path: str | os.PathLike) -> None:
-    """Raise PicoError unless `atomic_write` could write `path` now; called before long work.
-
-    If `path` exists, it must be a regular file, which `atomic_write` would replace.
-    """
-    path = _target(path)
-    if not path.parent.is_dir():
-        raise PicoError(f"cannot write {path}: there is no folder {path.parent}")
-    try:
-        tempfile.TemporaryFile(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent).close()
-    except OSError as error:
-        raise PicoError(f"cannot write {path}: {error.strerror or error}") from error
-
-
 def _target(path: str | os.PathLike) -> Path:
-    """`path` with links resolved. Raises PicoError if it is a device, a pipe or a folder."""
+    """`path` with links resolved. Raises PicoError if it has no folder, or is no regular file."""
     path = Path(os.path.realpath(path))
-    # lexists and isfile do not raise: a name that cannot be looked up fails when it is written;
-    # lexists is also true for a cycle of links
+    # these functions do not raise; lexists is also true for a cycle of links
     if os.path.lexists(path) and not os.path.isfile(path):
         raise PicoError(f"cannot write {path}: it exists and is not a file")
+    if not os.path.isdir(path.parent):
+        raise PicoError(f"cannot write {path}: there is no folder {path.parent}")
     return path
 
 

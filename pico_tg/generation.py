@@ -16,15 +16,17 @@ the number of passes, never the text.
 """
 
 import copy
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 
 import numpy as np
 
 from .backend.runtime import tinygrad_lock
+from .config import check_fields, documented, from_keywords, setting
 from .data import SEQ_END, SEQ_START
 from .decoder import DECODE_ROWS, Decoder, graph_size
 from .files import PicoError
@@ -71,13 +73,14 @@ class Stats:
     seconds: float = 0.0
 
 
-# A filter sets the probabilities, float64 [256], of the bytes that it excludes to 0; the sum of the
-# result need not be 1.
-Filter = Callable[[np.ndarray], np.ndarray]
+# A filter takes the probabilities, float64 [256], and the value of its field of `Sampler`. It sets
+# the probabilities of the bytes that it excludes to 0; the sum of the result need not be 1.
 
 
 def top_k_filter(p: np.ndarray, k: int) -> np.ndarray:
     """Keeps the k likeliest bytes; the smaller byte wins a tie."""
+    if k >= len(p):
+        return p
     kept = np.argsort(-p, kind="stable")[:k]
     filtered = np.zeros_like(p)
     filtered[kept] = p[kept]
@@ -99,43 +102,43 @@ def min_p_filter(p: np.ndarray, fraction: float) -> np.ndarray:
     return np.where(p < fraction * p.max(), 0, p)
 
 
+@documented
 @dataclass(frozen=True)
 class Sampler:
-    """How a byte is drawn from the logits of head 0. Raises PicoError on an impossible option.
+    """How a byte is drawn from the logits of head 0. Raises PicoError on an impossible value.
 
-    - temperature: divides the logits; 0 always takes the likeliest byte
-    - top_k: only the k likeliest bytes; 0 keeps all
-    - top_p: only the likeliest bytes that together reach this probability; 1 keeps all
-    - min_p: only bytes at least this likely, as a fraction of the likeliest one; 0 keeps all
-
-    The options apply in this order; the remaining probabilities are normalized.
+    The filters apply in the order of their fields, each unless its field has the default value;
+    the remaining probabilities are normalized. A new filter is a function and a field.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
+    temperature: float = setting(
+        "below 1 more predictable, above 1 more varied, 0 always the likeliest byte",
+        1.0, minimum=0, metavar="T",
+    )  # fmt: skip
+    top_k: int = setting(
+        "only the K likeliest bytes; 0: all", 0, minimum=0, metavar="K", filter=top_k_filter
+    )
+    top_p: float = setting(
+        "only the likeliest bytes that together reach the probability P",
+        1.0, above=0, maximum=1, metavar="P", filter=top_p_filter,
+    )  # fmt: skip
+    min_p: float = setting(
+        "only bytes at least P times as likely as the likeliest one",
+        0.0, minimum=0, maximum=1, metavar="P", filter=min_p_filter,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
-        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-            raise PicoError(f"temperature must be a number of at least 0, not {self.temperature}")
-        if self.top_k < 0:
-            raise PicoError(f"top_k must be at least 0 (all bytes), not {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise PicoError(f"top_p must be above 0 and at most 1, not {self.top_p}")
-        if not 0 <= self.min_p <= 1:
-            raise PicoError(f"min_p must be from 0 to 1, not {self.min_p}")
+        check_fields(self)
 
-    def filters(self) -> list[Filter]:
-        """The filters that are switched on, in the order in which they apply."""
-        chosen: list[Filter] = []
-        if 0 < self.top_k < 256:
-            chosen.append(partial(top_k_filter, k=self.top_k))
-        if self.top_p < 1:
-            chosen.append(partial(top_p_filter, threshold=self.top_p))
-        if self.min_p > 0:
-            chosen.append(partial(min_p_filter, fraction=self.min_p))
-        return chosen
+    @cached_property
+    def filters(self) -> list[tuple[Callable[[np.ndarray, float], np.ndarray], float]]:
+        """The filters that are switched on and their values, in the order in which they apply."""
+        pairs = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)]
+        return [
+            (field.metadata["filter"], value)
+            for field, value in pairs
+            if "filter" in field.metadata and value != field.default
+        ]
 
     def distribution(self, logits: np.ndarray) -> np.ndarray:
         """Probabilities float64 [256] of the next byte, from logits [256]."""
@@ -146,8 +149,8 @@ class Sampler:
             scaled = (scaled - scaled.max()) / self.temperature
         p = np.exp(scaled)
         p /= p.sum()
-        for keep in self.filters():
-            p = keep(p)
+        for keep, value in self.filters:
+            p = keep(p, value)
         return p / p.sum()
 
     def __call__(self, logits: np.ndarray, rng: np.random.Generator) -> tuple[int, float]:
@@ -164,6 +167,35 @@ class Sampler:
         total = np.cumsum(p)
         byte = int(np.searchsorted(total, rng.random() * total[-1], side="right"))
         return byte, math.log(p[byte])
+
+
+@documented
+@dataclass(frozen=True)
+class SampleSettings(Sampler):
+    """How `generate` continues a prompt. Raises PicoError on an impossible value.
+
+    Without `raw_prompt`, the prompt follows `<pico:seq>`, the tag that begins a document. The same
+    seed gives the same bytes on the same backend; None, other bytes every time.
+    """
+
+    seed: int | None = setting("the same seed writes the same text", None, minimum=0)
+    max_bytes: int = setting("stop after N bytes", 1024, minimum=0)
+    raw_prompt: bool = setting(
+        "feed the model the prompt alone; without this option, the tag that begins a document "
+        "precedes the prompt",
+        False,
+    )
+    ignore_end: bool = setting(
+        "continue where the model would end the document; the end tag is part of the text", False
+    )
+    num_samples: int = setting(
+        "continue the prompt N times; above 1, each sample follows a line --- sample 1 of N ---", 1
+    )
+    speculative: bool = setting(
+        "one pass per byte, without the model's own drafts of the next bytes; the text is the same",
+        True,
+    )
+    latent: bool = setting("skip the latent blocks", True, flag="--disable-latent")
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -300,69 +332,49 @@ def generate(
     model: Pico,
     prompt: bytes = b"",
     *,
-    max_bytes: int = 1024,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    seed: int | None = None,
-    num_samples: int = 1,
-    speculative: bool = True,
-    ignore_end: bool = False,
-    raw_prompt: bool = False,
-    latent: bool = True,
     stats: Stats | None = None,
     decoder: Decoder | None = None,
+    **settings: int | float | None,
 ) -> Iterator[GeneratedByte]:
     """Continue `prompt`, yielding one record for each byte, until `</pico:seq>` or `max_bytes`.
 
-    - temperature, top_k, top_p, min_p: see `Sampler`; temperature 0 is greedy
-    - seed: the same seed gives the same bytes on the same backend
-    - num_samples: the number of continuations, one after the other; the prompt is read only once
-    - speculative: False reads one byte per pass, without drafts; the distribution is the same
-    - ignore_end: go on after `</pico:seq>`, which is then part of the text
-    - raw_prompt: the model sees the prompt only; otherwise the prompt follows `<pico:seq>`, the
-      start of a document
-    - latent: False skips the latent blocks
+    - settings: the fields of `SampleSettings`, such as temperature=0.7, max_bytes=100, seed=1
     - stats: updated with every byte
     - decoder: a `Decoder(model)` to reuse, since making one takes seconds. A decoder serves one
       generator at a time: once another generator uses the decoder, the earlier generator raises
       PicoError at its next byte
 
-    May be called from any thread. Raises PicoError on a bad option, and on logits that are not
-    finite.
+    May be called from any thread. Raises PicoError on a bad or unknown setting, and on logits that
+    are not finite.
     """
-    sampler = Sampler(temperature, top_k, top_p, min_p)
-    for name, value, minimum in (("max_bytes", max_bytes, 0), ("num_samples", num_samples, 1)):
-        if value < minimum:
-            raise PicoError(f"{name} must be at least {minimum}, not {value}")
-    if seed is not None and seed < 0:
-        raise PicoError(f"seed must be at least 0, not {seed}")
-    if raw_prompt and not prompt:
+    chosen = from_keywords(SampleSettings, settings)
+    if chosen.raw_prompt and not prompt:
         raise PicoError("a raw prompt must hold at least one byte: there is nothing to continue")
-    start = prompt if raw_prompt else SEQ_START + prompt
+    start = prompt if chosen.raw_prompt else SEQ_START + prompt
     stats = Stats() if stats is None else stats
     # a round is one decode pass: the newest byte and its drafts
-    draft_limit = min(model.config.next_tokens, DECODE_ROWS[-1]) - 1 if speculative else 0
+    draft_limit = min(model.config.next_tokens, DECODE_ROWS[-1]) - 1 if chosen.speculative else 0
 
     def samples() -> Iterator[GeneratedByte]:
         began = time.perf_counter()
         session = _Session(decoder or Decoder(model))
         with session as claimed:
-            claimed.reset(use_latent=latent)
+            claimed.reset(use_latent=chosen.latent)
             logits, _ = claimed.forward(start)  # (n, T, 256)
-            after_prompt = claimed.snapshot() if num_samples > 1 else None
+            after_prompt = claimed.snapshot() if chosen.num_samples > 1 else None
         transitions = Transitions(start, softmax(logits[:, 0])) if draft_limit else None
         heads = logits[-1].copy()
         del logits  # those of a long prompt are large
-        for sample in range(num_samples):
+        for sample in range(chosen.num_samples):
             if sample > 0:
                 with session as claimed:
                     claimed.restore(after_prompt)
-            rng = np.random.default_rng(None if seed is None else (seed, sample))
+            rng = np.random.default_rng(None if chosen.seed is None else (chosen.seed, sample))
             policy = DraftPolicy(draft_limit, copy.deepcopy(transitions))
-            records = _rounds(session, heads, sampler, rng, policy, max_bytes, sample, stats, began)
-            yield from records if ignore_end else _until_end_tag(records)
+            records = _rounds(
+                session, heads, chosen, rng, policy, chosen.max_bytes, sample, stats, began
+            )
+            yield from records if chosen.ignore_end else _until_end_tag(records)
 
     return samples()
 

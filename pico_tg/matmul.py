@@ -26,8 +26,6 @@ TILE = 16  # each side of a factor is padded to a multiple of TILE
 # a matmul of fewer multiplications is bound by memory or by the launch, not by arithmetic
 SMALL = 1 << 15
 MIN_ROWS = 8  # a matmul of fewer rows is left to tinygrad
-# on tensor cores: outputs that tinygrad computes in one workgroup; limits of `_parts_of_sum`
-WORKGROUP_OUTPUTS, MAX_WORKGROUPS, MIN_PART = 4096, 256, 512
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -86,17 +84,8 @@ def _choose_gemm(x: Tensor, M: int, L: int, N: int, dtype: DType) -> Gemm | None
 
 
 def _padded_size(size: int, gemm: Gemm) -> int:
-    """The padded size of one side of a factor: a multiple of TILE.
-
-    On tensor cores a multiple of 4 or 2 tiles, if that adds at most a twentieth: tinygrad's kernels
-    then keep more tiles in registers and load less.
-    """
-    if gemm is _plain_gemm:
-        return size
-    least = round_up(size, TILE)
-    if gemm is not _tensor_core_gemm:
-        return least
-    return next(n for k in (4, 2, 1) if 20 * (n := round_up(size, k * TILE)) <= 21 * least)
+    """The padded size of one side of a factor: a multiple of TILE, unless tinygrad schedules it."""
+    return size if gemm is _plain_gemm else round_up(size, TILE)
 
 
 def round_up(size: int, multiple: int) -> int:
@@ -161,23 +150,8 @@ def _tensor_core_gemm(
     """`_plain_gemm` of padded factors, in the form that tinygrad maps to tensor cores.
 
     The zeros of the padding are multiplied as well. The accumulator is float32, in which products
-    of bf16 factors are exact. The gradient of a weight has few outputs and a long sum: it is
-    computed as several matmuls, each of a part of the sum, so that more workgroups share the work.
+    of bf16 factors are exact.
     """
     a, b = a.contiguous(), (b.transpose(1, 2) if trans_b else b).contiguous()
-    Z, parts = len(a), 1
-    if trans_a and not trans_b:
-        parts = _parts_of_sum(Z * a.shape[2] * b.shape[2], a.shape[1])
-        a, b = (x.reshape(Z * parts, -1, x.shape[2]) for x in (a, b))  # (Z * parts, l / parts, _)
     a = a.transpose(1, 2) if trans_a else a
-    out = a.matmul(b, dtype=dtypes.float32).contiguous()
-    return out if parts == 1 else out.reshape(Z, parts, *out.shape[1:]).sum(axis=1).contiguous()
-
-
-def _parts_of_sum(outputs: int, length: int) -> int:
-    """Into how many parts of at least MIN_PART products each sum of `length` products is split.
-
-    The matmul of all parts has at most MAX_WORKGROUPS workgroups, if it is split at all.
-    """
-    sizes = [n for n in (16, 8, 4, 2) if length % (n * TILE) == 0 and length >= n * MIN_PART]
-    return next((n for n in sizes if n * outputs <= MAX_WORKGROUPS * WORKGROUP_OUTPUTS), 1)
+    return a.matmul(b, dtype=dtypes.float32).contiguous()

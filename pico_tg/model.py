@@ -203,6 +203,15 @@ class Pico:
                 values = (2 * rng.random(weight.shape, np.float32) - 1) / math.sqrt(inputs)
             write_into(weight, values)
 
+    def __reduce__(self) -> tuple:
+        """Copies and pickles hold the config and the weights, in buffers of their own.
+
+        By default, tinygrad 0.13 shares a copied tensor's buffer, and a pickled tensor takes over a
+        buffer of the process that reads it (test_model.test_a_copy_is_a_copy).
+        """
+        weights = nn.state.get_state_dict(self)
+        return _rebuild, (self.config, {name: t.numpy() for name, t in weights.items()})
+
     def encode(self, x: Tensor, attends: Attends | None = None) -> tuple[Tensor, Tensor]:
         """Bytes x [...] -> (hidden states h [..., D], router logits [...])."""
         h = self.fb_in(self.embedding(x), attends)
@@ -259,6 +268,13 @@ class Pico:
         if count > 0 and self.config.router != "none":
             h = self.deepen(h, router_logits, *slots(decisions, count))
         return self.predict(h), router_logits, decisions
+
+
+def _rebuild(config: Config, weights: dict[str, np.ndarray]) -> Pico:
+    model = Pico(config, fresh=False)
+    for name, tensor in nn.state.get_state_dict(model).items():
+        write_into(tensor, weights[name])
+    return model
 
 
 def loss_fn(

@@ -37,7 +37,7 @@ def drop_output() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-class Progress(tqdm):
+class Bar(tqdm):
     """A tqdm bar; if stderr is not a terminal, a line every LINE_SECONDS and one at the end."""
 
     def __init__(self, **options: Any) -> None:

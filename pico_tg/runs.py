@@ -1,7 +1,8 @@
 """The folder of a training run: training.json, metrics.jsonl and the checkpoints.
 
 - training.json: settings, data, model and devices of the run, and the names of its checkpoints
-- metrics.jsonl: one record a step
+- metrics.jsonl: a record a step. It is only appended to: after a crash, the resumed run repeats
+  the steps since its checkpoint, and the last record of a step counts
 - NNNNNNNN.safetensors, NNNNNNNN.state.safetensors: see `pico_tg.checkpoint`
 """
 
@@ -10,12 +11,12 @@ import dataclasses
 import json
 import math
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from .checkpoint import (
     delete_older,
@@ -29,11 +30,6 @@ from .checkpoint import (
 from .config import Config, TrainSettings
 from .files import PicoError, atomic_write, command, differences
 from .model import Pico
-
-try:
-    import fcntl
-except ImportError:  # Windows: nothing prevents two processes from training one run
-    fcntl = None
 
 Record = dict[str, Any]
 DESCRIBED = {"settings", "dataset", "model", "devices", "fingerprints"}  # keys of training.json
@@ -50,7 +46,6 @@ class Progress:
 
     - step: completed steps; steps: number of steps at which training ends
     - windows: position in the order of the windows; bytes: bytes trained on
-    - validated: the step was measured on the held-out data
     - seconds: time spent in steps, without compiling
     """
 
@@ -58,14 +53,27 @@ class Progress:
     bytes: int = 0
     windows: int = 0
     steps: int = 0
-    validated: bool = False
     seconds: float = 0.0
+    steps_here = 0  # of this process; not a field, so that no checkpoint holds it
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Progress":
         """The progress in a checkpoint of this or an earlier version; missing keys are 0."""
         names = {field.name for field in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in names})
+
+    def took(self, seconds: float, windows: int, bytes_: int) -> None:
+        """Count a step. A process compiles in its first two, which count as the mean so far."""
+        self.steps_here += 1
+        self.seconds += seconds if self.steps_here > 2 else self.seconds / max(1, self.step)
+        self.step += 1
+        self.windows += windows
+        self.bytes += bytes_
+
+    def position(self, settings: TrainSettings) -> float:
+        """The position on the learning rate's curve: steps or time, whichever is further."""
+        limit = settings.max_minutes * 60 or math.inf  # seconds
+        return max(self.step, self.steps * self.seconds / limit)
 
 
 class Run:
@@ -77,39 +85,34 @@ class Run:
     def __init__(self, folder: Path, resumed: bool) -> None:
         """Make the folder of a new run, or open that of a run to resume."""
         self.folder = folder
-        self.last_checkpoint: Path | None = None  # the one written or loaded last
-        self.saved_step = 0  # the step of the last checkpoint, even if writing it failed
-        self.records: list[Record] = []  # records of the steps before resuming
+        self.saved_step = 0  # of the last checkpoint, even if writing it failed
+        self.logged_step = 0  # of the last record
         self.best = (math.inf, 0)  # bits per byte of the best validation, and its step
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.lock = open(folder / ".lock", "ab")  # noqa: SIM115
+            (folder / ".lock").touch()
         except OSError as error:
             raise PicoError(f"cannot write to {folder}: {error.strerror or error}") from error
-        locked = False
+        # not thread_local: a generator may be closed by another thread
+        self.lock = FileLock(folder / ".lock", thread_local=False)
         try:
-            if fcntl is not None:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                locked = True
-        except BlockingIOError:
-            self.lock.close()
+            self.lock.acquire(timeout=0)
+        except Timeout:
             raise PicoError(f"another process trains {folder}; wait for it, or stop it") from None
-        except OSError:
-            pass  # a file system without locks
-        if not resumed:  # again, since another process may have trained the run before the lock
+        except (OSError, NotImplementedError):
+            pass  # a file system without locks: two processes can train one run
+        if not resumed:
             try:
-                check_startable(folder, locked)
+                check_startable(folder)  # again: before the lock another process may have trained
             except PicoError:
-                self.lock.close()
+                self.close()
                 raise
+            (folder / "metrics.jsonl").unlink(missing_ok=True)
         remove_leftovers(folder)
-        if not resumed:  # delete the records of a run that ended before its first checkpoint
-            with contextlib.suppress(OSError):
-                (folder / "metrics.jsonl").unlink()
 
     def close(self) -> None:
         """Allow other processes to train the run."""
-        self.lock.close()
+        self.lock.release()
 
     def describe(self, description: dict[str, Any]) -> None:
         """Write training.json."""
@@ -128,19 +131,25 @@ class Run:
     ) -> None:
         """Write a checkpoint, list it in training.json, delete the ones that need not be kept."""
         self.saved_step = step = progress.step
-        values = dataclasses.asdict(progress)
-        self.last_checkpoint = save_checkpoint(weights, state, values, self.folder)
+        save_checkpoint(weights, state, dataclasses.asdict(progress), self.folder)
         if settings.keep_checkpoints:
             spared = self.best[1] if settings.keep_best else None
             delete_older(self.folder, step, settings.keep_checkpoints, spared)
         self.describe(self.description)
 
-    def log(self, record: Record, durable: bool = False) -> None:
-        """Append one line to metrics.jsonl; other processes can read it immediately."""
+    def log(self, record: Record) -> None:
+        """Append a line to metrics.jsonl, durably if the record names a checkpoint.
+
+        Other processes can read the line immediately. Raises PicoError if it cannot be written.
+        """
+        self._append(json.dumps(record) + "\n", durable="checkpoint" in record)
+        self.logged_step = record["step"]
+
+    def _append(self, text: str, durable: bool = False) -> None:
         path = self.folder / "metrics.jsonl"
         try:
             with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(text)
                 if durable:
                     file.flush()
                     os.fsync(file.fileno())
@@ -154,25 +163,19 @@ class Run:
         self.best = found if better else self.best
         return better
 
-    def truncate_to(self, step: int) -> None:
-        """Remove records after `step`; quarantine later checkpoints, which are not valid."""
+    def resume_after(self, step: int) -> None:
+        """Continue after the checkpoint of `step`; quarantine later ones, which are not valid."""
+        self.saved_step = self.logged_step = step
         checkpoints = dict(list_checkpoints(self.folder))
         for later in (path for at, path in checkpoints.items() if at > step):
             quarantine(later)
         path = self.folder / "metrics.jsonl"
-        records = read_metrics(self.folder) if path.exists() else []
-        self.records = [record for record in records if record["step"] <= step]
-        self.rewrite()
-        for record in self.records:
-            if record["step"] in checkpoints:
-                self.is_best(record)
-        self.saved_step = step
-
-    def rewrite(self) -> None:
-        """Replace metrics.jsonl by `records`."""
-        with atomic_write(self.folder / "metrics.jsonl") as file:
-            for record in self.records:
-                file.write((json.dumps(record) + "\n").encode())
+        if path.exists():
+            for record in read_metrics(self.folder):
+                if record["step"] <= step and record["step"] in checkpoints:
+                    self.is_best(record)
+            if not path.read_bytes().endswith(b"\n"):  # a killed process left part of a line
+                self._append("\n")
 
 
 # Reading a run ----------------------------------------------------------------------------------
@@ -224,19 +227,22 @@ def load(path: str | os.PathLike, run: str, checkpoint: int | str = -1) -> Pico:
     return model
 
 
-def read_description(folder: Path) -> dict[str, Any]:
-    """A run's training.json. Raises PicoError if it is missing, broken or not of pico_tg."""
+def find_description(folder: Path) -> dict[str, Any] | None:
+    """A run's training.json; None if there is none of pico_tg, only weights from elsewhere.
+
+    Raises PicoError if the file is broken.
+    """
     path = folder / "training.json"
     try:
         description = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
     except OSError as error:
-        raise PicoError(
-            f"{folder} is no training run to resume: cannot read {path} ({error.strerror})"
-        ) from error
+        raise PicoError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         raise PicoError(f"{path} is broken ({error})") from error
     if isinstance(description, dict) and not description.keys() & DESCRIBED:
-        raise _Foreign(f"{path} was not written by pico_tg, so the run cannot be resumed")
+        return None  # of another program, such as the published implementation
     if not isinstance(description, dict) or not description.keys() >= DESCRIBED:
         raise PicoError(f"{path} is broken: it must hold {', '.join(sorted(DESCRIBED))}")
     for key in ("settings", "dataset", "model"):
@@ -245,24 +251,20 @@ def read_description(folder: Path) -> dict[str, Any]:
     return description
 
 
-class _Foreign(PicoError):
-    """The training.json of another program, such as the published implementation."""
-
-
-def find_description(folder: Path) -> dict[str, Any] | None:
-    """A run's training.json; None if pico_tg has written none, only weights from elsewhere."""
-    if not (folder / "training.json").exists():
-        return None
-    try:
-        return read_description(folder)
-    except _Foreign:
-        return None
+def read_description(folder: Path) -> dict[str, Any]:
+    """`find_description`. Raises PicoError if there is none."""
+    if (description := find_description(folder)) is None:
+        raise PicoError(
+            f"{folder} is no training run to resume: it has no training.json of pico_tg"
+        )
+    return description
 
 
 def read_metrics(folder: Path) -> list[Record]:
-    """The records in a run's metrics.jsonl; an incomplete last line is skipped.
+    """The records in a run's metrics.jsonl, one a step; an incomplete line is skipped.
 
-    Raises PicoError if the file cannot be read.
+    A record replaces those of its own and of later steps that were logged before: a resumed run
+    repeats the steps since its checkpoint. Raises PicoError if the file cannot be read.
     """
     path = folder / "metrics.jsonl"
     try:
@@ -271,29 +273,27 @@ def read_metrics(folder: Path) -> list[Record]:
         raise PicoError(
             f"cannot read {path}: {error.strerror or error}; train writes it into a run's folder"
         ) from error
-    records = []
+    records: list[Record] = []
     for line in lines:
         with contextlib.suppress(ValueError, RecursionError):
-            records.append(json.loads(line))
-    return [r for r in records if isinstance(r, dict) and isinstance(r.get("step"), int)]
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                while records and records[-1]["step"] >= record["step"]:
+                    records.pop()
+                records.append(record)
+    return records
 
 
 # Starting and resuming --------------------------------------------------------------------------
 
 
-def check_startable(folder: Path, locked: bool = True) -> None:
+def check_startable(folder: Path) -> None:
     """Raise PicoError unless a new run may be trained in `folder`.
 
     `folder` must not exist, or hold only files of a run that ended before its first checkpoint.
-    Without a lock another process may be training that run, so that `folder` must hold no run.
     """
-    left = r"\.lock|training\.json|metrics\.jsonl|\d{8,}\.state\.safetensors|\..*\.tmp"
-    if not folder.exists() or (
-        folder.is_dir()
-        and all(re.fullmatch(left, entry.name) for entry in folder.iterdir())
-        and not list_checkpoints(folder)
-        and (locked or not (folder / "training.json").exists())
-    ):
+    left = {".lock", "training.json", "metrics.jsonl"}
+    if not folder.exists() or (folder.is_dir() and {p.name for p in folder.iterdir()} <= left):
         return
     raise PicoError(f"{folder} exists; continue it with --resume, choose another RUN, or delete it")
 

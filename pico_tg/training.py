@@ -4,7 +4,7 @@ for record in train(model, "python-docs", max_steps=200, context_len=512, batch_
     print(record["step"], record["bits_per_byte"])
 
 Reading order: `learning_rate`, `TrainStep` (one optimizer step), `train` (opens or resumes a run),
-`_loop` (the steps).
+`_loop` (step, record, validate, log, save, yield).
 """
 
 import atexit
@@ -12,11 +12,9 @@ import contextlib
 import dataclasses
 import math
 import os
-import signal
-import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +40,6 @@ from .ops import entropy
 from .optim.soap import SOAP, all_finite
 from .routing import top_k_decisions
 from .runs import (
-    BITS,
     Progress,
     Record,
     Run,
@@ -100,6 +97,28 @@ def most_uncertain(logits: Tensor, config: Config) -> Tensor:
     return top_k_decisions(uncertainty, config.capacity(logits.shape[1]))
 
 
+class Events:
+    """What training tells its user interface, and asks of it. This one is silent.
+
+    bars: whether a bar is shown while data are read
+    """
+
+    bars = False
+
+    def say(self, text: str) -> None:
+        """Receive a message for the user, a line."""
+
+    def micro_batch(self, done: int, total: int) -> None:
+        """Called after each of several micro-batches of a step."""
+
+    def stop(self) -> bool:
+        """Asked between micro-batches and after every step, its validation included.
+
+        True saves the last complete step and ends training; the step in progress is discarded.
+        """
+        return False
+
+
 class TrainStep:
     """One compiled optimizer step on bytes uint8 [A, B, N + T], averaged over A micro-batches.
 
@@ -110,7 +129,7 @@ class TrainStep:
     - share of the bytes that training selects, but that have no slot
     - 1 if every gradient is finite; else 0, and no weight has changed
 
-    `consistent` is False while weights and optimizer state are being updated.
+    `consistent` is False from the start of an update until the caller has counted the step.
     """
 
     @exclusive
@@ -208,17 +227,15 @@ class TrainStep:
         self,
         batches: np.ndarray,
         lr: float,
-        interrupt: Callable[[int], bool] = lambda done: False,
+        events: Events | None = None,
         router_warmup: bool = False,
     ) -> np.ndarray | None:
-        """Take the step. `interrupt(done)` is called after each of several micro-batches.
+        """Take the step, or return None if `events` stop it between two micro-batches.
 
-        router_warmup: whether `most_uncertain` bytes are the target of the router; no effect if
-        router_warmup_steps is 0.
-
-        If `interrupt` returns True before the last micro-batch, the gradients are discarded,
-        weights and optimizer stay unchanged, and the result is None.
+        A stop discards the gradients; weights and optimizer stay unchanged. router_warmup: whether
+        `most_uncertain` bytes are the target of the router; no effect if router_warmup_steps is 0.
         """
+        events = events or Events()
         rate = on_devices(np.array([lr], np.float32), self.devices)
         if self.router_warmup is not None:
             write_into(self.router_warmup, np.array([router_warmup], np.int32))
@@ -231,7 +248,8 @@ class TrainStep:
                 parts = []
                 for done, batch in enumerate(batches, 1):
                     parts.append(self.accumulate(on_devices(batch, self.devices, 0)).numpy())
-                    if interrupt(done) and done < len(batches):
+                    events.micro_batch(done, len(batches))
+                    if done < len(batches) and events.stop():
                         for total in self.sums:
                             write_into(total, np.zeros(total.shape, np.float32))
                         return None
@@ -239,7 +257,6 @@ class TrainStep:
                 losses = np.concatenate([np.mean(parts, axis=0), self.update(rate).numpy()])
         if isinstance(self.optimizer, SOAP):
             self.optimizer.refresh()
-        self.consistent = True
         return losses
 
     def _state(self) -> dict[str, Tensor]:
@@ -273,11 +290,7 @@ def train(
     resume: bool = False,
     force: bool = False,
     base_weights: str | os.PathLike | None = None,
-    stop: Callable[[], bool] = lambda: False,
-    on_micro_batch: Callable[[int, int], None] = lambda done, total: None,
-    progress: bool = False,
-    say: Callable[[str], None] = lambda text: None,
-    tracker: dict[str, str] | None = None,
+    events: Events | None = None,
     **settings: int | float | str,
 ) -> Iterator[Record]:
     """Train `model` in place, yielding one record (a dict that is valid JSON) per step.
@@ -287,35 +300,35 @@ def train(
       `pico_tg.runs`; must be new, or of a run that ended before its first checkpoint
     - devices: names such as ("CUDA:0", "CUDA:1") share each batch; training leaves the model on the
       first
-    - resume: continue the run in run_dir from its newest valid checkpoint, bit for bit. Data and
-      settings default to the run's. Only settings in `pico_tg.runs.MAY_CHANGE` may differ, with
-      `force` also batch_size, and the path of the data if the content is the same
+    - resume: continue the run in run_dir from its newest valid checkpoint, bit for bit. May differ
+      from the run: the settings in `pico_tg.runs.MAY_CHANGE`, the path of unchanged data, and with
+      `force` batch_size
     - base_weights: .safetensors file to start from; recorded in training.json
-    - tracker: {package: id of the run at the tracker}; recorded in training.json
-    - stop: called after every micro-batch; True saves the last complete step and ends training
-    - on_micro_batch: called with (done, total) after each of several micro-batches of a step
-    - progress: show a bar while data are read; say: called with each message, a line, for the user
+    - events: the user interface. `pico_tg.tools.terminal.StopSignals` stops at Ctrl-C
     - settings: the fields of `pico_tg.TrainSettings`
 
     A record has: step (from 1), steps (total), epoch (from 0), loss, next_byte_loss, aux_loss
-    (nats; after router_warmup_steps, aux_loss has another target), bits_per_byte (of the next byte,
-    training routing), router_rate (share of bytes that causal routing selects), router_overflow
-    (share of bytes that a rule selects beyond `Config.capacity`, which skip the latent blocks), lr,
-    bytes (trained on so far), bytes_per_second. With max_minutes a record also has minutes (used so
-    far), after a validation the keys of `Validation`, and with a checkpoint `checkpoint`, its path.
-    The last step is saved if the caller closes the generator or raises, and at Ctrl-C, except in
-    the first two steps, which compile.
+    (nats; its target changes after router_warmup_steps), bits_per_byte (of the next byte, training
+    routing), router_rate (share of bytes that causal routing selects), router_overflow (share of
+    bytes that a rule selects beyond `Config.capacity`, which skip the latent blocks), lr, bytes
+    (trained on so far), bytes_per_second. With max_minutes a record also has minutes (used so far),
+    after a validation the keys of `Validation`, and with a checkpoint `checkpoint`, its path.
+
+    The last step is saved if `events` stop, if the caller closes the generator or ends with an
+    error, and if a validation fails. An error or Ctrl-C during an update saves nothing, since the
+    weights may be half updated: the run then resumes from the checkpoint before.
 
     Raises PicoError on bad settings or data, before anything is written, and on a loss or gradient
     that is not finite, before that step changes the weights.
     """
+    events = events or Events()
     folder = None if run_dir is None else Path(run_dir)
     stored = _stored_run(model.config, folder, base_weights) if resume else {}
     chosen = _chosen_settings(settings, stored, folder, devices, force)
     _check_for_model(chosen, model.config)
     if folder is not None and not resume:
         check_startable(folder)
-    data = open_data(dataset, stored, folder, progress)
+    data = open_data(dataset, stored, folder, events.bars)
     micro_batches = chosen.batch_size * chosen.grad_accumulation_steps
     T = model.config.next_tokens
     windows = Windows(data.train, chosen.context_len, T, micro_batches, chosen.seed)
@@ -325,12 +338,12 @@ def train(
     validate = Validation(model, data.validation, chosen, devices)
     train_step = TrainStep(model, chosen, devices)
     run = None if folder is None else Run(folder, resumed=resume)
-    reached = _resume(run, train_step, stored, say) if resume else Progress()
+    progress = _resume(run, train_step, stored, events) if resume else Progress()
     if not resume:
-        say(data.note)
-    _set_steps(reached, chosen, windows, say)
+        events.say(data.note)
+    _set_steps(progress, chosen, windows, events)
     if len(data.validation.bytes) > chosen.validation_bytes:
-        say(f"each validation measures the first {chosen.validation_bytes:,} held-out bytes")
+        events.say(f"each validation measures the first {chosen.validation_bytes:,} held-out bytes")
     if run:
         weights = base_weights and os.path.abspath(base_weights)
         run.describe(
@@ -340,12 +353,12 @@ def train(
                 "model": model.config.to_dict(),
                 "base_weights": weights or stored.get("base_weights"),
                 "devices": list(devices),
-                "tracker": tracker or stored.get("tracker"),
             }
         )
-    records = _loop(train_step, windows, validate, run, reached, stop, on_micro_batch)
+    records = _loop(train_step, windows, validate, run, progress, events)
     # an uncaught error in a script can keep the generator open until the interpreter has torn down
     # the modules that saving needs: close the generator before that
+    # (test_resume.test_a_script_s_error_saves_the_last_step)
     atexit.register(_close, weakref.ref(records), os.getpid())
     return records
 
@@ -398,51 +411,48 @@ def _check_for_model(settings: TrainSettings, config: Config) -> None:
         )
 
 
-def _resume(
-    run: Run, train_step: TrainStep, stored: dict[str, Any], say: Callable[[str], None]
-) -> Progress:
+def _resume(run: Run, train_step: TrainStep, stored: dict[str, Any], events: Events) -> Progress:
     """Load the newest valid checkpoint; without a checkpoint, the run starts at step 0."""
-    model, reached = train_step.model, Progress()
+    model, progress = train_step.model, Progress()
     if list_checkpoints(run.folder):
         path, state, values, refused = load_newest(model, run.folder)
         train_step.load_state(state, path)
-        reached = Progress.from_dict(values)
-        run.last_checkpoint = path
+        progress = Progress.from_dict(values)
         for problem in refused:
-            say(f"skipped a checkpoint: {problem}")
-        say(f"resuming after step {reached.step}, from {path}")
+            events.say(f"skipped a checkpoint: {problem}")
+        events.say(f"resuming after step {progress.step}, from {path}")
     else:
         if stored.get("base_weights"):
             load_weights(model, stored["base_weights"])
-        say(f"{run.folder} ended before its first checkpoint: starting at step 1")
+        events.say(f"{run.folder} ended before its first checkpoint: starting at step 1")
     now = {"devices": list(train_step.devices) or "one"}
     if changed := differences({"devices": stored["devices"] or "one"}, now):
-        say(changed)
-    run.truncate_to(reached.step)
-    return reached
+        events.say(changed)
+    run.resume_after(progress.step)
+    return progress
 
 
 def _set_steps(
-    reached: Progress, settings: TrainSettings, windows: Windows, say: Callable[[str], None]
+    progress: Progress, settings: TrainSettings, windows: Windows, events: Events
 ) -> None:
     """Set the step at which training ends: max_steps, or when all epochs' windows are read."""
-    left = settings.epochs * len(windows) - reached.windows
-    total = min(settings.max_steps, reached.step + math.ceil(max(0, left) / windows.batch_size))
-    if reached.steps not in (0, total):
-        say(
-            f"{total} steps in all, not {reached.steps}: from step {reached.step + 1} on the "
+    left = settings.epochs * len(windows) - progress.windows
+    total = min(settings.max_steps, progress.step + math.ceil(max(0, left) / windows.batch_size))
+    if progress.steps not in (0, total):
+        events.say(
+            f"{total} steps in all, not {progress.steps}: from step {progress.step + 1} on the "
             "learning rate follows the curve of the new number"
         )
-    reached.steps = total
-    if limit := _limit_reached(reached, settings):
-        say(f"nothing left to train; a larger --{limit.replace('_', '-')} continues the run")
+    progress.steps = total
+    if limit := _limit_reached(progress, settings):
+        events.say(f"nothing left to train; a larger --{limit.replace('_', '-')} continues the run")
     if total <= settings.warmup_steps:
-        say(
+        events.say(
             f"all {total} steps are within warmup_steps ({settings.warmup_steps}), so the learning "
             "rate never reaches its peak; more epochs or smaller batches give more steps"
         )
     if 0 < total <= settings.router_warmup_steps:
-        say(
+        events.say(
             f"all {total} steps are within router_warmup_steps ({settings.router_warmup_steps}), "
             "so the router is never trained on its own decisions; take fewer router_warmup_steps"
         )
@@ -457,155 +467,88 @@ def _limit_reached(progress: Progress, settings: TrainSettings) -> str:
     return ""
 
 
-class _NotFinite(PicoError):
-    """A loss or gradient is not finite; `_loop` then writes no checkpoint."""
-
-
 def _loop(
     train_step: TrainStep,
     windows: Windows,
     validate: Validation,
     run: Run | None,
     progress: Progress,
-    stop: Callable[[], bool],
-    on_micro_batch: Callable[[int, int], None],
+    events: Events,
 ) -> Iterator[Record]:
     """Run the steps until the last one or a stop, and save the last complete step.
 
-    An error saves that step as well, except for a loss or gradient that is not finite. At the end
-    the model is on the first device, and other processes may train the run.
+    At the end the model is on the first device, and other processes may train the run.
     """
-    settings = train_step.settings
-    accumulation, context_len = settings.grad_accumulation_steps, settings.context_len
-    time_limit = settings.max_minutes * 60 or math.inf  # seconds
-    step_bytes = windows.batch_size * context_len
-    pending: Record | None = None  # a record that is not in metrics.jsonl yet
-
-    def ended() -> bool:
-        return bool(_limit_reached(progress, settings))
-
-    def interrupt(done: int) -> bool:
-        on_micro_batch(done, accumulation)
-        return stop()
+    settings, stopped, record = train_step.settings, False, {}
 
     def save() -> None:
-        if run and run.saved_step < progress.step:
-            run.save(weights_of(train_step.model), train_step.state(), progress, settings)
+        run.save(weights_of(train_step.model), train_step.state(), progress, settings)
 
     try:
-        if run:
-            _catch_up(run, progress, settings, validate, ended())
-        stopped, steps_here = False, 0
-        while not stopped and not ended():
-            start = time.perf_counter()
-            # the learning rate follows steps or time, whichever has progressed further
-            position = max(progress.step, progress.steps * progress.seconds / time_limit)
-            rate = learning_rate(position, settings, progress.steps)
-            warmup = progress.step < settings.router_warmup_steps
-            batch = windows.batch_at(progress.windows)  # (A * B, N + T)
-            batch = batch.reshape(accumulation, settings.batch_size, -1)
-            # not while the first steps compile, which takes long
-            with _deferred_interrupt() if steps_here >= 2 else contextlib.nullcontext([]) as caught:
-                losses = train_step(batch, rate, interrupt, router_warmup=warmup)
-            if losses is None:  # stopped within the step
+        while not stopped and not _limit_reached(progress, settings):
+            record = _step(train_step, windows, progress, events)
+            if not record:  # stopped within the step
                 break
-            if losses[-1] != 1 or not np.isfinite(losses).all():
-                saved = run.last_checkpoint if run else None
-                raise _NotFinite(
-                    f"a loss or gradient is not finite at step {progress.step + 1} (lr {rate:.2e});"
-                    f" the weights were not updated; last checkpoint: {saved or 'none'}; try a "
-                    "smaller --learning-rate"
-                )
-            seconds = time.perf_counter() - start
-            epoch = progress.windows // len(windows)
-            steps_here += 1
-            # the first two steps of a process compile: each counts as the mean of all steps before
-            mean = progress.seconds / max(1, progress.step)
-            progress.seconds += seconds if steps_here > 2 else mean
-            progress.step += 1
-            progress.windows += windows.batch_size
-            progress.bytes += step_bytes
-            progress.validated = False
-            record: Record = {
-                "step": progress.step,
-                "steps": progress.steps,
-                "epoch": epoch,
-                "loss": float(losses[0]),
-                "next_byte_loss": float(losses[2]),
-                "aux_loss": float(losses[1]),
-                "bits_per_byte": float(losses[2]) / math.log(2),
-                "router_rate": float(losses[3]),
-                "router_overflow": float(losses[4]),
-                "lr": rate,
-                "bytes": progress.bytes,
-                "bytes_per_second": step_bytes / seconds,
-            }
-            if settings.max_minutes:
-                record["minutes"] = progress.seconds / 60
-            pending = record
-            stopped = stop() or bool(caught)
-            # a stop skips the validation, which the resumed run makes up for in `_catch_up`
-            if not stopped and (ended() or progress.step % settings.validation_interval == 0):
+            ended = _limit_reached(progress, settings)
+            if ended or progress.step % settings.validation_interval == 0:
                 record |= validate()
-                progress.validated = True
-                stopped = stop()
+            stopped = events.stop()
             if run:
                 best = run.is_best(record) and settings.keep_best
                 due = progress.step % settings.checkpoint_interval == 0
-                saving = stopped or ended() or due or best
-                if saving:
+                if saving := stopped or ended or due or best:
                     record["checkpoint"] = str(checkpoint_path(run.folder, progress.step))
-                pending = None
-                # log before saving, so that a resumed run has the records of all its steps
-                run.log(record, durable=saving)
+                run.log(record)  # before saving: a resumed run has the records of all its steps
                 if saving:
                     save()
-            if caught:
-                raise KeyboardInterrupt
             yield record
-        save()
-    except _NotFinite:
-        raise
-    except BaseException:  # also GeneratorExit, when the caller closes the generator or raises
-        if run and train_step.consistent:
-            with contextlib.suppress(PicoError):
-                if pending:
-                    run.log(pending, durable=True)
-            save()
-        raise
-    finally:
+    finally:  # also after an error, and when the caller closes the generator
         move(train_step.tensors, train_step.devices[:1])
         if run:
-            run.close()
+            with contextlib.closing(run):
+                if train_step.consistent and run.saved_step < progress.step:
+                    if run.logged_step < progress.step:  # the validation failed, or the log
+                        with contextlib.suppress(PicoError):
+                            run.log(record)
+                    save()
 
 
-@contextlib.contextmanager
-def _deferred_interrupt() -> Iterator[list[int]]:
-    """Collect Ctrl-C in the yielded list, where KeyboardInterrupt would leave an update half done.
+def _step(
+    train_step: TrainStep, windows: Windows, progress: Progress, events: Events
+) -> Record | None:
+    """Take a step and count it -> its record; None if `events` stopped it."""
+    settings, start = train_step.settings, time.perf_counter()
+    rate = learning_rate(progress.position(settings), settings, progress.steps)
+    batch = windows.batch_at(progress.windows)  # (A * B, N + T)
+    batch = batch.reshape(settings.grad_accumulation_steps, settings.batch_size, -1)
+    warmup = progress.step < settings.router_warmup_steps
+    losses = train_step(batch, rate, events, router_warmup=warmup)
+    if losses is None:
+        return None
+    if losses[-1] != 1 or not np.isfinite(losses).all():
+        raise PicoError(
+            f"a loss or gradient is not finite at step {progress.step + 1} (lr {rate:.2e}); the "
+            "weights were not updated, and no checkpoint is written; try a smaller --learning-rate"
+        )
+    seconds, epoch = time.perf_counter() - start, progress.windows // len(windows)
+    progress.took(seconds, windows.batch_size, windows.batch_size * settings.context_len)
+    train_step.consistent = True
+    speed = windows.batch_size * settings.context_len / seconds
+    record = _record(losses, progress) | {"epoch": epoch, "lr": rate, "bytes_per_second": speed}
+    return record | ({"minutes": progress.seconds / 60} if settings.max_minutes else {})
 
-    Only in the main thread, and only while Python's own handler is in place.
-    """
-    caught: list[int] = []
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield caught
-        return
-    signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
-    try:
-        yield caught
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
-
-def _catch_up(
-    run: Run, progress: Progress, settings: TrainSettings, validate: Validation, ended: bool
-) -> None:
-    """Validate the last step if a stop skipped that, so that no validation is missing."""
-    due = ended or progress.step % settings.validation_interval == 0
-    if not due or progress.validated or not run.records:
-        return
-    record = run.records[-1]
-    if record["step"] == progress.step and BITS not in record:
-        record |= validate()
-        run.is_best(record)
-        run.rewrite()
+def _record(losses: np.ndarray, progress: Progress) -> Record:
+    """The part of a record that follows from what `TrainStep` returns, and from the progress."""
+    loss, aux_loss, next_byte_loss, router_rate, router_overflow = map(float, losses[:5])
+    return {
+        "step": progress.step,
+        "steps": progress.steps,
+        "loss": loss,
+        "next_byte_loss": next_byte_loss,
+        "aux_loss": aux_loss,
+        "bits_per_byte": next_byte_loss / math.log(2),
+        "router_rate": router_rate,
+        "router_overflow": router_overflow,
+        "bytes": progress.bytes,
+    }

@@ -18,6 +18,7 @@ from pico_tg.data import SEQ_END, SEQ_START, DataSpec, load_data
 from pico_tg.files import PicoError
 from pico_tg.generation import GeneratedByte
 from pico_tg.tools import cli
+from pico_tg.training import Events
 
 TINY = Config(
     dim=24,
@@ -36,6 +37,22 @@ WINDOWS = {"context_len": 40, "batch_size": 2}
 def flags(values: dict) -> list[str]:
     """As options of the command line."""
     return [part for k, v in values.items() for part in ("--" + k.replace("_", "-"), str(v))]
+
+
+class Watch(Events):
+    """Collects what training says and its micro-batches; stops when `asked` returns True."""
+
+    def __init__(self, asked=lambda: False) -> None:
+        self.said, self.seen, self.asked = [], [], asked
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def micro_batch(self, done: int, total: int) -> None:
+        self.seen.append((done, total))
+
+    def stop(self) -> bool:
+        return self.asked()
 
 
 FLAGS = flags(TINY.to_dict())

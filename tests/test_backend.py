@@ -140,3 +140,50 @@ def test_devices():
 def test_wrong_devices(text):
     with pytest.raises(PicoError, match="--devices"):
         parse_devices(text)
+
+
+def run_script(script: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", script]
+    env = os.environ | environment
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
+
+
+@pytest.mark.parametrize(
+    "variable", ["NO_COLOR=true", "NO_COLOR=", "DEBUG=true", "DEBUG=", "PROFILE=default", "VIZ=yes"]
+)
+def test_words_in_the_environment(variable):
+    """tinygrad 0.13 would end the import with a ValueError. The variables keep their values."""
+    name, value = variable.split("=")
+    done = run_script(f"import os, pico_tg; print(os.environ[{name!r}])", **{name: value})
+    assert (done.stdout, done.stderr) == (f"{value}\n", "")
+
+
+FORKED = """
+import os, pico_tg
+sizes = dict(dim=8, att_q_heads=1, att_kv_heads=1, fb_num_blocks=1, latent_num_blocks=1)
+config = pico_tg.Config(**sizes, next_tokens=1, fb_att_window_size=4, latent_capacity_factor=0.25,
+                        latent_att_window_size=4)
+if {computed}:
+    pico_tg.Pico(config)
+if (child := os.fork()) == 0:
+    try:
+        pico_tg.Pico(config)
+        print("computed")
+    except pico_tg.PicoError as error:
+        print(error)
+    os._exit(0 if os.sys.stdout.flush() is None else 1)
+os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_child_is_told():
+    """At once, if the parent has computed: the child would hang, or share the parent's weights."""
+    assert "spawn" in run_script(FORKED.format(computed=True)).stdout
+    assert run_script(FORKED.format(computed=False)).stdout == "computed\n"
+
+
+def test_weights_are_float32_or_refused():
+    script = FORKED.format(computed=True)
+    done = run_script(script, DEFAULT_FLOAT="HALF")
+    assert "PicoError: DEFAULT_FLOAT=HALF would change" in done.stderr

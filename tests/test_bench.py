@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 from helpers import FLAGS, TINY
-from tinygrad import Tensor, TinyJit, dtypes
+from tinygrad import Tensor, TinyJit
 
 from pico_tg.costs import decoding_flops, forward_flops, training_flops
 from pico_tg.tools import bench, cli
@@ -100,22 +100,6 @@ def test_the_model_of_a_folder(tmp_path, capsys, monkeypatch):
     assert cli.main(["init", str(tmp_path / "m"), *FLAGS]) == 0
     assert cli.main(["bench", "--model", str(tmp_path / "m"), "--dim", "32"]) == 0
     assert seen == [dataclasses.replace(TINY, dim=32)]
-
-
-@pytest.mark.parametrize("precision", ["auto", "fp32", "bf16"])
-@pytest.mark.parametrize("fast", [True, False])
-def test_the_precision_of_the_gemm_rate(precision, fast, monkeypatch):
-    """That of training on the device, also if it is not named."""
-    factors = set()
-
-    def uncompiled(matmul):
-        return lambda a, b: factors.update((a.dtype, b.dtype))
-
-    monkeypatch.setattr(bench, "TinyJit", uncompiled)
-    monkeypatch.setattr("pico_tg.backend.precision.has_bf16_tensor_cores", lambda device: fast)
-    bench.gemm_rate(precision, "NULL")
-    bf16 = precision == "bf16" or (precision == "auto" and fast)
-    assert factors == {dtypes.bfloat16 if bf16 else dtypes.float32}
 
 
 def test_the_text_of_a_record():

@@ -1,18 +1,37 @@
-"""Config and TrainSettings: what is refused, what is counted, where the help stands."""
+"""The dataclasses of settings: what is refused, what is counted, what model.json holds."""
 
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pico_tg.config import PRESETS, Config, TrainSettings, field_help
-from pico_tg.files import PicoError
+from pico_tg import (
+    Config,
+    DataSpec,
+    EvalSettings,
+    PicoError,
+    SampleSettings,
+    TrainSettings,
+    evaluate,
+    generate,
+)
+
+PUBLISHED = {
+    "dim": 128, "next_tokens": 8, "att_q_heads": 9, "att_kv_heads": 3, "fb_num_blocks": 2,
+    "fb_att_window_size": 16, "latent_capacity_factor": 0.25, "latent_num_blocks": 12,
+    "latent_att_window_size": 512,
+}  # fmt: skip
 
 
-def test_preset_and_file(tmp_path):
-    config = Config.preset("xs", dim=372, latent_num_blocks=8, fb_att_window_size=32)
+def test_model_json(tmp_path):
+    """Always all keys of the published implementation; others only if they differ."""
+    assert list(Config().to_dict().items()) == list(PUBLISHED.items())
+    more = {"router": "space", "position": "rope"}
+    assert Config(**more).to_dict() == PUBLISHED | more
+    config = Config(dim=372, latent_num_blocks=8, fb_att_window_size=32)
     assert config.parameters == 10_243_208
     config.to_json(tmp_path / "model.json")
     assert Config.from_json(tmp_path / "model.json") == config
@@ -22,40 +41,16 @@ def test_preset_and_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"dim": 8}, "att_q_heads"),
-        ({"dim": 0}, "dim"),
-        ({"dim": 12.5}, "dim"),
-        ({"dim": True}, "dim"),
-        ({"att_kv_heads": 4}, "multiple"),
-        ({"latent_capacity_factor": 0}, "latent_capacity_factor"),
-        ({"latent_capacity_factor": 1.01}, "latent_capacity_factor"),
-        ({"latent_capacity_factor": float("nan")}, "latent_capacity_factor"),
-        ({"latent_capacity_factor": "0.5"}, "latent_capacity_factor"),
-        ({"latent_num_blocks": -1}, "latent_num_blocks"),
-        ({"router": "random"}, "router must be one of learned, space"),
-        ({"depth": 3}, "depth"),
-    ],
-    ids=str,
-)
-def test_impossible_sizes(changes, words):
-    with pytest.raises(PicoError, match=words):
-        Config.preset("xs", **changes)
-
-
-def test_unknown_preset():
-    with pytest.raises(PicoError, match="xs"):
-        Config.preset("xl")
-
-
-@pytest.mark.parametrize(
     ("content", "words"),
     [
         ("{", "JSON"),
         ("[]", "object"),
-        (json.dumps(PRESETS["xs"] | {"depth": 3}), "unknown key 'depth'"),
-        (json.dumps({k: v for k, v in PRESETS["xs"].items() if k != "dim"}), "'dim' is missing"),
+        (json.dumps(PUBLISHED | {"depth": 3}), "unknown key 'depth'; the keys are dim, next_"),
+        (json.dumps(PUBLISHED | {"dim": "wide"}), "dim must be a whole number of at least 1"),
+        *(
+            (json.dumps({k: v for k, v in PUBLISHED.items() if k != key}), f"'{key}' is missing")
+            for key in PUBLISHED
+        ),
     ],
 )
 def test_broken_files(content, words, tmp_path):
@@ -67,36 +62,101 @@ def test_broken_files(content, words, tmp_path):
 
 
 def test_capacity_rounds_down():
-    config = Config.preset("xs", latent_capacity_factor=0.25)
+    config = Config(latent_capacity_factor=0.25)
     assert [config.capacity(n) for n in (3, 4, 7, 8, 1024)] == [0, 1, 1, 2, 256]
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, not 0"),
-        ({"max_steps": 1.5}, "max_steps must be a whole number"),
-        ({"learning_rate": math.nan}, "learning_rate must be a number of at least 0, not nan"),
-        ({"learning_rate": math.inf}, "learning_rate must be finite"),
-        ({"weight_decay": "0.1"}, "weight_decay must be a number"),
-        ({"optimizer": "sgd"}, "optimizer must be one of soap, adamw, not 'sgd'"),
-        ({"checkpoint_activations": 1}, "checkpoint_activations must be True or False, not 1"),
+IMPOSSIBLE = {  # the field, the value, and what it must be
+    Config: [
+        ("dim", 0, "a whole number of at least 1, not 0"),
+        ("dim", 12.5, "a whole number of at least 1, not 12.5"),
+        ("dim", True, "a whole number"),
+        ("latent_capacity_factor", 0, "a number above 0 and at most 1, not 0"),
+        ("latent_capacity_factor", 1.01, "a number above 0 and at most 1, not 1.01"),
+        ("latent_capacity_factor", math.nan, "a number above 0 and at most 1, not nan"),
+        ("latent_capacity_factor", "0.5", "a number above 0 and at most 1, not '0.5'"),
+        ("router", "random", "one of learned, space, stride, all, none, not 'random'"),
     ],
-    ids=str,
+    TrainSettings: [
+        ("batch_size", None, "a whole number of at least 1, not None"),
+        ("learning_rate", math.nan, "a number of at least 0, not nan"),
+        ("learning_rate", math.inf, "finite, not inf"),
+        ("optimizer", "sgd", "one of soap, adamw, not 'sgd'"),
+        ("checkpoint_activations", 1, "True or False, not 1"),
+        ("keep_checkpoints", -1, "a whole number of at least 0"),
+    ],
+    SampleSettings: [
+        ("temperature", -0.1, "a number of at least 0"),
+        ("temperature", math.inf, "finite"),
+        ("top_k", -1, "a whole number of at least 0"),
+        ("top_p", 0.0, "a number above 0 and at most 1"),
+        ("top_p", 1.5, "a number above 0 and at most 1"),
+        ("min_p", 2.0, "a number of at least 0 and at most 1"),
+        ("seed", -1, "a whole number of at least 0"),
+        ("max_bytes", -1, "a whole number of at least 0"),
+        ("num_samples", 0, "a whole number of at least 1"),
+        ("latent", 0, "True or False"),
+    ],
+    EvalSettings: [
+        ("split", "test", "one of validation, train, all, not 'test'"),
+        ("context_len", 0, "a whole number of at least 1"),
+        ("stride", 0, "a whole number of at least 1"),
+        ("batch_size", True, "a whole number of at least 1"),
+        ("max_bytes", 1, "a whole number of at least 2"),
+        ("max_bytes", 5.0, "a whole number of at least 2"),
+        ("precision", None, "one of auto, fp32, bf16"),
+    ],
+    DataSpec: [
+        ("dataset", None, "a str or a path, not None"),
+        ("column_name", 4, "a str or a path, not 4"),
+        ("train_file", True, "a str or a path, not True"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "value", "words"),
+    [(cls, *case) for cls, cases in IMPOSSIBLE.items() for case in cases],
 )
-def test_impossible_settings(changes, words):
+def test_impossible_values(cls, name, value, words):
+    with pytest.raises(PicoError) as caught:
+        cls(**{name: value})
+    assert str(caught.value).startswith(f"{name} must be {words}")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"dim": 8}, r"dim \(8\) is smaller than att_q_heads \(9\)"),
+        ({"att_kv_heads": 4}, "not a multiple"),
+        ({"dim": 10**6}, "more than the limit of 100,000,000,000"),
+    ],
+)
+def test_sizes_that_do_not_fit_together(sizes, words):
     with pytest.raises(PicoError, match=words):
-        TrainSettings(**changes)
+        Config(**sizes)
 
 
-def test_numbers_of_numpy_become_python_s():
+def test_keywords():
+    """Generation and evaluation take the fields as keywords, and name those that there are."""
+    for call, known in ((generate, "top_k, top_p"), (evaluate, "split, stride")):
+        with pytest.raises(PicoError, match=rf"unknown setting topk; there are: .*{known}"):
+            call(None, topk=3)
+        with pytest.raises(PicoError, match="max_bytes must be a whole number"):
+            call(None, max_bytes=-1)
+
+
+def test_values_become_what_json_holds():
+    """NumPy's numbers and paths."""
     settings = TrainSettings(batch_size=np.int64(3), learning_rate=np.float32(0.5))
     assert json.loads(json.dumps(dataclasses.asdict(settings)))["batch_size"] == 3
-    assert isinstance(Config.preset("xs", dim=np.int32(64)).to_dict()["dim"], int)
+    assert type(Config(dim=np.int32(64)).dim) is int
+    assert DataSpec(Path("a.txt")).dataset == "a.txt"
+    assert SampleSettings(seed=None).seed is None
 
 
-@pytest.mark.parametrize("cls", [Config, TrainSettings])
-def test_each_field_has_a_help_that_the_docstring_shows(cls):
-    helps = field_help(cls)
-    assert helps.keys() == {field.name for field in dataclasses.fields(cls)}
-    assert all(f"- {name}: {text}" in cls.__doc__ for name, text in helps.items())
+@pytest.mark.parametrize("cls", [Config, TrainSettings, SampleSettings, EvalSettings, DataSpec])
+def test_the_docstring_shows_the_help_of_each_field(cls):
+    for field in dataclasses.fields(cls):
+        off = "False: " if field.default is True else ""
+        assert f"- {field.name}: {off}{field.metadata['help']}" in cls.__doc__

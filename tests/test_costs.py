@@ -3,13 +3,12 @@
 import dataclasses
 
 import pytest
-from tinygrad import nn
+from tinygrad import dtypes, nn
 
-from pico_tg import train
+from pico_tg import costs, train
 from pico_tg.backend import machine
 from pico_tg.config import Config, TrainSettings
 from pico_tg.costs import (
-    CHOSEN,
     MAX_EPOCHS,
     _matrices,
     check_memory,
@@ -17,62 +16,77 @@ from pico_tg.costs import (
     describe_cost,
     memory_bytes,
     step_seconds,
+    total_steps,
 )
 from pico_tg.files import PicoError
 from pico_tg.model import Pico
 
-XS = Config.preset("xs")
-ORIGINAL = Config.preset("xs", dim=372, latent_num_blocks=8, fb_att_window_size=32)
+XS = Config()
+ORIGINAL = Config(dim=372, latent_num_blocks=8, fb_att_window_size=32)
 SHAKESPEARE = 1_059_645  # bytes to train on
 
 
-def minutes(values: dict, gflops: float) -> float:
-    return values["max_steps"] * step_seconds(XS, TrainSettings(**values), "CPU", gflops) / 60
+def minutes(settings: TrainSettings, gflops: float) -> float:
+    return settings.max_steps * step_seconds(XS, settings, "CPU", gflops) / 60
 
 
 def test_a_small_file_on_two_cores_takes_a_few_minutes():
-    values = choose(XS, SHAKESPEARE, "CPU", 150, {})
-    assert values.keys() == {*CHOSEN}
-    assert (values["context_len"], values["batch_size"]) == (512, 4)
-    assert minutes(values, 150) == pytest.approx(4, rel=0.02)
-    assert values["warmup_steps"] == round(0.1 * values["max_steps"])
-    assert 0.005 < values["learning_rate"] <= 0.012
+    chosen = choose(XS, SHAKESPEARE, "CPU", 150, {})
+    assert (chosen.context_len, chosen.batch_size) == (512, 4)
+    assert minutes(chosen, 150) == pytest.approx(4, rel=0.02)
+    assert chosen.warmup_steps == round(0.1 * chosen.max_steps)
+    assert chosen.router_warmup_steps == round(0.2 * chosen.max_steps)
+    assert 0.005 < chosen.learning_rate <= 0.012
     slower = choose(XS, SHAKESPEARE, "CPU", 30, {})
-    assert slower["max_steps"] == 300 < values["max_steps"]  # fewer steps would teach too little
+    assert slower.max_steps == 300 < chosen.max_steps  # fewer steps would teach too little
 
 
 def test_a_gpu_with_much_data_gets_the_published_settings():
-    values = choose(XS, 700_000_000, "CUDA", 50_000, {})
-    published = TrainSettings()
+    chosen, published = choose(XS, 700_000_000, "CUDA", 50_000, {}), TrainSettings()
     for name in ("context_len", "batch_size", "max_steps", "learning_rate"):
-        assert values[name] == getattr(published, name)
+        assert getattr(chosen, name) == getattr(published, name)
 
 
 @pytest.mark.parametrize("train_bytes", [200, 2000, 20_000, 200_000])
 @pytest.mark.parametrize("device", ["CPU", "CUDA:0"])
 def test_small_data_make_small_windows(train_bytes, device):
-    values = choose(XS, train_bytes, device, 1000, {})
-    settings = TrainSettings(**values)
-    assert XS.capacity(settings.context_len) >= 1
-    assert settings.context_len + XS.next_tokens <= train_bytes
-    windows = (train_bytes - XS.next_tokens) // settings.context_len
-    assert settings.max_steps * settings.batch_size <= (MAX_EPOCHS + 1) * windows
-    assert settings.epochs * windows >= settings.max_steps * settings.batch_size  # none is cut
+    chosen = choose(XS, train_bytes, device, 1000, {})
+    assert XS.capacity(chosen.context_len) >= 1
+    assert chosen.context_len + XS.next_tokens <= train_bytes
+    windows = (train_bytes - XS.next_tokens) // chosen.context_len
+    assert chosen.max_steps * chosen.batch_size <= (MAX_EPOCHS + 1) * windows
+    assert total_steps(XS, chosen, train_bytes) == chosen.max_steps  # the epochs cut none
 
 
 def test_what_is_given_stays_and_counts():
     given = {"context_len": 128, "max_steps": 40, "optimizer": "adamw"}
-    values = choose(XS, SHAKESPEARE, "CPU", 150, given)
-    assert values.keys() == {*CHOSEN} - {*given}
-    assert (values["warmup_steps"], values["router_warmup_steps"]) == (4, 8)
+    chosen = choose(XS, SHAKESPEARE, "CPU", 150, given)
+    assert given.items() <= dataclasses.asdict(chosen).items()
+    assert (chosen.warmup_steps, chosen.router_warmup_steps) == (4, 8)
     rule = choose(dataclasses.replace(XS, router="space"), SHAKESPEARE, "CPU", 150, given)
-    assert "router_warmup_steps" not in rule
-    assert values["learning_rate"] == 0.003
+    assert rule.router_warmup_steps == 0
+    assert chosen.learning_rate == 0.003
     timed = choose(XS, SHAKESPEARE, "CPU", 150, {"max_minutes": 30.0})
     assert minutes(timed, 150) > 100  # the time ends training, not the steps
-    warmup = timed["router_warmup_steps"] / timed["max_steps"]
+    warmup = timed.router_warmup_steps / timed.max_steps
     assert warmup == pytest.approx(0.05, rel=0.01)  # a fifth of the steps that fit in the time
-    assert 0.001 <= timed["learning_rate"] < 0.012
+    assert 0.001 <= timed.learning_rate < 0.012
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp32", "bf16"])
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_precision_of_the_gemm_rate(precision, fast, monkeypatch):
+    """That of training on the device, also if it is not named."""
+    factors = set()
+
+    def uncompiled(matmul):
+        return lambda a, b: factors.update((a.dtype, b.dtype))
+
+    monkeypatch.setattr(costs, "TinyJit", uncompiled)
+    monkeypatch.setattr("pico_tg.backend.precision.has_bf16_tensor_cores", lambda device: fast)
+    costs.gemm_rate(precision, "NULL")
+    bf16 = precision == "bf16" or (precision == "auto" and fast)
+    assert factors == {dtypes.bfloat16 if bf16 else dtypes.float32}
 
 
 def test_memory_is_that_of_the_parameters_and_what_was_measured():
@@ -102,7 +116,7 @@ def test_an_impossible_amount_of_memory_is_an_error(monkeypatch, tmp_path):
 
 
 def test_the_cost_is_one_line():
-    settings = TrainSettings(**choose(XS, SHAKESPEARE, "CPU", 150, {}))
+    settings = choose(XS, SHAKESPEARE, "CPU", 150, {})
     line = describe_cost(XS, settings, SHAKESPEARE, "CPU", 150)
     assert "about 4 minutes" in line
     assert "MB of memory (parameters 14, optimizer 75, activations 182)" in line

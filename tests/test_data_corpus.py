@@ -66,6 +66,7 @@ def test_full_disk(text, cache):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
         check_error(cache, f"cannot write the cache in {cache}: .*set PICO_CACHE", text)
+        check_error(cache, f"cannot write {cache}/python-docs.*set PICO_CACHE", "python-docs")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert load(text).train.documents

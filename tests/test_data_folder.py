@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 import os
+import shutil
 import sys
 import zipfile
 
@@ -51,13 +52,21 @@ def documents(split, *numbers):
 
 def test_folder_with_splits(folder):
     loaded = load(folder)
+    assert has_validation(loaded.spec)
     assert split_up(loaded.train) == documents("train", 0, 1, 2, 3)
     assert split_up(loaded.validation) == documents("validation", 0, 1, 2, 3)
+    assert "from train.jsonl; validating on" in loaded.note
+    assert f"split validation: {len(loaded.validation.bytes):,} bytes" in loaded.note
 
     loaded = load(folder, train_split="test", validation_split="train", validation_size=0.5)
     assert split_up(loaded.train) == documents("test", 0, 1, 2, 3)
     assert split_up(loaded.validation) == documents("train", 0, 1, 2, 3)
     assert "validation_size is not used" in loaded.note
+
+    (folder / "deep" / "valid").mkdir(parents=True)  # the word may be a folder's
+    write_jsonl(folder / "deep" / "valid" / "a.jsonl", as_rows(["more"]))
+    assert split_up(load(folder).validation) == [b"more", *documents("validation", 0, 1, 2, 3)]
+    shutil.rmtree(folder / "deep")
 
     # the only split named validation is the one to train on, so a part of it is held out
     loaded = load(folder, train_split="validation", validation_size=1)
@@ -228,44 +237,16 @@ def test_paths_are_no_patterns(name, kind, tmp_path):
     assert split_up(load_whole(DataSpec(file), progress=False)) == [b"mine"]
 
 
-LAYOUTS = {  # of the validation file, beside it others
-    "valid.{}": ["train.{}"],
-    "val.{}": ["train.{}", "README.md"],
-    "DEV.{}": ["a.{}", "b.{}"],
-    "validation-00000-of-00001.{}": ["train-00000-of-00002.{}", "train-00001-of-00002.{}"],
-    "TinyStoriesV2-GPT4-valid.{}": ["TinyStoriesV2-GPT4-train.{}"],
-    "data/wiki.valid.raw.{}": ["data/wiki.train.raw.{}"],
-    "validation/a.{}": ["train/a.{}", "train/b.{}"],
-    "dev/part 1.{}": ["training/part 1.{}", "test/part 1.{}"],
-    "dev-blog.{}": ["books.{}", "train-travel.{}", "eval_x.{}"],
-}
-
-
-@pytest.mark.parametrize("held_out", LAYOUTS)
-def test_splits_by_name(held_out, tmp_path):
-    """Each document is in the split that its file's name says, and in no other."""
-    expected, kind = {"train": [], "validation": []}, "jsonl"
-    for name in (held_out, *LAYOUTS[held_out]):
-        path = tmp_path / "set" / name.format(kind)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        texts = [f"{name} {i}" for i in range(3)]
-        path.write_bytes(contents(kind, texts))
-        split = split_of(name.format(kind))
-        if split in expected and name != "README.md":
-            expected[split] += [text.encode() for text in texts]
-    loaded = load(tmp_path / "set")
-    assert has_validation(loaded.spec)
-    assert sorted(split_up(loaded.train)) == sorted(expected["train"])
-    assert split_up(loaded.validation) == expected["validation"]
-    assert len(expected["validation"]) == 3
-    assert f"split validation: {len(loaded.validation.bytes):,} bytes" in loaded.note
-    for name in (held_out, *LAYOUTS[held_out]):
-        assert name.format(kind) in loaded.note
-
-
 def test_words_of_splits():
     for name, split in {
         "books.txt": "train",
+        "train-00000-of-00002.parquet": "train",
+        "validation-00000-of-00001.parquet": "validation",
+        "TinyStoriesV2-GPT4-valid.txt": "validation",
+        "data/wiki.valid.raw.txt": "validation",
+        "DEV.csv": "validation",
+        "dev-blog.jsonl": "validation",
+        "training/part 1.txt": "train",
         "train-travel.jsonl": "train",
         "latest.txt": "train",
         "validity/devices.txt": "train",

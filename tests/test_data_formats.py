@@ -243,6 +243,7 @@ def test_json_list_of_dates_stays_text(tmp_path):
         ('[{"text": "a"} {"text": "b"}]', "JSON parse error: Expecting ',' delimiter"),
         ('[{"text": "a"}, 4]', "JSON parse error in record 2: it is no object"),
         ('[{"text": "a"}] x', "several values that are not one a line; write each object on a"),
+        ('{"text": "a"}\n{"text":\n"b"}\n', "in line 2: Expecting value.*; write each object on"),
         ('{"text":\n"a"}\n{"text":\n"b"}\n', "several values that are not one a line; write"),
         ('[{"text": "' + "a" * 100, "more than 100 bytes; write each object on a line of its own"),
     ],

@@ -94,7 +94,7 @@ def load_all(home, hub, *specs):
     environment = os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
     if hub is not None:
         at = f"http://127.0.0.1:{hub.server_port}"
-        environment |= {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": at}
+        environment |= {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": at, "NO_PROXY": "127.0.0.1"}
     command = [sys.executable, LOAD]
     pipes = {"input": json.dumps(specs), "capture_output": True, "text": True}
     done = subprocess.run(command, env=environment, check=True, **pipes)

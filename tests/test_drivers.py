@@ -16,7 +16,7 @@ from pathlib import Path
 
 import metal_device
 import pytest
-from helpers import FOX, TINY, WINDOWS
+from helpers import FOX, TINY, WINDOWS, Watch
 
 import pico_tg
 
@@ -62,7 +62,7 @@ def stopped(tmp_path_factory) -> tuple[Path, str]:
         patch.setenv("PICO_CACHE", str(folder / "cache"))
         run = pico_tg.train(
             pico_tg.Pico(TINY, seed=0), str(text), folder / "first",
-            stop=lambda: len(losses) == BEFORE - 1, **SETTINGS,
+            events=Watch(lambda: len(losses) == BEFORE - 1), **SETTINGS,
         )  # fmt: skip
         for record in run:
             losses.append(record["loss"])

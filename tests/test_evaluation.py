@@ -18,7 +18,6 @@ from pico_tg.evaluation import (
     Evaluation,
     Validation,
     _windows,
-    check_options,
     evaluate,
 )
 from pico_tg.files import PicoError
@@ -335,23 +334,6 @@ def test_more_routed_bytes_than_slots(read, model):
             assert found["nats"].mean() == pytest.approx(expected, abs=1e-5)
     assert fits
     assert exceeds
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"split": "test"}, "validation or train"),
-        ({"context_len": 0}, "context_len"),
-        ({"stride": 0}, "stride"),
-        ({"batch_size": -1}, "batch_size"),
-        ({"max_bytes": 1}, "max_bytes"),
-        ({"max_bytes": 5.0}, "max_bytes"),
-        ({"precision": "fp8"}, "precision"),
-    ],
-)
-def test_bad_options(options, named):
-    with pytest.raises(PicoError, match=named):
-        check_options(**options)
 
 
 def test_other_parts(model, data, tmp_path):

@@ -6,7 +6,8 @@ import stat
 
 import pytest
 
-from pico_tg.files import PicoError, atomic_write, check_writable, fsync_folder
+from pico_tg.files import PicoError, atomic_write, fsync_folder
+from pico_tg.tools.cli import check_writable
 
 
 def test_a_link_is_followed(tmp_path):

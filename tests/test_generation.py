@@ -66,26 +66,6 @@ def test_samples_are_distributed_as_the_distribution():
     assert all(abs(count - 1000) < 130 for count in drawn.values())  # five deviations
 
 
-@pytest.mark.parametrize(
-    "option",
-    [
-        {"temperature": -1},
-        {"temperature": float("nan")},
-        {"max_bytes": -1},
-        {"top_k": -1},
-        {"top_p": 0.0},
-        {"top_p": 1.5},
-        {"min_p": -0.1},
-        {"min_p": 2.0},
-        {"num_samples": 0},
-        {"seed": -1},
-    ],
-)
-def test_bad_options(option):
-    with pytest.raises(PicoError, match=next(iter(option))):
-        generate(None, b"a", **option)
-
-
 def test_a_raw_prompt_of_nothing():
     with pytest.raises(PicoError, match="raw prompt must hold"):
         generate(None, b"", raw_prompt=True)

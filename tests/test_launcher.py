@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -220,13 +219,6 @@ def test_an_interrupt_waits_for_the_end_of_the_graph(graph_of):
     finally:
         signal.signal(signal.SIGALRM, before)
     assert interrupts > 20
-
-
-def test_a_forked_child_runs_graphs_without_helpers(graph_of):
-    script = Path(__file__).parent / "scripts" / "fork_after_graph.py"
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["child", "same", "parent", "same"]
 
 
 @pytest.fixture

@@ -1,6 +1,10 @@
 """The model against the oracle on odd configurations: outputs, losses, gradients, causality."""
 
+import copy
 import dataclasses
+import pickle
+import subprocess
+import sys
 
 import numpy as np
 import oracle
@@ -11,7 +15,10 @@ from references import assert_close, build
 from tinygrad import Tensor, dtypes, nn
 
 from pico_tg import matmul
+from pico_tg.backend.runtime import write_into
 from pico_tg.config import Config
+from pico_tg.decoder import Decoder
+from pico_tg.files import PicoError
 from pico_tg.model import Pico, loss_fn
 from pico_tg.ops import cross_entropy
 
@@ -179,7 +186,7 @@ def test_bytes_may_be_any_integer():
 
 
 def test_fresh_weights():
-    config = Config.preset("xs")
+    config = Config()
     model = Pico(config, seed=0)
     state = nn.state.get_state_dict(model)
     assert sum(t.numel() for t in state.values()) == config.parameters
@@ -200,3 +207,26 @@ def test_fresh_weights():
     assert all(np.array_equal(t.numpy(), again[name].numpy()) for name, t in state.items())
     name = "unembedding.weight"
     assert not np.array_equal(again[name].numpy(), other[name].numpy())
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_a_copy_is_a_copy(copied):
+    """What changes the model afterwards does not change the copy, and the other way round."""
+    model = Pico(ODD, seed=1)
+    before = model.unembedding.weight.numpy().copy()
+    other = copied(model)
+    write_into(model.unembedding.weight, np.zeros_like(before))
+    np.testing.assert_array_equal(other.unembedding.weight.numpy(), before)
+
+
+def test_a_pickle_holds_its_own_weights():
+    """Read by a process that has made another model before, as spawned workers do."""
+    script = "import pickle, sys, pico_tg; mine = pico_tg.Pico(pico_tg.Config(**{!r}), seed=2);"
+    script += "sent = pickle.load(sys.stdin.buffer); sys.stdout.buffer.write("
+    script += "sent.unembedding.weight.numpy().tobytes())"
+    model = Pico(ODD, seed=1)
+    command = [sys.executable, "-c", script.format(ODD.to_dict())]
+    done = subprocess.run(command, input=pickle.dumps(model), capture_output=True, check=True)
+    assert done.stdout == model.unembedding.weight.numpy().tobytes()
+    with pytest.raises(PicoError, match=r"Decoder\(model\)"):
+        copy.deepcopy(Decoder(model))

@@ -27,7 +27,7 @@ def test_operations_are_close_to_the_model_flops():
     counted = {int(length): pair for length, pair in json.loads(done.stdout).items()}
     if not counted:
         pytest.skip("no CPU kernels here")
-    config = Config.preset("xs", **SIZES)
+    config = Config(**SIZES)
     least = {length: training_flops(config, length) for length in LENGTHS}
     ratios = {length: counted[length][0] / least[length] for length in LENGTHS}
     print(ratios, counted)

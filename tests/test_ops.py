@@ -131,14 +131,3 @@ def test_a_lone_byte_is_an_index():
     weight = Tensor.arange(256).reshape(256, 1).float().contiguous().realize()
     byte = Tensor(np.array([200], np.uint8)).clone().realize()
     assert ops.lookup(weight, ops.as_index(byte)).item() == 200
-
-
-def test_a_long_sum_in_parts():
-    """The matmul of a weight's gradient: few outputs, a long sum. Runs on any device."""
-    rng = np.random.default_rng(0)
-    a, b = (rng.standard_normal((2, 1024, n)).astype(np.float32) for n in (16, 32))
-    assert matmul._parts_of_sum(2 * 16 * 32, 1024) == 2
-    found = matmul._tensor_core_gemm(Tensor(a), Tensor(b), 16, 32, 1024, trans_a=True).numpy()
-    np.testing.assert_allclose(found, a.swapaxes(1, 2) @ b, rtol=0, atol=2e-4)
-    # enough workgroups already; too short a sum
-    assert matmul._parts_of_sum(1024 * 1024, 8192) == matmul._parts_of_sum(16, 512) == 1

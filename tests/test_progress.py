@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from pico_tg import progress
-from pico_tg.progress import Progress, say
+from pico_tg.progress import Bar, say
 
 
 class Stream(io.StringIO):
@@ -33,7 +33,7 @@ def clock(monkeypatch):
 def work(clock, monkeypatch, terminal: bool) -> str:
     stream = Stream(terminal)
     monkeypatch.setattr(sys, "stderr", stream)
-    with Progress(total=60, desc="evaluating", unit="step") as bar:
+    with Bar(total=60, desc="evaluating", unit="step") as bar:
         for second in range(60):
             clock[0] += 1
             bar.update()
@@ -63,7 +63,7 @@ def test_nothing_where_it_is_disabled(monkeypatch):
     for terminal in (True, False):
         stream = Stream(terminal)
         monkeypatch.setattr(sys, "stderr", stream)
-        with Progress(total=2, desc="evaluating", disable=True) as bar:
+        with Bar(total=2, desc="evaluating", disable=True) as bar:
             bar.update()
         assert stream.getvalue() == ""
 
@@ -72,7 +72,7 @@ def test_nothing_where_it_is_disabled(monkeypatch):
 def test_without_an_error_stream(disable, monkeypatch, capsys):
     """As under pythonw; standard output stays empty."""
     monkeypatch.setattr(sys, "stderr", None)
-    with Progress(total=1, desc="training", disable=disable) as bar:
+    with Bar(total=1, desc="training", disable=disable) as bar:
         bar.update()
         bar.say("a message")
     say("a message")
@@ -85,6 +85,6 @@ def test_an_error_stream_that_fails_ends_nothing(monkeypatch):
     with open("/dev/full", "w") as stream:
         monkeypatch.setattr(sys, "stderr", stream)
         say("a message")
-        with Progress(total=1, desc="training") as bar:
+        with Bar(total=1, desc="training") as bar:
             bar.update()
             bar.say("a message")

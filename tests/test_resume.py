@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import TINY as CONFIG
-from helpers import WINDOWS, flags
+from helpers import WINDOWS, Watch, flags
 from tinygrad import GlobalCounters
 
 from pico_tg.checkpoint import checkpoint_path, list_checkpoints
@@ -42,10 +42,10 @@ def make(seed: int = 0) -> Pico:
     return Pico(CONFIG, seed)
 
 
-def after(n: int):
-    """A `stop` that returns True when it is asked for the n-th time."""
+def after(n: int) -> Watch:
+    """Stop when asked for the n-th time."""
     answers = iter([False] * (n - 1) + [True])
-    return lambda: next(answers)
+    return Watch(lambda: next(answers))
 
 
 def compare(a: Path, b: Path) -> None:
@@ -77,10 +77,12 @@ def test_resumed_twice_is_the_same_bit_for_bit(optimizer, accumulation, text, tm
     settings |= {"max_steps": 13, "validation_interval": 4, "router_warmup_steps": 5}
     straight, pieces = tmp_path / "straight", tmp_path / "pieces"
     list(train(make(), text, straight, **settings))
-    # asked after each micro-batch, once more after the step, and again after a validation
-    list(train(make(), text, pieces, stop=after(4 if accumulation == 1 else 12), **settings))
+    # asked between two micro-batches, and after the step: the second stop is within a step
+    list(train(make(), text, pieces, events=after(4 * accumulation), **settings))
     # settings: those of the run
-    list(train(make(1), text, pieces, resume=True, stop=after(8 if accumulation == 1 else 22)))
+    list(
+        train(make(1), text, pieces, resume=True, events=after(7 * accumulation + accumulation - 1))
+    )
     assert len(read_metrics(pieces)) == 11
     list(train(make(2), None, pieces, resume=True))
     assert read_metrics(straight)[-1]["epoch"] >= 2

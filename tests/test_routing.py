@@ -1,21 +1,23 @@
 """The fixed rules that select bytes, over a sequence and byte by byte."""
 
+import dataclasses
+
 import numpy as np
 import pytest
+from helpers import TINY
 from references import TEXT
 from tinygrad import Tensor
 
 from pico_tg.config import RULES
-from pico_tg.routing import rule_decisions
+from pico_tg.routing import causal_decisions
 
 
-def by_rule(router: str, data: bytes, start: int = 0, kind: type = np.array) -> np.ndarray:
+def by_rule(router: str, data: bytes, start: int = 0) -> np.ndarray:
     """The decisions of a rule on the bytes of `data` from `start` on."""
     x = np.frombuffer(b"\0" + data, np.uint8).astype(np.int32)[start:]
-    position = np.arange(start, len(data))
-    arrays = (kind(x[1:]), kind(x[:-1]), kind(position))
-    found = rule_decisions(router, *arrays, 4)
-    return found.numpy() if kind is Tensor else found
+    position = Tensor(np.arange(start, len(data), dtype=np.int32))
+    config, logits = dataclasses.replace(TINY, router=router), Tensor.zeros(len(x) - 1)
+    return causal_decisions(config, Tensor(x[1:]), Tensor(x[:-1]), position, logits).numpy()
 
 
 def test_the_rule_of_spaces():
@@ -27,15 +29,9 @@ def test_the_rule_of_spaces():
 
 
 @pytest.mark.parametrize("router", RULES)
-def test_rules_a_byte_at_a_time(router):
+def test_rules_in_pieces(router):
     whole = by_rule(router, TEXT)
     assert whole.dtype == bool
-    np.testing.assert_array_equal(by_rule(router, TEXT, kind=Tensor), whole)
-    for i in range(len(TEXT)):
-        assert by_rule(router, TEXT[: i + 1], i).tolist() == [whole[i]]
-
-
-@pytest.mark.parametrize("kind", [np.array, Tensor])
-def test_an_unknown_rule(kind):
-    with pytest.raises(ValueError, match="'random' is not a rule"):
-        by_rule("random", TEXT, kind=kind)
+    for cut in (1, 2, 7, len(TEXT) - 1):
+        pieces = np.concatenate([by_rule(router, TEXT[:cut]), by_rule(router, TEXT, cut)])
+        np.testing.assert_array_equal(pieces, whole)

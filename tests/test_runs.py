@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import TINY, WINDOWS
+from helpers import TINY, WINDOWS, Watch
 from tinygrad import Tensor
 
-from pico_tg import describe, load
+from pico_tg import load
 from pico_tg.checkpoint import checkpoint_path, list_checkpoints, save_checkpoint, weights_of
 from pico_tg.config import Config
 from pico_tg.data import DataSpec, Windows, load_data, stored_spec
@@ -28,6 +28,8 @@ from pico_tg.runs import (
     run_folder,
 )
 from pico_tg.safetensors import read_safetensors, write_safetensors
+from pico_tg.tools.info import describe
+from pico_tg.tools.terminal import StopSignals
 from pico_tg.training import TrainStep, train
 
 FORMER = Path(__file__).parent / "golden" / "run_5601c96"
@@ -45,11 +47,11 @@ def text(tmp_path):
 def quick_steps(monkeypatch):
     """Steps and validations that compile nothing: each adds 1 to a weight."""
 
-    def step(self, batches, lr, interrupt=lambda done: False, router_warmup=False):
-        if len(batches) > 1:
-            for done in range(1, len(batches) + 1):
-                if interrupt(done) and done < len(batches):
-                    return None
+    def step(self, batches, lr, events, router_warmup=False):
+        for done in range(1, len(batches) + (len(batches) > 1)):
+            events.micro_batch(done, len(batches))
+            if done < len(batches) and events.stop():
+                return None
         weight = self.model.norm.weight
         weight.assign(Tensor(weight.numpy() + 1)).realize()
         return np.array([2, 0, 2, 0.25, 1], np.float32)
@@ -124,7 +126,7 @@ def test_whoever_leaves_the_loop_saves_the_last_step(text, tmp_path, quick_steps
         records.throw(ZeroDivisionError())
     assert [at for at, _ in list_checkpoints(run)] == [3]
     assert steps_of(checkpoint_path(run, 3)) == 3
-    for record in train(Pico(TINY, 1), None, run, resume=True, say=lambda text: None):
+    for record in train(Pico(TINY, 1), None, run, resume=True):
         if record["step"] == 5:
             break
     assert steps_of(checkpoint_path(run, 5)) == 5
@@ -137,9 +139,9 @@ def test_a_validation_that_fails_loses_no_step(text, tmp_path, quick_steps):
     with pytest.raises(RuntimeError):
         list(start(text, run, max_steps=20, validation_interval=2))
     assert steps(read_metrics(run)) == [1, 2]
-    quick_steps.bits = iter([3.0, 2.0])
+    quick_steps.bits = iter([2.0])
     assert steps(train(Pico(TINY, 1), None, run, resume=True, max_steps=3)) == [3]
-    assert [record.get(BITS) for record in read_metrics(run)] == [None, 3.0, 2.0]
+    assert [record.get(BITS) for record in read_metrics(run)] == [None, None, 2.0]
 
 
 def test_a_step_that_fails_saves_nothing(text, tmp_path, quick_steps, monkeypatch):
@@ -157,23 +159,16 @@ def test_a_step_that_fails_saves_nothing(text, tmp_path, quick_steps, monkeypatc
     assert list_checkpoints(tmp_path / "run") == []
 
 
-def test_ctrl_c_within_a_step_saves_that_step(text, tmp_path, quick_steps, monkeypatch):
-    """In a script, which has Python's own handler; the step ends, and is the last one saved."""
-    run = tmp_path / "run"
-    records = start(text, run, max_steps=20)
-    for _ in range(3):
-        next(records)
-    step = TrainStep.__call__
-
-    def interrupted(self, *args, **options):
-        signal.raise_signal(signal.SIGINT)
-        return step(self, *args, **options)
-
-    monkeypatch.setattr(TrainStep, "__call__", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        next(records)
-    assert [s for s, _ in list_checkpoints(run)] == [4]
-    assert steps(read_metrics(run)) == [1, 2, 3, 4]
+def test_ctrl_c_in_a_script_that_watches_signals(text, tmp_path, quick_steps):
+    """The step in progress ends, and is the last one saved."""
+    run, seen = tmp_path / "run", []
+    with StopSignals() as events:
+        for record in start(text, run, max_steps=20, events=events):
+            seen.append(record["step"])
+            if record["step"] == 3:
+                signal.raise_signal(signal.SIGINT)
+    assert seen == steps(read_metrics(run)) == [1, 2, 3, 4]
+    assert [at for at, _ in list_checkpoints(run)] == [4]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -193,28 +188,21 @@ def test_more_epochs_continue_a_run(text, tmp_path, quick_steps):
     assert steps(resumed) == [few + 1, few + 2]
 
 
-def test_a_stop_at_the_last_step_is_measured_on_resuming(text, tmp_path, quick_steps):
-    run, stops = tmp_path / "run", iter([False, False, True])
-    list(start(text, run, max_steps=3, validation_interval=5, stop=lambda: next(stops)))
-    assert BITS not in read_metrics(run)[-1]
-    assert steps(train(Pico(TINY, 1), None, run, resume=True)) == []
-    assert BITS in read_metrics(run)[-1]
+def test_a_stop_waits_for_the_validation_of_its_step(text, tmp_path, quick_steps):
+    run, stops = tmp_path / "run", iter([False, False, False, True])
+    settings = {"max_steps": 9, "validation_interval": 4}
+    assert steps(start(text, run, events=Watch(lambda: next(stops)), **settings)) == [1, 2, 3, 4]
+    assert [record.get(BITS) for record in read_metrics(run)] == [None, None, None, 3.0]
+    assert steps_of(checkpoint_path(run, 4)) == 4
 
 
 def test_a_stop_takes_effect_after_the_micro_batch(text, tmp_path, quick_steps):
     """The step in progress is discarded, and the one before it is saved."""
-    run, seen = tmp_path / "run", []
-    records = start(
-        text,
-        run,
-        max_steps=20,
-        grad_accumulation_steps=4,
-        batch_size=1,
-        on_micro_batch=lambda done, total: seen.append((done, total)),
-        stop=lambda: len(seen) == 6,
-    )
-    assert steps(records) == [1]
-    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4), (1, 4), (2, 4)]
+    run = tmp_path / "run"
+    watch = Watch(lambda: len(watch.seen) == 6)
+    settings = {"grad_accumulation_steps": 4, "batch_size": 1}
+    assert steps(start(text, run, max_steps=20, events=watch, **settings)) == [1]
+    assert watch.seen == [(1, 4), (2, 4), (3, 4), (4, 4), (1, 4), (2, 4)]
     assert steps_of(find_checkpoint(run)) == 1
     assert steps(train(Pico(TINY, 1), None, run, resume=True, max_steps=3)) == [2, 3]
     assert steps_of(find_checkpoint(run)) == 3
@@ -224,25 +212,25 @@ def test_a_run_without_a_checkpoint_starts_again(text, tmp_path, quick_steps):
     run = tmp_path / "run"
     weights = tmp_path / "base.safetensors"
     write_safetensors(weights, weights_of(Pico(TINY, 9)))
-    records = start(text, run, max_steps=3, stop=lambda: True, grad_accumulation_steps=2)
+    stopping = Watch(lambda: True)
+    records = start(text, run, max_steps=3, events=stopping, grad_accumulation_steps=2)
     assert list(records) == []  # stopped within the first step
     assert list_checkpoints(run) == []
-    assert steps(start(text, run, max_steps=2, base_weights=weights, stop=lambda: False)) == [1, 2]
+    assert steps(start(text, run, max_steps=2, base_weights=weights)) == [1, 2]
     with pytest.raises(PicoError, match="exists; continue it with --resume"):
         start(text, run)
     for path in run.glob("0*"):
         path.unlink()
-    said = []
-    resumed = Pico(TINY, 1)
-    assert steps(train(resumed, None, run, resume=True, say=said.append)) == [1, 2]
-    assert "ended before its first checkpoint" in said[0]
+    watch, resumed = Watch(), Pico(TINY, 1)
+    assert steps(train(resumed, None, run, resume=True, events=watch)) == [1, 2]
+    assert "ended before its first checkpoint" in watch.said[0]
     expected = read_safetensors(weights)[0]["embedding.weight"]
     np.testing.assert_array_equal(resumed.embedding.weight.numpy(), expected)
     assert steps(read_metrics(run)) == [1, 2]
 
 
 @pytest.mark.parametrize(
-    "left", ["notes.txt", "00000002.safetensors", "00000002.safetensors.broken"]
+    "left", ["notes.txt", "00000002.safetensors", "00000002.state.safetensors"]
 )
 def test_a_folder_with_anything_else_is_no_new_run(left, text, tmp_path, quick_steps):
     (tmp_path / "run").mkdir()
@@ -261,7 +249,7 @@ def test_max_minutes(text, tmp_path, quick_steps, monkeypatch):
     monkeypatch.setattr("pico_tg.training.time", time)
     run = tmp_path / "run"
     settings = {"max_minutes": 1.0, "max_steps": 1000, "warmup_steps": 0, "learning_rate": 1.0}
-    records = list(start(text, run, stop=lambda: False, **settings))
+    records = list(start(text, run, **settings))
     assert len(records) == 8
     assert [round(record["minutes"] * 60) for record in records] == [0, 0, 10, 20, 30, 40, 50, 60]
     assert BITS in records[-1]
@@ -281,10 +269,10 @@ def test_nothing_is_left(limit, value, text, tmp_path, quick_steps):
     """The message names the setting that ended the run."""
     run = tmp_path / "run"
     assert list(start(text, run, **{"max_steps": 99, limit: value}))
-    said = []
-    assert list(train(Pico(TINY, 1), None, run, resume=True, say=said.append)) == []
+    watch = Watch()
+    assert list(train(Pico(TINY, 1), None, run, resume=True, events=watch)) == []
     expected = f"a larger --{limit.replace('_', '-')} continues the run"
-    assert f"nothing left to train; {expected}" in said
+    assert f"nothing left to train; {expected}" in watch.said
 
 
 # Which checkpoints are kept, and found -----------------------------------------------------------
@@ -344,11 +332,11 @@ def test_differences():
 def test_training_goes_on_from_the_newest_valid_checkpoint(run, text):
     path = checkpoint_path(run, 4)
     path.write_bytes(path.read_bytes()[:-5])
-    said = []
-    assert steps(train(Pico(TINY), text, run, resume=True, say=said.append)) == [3, 4]
+    watch = Watch()
+    assert steps(train(Pico(TINY), text, run, resume=True, events=watch)) == [3, 4]
     assert (run / "00000004.safetensors.broken").exists()
-    assert "00000004" in said[0]
-    assert "resuming after step 2" in said[1]
+    assert "00000004" in watch.said[0]
+    assert "resuming after step 2" in watch.said[1]
     assert steps(read_metrics(run)) == [1, 2, 3, 4]
     assert steps_of(path) == 4
 
@@ -364,7 +352,7 @@ def test_a_forced_batch_size_leaves_no_window_out(text, tmp_path, quick_steps, m
         return batch
 
     monkeypatch.setattr(Windows, "batch_at", watched)
-    list(start(text, tmp_path / "run", epochs=1, stop=lambda: len(seen) == 6))
+    list(start(text, tmp_path / "run", epochs=1, events=Watch(lambda: len(seen) == 6)))
     resumed = train(Pico(TINY), text, tmp_path / "run", resume=True, batch_size=1, force=True)
     assert steps(resumed) == [4, 5, 6, 7, 8]
     whole = Windows(load_data(DataSpec(text)).train, 40, TINY.next_tokens, 11, 0)
@@ -391,9 +379,9 @@ def test_changed_settings_are_refused_by_name(run, text):
     with pytest.raises(PicoError, match=r"batch_size was 2, now 1.*--force"):
         resume(batch_size=1)
     assert resume(context_len=40) == []  # the same as before; nothing is left to do
-    said = []
-    records = resume(say=said.append, max_steps=6, batch_size=1, force=True)
-    assert "6 steps in all, not 4: from step 5 on the learning rate" in said[-1]
+    watch = Watch()
+    records = resume(events=watch, max_steps=6, batch_size=1, force=True)
+    assert "6 steps in all, not 4: from step 5 on the learning rate" in watch.said[-1]
     assert steps(records) == [5, 6]
     assert records[-1]["bytes"] == 4 * 2 * 40 + 2 * 1 * 40
     assert read_description(run)["settings"]["batch_size"] == 1
@@ -471,10 +459,17 @@ def test_a_broken_description(damage, run):
         train(Pico(TINY), None, run, resume=True)
 
 
-def test_metrics_that_are_none(run):
-    with open(run / "metrics.jsonl", "ab") as file:
-        file.write(b'3\n{"step": "x"}\n\xff\xfe\n{"step": 5, "bi')
-    assert steps(read_metrics(run)) == [1, 2, 3, 4]
+def test_metrics_are_appended(run, text):
+    """What is no record is skipped; the last record of a step counts, also after a killed run."""
+    path = run / "metrics.jsonl"
+    with open(path, "ab") as file:
+        file.write(b'3\n{"step": "x"}\n\xff\xfe\n{"step": 5, "loss": 9}\n{"step": 6, "loss": 9}\n')
+        file.write(b'{"step": 7, "bi')
+    before = path.read_bytes()
+    assert steps(read_metrics(run)) == [1, 2, 3, 4, 5, 6]
+    records = list(train(Pico(TINY), text, run, resume=True, max_steps=5))
+    assert read_metrics(run)[4:] == records
+    assert path.read_bytes().startswith(before)
 
 
 def test_a_run_is_trained_by_one_at_a_time(run, text):
@@ -500,7 +495,7 @@ def test_leftovers_of_killed_processes_are_removed(run, text):
 def test_a_full_log_does_not_lose_the_training(run, text, monkeypatch):
     """What was trained is saved before the error."""
 
-    def full(self, record, durable=False):
+    def full(self, record):
         raise PicoError("cannot write metrics.jsonl: No space left on device")
 
     records = train(Pico(TINY), text, run, resume=True, max_steps=9)

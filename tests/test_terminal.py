@@ -10,7 +10,6 @@ from helpers import record, records
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pico_tg.tools import terminal
 from pico_tg.tools.terminal import (
     RESET,
     StopSignals,
@@ -197,9 +196,9 @@ def test_signals_ask_first(number, monkeypatch, capfd):
     monkeypatch.setattr(os, "_exit", left.append)
     before = signal.getsignal(number)
     with StopSignals() as stopping:
-        assert not stopping()
+        assert not stopping.stop()
         os.kill(os.getpid(), number)
-        assert stopping()
+        assert stopping.stop()
         assert left == []
         os.kill(os.getpid(), number)  # the same one, forwarded
         assert left == []
@@ -217,7 +216,7 @@ def test_an_ignored_signal_stays_ignored(number, monkeypatch):
     try:
         with StopSignals() as stopping:
             os.kill(os.getpid(), number)
-            assert not stopping()
+            assert not stopping.stop()
             assert signal.getsignal(number) is signal.SIG_IGN
     finally:
         signal.signal(number, before)
@@ -236,24 +235,16 @@ def test_time_left(first, monkeypatch, capsys):
     now = 1000.0
     monkeypatch.setattr("tqdm.std.time", lambda: now)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    bars = []
-
-    class Bar(terminal.Progress):
-        def __init__(self, *args, **options):
-            super().__init__(*args, **options)
-            bars.append(self)
-
-    monkeypatch.setattr(terminal, "Progress", Bar)
-    last, seen = first + 100, []
+    display, last, seen = TrainingDisplay(), first + 100, []
 
     def made():
         nonlocal now
         for step in range(first + 1, first + 51):
             now += 30 if step <= first + 2 else 0.125
             yield step_record(step, last)
-            seen.append((step, bars[0].format_dict, str(bars[0])))
+            seen.append((step, display.bar.format_dict, str(display.bar)))
 
-    assert TrainingDisplay().show(made()) == f"{first + 50}"
+    assert display.show(made()) == f"{first + 50}"
     assert [state["n"] for _, state, _ in seen] == [step for step, _, _ in seen]
     assert [text.split(":")[0] for _, _, text in seen[:3]] == ["compiling", "training", "training"]
     for _, state, text in seen[:2]:

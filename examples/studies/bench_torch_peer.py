@@ -45,8 +45,9 @@ from tqdm import tqdm
 import pico_tg
 from pico_tg import SOAP, Config, Decoder, TrainSettings, generate
 from pico_tg.backend.precision import graph_context
+from pico_tg.costs import gemm_rate
 from pico_tg.cpu.launcher import NativeGraph, without_kernels
-from pico_tg.tools.bench import ForwardBackward, gemm_rate
+from pico_tg.tools.bench import ForwardBackward
 from pico_tg.training import TrainStep
 
 EPS = 2.0**-23
@@ -55,7 +56,7 @@ PUBLISHED = {"dim": 372, "latent_num_blocks": 8, "fb_att_window_size": 32}
 SMALL = {
     "dim": 96, "att_q_heads": 6, "att_kv_heads": 2, "latent_num_blocks": 2, "next_tokens": 4,
 }  # fmt: skip
-CASES = {  # sizes of the model (otherwise those of the preset), context, windows
+CASES = {  # sizes of the model (otherwise the defaults of Config), context, windows
     "published-1024": (PUBLISHED, 1024, 1),
     "published-6144": (PUBLISHED, 6144, 1),
     "quickstart-4x512": (SMALL, 512, 4),
@@ -541,7 +542,7 @@ def main() -> None:
         check_soap("cuda" if args.cuda else "cpu")
         for case in args.case:
             sizes, context, batch = CASES[case]
-            config = Config.preset("xs", **sizes)
+            config = Config(**sizes)
             rows = measure_case(config, context, batch, args, bar)
             head = [
                 f"{case}, ms",

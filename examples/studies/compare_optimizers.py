@@ -26,9 +26,7 @@ parser.add_argument("--rates", type=int, default=3, help="number of learning rat
 parser.add_argument("--svg", type=Path, default=Path(__file__).parent / "optimizers.svg")
 args = parser.parse_args()
 
-config = pico_tg.Config.preset(
-    "xs", dim=96, att_q_heads=6, att_kv_heads=2, latent_num_blocks=2, next_tokens=4
-)
+config = pico_tg.Config(dim=96, att_q_heads=6, att_kv_heads=2, latent_num_blocks=2, next_tokens=4)
 if args.model:
     config = pico_tg.Config.from_json(args.model)
 data = pico_tg.load_data(pico_tg.DataSpec(args.dataset))

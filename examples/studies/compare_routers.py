@@ -109,7 +109,7 @@ def all_variants() -> list[Variant]:
     variants = []
     for size in args.sizes:
         if size in SIZES:
-            base = pico_tg.Config.preset("xs", **SIZES[size])
+            base = pico_tg.Config(**SIZES[size])
         else:
             base = pico_tg.Config.from_json(size)
             size = Path(size).parent.name

@@ -30,13 +30,13 @@ RULES: dict[str, tuple[int, int, float, float]] = {
 parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
 parser.add_argument("datasets", nargs="*", default=["python-docs"], metavar="DATASET")
 parser.add_argument("--flops", type=float, default=2e12, help="training FLOPs of each run")
-parser.add_argument("--model", type=Path, help="sizes of the model (default: those of preset xs)")
+parser.add_argument("--model", type=Path, help="sizes of the model (default: those of Config)")
 parser.add_argument("--rules", type=int, default=len(RULES), help="number of rules to try")
 parser.add_argument("--evaluation-bytes", type=int, default=16384)
 parser.add_argument("--results", type=Path, default=Path(__file__).parent / "settings.jsonl")
 args = parser.parse_args()
 
-config = pico_tg.Config.from_json(args.model) if args.model else pico_tg.Config.preset("xs")
+config = pico_tg.Config.from_json(args.model) if args.model else pico_tg.Config()
 
 
 def train_and_evaluate(data, context_len: int, batch_size: int, rate: float, warm_up: float):

@@ -82,7 +82,7 @@ def table(kernels: dict[Kernel, int]) -> None:
 
 def main(length: str = "1024", batch: str = "1", precision: str = "fp32", sizes: str = "") -> None:
     readme = {"dim": 372, "latent_num_blocks": 8, "fb_att_window_size": 32}
-    config = Config.preset("xs", **(json.loads(sizes) if sizes else readme))
+    config = Config(**(json.loads(sizes) if sizes else readme))
     kernels = kernels_of_a_step(config, int(length), int(batch), precision)
     totals = (sum(column) / 1e9 for column in list(zip(*kernels, strict=True))[1:4])
     moved, loaded, operations = totals

@@ -24,7 +24,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tinygrad import Device, Tensor, getenv
+from tinygrad import Device, Tensor, dtypes, getenv
 from tinygrad.helpers import CPU_COUNT, DEV, USE_TC, Target
 from tinygrad.runtime.support.c import DLL
 
@@ -94,6 +94,12 @@ def check_backend() -> None:
     machine has none.
     """
     share_cache_file()
+    if dtypes.default_float != dtypes.float32:
+        given = os.environ.get("DEFAULT_FLOAT")
+        raise PicoError(
+            f"DEFAULT_FLOAT={given} would change the dtype of the weights; unset it (--precision "
+            "bf16 is mixed precision)"
+        )
     try:
         _choose()
         if Device.DEFAULT.split(":")[0] in ("DISK", "NPY", "TINYFS"):

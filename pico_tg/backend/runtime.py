@@ -5,6 +5,7 @@ Only backend/ and cpu/ import others; all other files get theirs here (tests/tes
 """
 
 import functools
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from tinygrad.codegen.opt import Opt, OptOps  # noqa: F401  # for ops.py
 from tinygrad.dtype import DType, _to_np_dtype  # noqa: F401  # DType: for matmul.py
 from tinygrad.engine import realize
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops  # noqa: F401  # for ops.py
+
+from ..files import PicoError
 
 try:
     from .. import cpu
@@ -162,11 +165,34 @@ def on_devices(values: np.ndarray, devices: tuple[str, ...], axis: int | None = 
 tinygrad_lock = threading.RLock()
 
 
+_used = _forked = False  # whether this process, or the one it was forked from, has computed
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = _used
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+
 def exclusive(function: Callable) -> Callable:
-    """The function, holding `tinygrad_lock` while it runs."""
+    """The function, holding `tinygrad_lock` while it runs.
+
+    Raises PicoError in a process that was forked from one that has computed: it would wait for the
+    parent's threads, and share the parent's buffers (test_backend.test_a_forked_child_is_told).
+    """
 
     @functools.wraps(function)
     def locked(*args, **kwargs):
+        global _used
+        if _forked:
+            raise PicoError(
+                "this process was forked from one that has already computed, and shares its "
+                'memory; start it by multiprocessing.get_context("spawn")'
+            )
+        _used = True
         with tinygrad_lock:
             return function(*args, **kwargs)
 

@@ -20,13 +20,14 @@ from pathlib import Path
 import numpy as np
 
 from ..files import PicoError, fsync_folder
-from ..progress import Progress
+from ..progress import Bar
 from .formats import MissingColumn, Pieces, Remark, read_file, reason
 
 SEQ_START: bytes = b"<pico:seq>"
 SEQ_END: bytes = b"</pico:seq>"
 
 CACHE_FORMAT = 3  # part of every cache's key: to be increased when the files or readers change
+ROOM = "make room there or set PICO_CACHE to another folder"
 BUILD_SECONDS = 24 * 3600  # a temporary folder that is not written for so long is left over
 
 
@@ -133,8 +134,7 @@ def writing_cache() -> Iterator[None]:
         yield
     except OSError as error:
         raise PicoError(
-            f"cannot write the cache in {cache_root()}: {reason(error)}; "
-            "make room there or set PICO_CACHE to another folder"
+            f"cannot write the cache in {cache_root()}: {reason(error)}; {ROOM}"
         ) from error
 
 
@@ -197,7 +197,7 @@ def _write(source: Source, folder: Path, progress: bool) -> None:
     total, counts = 0, []
     remarks, missing = [], []
     content = hashlib.blake2b(digest_size=16)
-    bar = Progress(desc=f"caching {source.label}", unit="B", unit_scale=True, disable=not progress)
+    bar = Bar(desc=f"caching {source.label}", unit="B", unit_scale=True, disable=not progress)
     with open(folder / "bytes", "wb") as data, open(folder / "offsets", "wb") as offsets, bar:
         offsets.write(struct.pack("<q", 0))
         for file in source.files:

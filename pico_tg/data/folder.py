@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from ..files import PicoError, atomic_write
-from .corpus import File, Source, cache_root, digest, writing_cache
+from .corpus import ROOM, File, Source, cache_root, digest, writing_cache
 from .formats import COMPRESSIONS, READERS, format_of, reason
 from .hub import download, open_hub
 from .spec import PYTHON_DOCS, DataSpec
@@ -187,8 +187,11 @@ def _python_docs(spec: DataSpec) -> Folder:
         if not path.exists():
             with writing_cache():
                 path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(path) as file:
-                file.write(rows.encode())
+            try:
+                with atomic_write(path) as file:
+                    file.write(rows.encode())
+            except PicoError as error:
+                raise PicoError(f"{error}; {ROOM}") from error
 
     unused = {}
     if os.path.exists(PYTHON_DOCS):

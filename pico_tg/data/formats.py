@@ -218,7 +218,8 @@ def _json_lines(file: BinaryIO) -> Iterator[dict]:
         try:
             row = json.loads(line.decode())
         except ValueError as error:
-            raise ValueError(f"JSON parse error in line {number}: {reason(error)}") from error
+            hint = f"; {JSON_LINES}" if isinstance(error, json.JSONDecodeError) else ""
+            raise ValueError(f"JSON parse error in line {number}: {reason(error)}{hint}") from error
         if not isinstance(row, dict):
             raise ValueError(f"JSON parse error in line {number}: it is no object")
         yield row

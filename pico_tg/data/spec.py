@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config import documented, setting
+from ..config import check_fields, documented, setting
 from ..files import PicoError
 
 PYTHON_DOCS = "python-docs"
@@ -46,9 +46,11 @@ class DataSpec:
         "split to validate on (default: validation if there is one, unless both train_file and "
         "validation_size are given; with train_file, only of local data)"
     )
-    validation_size: float | int | None = _option(
+    validation_size: float | int | None = setting(
         "without validation data, hold out the end: a fraction of the bytes below 1, or a number "
-        "of documents (default 0.05)"
+        "of documents (default 0.05)",
+        None,
+        above=0,
     )
     revision: str | None = _option(
         "revision of a data set on the hub: a commit, tag or branch (default: the newest, which a "
@@ -56,26 +58,18 @@ class DataSpec:
     )
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            name, value = field.name, getattr(self, field.name)
-            if name == "validation_size" or (value is None and name != "dataset"):
-                continue
-            if not isinstance(value, str | os.PathLike) or isinstance(os.fspath(value), bytes):
-                raise PicoError(f"{name} must be a str or a path, not {value!r}")
-            if not os.fspath(value):
+        check_fields(self)
+        for name, value in dataclasses.asdict(self).items():
+            if value == "":
                 raise PicoError(
                     "the dataset has no name; python-docs needs no download"
                     if name == "dataset"
                     else f"{name} is empty; leave it out or name one"
                 )
-            object.__setattr__(self, name, os.fspath(value))  # the dataclass is frozen
         if self.validation_file is not None and self.validation_split is not None:
             raise PicoError("give a validation_file or a validation_split, not both")
         size = self.validation_size
-        if size is None:
-            return
-        whole = isinstance(size, int) and not isinstance(size, bool) and size >= 1
-        if not whole and not (isinstance(size, float) and 0 < size < 1):
+        if isinstance(size, float) and size >= 1:
             raise PicoError(
                 "validation_size must be a fraction between 0 and 1, or a whole number of "
                 f"documents, not {size!r}"

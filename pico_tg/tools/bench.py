@@ -14,9 +14,7 @@ A record of a measurement has
 - mfu (model FLOPs utilization): gflops divided by the rate of a plain matmul on this machine
 - hfu (hardware FLOPs utilization): the same for operations
 
-The first record, `machine`, has the rate of a plain matmul as gemm_gflops: on a CPU NumPy's rate
-for 1536 x 1536 matrices in float32; on an accelerator tinygrad's best rate over several sizes, in
-the precision of the benchmark.
+The first record, `machine`, has the rate of a plain matmul as gemm_gflops (`costs.gemm_rate`).
 """
 
 import contextlib
@@ -32,18 +30,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tinygrad import Device, GlobalCounters, Tensor, TinyJit, UOp, dtypes, nn
+from tinygrad import Device, GlobalCounters, Tensor, UOp, nn
 
 from ..backend.device import describe_backend
 from ..backend.precision import choose_precision, graph_context
 from ..backend.runtime import Ops, jit_method, on_devices, realize
 from ..config import Config, TrainSettings
-from ..costs import decoding_flops, training_flops
+from ..costs import decoding_flops, gemm_rate, training_flops
 from ..decoder import DECODE_ROWS, Decoder
 from ..files import PicoError
 from ..generation import GeneratedByte, Stats, generate
 from ..model import Pico, inputs_and_targets, loss_fn
-from ..progress import Progress
+from ..progress import Bar
 from ..training import TrainStep
 
 Record = dict[str, Any]
@@ -93,7 +91,7 @@ def bench_train(
     ends = []
     with (
         memory,
-        Progress(total=WARM_UP, desc="compiling", unit="step", disable=not progress) as bar,
+        Bar(total=WARM_UP, desc="compiling", unit="step", disable=not progress) as bar,
     ):
         for _ in range(WARM_UP):
             step(train_step)
@@ -125,7 +123,7 @@ def bench_train(
             for x in windows:
                 loss_and_gradients(x)
 
-        with Progress(total=2, desc="compiling", unit="step", disable=not progress) as bar:
+        with Bar(total=2, desc="compiling", unit="step", disable=not progress) as bar:
             for _ in range(2):
                 forward_backward()
                 bar.update()
@@ -164,8 +162,6 @@ def bench_decode(
     prompt and sampling a byte); `memory` (see `Memory`).
     """
     _check(repeats)
-    if context_len < 1:
-        raise PicoError(f"context_len must be at least 1, not {context_len}")
     before = process_seconds()
     gemm = gemm_rate("fp32", Device.DEFAULT)
     calibrating = process_seconds() - before
@@ -181,7 +177,7 @@ def bench_decode(
         return generate(decoder.model, prompt, seed=seed, stats=stats, decoder=decoder, **options)
 
     total = 1 + (len(DECODE_ROWS) + 1) * WARM_UP
-    with memory, Progress(total=total, desc="compiling", unit="pass", disable=not progress) as bar:
+    with memory, Bar(total=total, desc="compiling", unit="pass", disable=not progress) as bar:
         next(text(0, Stats()))
         first_byte = process_seconds() - calibrating
         bar.update()
@@ -269,30 +265,6 @@ def run_once(call: Callable[[], Any]) -> Run:
         call()
         seconds = time.perf_counter() - start
     return seconds, kernels[0], GlobalCounters.global_ops - operations
-
-
-def gemm_rate(precision: str, device: str) -> float:
-    """The rate of a plain matmul at a precision of `TrainSettings`, in GFLOPS."""
-    if device.split(":")[0] == "CPU":
-        size = 1536
-        a, b = np.random.default_rng(0).standard_normal((2, size, size)).astype(np.float32)
-        return max(2 * size**3 / run_once(lambda: a @ b)[0] for _ in range(8)) / 1e9
-    best = 0.0
-    bf16 = choose_precision(precision, (device,)) == "bf16"
-    dtype = dtypes.bfloat16 if bf16 else dtypes.float32
-    for size in (64, 256, 1024, 4096):
-        a, b = (Tensor.rand(size, size, device=device).cast(dtype).realize() for _ in range(2))
-        matmul = TinyJit(lambda a, b: a.matmul(b, dtype=dtypes.float32).realize())
-
-        def call(matmul: TinyJit = matmul, a: Tensor = a, b: Tensor = b) -> None:
-            matmul(a, b)
-            Device[device].synchronize()
-
-        seconds = [run_once(call)[0] for _ in range(WARM_UP + 4)][WARM_UP:]
-        best = max(best, 2 * size**3 / min(seconds) / 1e9)
-        if min(seconds) > 0.01:  # the next size takes 64 times as long
-            break
-    return best
 
 
 class Memory:

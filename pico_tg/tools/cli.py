@@ -4,18 +4,16 @@ import argparse
 import contextlib
 import dataclasses
 import errno
-import importlib
 import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tinygrad import Device
 
-from .. import costs
 from ..backend.device import (
     check_backend,
     describe_backend,
@@ -24,11 +22,12 @@ from ..backend.device import (
 )
 from ..checkpoint import list_checkpoints, load_config
 from ..config import Config, TrainSettings
+from ..costs import CHOSEN, check_memory, choose, describe_cost, gemm_rate
 from ..data import DataSpec, has_validation, load_data, load_whole, stored_spec
 from ..decoder import Decoder
-from ..evaluation import check_options, evaluate
-from ..files import PicoError, atomic_write, check_writable, command
-from ..generation import GeneratedByte, Stats, generate
+from ..evaluation import EvalSettings, evaluate
+from ..files import PicoError, atomic_write, command
+from ..generation import GeneratedByte, SampleSettings, Stats, generate
 from ..model import Pico
 from ..progress import drop_output, say
 from ..runs import (
@@ -41,10 +40,18 @@ from ..runs import (
     run_folder,
 )
 from ..training import train
-from .bench import bench_decode, bench_train, gemm_rate
+from .bench import bench_decode, bench_train
 from .html import html_page
 from .info import describe
-from .options import BENCH_SETTINGS, PASSAGE, SAMPLE_BYTES, build_parser, given, option_of
+from .options import (
+    BENCH_DEFAULTS,
+    BENCH_TRAIN,
+    PASSAGE,
+    SAMPLE_BYTES,
+    build_parser,
+    given,
+    option_of,
+)
 from .plot import training_chart
 from .report import (
     describe_evaluation,
@@ -56,7 +63,6 @@ from .report import (
 )
 from .router_report import passage, router_report
 from .terminal import (
-    StopSignals,
     TrainingDisplay,
     put,
     show_samples,
@@ -66,14 +72,13 @@ from .terminal import (
 
 
 def model_name(path: Path) -> str:
-    """The name of the model in PATH, for titles and trackers."""
+    """The name of the model in PATH, for titles."""
     return path.resolve().name
 
 
 def command_init(args: argparse.Namespace) -> int:
     """Describe a new model: write PATH/model.json. `train` makes the weights."""
-    config = Config.preset(args.preset, **given_sizes(args))
-    path = args.path
+    config, path = Config(**given_sizes(args)), args.path
     try:
         if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
             raise PicoError(
@@ -115,33 +120,28 @@ def command_train(args: argparse.Namespace) -> int:
     remarks: list[str] = []
     # settings and data are checked before the model is built
     if args.resume:
-        data, stored = spec, read_description(run_dir)
-        seed = settings.get("seed", stored["settings"].get("seed", 0))
+        data, stored = spec, read_description(run_dir)["settings"]
+        seed = settings.get("seed", stored.get("seed", 0))
     else:
         check_startable(run_dir)
         seed = TrainSettings(**settings).seed
-        data, stored = load_data(spec), {}
-        settings, remarks = complete_settings(args, config, len(data.train.bytes), devices)
-    model, stop_signals = Pico(config, seed), StopSignals()
-    sample = None
+        data = load_data(spec)
+        complete, remarks = complete_settings(args, config, len(data.train.bytes), devices)
+        settings = dataclasses.asdict(complete)
+    model, sample = Pico(config, seed), None
     if args.sample_prompt != "" and len(devices) < 2:
         sample = sample_writer(model, os.fsencode(args.sample_prompt or ""))
-    display, tracker = TrainingDisplay(sample), None
-    if args.tracker:
-        tracker = Tracker(args.tracker, args, config.to_dict() | settings, stored)
-    with tracker or contextlib.nullcontext():
-        records = train(
-            model, data, run_dir, devices=devices, resume=args.resume, force=args.force,
-            base_weights=args.base_weights, stop=stop_signals, on_micro_batch=display.micro_batch,
-            progress=True, say=say, tracker={args.tracker: tracker.id} if tracker else {},
-            **settings,
-        )  # fmt: skip
-        for line in (*remarks, f"{describe_backend()}; {config.parameters:,} parameters"):
-            say(line)
-        # catch signals only from here on: before the first step, Ctrl-C exits immediately
-        with stop_signals, contextlib.closing(records):  # an error saves the last step
-            checkpoint = display.show(tracker.logged(records) if tracker else records)
-    if stop_signals():
+    display = TrainingDisplay(sample)
+    records = train(
+        model, data, run_dir, devices=devices, resume=args.resume, force=args.force,
+        base_weights=args.base_weights, events=display, **settings,
+    )  # fmt: skip
+    for line in (*remarks, f"{describe_backend()}; {config.parameters:,} parameters"):
+        say(line)
+    # catch signals only from here on: before the first step, Ctrl-C exits immediately
+    with display, contextlib.closing(records):  # an error saves the last step
+        checkpoint = display.show(records)
+    if display.stop():
         saved = list_checkpoints(run_dir)
         resume = command("train", args.path, args.run, "--resume")
         say(f"wrote {saved[-1][1]}; continue with: {resume}" if saved else f"start with: {resume}")
@@ -154,20 +154,21 @@ def command_train(args: argparse.Namespace) -> int:
 
 def complete_settings(
     args: argparse.Namespace, config: Config, train_bytes: int, devices: tuple[str, ...]
-) -> tuple[dict[str, Any], list[str]]:
+) -> tuple[TrainSettings, list[str]]:
     """The given settings completed by `costs.choose`, and lines about the choice and the cost."""
     settings, lines = given(args, TrainSettings), []
     if args.base_weights:  # their router counts as trained
         settings.setdefault("router_warmup_steps", 0)
     device = (devices or (Device.DEFAULT,))[0]
     machine = (train_bytes, device, gemm_rate(settings.get("precision", "auto"), device))
-    if args.settings != "published" and (chosen := costs.choose(config, *machine, settings)):
-        settings |= chosen
-        lines.append(f"chosen: {', '.join(f'{name} {value}' for name, value in chosen.items())}")
-    cost = TrainSettings(**settings)
-    costs.check_memory(config, cost, device)
-    lines.append(costs.describe_cost(config, cost, *machine))
-    return settings, lines
+    if args.settings == "published":
+        complete = TrainSettings(**settings)
+    else:
+        complete = choose(config, *machine, settings)
+        chosen = [f"{name} {getattr(complete, name)}" for name in CHOSEN if name not in settings]
+        lines += [f"chosen: {', '.join(chosen)}"] if chosen else []
+    check_memory(config, complete, device)
+    return complete, [*lines, describe_cost(config, complete, *machine)]
 
 
 def sample_writer(model: Pico, prompt: bytes) -> Callable[[], str]:
@@ -205,63 +206,6 @@ def data_to_train_on(args: argparse.Namespace) -> DataSpec | None:
     return None
 
 
-class Tracker:
-    """A run at a tracker such as wandb. A tracker's error after the start is only a warning.
-
-    As a context, finishes the run; an exception, such as `train` refusing to start, marks the run
-    as failed there. It begins before `train`, which writes its id to training.json.
-
-    id: the tracker's identifier of the run, which training.json stores for --resume.
-    """
-
-    def __init__(
-        self,
-        package: str,
-        args: argparse.Namespace,
-        settings: dict[str, Any],
-        stored: dict[str, Any],
-    ) -> None:
-        """Start the tracker's run, or continue the one in `stored`, a training.json.
-
-        Raises PicoError if the tracker cannot start.
-        """
-        self.package, self.warned = package, False
-        known = (stored.get("tracker") or {}).get(package)
-        resumed = {"id": known, "resume": "allow", "allow_val_change": True} if known else {}
-        name = f"{model_name(args.path)}/{args.run}"
-        try:
-            module = importlib.import_module(package)
-            self.run = module.init(project="pico_tg", name=name, config=settings, **resumed)
-            self.id = self.run.id
-        except ImportError as error:
-            raise PicoError(
-                f"--tracker {package} needs its package: pip install {package}"
-            ) from error
-        except Exception as error:  # of the tracker's own types: not logged in, no network
-            raise PicoError(f"--tracker {package}: {error}") from error
-
-    def logged(self, records: Iterable[dict]) -> Iterator[dict]:
-        """Yield the records and log each one before."""
-        for record in records:
-            self._call(self.run.log, record, step=record["step"])
-            yield record
-
-    def __enter__(self) -> "Tracker":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        self._call(self.run.finish, **({} if kind is None else {"exit_code": 1}))
-
-    def _call(self, function: Callable, *args: Any, **options: Any) -> None:
-        try:
-            function(*args, **options)
-        except Exception as error:
-            if not self.warned:
-                message = " ".join(str(error).split()) or type(error).__name__
-                say(f"warning: --tracker {self.package} failed: {message}; training goes on")
-            self.warned = True
-
-
 def command_eval(args: argparse.Namespace) -> int:
     """Measure the model PATH as trained in RUN on a split: bits per byte, heads, drafts, router."""
     load_config(args.path)
@@ -269,28 +213,21 @@ def command_eval(args: argparse.Namespace) -> int:
     checkpoint = find_checkpoint(run_dir, args.checkpoint)
     stored = find_description(run_dir)
     spec = data_to_measure(args, stored)
-    context_len = args.context_len
-    if context_len is None:
-        settings = stored["settings"] if stored else {}
-        context_len = settings.get("context_len", TrainSettings.context_len)
-    options = {
-        "split": args.split or default_split(args, spec, stored),
-        "context_len": context_len,
-        "stride": args.stride,
-        "batch_size": args.batch_size,
-        "max_bytes": args.max_bytes,
-        "precision": args.precision,
-    }
-    check_options(**options)
+    trained = stored["settings"] if stored else {}
+    chosen = {"context_len": trained.get("context_len", TrainSettings.context_len)}
+    chosen |= given(args, EvalSettings)
+    if "split" not in chosen:
+        chosen["split"] = default_split(args, spec, stored)
+    settings = EvalSettings(**chosen)
     if args.html:
         check_writable(args.html)
-    data = load_whole(spec) if options["split"] == "all" else load_data(spec)
+    data = load_whole(spec) if settings.split == "all" else load_data(spec)
     model = load(args.path, args.run, args.checkpoint)
     say(describe_backend())
-    measured = evaluate(model, data, progress=True, **options)
+    measured = evaluate(model, data, progress=True, **chosen)
     report = router_report(measured)
     title = f"{model_name(args.path)}, run {args.run}"
-    facts = {"step": int(checkpoint.stem), "data": spec.dataset, "split": options["split"]}
+    facts = {"step": int(checkpoint.stem), "data": spec.dataset, "split": settings.split}
     try:
         if args.json:
             put(json.dumps(facts | measured.as_dict() | report.as_dict(), indent=2) + "\n")
@@ -345,11 +282,11 @@ def default_split(args: argparse.Namespace, spec: DataSpec, stored: dict[str, An
 
 def command_run(args: argparse.Namespace) -> int:
     """Write text with the model PATH as trained in RUN, and print each byte immediately."""
-    raw = args.output == "raw"
+    raw, settings = args.output == "raw", SampleSettings(**given(args, SampleSettings))
     for wrong, reason in (
         (args.color, "go with --color, which adds escape sequences"),
         (args.show_router_decisions, "go with --show-router-decisions, which adds marks"),
-        (args.num_samples > 1, "go with --num-samples: nothing would separate the samples"),
+        (settings.num_samples > 1, "go with --num-samples: nothing would separate the samples"),
         (not hasattr(sys.stdout, "buffer"), "write to this standard output, which takes text only"),
     ):
         if raw and wrong:
@@ -359,22 +296,7 @@ def command_run(args: argparse.Namespace) -> int:
         check_writable(args.html)
     model = load(args.path, args.run, args.checkpoint)
     stats = Stats()
-    records = generate(
-        model,
-        prompt,
-        max_bytes=args.max_bytes,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        seed=args.seed,
-        num_samples=args.num_samples,
-        speculative=not args.no_speculative,
-        ignore_end=args.ignore_end,
-        raw_prompt=args.raw_prompt,
-        latent=not args.disable_latent,
-        stats=stats,
-    )
+    records = generate(model, prompt, stats=stats, **dataclasses.asdict(settings))
     say(describe_backend())
     kept: list[GeneratedByte] = []
     complete = False
@@ -385,11 +307,12 @@ def command_run(args: argparse.Namespace) -> int:
             for record in records:
                 put(bytes([record.byte]))
         else:
-            show_samples(records, prompt, args.num_samples, args.color, args.show_router_decisions)
+            marks = args.color, args.show_router_decisions
+            show_samples(records, prompt, settings.num_samples, *marks)
         complete = True
     finally:  # also after an interrupt or a closed pipe: write the page of the bytes so far
         if args.html and (kept or complete):
-            write_page(args.html, sample_page(prompt, kept, args))
+            write_page(args.html, sample_page(prompt, kept, args, settings))
             say(f"wrote {args.html}")
         if args.stats:
             say(describe_stats(stats))
@@ -422,17 +345,26 @@ def keep(records: Iterator[GeneratedByte], kept: list[GeneratedByte]) -> Iterato
         yield record
 
 
-def sample_page(prompt: bytes, kept: list[GeneratedByte], args: argparse.Namespace) -> str:
-    """The page of run --html, with the options that shaped the text."""
+def sample_page(
+    prompt: bytes, kept: list[GeneratedByte], args: argparse.Namespace, settings: SampleSettings
+) -> str:
+    """The page of run --html, with the settings that shaped the text."""
     facts = {"checkpoint": args.checkpoint} if args.checkpoint != -1 else {}
-    facts["temperature"] = f"{args.temperature:g}"
-    for name, default in (("top_k", 0), ("top_p", 1), ("min_p", 0), ("seed", None)):
-        if getattr(args, name) != default:
-            facts[name.replace("_", "-")] = getattr(args, name)
-    if args.disable_latent:
+    facts["temperature"] = f"{settings.temperature:g}"
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if value != field.default and ("filter" in field.metadata or field.name == "seed"):
+            facts[field.name.replace("_", "-")] = value
+    if not settings.latent:
         facts["latent blocks"] = "left out"
-    samples = [list(sample) for sample in split_samples(kept, args.num_samples)]
+    samples = [list(sample) for sample in split_samples(kept, settings.num_samples)]
     return html_page(prompt, samples, f"{model_name(args.path)}, run {args.run}", facts)
+
+
+def check_writable(path: Path) -> None:
+    """Raise PicoError unless `write_page` could write `path` now; called before long work."""
+    with contextlib.suppress(EOFError), atomic_write(path):
+        raise EOFError  # an exception leaves `path` as it is
 
 
 def write_page(path: Path, page: str) -> None:
@@ -477,23 +409,18 @@ def command_bench(args: argparse.Namespace) -> int:
     Times are medians. `model` are the GFLOPs that the mathematics requires, `executed` those that
     the kernels execute. MFU and HFU divide the rates of these two by that of a plain matmul.
     """
-    sizes = given_sizes(args)
-    if args.model:
-        config = dataclasses.replace(load_config(args.model), **sizes)
-    else:
-        config = Config.preset(args.preset, **sizes)
-    settings = given(args, TrainSettings) | {"context_len": args.context_len}
+    sizes = load_config(args.model) if args.model else Config()
+    config = dataclasses.replace(sizes, **given_sizes(args))
+    settings = TrainSettings(**BENCH_DEFAULTS | given(args, TrainSettings))
     shown = {"repeats": args.repeats, "progress": True}
     if args.mode == "decode":
-        for name in (*BENCH_SETTINGS, "devices"):
+        for name in (*BENCH_TRAIN, "devices"):
             if getattr(args, name) is not None:
                 raise PicoError(f"{option_of(name)} belongs to bench train, not to bench decode")
-        records = bench_decode(config, args.context_len, **shown)
+        records = bench_decode(config, settings.context_len, **shown)
     else:
         devices = () if args.devices is None else parse_devices(args.devices)
-        records = bench_train(
-            config, TrainSettings(**{"batch_size": 1} | settings), devices, **shown
-        )
+        records = bench_train(config, settings, devices, **shown)
     for record in records:
         print(json.dumps(record) if args.json else describe_measured(record), flush=True)
     return 0

@@ -1,6 +1,5 @@
 """Facts about a model and its runs that need no computation: sizes, costs, checkpoints, losses."""
 
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from ..costs import (
     decoding_flops,
     forward_flops,
     memory_bytes,
+    run_seconds,
     step_seconds,
     training_flops,
 )
@@ -86,18 +86,17 @@ def _training(
 ) -> dict[str, Any]:
     device = Device.DEFAULT
     if chosen is None:
-        chosen = TrainSettings(**choose(config, AMPLE_BYTES, device, gflops, {}))
+        chosen = choose(config, AMPLE_BYTES, device, gflops, {})
         steps = chosen.max_steps
-    seconds = step_seconds(config, chosen, device, gflops)
     total = {}
     if steps is not None:
-        limit = 60 * chosen.max_minutes or math.inf
-        total = {"steps": steps, "seconds": min(seconds * steps, limit)}
+        seconds = run_seconds(config, chosen, steps, device, gflops)
+        total = {"steps": steps, "seconds": seconds}
     return {
         "context_len": chosen.context_len,
         "batch_size": chosen.batch_size * chosen.grad_accumulation_steps,
         "memory_bytes": sum(memory_bytes(config, chosen).values()),
-        "seconds_a_step": seconds,
+        "seconds_a_step": step_seconds(config, chosen, device, gflops),
         **total,
     }
 

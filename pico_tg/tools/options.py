@@ -1,4 +1,9 @@
-"""The options of the command line."""
+"""The options of the command line.
+
+An option of the model, of training, evaluation or generation is the field of a dataclass, which
+holds its help, limits and default: `add_fields` makes the options, `given` reads them back. Only
+options about files and display are written here.
+"""
 
 import argparse
 import dataclasses
@@ -9,15 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from .. import costs
-from ..config import PRECISIONS, PRESETS, Config, TrainSettings, field_help
+from ..config import Config, TrainSettings, field_help, types_of
 from ..data import DataSpec
-from ..evaluation import SPLITS
+from ..evaluation import EvalSettings
+from ..generation import SampleSettings
 
 SAMPLE_BYTES = 80  # of a sample at each validation
 PASSAGE = 4000  # bytes of text on the page of eval --html
-BENCH_SETTINGS = (
+BENCH_TRAIN = (
     "batch_size", "grad_accumulation_steps", "optimizer", "precision", "checkpoint_activations",
 )  # fmt: skip
+BENCH_DEFAULTS = {"batch_size": 1, "context_len": 1024}
 
 
 class Parser(argparse.ArgumentParser):
@@ -63,8 +70,7 @@ def build_parser(functions: dict[str, Callable]) -> Parser:
     )  # fmt: skip
 
     init = add("init", "describe a new model in PATH/model.json", path)
-    init.add_argument("--preset", choices=PRESETS, default="xs", help="start from these sizes")
-    add_fields(init, Config, defaults=PRESETS["xs"], label="xs")
+    add_fields(init, Config)
 
     training = add("train", "train a model on text", path, run)
     add_train_options(training)
@@ -101,7 +107,7 @@ def add_train_options(parser: Parser) -> None:
         "dataset", metavar="DATASET", nargs="?",
         help=f"{field_help(DataSpec)['dataset']} (default: python-docs)",
     )  # fmt: skip
-    add_data_options(parser)
+    add_fields(parser, DataSpec, without=("dataset",), prefix="dataset_")
     parser.add_argument(
         "--base-weights", type=path_name, metavar="FILE",
         help="start from these weights (.safetensors) instead of fresh ones, and without "
@@ -124,10 +130,6 @@ def add_train_options(parser: Parser) -> None:
     )  # fmt: skip
     parser.add_argument("--force", action="store_true", help="resume with another --batch-size")
     parser.add_argument(
-        "--tracker", choices=["wandb"],
-        help="also log every record to Weights & Biases (pip install wandb)",
-    )  # fmt: skip
-    parser.add_argument(
         "--devices", metavar="N",
         help="share each batch among N devices, or among named ones: CUDA:0,CUDA:1",
     )  # fmt: skip
@@ -138,32 +140,12 @@ def add_eval_options(parser: Parser) -> None:
         "dataset", metavar="DATASET", nargs="?",
         help="as for train (default: the data that the run was trained on)",
     )  # fmt: skip
-    add_data_options(parser)
-    parser.add_argument(
-        "--split", choices=SPLITS,
-        help="validation or train, the two parts that the command train uses, or all, which holds "
-        "nothing out (default: validation; all for a DATASET that has no validation data and that "
-        "the run was not trained on)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--max-bytes", type=int, metavar="N", help="measure only the first N bytes (default: all)"
-    )
-    parser.add_argument(
-        "--context-len", type=int, metavar="N",
-        help="bytes of context before each predicted byte (default: as in training)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--stride", type=int, metavar="N",
-        help="bytes that each window predicts, after context-len of context (default: context-len)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--batch-size", type=int, metavar="N",
-        help="windows of one pass (default: as many as hold 16,384 bytes)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--precision", choices=PRECISIONS, default="auto",
-        help=field_help(TrainSettings)["precision"],
-    )  # fmt: skip
+    add_fields(parser, DataSpec, without=("dataset",), prefix="dataset_")
+    defaults = {
+        "split": "validation; all for other data than the run's without a validation part",
+        "context_len": "as in training",
+    }
+    add_fields(parser, EvalSettings, defaults=defaults)
     parser.add_argument(
         "--html", type=path_name, metavar="FILE",
         help=f"also write a page of the first {PASSAGE:,} bytes: router weights, surprisal",
@@ -179,49 +161,8 @@ def add_run_options(parser: Parser) -> None:
     source.add_argument(
         "--prompt-file", type=path_name, metavar="FILE", help="file with the bytes to continue"
     )
-    prompting.add_argument(
-        "--raw-prompt", action="store_true",
-        help="feed the model the prompt alone; without this option, the tag that begins a document "
-        "precedes the prompt",
-    )  # fmt: skip
-
-    sampling = parser.add_argument_group("sampling")
-    sampling.add_argument(
-        "--temperature", type=float, default=1.0, metavar="T",
-        help="below 1 more predictable, above 1 more varied, 0 always the likeliest byte",
-    )  # fmt: skip
-    sampling.add_argument(
-        "--top-k", type=int, default=0, metavar="K", help="only the K likeliest bytes; 0: all"
-    )
-    sampling.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P",
-        help="only the likeliest bytes that together reach the probability P",
-    )  # fmt: skip
-    sampling.add_argument(
-        "--min-p", type=float, default=0.0, metavar="P",
-        help="only bytes at least P times as likely as the likeliest one",
-    )  # fmt: skip
-    sampling.add_argument(
-        "--seed", type=int, metavar="N", help="the same seed writes the same text"
-    )
-    sampling.add_argument(
-        "--max-bytes", type=int, default=1024, metavar="N", help="stop after N bytes"
-    )
-    sampling.add_argument(
-        "--ignore-end", action="store_true",
-        help="continue where the model would end the document; the end tag is part of the text",
-    )  # fmt: skip
-    sampling.add_argument(
-        "--num-samples", type=int, default=1, metavar="N",
-        help="continue the prompt N times; above 1, each sample follows a line "
-        "--- sample 1 of N ---",
-    )  # fmt: skip
-    sampling.add_argument(
-        "--no-speculative", action="store_true",
-        help="one pass per byte, without the model's own drafts of the next bytes; the text is "
-        "the same",
-    )  # fmt: skip
-    sampling.add_argument("--disable-latent", action="store_true", help="skip the latent blocks")
+    add_fields(prompting, SampleSettings, ("raw_prompt",))
+    add_fields(parser.add_argument_group("sampling"), SampleSettings, without=("raw_prompt",))
 
     showing = parser.add_argument_group("output")
     showing.add_argument(
@@ -252,17 +193,15 @@ def add_bench_options(parser: Parser) -> None:
         "mode", choices=["train", "decode"], nargs="?", default="train",
         help="a training step, or decoding",
     )  # fmt: skip
-    sizes = parser.add_mutually_exclusive_group()
-    sizes.add_argument("--preset", choices=PRESETS, default="xs", help="sizes of the model")
-    sizes.add_argument(
+    parser.add_argument(
         "--model", type=path_name, metavar="PATH", help="folder of a model to take the sizes from"
     )
-    add_fields(parser, Config, defaults=PRESETS["xs"], label="xs")
+    add_fields(parser, Config)
     parser.add_argument(
-        "--context-len", type=int, default=1024, metavar="N",
-        help="bytes of a training window, or of the prompt",
+        "--context-len", type=int, metavar="N",
+        help="bytes of a training window, or of the prompt (default: 1024)",
     )  # fmt: skip
-    add_fields(parser, TrainSettings, BENCH_SETTINGS, "train: ", defaults={"batch_size": 1})
+    add_fields(parser, TrainSettings, BENCH_TRAIN, note="train: ", defaults=BENCH_DEFAULTS)
     parser.add_argument(
         "--devices", metavar="N",
         help="train: share each batch among N devices, or among named ones: CUDA:0,CUDA:1",
@@ -273,36 +212,37 @@ def add_bench_options(parser: Parser) -> None:
 
 
 def add_fields(
-    parser: Parser,
+    parser: Any,
     cls: type,
     names: tuple[str, ...] = (),
+    without: tuple[str, ...] = (),
+    prefix: str = "",
     note: str = "",
     defaults: dict[str, Any] | None = None,
-    label: str = "default",
 ) -> None:
-    """Options for the fields of Config or TrainSettings, all or some; `given` reads them.
+    """Options for the fields of a dataclass; `given` reads them.
 
-    `defaults` are shown in place of the fields' own, after `label`.
+    - parser: a Parser or a group of one
+    - names: the fields (default: all of them); without: fields to leave out
+    - prefix: precedes the name of each field; note: precedes the help
+    - defaults: shown in place of the fields' own
     """
     for field in dataclasses.fields(cls):
-        if names and field.name not in names:
+        if field.name in without or (names and field.name not in names):
             continue
         text, choices = note + field.metadata["help"], field.metadata["choices"]
         default = (defaults or {}).get(field.name, field.default)
-        if field.type is bool:
-            kind = {"action": "store_true", "default": None}
+        kinds = {*types_of(field)} - {type(None)}
+        negated = "no_" if default is True else ""
+        option = field.metadata.get("flag", option_of(prefix + negated + field.name))
+        if bool in kinds:
+            kind = {"action": "store_false" if negated else "store_true"}
         else:
-            kind = {"type": field.type, **({"choices": choices} if choices else {"metavar": "N"})}
-            text += f" ({label}: {default})"
-        parser.add_argument(option_of(field.name), help=text, **kind)
-
-
-def add_data_options(parser: Parser) -> None:
-    for name, text in field_help(DataSpec).items():
-        if name == "dataset":
-            continue
-        kind = number if name == "validation_size" else str
-        parser.add_argument(option_of("dataset_" + name), type=kind, metavar="X", help=text)
+            metavar = field.metadata.get("metavar", "X" if str in kinds else "N")
+            kind = {"choices": choices} if choices else {"metavar": metavar}
+            kind["type"] = number if len(kinds) > 1 else kinds.pop()
+            text += "" if default is None else f" (default: {default})"
+        parser.add_argument(option, dest=prefix + field.name, default=None, help=text, **kind)
 
 
 def option_of(field: str) -> str:
@@ -311,8 +251,7 @@ def option_of(field: str) -> str:
 
 def given(args: argparse.Namespace, cls: type, prefix: str = "") -> dict[str, Any]:
     """The fields of a dataclass that the command line sets, by name."""
-    names = [field.name for field in dataclasses.fields(cls)]
-    values = {name: getattr(args, prefix + name, None) for name in names}
+    values = {name: getattr(args, prefix + name, None) for name in field_help(cls)}
     return {name: value for name, value in values.items() if value is not None}
 
 

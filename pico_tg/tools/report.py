@@ -100,7 +100,7 @@ def interval(limits: list[float] | None, style: str) -> str:
 
 
 def describe_model(facts: Mapping[str, Any]) -> str:
-    """What `pico_tg.describe` returns, as tables."""
+    """What `tools.info.describe` returns, as tables."""
     parts, operations = facts["parameters"], facts["operations_a_byte"]
     length = operations["context_len"]
     sizes = [(name, str(value)) for name, value in facts["model"].items()]

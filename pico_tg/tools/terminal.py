@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from ..files import PicoError
 from ..generation import GeneratedByte
-from ..progress import Progress, drop_output
+from ..progress import Bar, drop_output, say
+from ..training import Events
 from .report import describe_validation
 
 BAD = "\ufffd"  # shown for bytes that are not UTF-8
@@ -210,12 +211,12 @@ def put(piece: str | bytes) -> None:
         raise PicoError(f"cannot write to standard output: {error.strerror}") from error
 
 
-class StopSignals:
+class StopSignals(Events):
     """A context in which Ctrl-C, SIGTERM and SIGHUP ask training to save and stop.
 
-    Calling the object returns whether a signal arrived. A second signal ends the process
-    immediately; signals within one second count as one, because programs often forward a signal
-    twice. A signal that was ignored before (SIGHUP under nohup) stays ignored.
+    A second signal ends the process immediately; signals within one second count as one, because
+    programs often forward a signal twice. A signal that was ignored before (SIGHUP under nohup)
+    stays ignored.
     """
 
     NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
@@ -240,7 +241,7 @@ class StopSignals:
         elif now - self.asked_at > 1:
             os._exit(130)
 
-    def __call__(self) -> bool:
+    def stop(self) -> bool:
         return self.asked_at is not None
 
     def __exit__(self, *exception: object) -> None:
@@ -248,16 +249,21 @@ class StopSignals:
             signal.signal(number, handler)
 
 
-class TrainingDisplay:
+class TrainingDisplay(StopSignals):
     """The progress of training on stderr, a line for each validation, and a sample after it."""
+
+    bars = True
 
     def __init__(self, sample: Callable[[], str] | None = None) -> None:
         """`sample` generates a short text with the current weights."""
+        super().__init__()
         self.sample = sample
-        self.bar: Progress | None = None
+        self.bar: Bar | None = None
+
+    def say(self, text: str) -> None:
+        say(text)
 
     def micro_batch(self, done: int, total: int) -> None:
-        """Show that `done` of the `total` micro-batches of a step are computed."""
         if self.bar is not None:
             name = self.bar.desc.split(",")[0]
             self.bar.set_description_str(f"{name}, micro-batch {done}/{total}")
@@ -265,7 +271,7 @@ class TrainingDisplay:
     def show(self, records: Iterable[dict]) -> str:
         """Show the records of training; returns the path of the last checkpoint, or ""."""
         checkpoint, smoothed = "", None
-        with Progress(unit="step", desc="compiling") as self.bar:
+        with Bar(unit="step", desc="compiling") as self.bar:
             for shown, record in enumerate(records, 1):
                 bits = record["bits_per_byte"]
                 smoothed = bits if smoothed is None else 0.9 * smoothed + 0.1 * bits

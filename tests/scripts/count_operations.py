@@ -16,7 +16,7 @@ from pico_tg.backend.runtime import has_cpu_kernels
 from pico_tg.cpu import launcher
 
 sizes, lengths = json.loads(sys.argv[1])
-config = Config.preset("xs", **sizes)
+config = Config(**sizes)
 model = Pico(config, fresh=False)
 parameters = nn.state.get_parameters(model)
 launcher.serves()  # compiles the launcher, before nothing is compiled any more
