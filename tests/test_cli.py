@@ -27,6 +27,7 @@ from pico_tg.runs import load
 from pico_tg.safetensors import read_safetensors
 from pico_tg.tools import cli
 from pico_tg.tools.options import build_parser, given
+from pico_tg.tools.router_report import router_report
 
 TINY = helpers.TINY.to_dict()
 
@@ -69,7 +70,7 @@ def trained(tmp_path_factory):
 def measured(trained):
     """What evaluating the run of `trained` gives."""
     text = str(trained.parent / "text.txt")
-    return evaluate(load(trained, "run"), text, context_len=40, passage=4000)
+    return evaluate(load(trained, "run"), text, context_len=40)
 
 
 @pytest.fixture
@@ -429,7 +430,9 @@ def test_eval(trained, measured, tmp_path, capsys):
     assert cli.main([*arguments, own, *flags]) == 0
     found = json.loads(capsys.readouterr().out)
     facts = {"step": 3, "data": own, "split": "validation"}
-    assert found == json.loads(json.dumps(facts | measured.as_dict()))
+    assert found == json.loads(
+        json.dumps(facts | measured.as_dict() | router_report(measured).as_dict())
+    )
     for name, value in (
         ("bits per byte", f"{found['bits_per_byte']:.4f}"),
         ("without the latent blocks", f"{found['bits_per_byte_without_latent']:.4f}"),
