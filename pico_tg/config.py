@@ -17,8 +17,8 @@ from typing import Any, TypeVar, get_args
 import numpy as np
 
 from .files import PicoError, atomic_write
+from .routing import RULES
 
-RULES = ("space", "stride", "all", "none")  # fixed rules for comparison
 ROUTERS = ("learned", *RULES)
 POSITIONS = ("alibi", "rope")
 OPTIMIZERS = ("soap", "adamw")

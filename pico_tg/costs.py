@@ -20,8 +20,9 @@ from tinygrad import Device, Tensor, TinyJit, dtypes
 
 from .backend import machine
 from .backend.precision import choose_precision
-from .config import RULES, Config, TrainSettings
+from .config import Config, TrainSettings
 from .files import PicoError
+from .routing import RULES
 
 CHOSEN = (
     "context_len", "batch_size", "epochs", "max_steps", "warmup_steps", "learning_rate",

@@ -26,7 +26,6 @@ from .backend.precision import graph_context
 from .backend.runtime import exclusive, jit_method, on_devices
 from .config import (
     PRECISIONS,
-    RULES,
     TrainSettings,
     check_fields,
     documented,
@@ -39,6 +38,7 @@ from .files import PicoError
 from .model import Pico, inputs_and_targets
 from .ops import cross_entropy
 from .progress import Bar
+from .routing import RULES
 
 SPLITS = ("validation", "train", "all")
 BATCH_POSITIONS = 1 << 14  # positions of one pass of `evaluate` unless batch_size is given

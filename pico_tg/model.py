@@ -22,10 +22,10 @@ from .attention import banded_attention, rotate
 from .backend.block_function import run_blocks
 from .backend.device import check_backend
 from .backend.runtime import exclusive, write_into
-from .config import RULES, Config
+from .config import Config
 from .matmul import linear
 from .ops import as_index, cross_entropy, gather, lookup, materialize, scatter, swiglu
-from .routing import causal_decisions, slots, top_k_decisions
+from .routing import RULES, causal_decisions, slots, top_k_decisions
 
 # packed queries, keys and values [..., H*C | K*C | K*C] -> weighted values [..., H*C]
 Attend = Callable[[Tensor], Tensor]

@@ -11,11 +11,16 @@ causal, all. Their output is multiplied by the router weight, under rules as wel
 Shape letters: B batch, N bytes, S slots.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from tinygrad import Tensor, dtypes
 
-from .config import Config
+if TYPE_CHECKING:
+    from .config import Config
 
 MAX_RANKED = 2048  # bytes; longer sequences take algorithms below O(N^2), which run more kernels
 
@@ -26,22 +31,28 @@ def in_word(x: Tensor) -> Tensor:
     return letter | ((x >= 48) & (x <= 57)) | ((x >= 128) & (x < 192))
 
 
+# A rule says which of the bytes x are selected, bool [..., N]: from x and the bytes before them,
+# int32 [..., N], from their positions, int32 [N], and from `Config.stride`. The byte before a
+# sequence counts as 0.
+RULES: dict[str, Callable[[Tensor, Tensor, Tensor, int], Tensor]] = {
+    "space": lambda x, before, position, stride: in_word(before) & ~in_word(x),
+    "stride": lambda x, before, position, stride: (x >= 0) & (position % stride == stride - 1),
+    "all": lambda x, before, position, stride: x >= 0,
+    "none": lambda x, before, position, stride: x < 0,
+}
+
+
 def causal_decisions(
     config: Config, x: Tensor, before: Tensor, position: Tensor, router_logits: Tensor
 ) -> Tensor:
-    """Which of the bytes x the router selects without looking ahead: bool [..., N].
+    """Which bytes the router selects without looking ahead: bool [..., N].
 
-    x and the bytes before them, `before`, int32 [..., N]; their positions, int32 [N]; the router's
-    logits, float32 [..., N]. The byte before a sequence counts as 0.
+    x, before, position: see RULES; router_logits float32 [..., N], of which the router `learned`
+    selects those above 0.
     """
-    if config.router == "learned":
-        return router_logits > 0
-    if config.router == "space":
-        return in_word(before) & ~in_word(x)
-    everywhere = x >= 0
-    if config.router == "stride":
-        return everywhere & (position % config.stride == config.stride - 1)
-    return everywhere if config.router == "all" else ~everywhere
+    if config.router in RULES:
+        return RULES[config.router](x, before, position, config.stride)
+    return router_logits > 0
 
 
 def top_k_decisions(router_logits: Tensor, capacity: int) -> Tensor:

@@ -22,7 +22,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pico_tg.config import RULES, Config
+from pico_tg.config import Config
+from pico_tg.routing import RULES
 
 Weights = dict[str, np.ndarray]
 Backward = Callable[[np.ndarray, Weights], np.ndarray]

@@ -13,11 +13,12 @@ from tinygrad import Tensor, nn
 
 from pico_tg import Config, Pico, PicoError, generate, ops, train
 from pico_tg.backend.runtime import write_into
-from pico_tg.config import ROUTERS, RULES, TrainSettings
+from pico_tg.config import ROUTERS, TrainSettings
 from pico_tg.costs import forward_flops
 from pico_tg.data import SEQ_START
 from pico_tg.decoder import Decoder
 from pico_tg.model import inputs_and_targets, loss_fn
+from pico_tg.routing import RULES
 from pico_tg.training import TrainStep, most_uncertain
 
 TINY = Config(

@@ -8,8 +8,7 @@ from helpers import TINY
 from references import TEXT
 from tinygrad import Tensor
 
-from pico_tg.config import RULES
-from pico_tg.routing import causal_decisions
+from pico_tg.routing import RULES, causal_decisions
 
 
 def by_rule(router: str, data: bytes, start: int = 0) -> np.ndarray:
