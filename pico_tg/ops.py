@@ -8,7 +8,6 @@ import functools
 
 from tinygrad import Context, Device, Tensor, UOp, dtypes, function
 
-from .backend.cpu_kernels import cpu_kernels
 from .backend.runtime import (
     AxisType,
     KernelInfo,
@@ -59,8 +58,6 @@ def _lookup_gradient(upstream: UOp, call: UOp) -> tuple[UOp | None, ...]:
     weight, index = (Tensor(uop) for uop in call.src[1:])
     g = Tensor(upstream).contiguous()  # (N, D)
     V = weight.shape[0]
-    if cpu := cpu_kernels(g.device):
-        return cpu.lookup_gradient(g, index, V).uop, None
     if isinstance(g.device, str):
         return _sum_rows(g, index, V).uop, None
     # a custom kernel would need a part of the result on each device
@@ -71,19 +68,18 @@ def _lookup_gradient(upstream: UOp, call: UOp) -> tuple[UOp | None, ...]:
 def _sum_rows(g: Tensor, index: Tensor, rows: int) -> Tensor:
     """Sum each row of g [N, D] into row index[n] of the result [rows, D]; index int32 [N].
 
-    Each of `parts` groups of rows has its own copy of the result, to which a thread adds one, two
-    or four columns. No two threads add to the same number: O(N * D) additions without atomics.
+    O(N * D) additions, without atomics. A CPU adds vectors, in one pass over g. On a GPU, each of
+    `parts` groups of rows has its own copy of the result, to which a thread adds one, two or four
+    columns, so that no two threads add to the same number.
     """
     N, D = g.shape
-    parts = next(n for n in (16, 8, 4, 2, 1) if N % n == 0)
     with Context(ALLOW_DEVICE_USAGE=1):  # tinygrad forbids opening a device inside @function
-        has_workgroups = Device[g.device].renderer.has_local
-    opts = []
-    if has_workgroups:
-        width = next(n for n in (4, 2, 1) if D % n == 0)
-        threads = max(n for n in range(1, 65) if D // width % n == 0)
-        sizes = (OptOps.UPCAST, width), (OptOps.LOCAL, threads)
-        opts = [Opt(op, int(parts > 1), size) for op, size in sizes if size > 1]
+        is_gpu = Device[g.device].renderer.has_local
+    parts = next(n for n in (16, 8, 4, 2, 1) if N % n == 0) if is_gpu else 1
+    width = next(n for n in ((4, 2, 1) if is_gpu else (12, 16, 8, 4, 2, 1)) if D % n == 0)
+    threads = max(n for n in range(1, 65) if D // width % n == 0) if is_gpu else 1
+    sizes = (OptOps.UPCAST, width), (OptOps.LOCAL, threads)
+    opts = [Opt(op, int(parts > 1), size) for op, size in sizes if size > 1]
 
     def kernel(out: UOp, g: UOp, index: UOp) -> UOp:
         part, d = UOp.range(parts, 0), UOp.range(D, 1)

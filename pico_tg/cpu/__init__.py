@@ -3,7 +3,6 @@
 - loops: the builder of loop nests and its constants
 - matmul: tiled matmul
 - band_attention: banded attention and its gradient
-- lookup: the gradient of an embedding lookup
 - decoding: the kernels of a decoding pass
 - launcher: captured graphs in one native call
 """

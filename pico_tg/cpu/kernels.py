@@ -2,7 +2,6 @@
 
 from .band_attention import band_attention
 from .decoding import attend, packed_matmul
-from .lookup import lookup_gradient
 from .matmul import gemm
 
-__all__ = ["attend", "band_attention", "gemm", "lookup_gradient", "packed_matmul"]
+__all__ = ["attend", "band_attention", "gemm", "packed_matmul"]
