@@ -11,8 +11,8 @@ from tinygrad import Tensor
 
 from .attention import alibi_slopes, rotate
 from .backend.cpu_kernels import cpu_kernels
+from .backend.runtime import round_up
 from .config import Config
-from .matmul import round_up
 from .model import RMS_EPS, Attention, Linear, RMSNorm
 
 PANEL = 32  # outputs of one panel of a PackedLinear; the slots of a cache are a multiple of PANEL

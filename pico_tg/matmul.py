@@ -12,20 +12,30 @@ Shape letters: Z matrices in a batch, [M, L] @ [L, N].
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 from tinygrad import Tensor, UOp, dtypes, function
 
 from .backend.cpu_kernels import cpu_kernels
 from .backend.precision import BF16, has_tensor_cores, rounded_factor
-from .backend.runtime import DType, without_views
+from .backend.runtime import DType, round_up, without_views
 from .ops import materialize
 
-Gemm = Callable[..., Tensor]  # (a, b, M, N, L, trans_a, trans_b) -> [Z, M, N]; see `_plain_gemm`
-
-TILE = 16  # each side of a factor is padded to a multiple of TILE
+TILE = 16  # rows and columns of a tile
 # a matmul of fewer multiplications is bound by memory or by the launch, not by arithmetic
 SMALL = 1 << 15
 MIN_ROWS = 8  # a matmul of fewer rows is left to tinygrad
+
+
+class Gemm(NamedTuple):
+    """A function that computes a matmul.
+
+    - run: (a, b, M, N, L, trans_a, trans_b) -> [Z, M, N], see `_plain_gemm`
+    - tile: each side of a factor is padded to a multiple of it
+    """
+
+    run: Callable[..., Tensor]
+    tile: int
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -57,11 +67,11 @@ def bmm(a: Tensor, b: Tensor, trans_a: bool = False, trans_b: bool = False) -> T
     """
     M, L = a.shape[:0:-1] if trans_a else a.shape[1:]
     N = b.shape[1 if trans_b else 2]
-    gemm = _choose_gemm(a, M, L, N, dtypes.float32) or _plain_gemm
-    m, l, n = (_padded_size(size, gemm) for size in (M, L, N))
+    gemm = _choose_gemm(a, M, L, N, dtypes.float32) or Gemm(_plain_gemm, tile=1)
+    m, l, n = (round_up(size, gemm.tile) for size in (M, L, N))
     a = _pad(without_views(a).float(), *((l, m) if trans_a else (m, l)))
     b = _pad(without_views(b).float(), *((n, l) if trans_b else (l, n)))
-    return gemm(a, b, M, N, L, trans_a, trans_b)[:, :M, :N]
+    return gemm.run(a, b, M, N, L, trans_a, trans_b)[:, :M, :N]
 
 
 def _factor_dtype() -> DType:
@@ -75,21 +85,12 @@ def _choose_gemm(x: Tensor, M: int, L: int, N: int, dtype: DType) -> Gemm | None
     """
     has_loops = M >= MIN_ROWS and min(L, N) > 1
     if has_loops and M * L * N >= SMALL and (cpu := cpu_kernels(x.device)):
-        return cpu.gemm
+        return Gemm(cpu.gemm, TILE)
     rounded = dtype == dtypes.bfloat16
     # one kernel on the tensor cores computes all Z matrices, so the threshold counts all of x
     if (rounded or (has_loops and x.numel() * N >= SMALL)) and has_tensor_cores(x.device, dtype):
-        return _tensor_core_gemm
-    return _plain_gemm if rounded else None
-
-
-def _padded_size(size: int, gemm: Gemm) -> int:
-    """The padded size of one side of a factor: a multiple of TILE, unless tinygrad schedules it."""
-    return size if gemm is _plain_gemm else round_up(size, TILE)
-
-
-def round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
+        return Gemm(_tensor_core_gemm, TILE)
+    return Gemm(_plain_gemm, tile=1) if rounded else None
 
 
 def _pad(x: Tensor, rows: int, columns: int) -> Tensor:
@@ -103,7 +104,7 @@ def _product(gemm: Gemm, a: Tensor, b: Tensor) -> Tensor:
     """
     _, M, L = a.shape
     N = b.shape[1]
-    m, l, n = (_padded_size(size, gemm) for size in (M, L, N))
+    m, l, n = (round_up(size, gemm.tile) for size in (M, L, N))
     a, b = (
         materialize(rounded_factor(_pad(x.float(), rows, l), bool(BF16)))
         for x, rows in ((a, m), (b, n))
@@ -121,13 +122,13 @@ def _product_function(M: int, N: int, L: int, gemm: Gemm, to_bf16: bool) -> Call
     def gradient(upstream: UOp, call: UOp) -> tuple[UOp | None, ...]:
         a, b, *buffers = (Tensor(uop) for uop in call.src[1:])
         g = rounded_factor(Tensor(upstream), to_bf16).contiguous()
-        da, db = gemm(g, b, M, L, N), gemm(g, a, N, L, M, trans_a=True)
+        da, db = gemm.run(g, b, M, L, N), gemm.run(g, a, N, L, M, trans_a=True)
         return da.uop, db.uop, *[None for _ in buffers]
 
     # allow_implicit: the kernel's output buffer is an argument as well
     @function(grad_fxn=gradient, allow_implicit=True)
     def product(a: Tensor, b: Tensor) -> Tensor:
-        return gemm(a, b, M, N, L, trans_b=True)
+        return gemm.run(a, b, M, N, L, trans_b=True)
 
     return product
 

@@ -16,6 +16,7 @@ from tinygrad import Tensor, TinyJit
 from tinygrad.codegen.opt import Opt, OptOps  # noqa: F401  # for ops.py
 from tinygrad.dtype import DType, _to_np_dtype  # noqa: F401  # DType: for matmul.py
 from tinygrad.engine import realize
+from tinygrad.helpers import round_up  # noqa: F401  # for matmul.py and kv_cache.py
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops  # noqa: F401  # for ops.py
 
 from ..files import PicoError
