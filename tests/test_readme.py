@@ -57,21 +57,16 @@ def test_set_up_is_two_commands():
     assert re.search(r"^python -m pytest -q.* -m ''$", ci, re.MULTILINE)
 
 
-@pytest.mark.slow(minutes=3)
-def test_quickstart_writes_words(tmp_path):
-    """After 200 of 500 steps, most of what the model writes are words of its data."""
+@pytest.mark.slow
+def test_quickstart(tmp_path):
+    """Three steps of its 500. What a trained model writes is tested with the one that is here."""
     assert blocks("bash")[2].endswith("\npython examples/quickstart.py")
     script = (ROOT / "examples" / "quickstart.py").read_text()
     assert script.count("=500") == 2
-    (tmp_path / "quickstart.py").write_text(script.replace("=500", "=200"))
+    (tmp_path / "quickstart.py").write_text(script.replace("=500", "=3"))
     out = run("python quickstart.py", tmp_path)
-    words = re.findall(r"[a-z]+", out.split("seconds in all")[0].lower())
-    from pydoc_data.topics import topics
-
-    known = set(re.findall(r"[a-z]+", " ".join(topics.values()).lower()))
-    real = [word for word in words if word in known]
-    assert len(words) > 30
-    assert len(real) / len(words) > 0.6, out
+    assert "The class statement" in out
+    assert re.search(r"step 3: \d\.\d\d bits per byte", out)
 
 
 @pytest.mark.slow
@@ -85,6 +80,9 @@ def test_the_model_that_comes_with_the_package(tmp_path):
     sample = run(setup.split(" && .venv/bin/")[-1] + " --max-bytes 200 --seed 1", tmp_path)
     assert sample.startswith("Once upon a time")
     assert len(re.findall(r"\b(?:the|and|of|to|a|he|she|was|his|her|in|that)\b", sample)) > 5
+    known = {*re.findall(r"[a-z]+", (ROOT / "examples" / "passage.txt").read_text().lower())}
+    written = re.findall(r"[a-z]+", sample.lower())
+    assert sum(word in known for word in written) > len(written) / 3, sample
     out = run(tour.splitlines()[0], tmp_path)
     assert float(re.search(r"bits per byte +([\d.]+)", out)[1]) < 3
     assert "Once" in re.sub(r"<[^>]*>", "", (tmp_path / "passage.html").read_text())
