@@ -169,7 +169,7 @@ def test_graphs_are_freed_immediately(text):
             step(windows, 1e-3)
             validation()
             decoder.forward(b"a")
-        jits = [step.whole_step, validation.few_slots, *decoder.graphs.values()]
+        jits = [step.whole_step, validation.measure.few_slots, *decoder.graphs.values()]
         graphs = [weakref.ref(jit.captured) for jit in jits if jit.captured is not None]
         assert len(graphs) >= 4
         del step, validation, decoder, jits
