@@ -554,6 +554,18 @@ def test_run_for_real(trained, tmp_path, capsysbinary):
     assert b"bytes: 12\npasses: 12" in re.sub(rb"(?m)^(bytes/s|time).*\n", b"", err)
 
 
+def test_stops(trained, capsysbinary):
+    options = ["run", str(trained), "run", "--seed", "1", "--max-bytes", "40", "--ignore-end"]
+    options += ["--output", "raw", "--prompt", "a"]
+    assert cli.main(options) == 0
+    whole = capsysbinary.readouterr().out
+    stop = whole[20:24]
+    assert cli.main([*options, "--stop", "absent", "--stop", os.fsdecode(stop)]) == 0
+    assert capsysbinary.readouterr().out == whole[: whole.index(stop)]
+    assert cli.main([*options, "--stop", ""]) == 2
+    assert b"stop is empty" in capsysbinary.readouterr().err
+
+
 @pytest.fixture
 def written(monkeypatch):
     """`run` writes what is put in here as (byte, weight, drafted, sample); the prompt it had.

@@ -296,7 +296,8 @@ def command_run(args: argparse.Namespace) -> int:
         check_writable(args.html)
     model = load(args.path, args.run, args.checkpoint)
     stats = Stats()
-    records = generate(model, prompt, stats=stats, **dataclasses.asdict(settings))
+    stop = [os.fsencode(text) for text in args.stop or ()]
+    records = generate(model, prompt, stop=stop, stats=stats, **dataclasses.asdict(settings))
     say(describe_backend())
     kept: list[GeneratedByte] = []
     complete = False

@@ -162,7 +162,12 @@ def add_run_options(parser: Parser) -> None:
         "--prompt-file", type=path_name, metavar="FILE", help="file with the bytes to continue"
     )
     add_fields(prompting, SampleSettings, ("raw_prompt",))
-    add_fields(parser.add_argument_group("sampling"), SampleSettings, without=("raw_prompt",))
+    sampling = parser.add_argument_group("sampling")
+    add_fields(sampling, SampleSettings, without=("raw_prompt",))
+    sampling.add_argument(
+        "--stop", action="append", metavar="TEXT",
+        help="end the text before TEXT, once the model writes it; give --stop again for another",
+    )  # fmt: skip
 
     showing = parser.add_argument_group("output")
     showing.add_argument(
