@@ -170,17 +170,22 @@ class Sampler:
 
         Raises PicoError on logits that are not finite.
         """
-        if not np.isfinite(logits).all():
-            raise PicoError(
-                "the model's logits are not finite: its weights are damaged or too large; use "
-                "another checkpoint"
-            )
+        check_finite(logits)
         p = self.distribution(logits, more)
         total = np.cumsum(p)
         byte = int(np.searchsorted(total, rng.random() * total[-1], side="right"))
         if self.temperature == 0:
             return byte, float(log_softmax(logits)[byte])
         return byte, math.log(p[byte])
+
+
+def check_finite(logits: np.ndarray) -> None:
+    """Raise PicoError unless all logits are finite."""
+    if not np.isfinite(logits).all():
+        raise PicoError(
+            "the model's logits are not finite: its weights are damaged or too large; use "
+            "another checkpoint"
+        )
 
 
 def _checked(p: np.ndarray) -> np.ndarray:
@@ -465,7 +470,7 @@ def _rounds(
             stats.routed += decision
             stats.seconds = time.perf_counter() - began
             stats.first_byte_seconds = stats.first_byte_seconds or stats.seconds
-            yield GeneratedByte(byte, _sigmoid(z), decision, logprob, drafted, sample)
+            yield GeneratedByte(byte, sigmoid(z), decision, logprob, drafted, sample)
             if generated == max_bytes:
                 return
             policy.read(byte, logits[accepted, 0])
@@ -477,6 +482,20 @@ def _rounds(
             stats.accepted += 1
         heads = logits[accepted]
         rejected = len(drafts) - accepted
+
+
+def complete(
+    model: Pico, prompt: str | bytes = "", *, num_samples: int = 1, **settings: Any
+) -> str:
+    """The continuation of `prompt`, without the prompt; bytes that are no UTF-8 become U+FFFD.
+
+    settings: the keywords of `generate`, such as stop="\\n", temperature=0.7, seed=1. Raises
+    PicoError as `generate` does, and if more than one sample is asked for.
+    """
+    if num_samples != 1:
+        raise PicoError("complete returns one text: call it for each of several seeds")
+    records = generate(model, prompt, **settings)
+    return bytes(record.byte for record in records).decode(errors="replace")
 
 
 def as_bytes(text: str | bytes, name: str) -> bytes:
@@ -535,5 +554,5 @@ def _begun(ending: bytes, text: bytes) -> bytes:
     return next(tail[i:] for i in range(len(tail) + 1) if ending.startswith(tail[i:]))
 
 
-def _sigmoid(z: float) -> float:
+def sigmoid(z: float) -> float:
     return 1 / (1 + math.exp(-z)) if z > -700 else 0.0

@@ -25,6 +25,7 @@ from pico_tg.files import PicoError
 from pico_tg.generation import GeneratedByte, SampleSettings, Stats, generate
 from pico_tg.runs import load
 from pico_tg.safetensors import read_safetensors
+from pico_tg.scoring import score
 from pico_tg.tools import cli
 from pico_tg.tools.options import build_parser, given
 from pico_tg.tools.router_report import router_report
@@ -204,6 +205,10 @@ MISTAKES = {  # a command line, and what its error names
     "eval {trained} run {text} --split all --dataset-validation-size 0.1": "leave --dataset-valid",
     "eval {trained} run --max-bytes 9": "first 9 bytes of the validation data",
     "eval {trained} run --html no/where.html": "no folder",
+    "eval {trained} run --text a --html no/where.html": "no folder",
+    "eval {trained} run --text=": "the text is empty",
+    "eval {trained} run {text} --text a --split all": "leave DATASET and --split out",
+    "eval {trained} run --text a --dataset-column-name b": "leave --dataset-column-name out",
     "info {trained} none": "train it: python -m pico_tg train {trained} none",
     "info {new}": "make one with: python -m pico_tg init {new}",
     "plot {trained} missing": "metrics.jsonl",
@@ -468,6 +473,30 @@ def test_the_default_split(trained, tmp_path, capsys):
     ):
         assert status(["eval", str(trained), "run", *flags, "--max-bytes", "9"]) == 2
         assert f"first 9 bytes of the {part} hold no byte" in capsys.readouterr().err
+
+
+def test_eval_of_a_text(trained, tmp_path, capsys):
+    """The text with its marks, JSON and a page say what `score` returns."""
+    text, page = "The fox, é\n\udcff", tmp_path / "page.html"
+    scored = score(load(trained, "run"), os.fsencode(text))
+    arguments = ["eval", str(trained), "run", "--text", text]
+    assert cli.main([*arguments, "--html", str(page)]) == 0
+    out = capsys.readouterr().out
+    shown, figures = out[: out.rindex("\n", 0, -1)], out.splitlines()[-1]
+    assert shown.replace("_", "") == "The fox, é\n\ufffd"
+    routed = sum(record.router_decision for record in scored)
+    assert 0 < shown.count("_") <= routed
+    assert figures == (
+        f"{scored.bits:.2f} bits, {scored.bits_per_byte:.3f} bits per byte; "
+        f"{routed} of 13 bytes routed"
+    )
+    assert page.read_text().count(", routed · ") == 2 * routed
+    assert f"<dt>bits</dt><dd>{scored.bits:.2f}</dd>" in page.read_text()
+    assert cli.main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [GeneratedByte(**values) for values in found.pop("bytes")] == scored
+    figures = {"bits": scored.bits, "bits_per_byte": scored.bits_per_byte}
+    assert found == {"step": 3} | figures
 
 
 def test_eval_of_weights_alone(weights, capsys):

@@ -39,6 +39,7 @@ from ..runs import (
     read_metrics,
     run_folder,
 )
+from ..scoring import score
 from ..training import train
 from .bench import bench_decode, bench_train
 from .html import html_page
@@ -211,6 +212,8 @@ def command_eval(args: argparse.Namespace) -> int:
     load_config(args.path)
     run_dir = run_folder(args.path, args.run)
     checkpoint = find_checkpoint(run_dir, args.checkpoint)
+    if args.text is not None:
+        return score_text(args, int(checkpoint.stem))
     stored = find_description(run_dir)
     spec = data_to_measure(args, stored)
     trained = stored["settings"] if stored else {}
@@ -251,6 +254,42 @@ def command_eval(args: argparse.Namespace) -> int:
                 b"", passage(measured, PASSAGE), title, shown, name="Passage", surprisal=True
             )
             write_page(args.html, page)
+            say(f"wrote {args.html}")
+    return 0
+
+
+def score_text(args: argparse.Namespace, step: int) -> int:
+    """eval --text: the text with marks before routed bytes, and its bits."""
+    named = [option_of("dataset_" + name) for name in given(args, DataSpec, "dataset_")]
+    named += map(option_of, given(args, EvalSettings))
+    if args.dataset is not None:
+        named.insert(0, "DATASET")
+    if named:
+        raise PicoError(f"--text measures that text alone; leave {' and '.join(named)} out")
+    if args.html:
+        check_writable(args.html)
+    text = os.fsencode(args.text)
+    scored = score(load(args.path, args.run, args.checkpoint), text)
+    say(describe_backend())
+    figures = {"step": step, "bits": scored.bits, "bits_per_byte": scored.bits_per_byte}
+    try:
+        if args.json:
+            put(
+                json.dumps(figures | {"bytes": [*map(dataclasses.asdict, scored)]}, indent=2) + "\n"
+            )
+        else:
+            show_samples(scored, b"", marks=True)
+            routed = sum(record.router_decision for record in scored)
+            put(
+                f"{scored.bits:.2f} bits, {scored.bits_per_byte:.3f} bits per byte; "
+                f"{routed} of {len(scored)} bytes routed\n"
+            )
+    finally:
+        if args.html:
+            title = f"{model_name(args.path)}, run {args.run}"
+            shown = {"step": step, "bits": f"{scored.bits:.2f}"}
+            shown["bits per byte"] = f"{scored.bits_per_byte:.3f}"
+            write_page(args.html, html_page(b"", [scored], title, shown, "Text", surprisal=True))
             say(f"wrote {args.html}")
     return 0
 

@@ -147,6 +147,11 @@ def add_eval_options(parser: Parser) -> None:
     }
     add_fields(parser, EvalSettings, defaults=defaults)
     parser.add_argument(
+        "--text", metavar="TEXT",
+        help="in place of a DATASET: print TEXT with _ before each byte that the router sends "
+        "through the latent blocks, and how many bits the model needs for it",
+    )  # fmt: skip
+    parser.add_argument(
         "--html", type=path_name, metavar="FILE",
         help=f"also write a page of the first {PASSAGE:,} bytes: router weights, surprisal",
     )  # fmt: skip
