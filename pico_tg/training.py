@@ -297,7 +297,8 @@ def train(
 
     - dataset: `pico_tg.DataSpec`, its `dataset` alone, or loaded data; None is `python-docs`
     - run_dir: receives training.json, metrics.jsonl (the records) and checkpoints, see
-      `pico_tg.runs`; must be new, or of a run that ended before its first checkpoint
+      `pico_tg.runs`; must be new, or of a run that ended before its first checkpoint. The folder
+      above it receives model.json, unless it has one, which must be of this model
     - devices: names such as ("CUDA:0", "CUDA:1") share each batch; training leaves the model on the
       first
     - resume: continue the run in run_dir from its newest valid checkpoint, bit for bit. May differ
@@ -328,6 +329,7 @@ def train(
     _check_for_model(chosen, model.config)
     if folder is not None and not resume:
         check_startable(folder)
+        model.config.exists(folder.parent / "model.json")
     data = open_data(dataset, stored, folder, events.bars)
     micro_batches = chosen.batch_size * chosen.grad_accumulation_steps
     T = model.config.next_tokens
@@ -345,6 +347,8 @@ def train(
     if len(data.validation.bytes) > chosen.validation_bytes:
         events.say(f"each validation measures the first {chosen.validation_bytes:,} held-out bytes")
     if run:
+        if not resume and not model.config.exists(folder.parent / "model.json"):
+            model.config.to_json(folder.parent / "model.json")
         weights = base_weights and os.path.abspath(base_weights)
         run.describe(
             {"settings": dataclasses.asdict(chosen)}

@@ -220,6 +220,8 @@ MISTAKES = {  # a command line, and what its error names
     "run {trained} run --checkpoint last": "neither a step nor best",
     "run {trained} run --prompt a --prompt-file b": "--prompt-file",
     "run {trained} run --prompt-file /dev/null": "/dev/null is empty; leave --prompt-file out",
+    "run {text}": "give the folder of a model",
+    "run nowhere": "nowhere is no model; make one with",
     "run {trained} run --prompt-file nowhere.txt": "nowhere.txt",
     "run {trained} run --prompt-file .": "cannot read",
     "run {trained} run --output pdf": "pdf",
@@ -593,6 +595,16 @@ def test_stops(trained, capsysbinary):
     assert capsysbinary.readouterr().out == whole[: whole.index(stop)]
     assert cli.main([*options, "--stop", ""]) == 2
     assert b"stop is empty" in capsysbinary.readouterr().err
+
+
+def test_the_newest_run_is_the_default(trained, capsys):
+    options = ["--seed", "1", "--max-bytes", "3", "--prompt", "a"]
+    assert cli.main(["run", str(trained), "run", *options]) == 0
+    named = capsys.readouterr()
+    assert cli.main(["run", str(trained), *options]) == 0
+    found = capsys.readouterr()
+    assert found.out == named.out
+    assert found.err == "run run\n" + named.err
 
 
 @pytest.fixture

@@ -35,6 +35,7 @@ from ..runs import (
     find_checkpoint,
     find_description,
     load,
+    newest_run,
     read_description,
     read_metrics,
     run_folder,
@@ -333,6 +334,9 @@ def command_run(args: argparse.Namespace) -> int:
     prompt = read_prompt(args)
     if args.html:
         check_writable(args.html)
+    if args.run is None:
+        args.run = newest_run(args.path)
+        say(f"run {args.run}")
     model = load(args.path, args.run, args.checkpoint)
     stats = Stats()
     stop = [os.fsencode(text) for text in args.stop or ()]

@@ -78,7 +78,11 @@ def build_parser(functions: dict[str, Callable]) -> Parser:
     evaluating = add("eval", "measure a trained model on text", path, run, checkpoint, as_json)
     add_eval_options(evaluating)
 
-    running = add("run", "write text with a trained model", path, run, checkpoint)
+    running = add("run", "write text with a trained model", path, checkpoint)
+    running.add_argument(
+        "run", metavar="RUN", nargs="?",
+        help="name of the training run (default: the one with the newest checkpoint)",
+    )  # fmt: skip
     add_run_options(running)
 
     informing = add("info", "sizes and costs of a model, checkpoints of a run", path, as_json)
