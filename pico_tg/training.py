@@ -40,6 +40,7 @@ from .ops import entropy
 from .optim.soap import SOAP, all_finite
 from .routing import top_k_decisions
 from .runs import (
+    BITS,
     Progress,
     Record,
     Run,
@@ -304,7 +305,8 @@ def train(
     - resume: continue the run in run_dir from its newest valid checkpoint, bit for bit. May differ
       from the run: the settings in `pico_tg.runs.MAY_CHANGE`, the path of unchanged data, and with
       `force` batch_size
-    - base_weights: .safetensors file to start from; recorded in training.json
+    - base_weights: .safetensors file to start from; recorded in training.json. The first thing
+      that `events` say is then how well these weights predict the held-out text
     - events: the user interface. `pico_tg.tools.terminal.StopSignals` stops at Ctrl-C
     - settings: the fields of `pico_tg.TrainSettings`
 
@@ -359,7 +361,8 @@ def train(
                 "devices": list(devices),
             }
         )
-    records = _loop(train_step, windows, validate, run, progress, events)
+    before = base_weights is not None
+    records = _loop(train_step, windows, validate, run, progress, events, before)
     # an uncaught error in a script can keep the generator open until the interpreter has torn down
     # the modules that saving needs: close the generator before that
     # (test_resume.test_a_script_s_error_saves_the_last_step)
@@ -478,6 +481,7 @@ def _loop(
     run: Run | None,
     progress: Progress,
     events: Events,
+    measure_before: bool,
 ) -> Iterator[Record]:
     """Run the steps until the last one or a stop, and save the last complete step.
 
@@ -489,6 +493,10 @@ def _loop(
         run.save(weights_of(train_step.model), train_step.state(), progress, settings)
 
     try:
+        if measure_before:
+            measured = validate()[BITS]
+            events.say(f"before the first step: {measured:.3f} bits per byte of held-out text")
+            stopped = events.stop()
         while not stopped and not _limit_reached(progress, settings):
             record = _step(train_step, windows, progress, events)
             if not record:  # stopped within the step

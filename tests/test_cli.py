@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from helpers import FLAGS, FOX, SHORT, error_line, start, status
 
+from pico_tg.checkpoint import load_config
 from pico_tg.config import Config, TrainSettings, types_of
 from pico_tg.data import DataSpec
 from pico_tg.evaluation import EvalSettings, evaluate
@@ -195,6 +196,11 @@ MISTAKES = {  # a command line, and what its error names
     "train {damaged} r {text}": "dim must be",
     "train {trained} run {text}": "continue it with --resume",
     "train {trained} run --resume --base-weights x": "--base-weights is for a new run",
+    "train {trained} run --resume --from {trained} run": "--from is for a new run",
+    "train new r {text} --from {trained} run --base-weights x": "both name the weights",
+    "train new r {text} --from nowhere run": "nowhere is no model",
+    "train new r {text} --from {trained} none": "none has no checkpoint",
+    "train new r nowhere.txt --from {trained} run": "nowhere.txt",
     "train {trained} run --resume --dataset-train-split a": "give the DATASET too",
     "train {trained} run --resume --learning-rate 0.5": "learning_rate was",
     "train {trained} nothing --resume": "no training run to resume",
@@ -313,6 +319,38 @@ def test_base_weights(weights, text):
     assert description["settings"]["router_warmup_steps"] == 0  # their router counts as trained
     assert cli.main(["train", str(weights), "more", "--resume", "--max-steps", "3"]) == 0
     assert json.loads((weights / "more" / "training.json").read_text()) == description
+
+
+def test_fine_tuning(trained, tmp_path, capsys):
+    """From the newest checkpoint of another model, whose sizes a new folder takes over."""
+    text, new = trained.parent / "text.txt", tmp_path / "models" / "mine"
+    arguments = ["train", str(new), "a/b", str(text), "--from", str(trained), "run", *SHORT]
+    assert cli.main(arguments) == 0
+    said = capsys.readouterr().err
+    last = json.loads((trained / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    before = f"{last['validation_bits_per_byte']:.3f} bits per byte of held-out text"
+    assert f"before the first step: {before}\n" in said
+    assert load_config(new) == load_config(trained)
+    assert load_config(new / "a") == load_config(trained)
+    description = json.loads((new / "a" / "b" / "training.json").read_text())
+    assert description["base_weights"] == str(trained / "run" / "00000003.safetensors")
+    chosen = description["settings"]
+    fresh = json.loads((trained / "run" / "training.json").read_text())["settings"]
+    assert chosen["learning_rate"] == fresh["learning_rate"] / 4
+    assert chosen["router_warmup_steps"] == 0
+    assert load(new).config == load_config(trained)
+
+
+def test_fine_tuning_keeps_a_model_of_other_sizes(trained, tmp_path, capsys):
+    assert cli.main(["init", str(tmp_path / "other"), *FLAGS, "--dim", "28"]) == 0
+    before = (tmp_path / "other" / "model.json").read_bytes()
+    capsys.readouterr()
+    text = str(trained.parent / "text.txt")
+    arguments = ["train", str(tmp_path / "other"), "r", text, "--from", str(trained), "run"]
+    assert cli.main(arguments) == 2
+    assert "describes another model: dim was 28, now 24" in error_line(capsys)
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["model.json"]
+    assert (tmp_path / "other" / "model.json").read_bytes() == before
 
 
 def test_resume_of_a_complete_run(trained, capsys):

@@ -285,7 +285,10 @@ def test_a_run_without_a_checkpoint_starts_again(text, tmp_path, quick_steps):
     records = start(text, run, max_steps=3, events=stopping, grad_accumulation_steps=2)
     assert list(records) == []  # stopped within the first step
     assert list_checkpoints(run) == []
-    assert steps(start(text, run, max_steps=2, base_weights=weights)) == [1, 2]
+    watch = Watch()
+    records = start(text, run, max_steps=2, base_weights=weights, events=watch)
+    assert steps(records) == [1, 2]
+    assert watch.said[-1] == "before the first step: 3.000 bits per byte of held-out text"
     with pytest.raises(PicoError, match="exists; continue it with --resume"):
         start(text, run)
     for path in run.glob("0*"):

@@ -109,13 +109,19 @@ def command_train(args: argparse.Namespace) -> int:
     """Train the model in PATH on DATASET; write weights and metrics to PATH/RUN."""
     run_dir, settings = run_folder(args.path, args.run), given(args, TrainSettings)
     spec = data_to_train_on(args)
-    if args.resume and args.base_weights:
-        raise PicoError("--base-weights is for a new run; leave it out with --resume")
+    for option, value in {"--base-weights": args.base_weights, "--from": args.source}.items():
+        if args.resume and value:
+            raise PicoError(f"{option} is for a new run; leave it out with --resume")
+    if args.source and args.base_weights:
+        raise PicoError("--from and --base-weights both name the weights to start from; give one")
     if args.resume and args.settings:
         raise PicoError("--settings is for a new run; leave it out with --resume")
     if args.force and not args.resume:
         raise PicoError("--force requires --resume")
-    config = load_config(args.path)
+    config = load_config(args.source[0] if args.source else args.path)
+    if args.source:
+        args.base_weights = find_checkpoint(run_folder(*args.source))
+        config.exists(args.path / "model.json")
     devices = () if args.devices is None else parse_devices(args.devices)
     if args.sample_prompt and len(devices) > 1:
         raise PicoError("--sample-prompt needs one device: several devices print no samples")
@@ -138,6 +144,8 @@ def command_train(args: argparse.Namespace) -> int:
         model, data, run_dir, devices=devices, resume=args.resume, force=args.force,
         base_weights=args.base_weights, events=display, **settings,
     )  # fmt: skip
+    if not config.exists(args.path / "model.json"):  # --from
+        config.to_json(args.path / "model.json")
     for line in (*remarks, f"{describe_backend()}; {config.parameters:,} parameters"):
         say(line)
     # catch signals only from here on: before the first step, Ctrl-C exits immediately
@@ -159,14 +167,12 @@ def complete_settings(
 ) -> tuple[TrainSettings, list[str]]:
     """The given settings completed by `costs.choose`, and lines about the choice and the cost."""
     settings, lines = given(args, TrainSettings), []
-    if args.base_weights:  # their router counts as trained
-        settings.setdefault("router_warmup_steps", 0)
     device = (devices or (Device.DEFAULT,))[0]
     machine = (train_bytes, device, gemm_rate(settings.get("precision", "auto"), device))
     if args.settings == "published":
         complete = TrainSettings(**settings)
     else:
-        complete = choose(config, *machine, settings)
+        complete = choose(config, *machine, settings, trained=args.base_weights is not None)
         chosen = [f"{name} {getattr(complete, name)}" for name in CHOSEN if name not in settings]
         lines += [f"chosen: {', '.join(chosen)}"] if chosen else []
     check_memory(config, complete, device)

@@ -117,6 +117,11 @@ def add_train_options(parser: Parser) -> None:
         help="start from these weights (.safetensors) instead of fresh ones, and without "
         "router warm-up unless --router-warmup-steps is given",
     )  # fmt: skip
+    parser.add_argument(
+        "--from", dest="source", nargs=2, metavar=("PATH", "RUN"),
+        help="fine-tune: start from the newest checkpoint of another model's RUN; this model's "
+        "folder, if new, takes over the sizes; a learning rate that is not given is a quarter",
+    )  # fmt: skip
     add_fields(parser, TrainSettings, defaults=dict.fromkeys(costs.CHOSEN, "see --settings"))
     parser.add_argument(
         "--settings", choices=["chosen", "published"],
