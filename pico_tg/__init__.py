@@ -12,10 +12,11 @@ from .data import DataSpec, load_data
 from .decoder import Decoder
 from .evaluation import EvalSettings, Evaluation, evaluate
 from .files import PicoError
-from .generation import GeneratedByte, SampleSettings, Stats, generate
+from .generation import GeneratedByte, Sampler, SampleSettings, Stats, complete, generate
 from .model import Pico, loss_fn
 from .optim.soap import SOAP
 from .runs import load
+from .scoring import Score, score
 from .training import Events, train
 
 __all__ = [
@@ -30,8 +31,11 @@ __all__ = [
     "Pico",
     "PicoError",
     "SampleSettings",
+    "Sampler",
+    "Score",
     "Stats",
     "TrainSettings",
+    "complete",
     "enable_compile_cache",
     "evaluate",
     "generate",
@@ -40,5 +44,6 @@ __all__ = [
     "load_weights",
     "loss_fn",
     "save_weights",
+    "score",
     "train",
 ]

@@ -186,6 +186,8 @@ def _digest(arrays: dict[str, np.ndarray]) -> str:
 def load_config(path: str | os.PathLike) -> Config:
     """The Config of the model folder PATH. Raises PicoError if it has no valid model.json."""
     file = Path(path) / "model.json"
+    if Path(path).is_file():
+        raise PicoError(f"{path} is a file; give the folder of a model, which holds model.json")
     if not file.exists():
         raise PicoError(f"{path} is no model; make one with: {command('init', path)}")
     return Config.from_json(file)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar, get_args
 
 import numpy as np
 
-from .files import PicoError, atomic_write
+from .files import PicoError, atomic_write, differences
 from .routing import RULES
 
 ROUTERS = ("learned", *RULES)
@@ -273,6 +273,15 @@ class Config:
             for field, value in pairs
             if "optional" not in field.metadata or value != field.default
         }
+
+    def exists(self, path: str | os.PathLike) -> bool:
+        """Whether the model.json `path` exists. Raises PicoError if it is of other sizes."""
+        if not os.path.exists(path):
+            return False
+        there, here = (dataclasses.asdict(config) for config in (self.from_json(path), self))
+        if changed := differences(there, here):
+            raise PicoError(f"{path} describes another model: {changed}; choose another folder")
+        return True
 
     def to_json(self, path: str | os.PathLike) -> None:
         """Write a model.json, atomically."""

@@ -13,7 +13,7 @@ next compiled one:
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -163,13 +163,20 @@ class Decoder:
         Row i is computed from the bytes up to byte i: head 0 predicts the next byte, head k the
         byte k positions after that.
         """
-        self.changes += 1
-        rows = PREFILL_CHUNK if len(data) >= MIN_PREFILL else DECODE_ROWS[-1]
-        if len(data) <= rows:
+        if len(data) <= DECODE_ROWS[-1]:
             return self._pass(data)
-        passes = [self._pass(data[i : i + rows]) for i in range(0, len(data), rows)]
-        logits, router_logits = zip(*passes, strict=True)
+        _, logits, router_logits = zip(*self.passes(data), strict=True)
         return np.concatenate(logits), np.concatenate(router_logits)
+
+    def passes(self, data: bytes) -> Iterator[tuple[bytes, np.ndarray, np.ndarray]]:
+        """`forward` in pieces: (the bytes of a pass, their logits, their router logits) of each.
+
+        Each pass runs when its piece is asked for, so that long data need no more memory.
+        """
+        rows = PREFILL_CHUNK if len(data) >= MIN_PREFILL else DECODE_ROWS[-1]
+        for start in range(0, len(data), rows):
+            piece = data[start : start + rows]
+            yield piece, *self._pass(piece)
 
     def rollback(self, count: int) -> None:
         """Forget the newest `count` bytes, all of which the last pass must have read."""
@@ -201,7 +208,9 @@ class Decoder:
         caches = (*self.fb_in, *self.latent, *self.fb_out)
         return [tensor for cache in caches for tensor in (cache.keys, cache.values)]
 
+    @exclusive
     def _pass(self, data: bytes) -> tuple[np.ndarray, np.ndarray]:
+        self.changes += 1
         n = len(data)
         self.recent = (self.recent[-1:] if self.position else b"\0") + data
         inputs = self.host_inputs

@@ -19,9 +19,11 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from types import UnionType
+from typing import Any
 
 import numpy as np
 
@@ -40,7 +42,8 @@ class GeneratedByte:
     - byte: 0..255
     - router_weight: the sigmoid of the router's logit for this byte
     - router_decision: whether the byte went through the latent blocks
-    - logprob: natural log of its probability under the distribution that it was drawn from
+    - logprob: natural log of its probability under the distribution that it was drawn from. At
+      temperature 0 that would always be 0: there it is the model's own, of temperature 1
     - drafted: whether it was accepted as a draft
     - sample: which of `num_samples`, from 0
     """
@@ -57,7 +60,7 @@ class GeneratedByte:
 class Stats:
     """Counts and times of one `generate`, updated with every byte.
 
-    - bytes: generated so far, end tags included
+    - bytes: generated so far, end tags and stops included
     - passes: through the model, without those of the prompt
     - routed: how many bytes went through the latent blocks
     - drafts, accepted: drafts that a pass took in, and those of them that were accepted
@@ -75,6 +78,8 @@ class Stats:
 
 # A filter takes the probabilities, float64 [256], and the value of its field of `Sampler`. It sets
 # the probabilities of the bytes that it excludes to 0; the sum of the result need not be 1.
+# `generate` takes further filters, without a value.
+Filter = Callable[[np.ndarray], np.ndarray]
 
 
 def top_k_filter(p: np.ndarray, k: int) -> np.ndarray:
@@ -140,33 +145,58 @@ class Sampler:
             if "filter" in field.metadata and value != field.default
         ]
 
-    def distribution(self, logits: np.ndarray) -> np.ndarray:
-        """Probabilities float64 [256] of the next byte, from logits [256]."""
-        if self.temperature == 0:
+    def distribution(self, logits: np.ndarray, more: Sequence[Filter] = ()) -> np.ndarray:
+        """Probabilities float64 [256] of the next byte, from logits [256].
+
+        more: filters that apply after those of the fields.
+        """
+        if self.temperature == 0 and not more:
             return np.eye(256)[np.argmax(logits)]
         scaled = logits.astype(np.float64)
         with np.errstate(over="ignore"):  # a tiny temperature sends unlikely bytes to -inf
-            scaled = (scaled - scaled.max()) / self.temperature
+            scaled = (scaled - scaled.max()) / (self.temperature or 1)
         p = np.exp(scaled)
         p /= p.sum()
         for keep, value in self.filters:
             p = keep(p, value)
-        return p / p.sum()
+        for keep in more:
+            p = _checked(keep(p))
+        return np.eye(256)[np.argmax(p)] if self.temperature == 0 else p / p.sum()
 
-    def __call__(self, logits: np.ndarray, rng: np.random.Generator) -> tuple[int, float]:
-        """A byte and the natural log of its probability; takes one number from `rng`.
+    def __call__(
+        self, logits: np.ndarray, rng: np.random.Generator, more: Sequence[Filter] = ()
+    ) -> tuple[int, float]:
+        """A byte and the logprob of its `GeneratedByte`; takes one number from `rng`.
 
         Raises PicoError on logits that are not finite.
         """
-        if not np.isfinite(logits).all():
-            raise PicoError(
-                "the model's logits are not finite: its weights are damaged or too large; use "
-                "another checkpoint"
-            )
-        p = self.distribution(logits)
+        check_finite(logits)
+        p = self.distribution(logits, more)
         total = np.cumsum(p)
         byte = int(np.searchsorted(total, rng.random() * total[-1], side="right"))
+        if self.temperature == 0:
+            return byte, float(log_softmax(logits)[byte])
         return byte, math.log(p[byte])
+
+
+def check_finite(logits: np.ndarray) -> None:
+    """Raise PicoError unless all logits are finite."""
+    if not np.isfinite(logits).all():
+        raise PicoError(
+            "the model's logits are not finite: its weights are damaged or too large; use "
+            "another checkpoint"
+        )
+
+
+def _checked(p: np.ndarray) -> np.ndarray:
+    """What a filter of the caller returned, as float64 [256]."""
+    p = np.asarray(p, np.float64)
+    if p.shape != (256,) or not np.isfinite(p).all() or (p < 0).any() or not p.any():
+        raise PicoError(
+            "a filter must return 256 numbers of at least 0, not all of them 0: the probabilities "
+            "of the next byte"
+        )
+    return p
 
 
 @documented
@@ -205,6 +235,12 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return e / e.sum(axis=-1, keepdims=True)
 
 
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Natural logs of the probabilities over the last axis, float64."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
 class Transitions:
     """An estimate A[y, x] of the probability that byte x follows byte y, which corrects drafts.
 
@@ -220,13 +256,17 @@ class Transitions:
 
     PRIOR = 3.0
 
-    def __init__(self, prompt: bytes, p: np.ndarray) -> None:
-        """p [n, 256]: head 0's distributions after each byte of the prompt [n]."""
-        mean = 0.9 * p.mean(axis=0) + 0.1 / 256  # no zeros: the correction divides by it
-        self.A = np.tile(mean, (256, 1)).astype(np.float32)
-        self.counts = [self.PRIOR] * 256
-        for byte, distribution in zip(prompt, p, strict=True):
-            self.observe(byte, distribution)
+    def __init__(self) -> None:
+        self.A = np.zeros((256, 256), np.float32)
+        self.counts = [0.0] * 256
+
+    def end_prompt(self) -> None:
+        """Add the mean over the prompt, all of whose bytes have been observed, to each row."""
+        counts = np.array(self.counts)[:, None]  # (256, 1)
+        sums = counts * self.A.astype(np.float64)
+        mean = 0.9 * sums.sum(axis=0) / counts.sum() + 0.1 / 256  # no zeros: `drafts` divides by it
+        self.A = ((self.PRIOR * mean + sums) / (self.PRIOR + counts)).astype(np.float32)
+        self.counts = [self.PRIOR + count for count in self.counts]
 
     def observe(self, byte: int, p: np.ndarray) -> None:
         """p [256]: head 0's distribution after `byte`."""
@@ -330,27 +370,43 @@ class _Session:
 
 def generate(
     model: Pico,
-    prompt: bytes = b"",
+    prompt: str | bytes = b"",
     *,
+    stop: str | bytes | Iterable[str | bytes] = (),
+    filters: Filter | Iterable[Filter] = (),
     stats: Stats | None = None,
     decoder: Decoder | None = None,
     **settings: int | float | None,
 ) -> Iterator[GeneratedByte]:
     """Continue `prompt`, yielding one record for each byte, until `</pico:seq>` or `max_bytes`.
 
+    - prompt: bytes, or a str, which means its UTF-8. If the prompt ends within `</pico:seq>`, a
+      continuation that completes the tag ends the text
     - settings: the fields of `SampleSettings`, such as temperature=0.7, max_bytes=100, seed=1
+    - stop: one or several texts; the continuation ends before the first of them, which is not
+      yielded. A stop counts within the continuation only, also with ignore_end
+    - filters: one or several functions from the probabilities of the next byte, float64 [256], to
+      those to draw from, of any sum; they apply after the filters of `SampleSettings`
     - stats: updated with every byte
     - decoder: a `Decoder(model)` to reuse, since making one takes seconds. A decoder serves one
       generator at a time: once another generator uses the decoder, the earlier generator raises
       PicoError at its next byte
 
-    May be called from any thread. Raises PicoError on a bad or unknown setting, and on logits that
-    are not finite.
+    May be called from any thread. Raises PicoError on a bad or unknown setting, on a prompt or stop
+    that is no text, and on logits that are not finite.
     """
     chosen = from_keywords(SampleSettings, settings)
-    if chosen.raw_prompt and not prompt:
+    start = as_bytes(prompt, "the prompt")
+    if chosen.raw_prompt and not start:
         raise PicoError("a raw prompt must hold at least one byte: there is nothing to continue")
-    start = prompt if chosen.raw_prompt else SEQ_START + prompt
+    endings = dict.fromkeys(_stops(stop), b"")
+    if not chosen.ignore_end:
+        endings[SEQ_END] = start  # the prompt may begin the tag
+    start = start if chosen.raw_prompt else SEQ_START + start
+    more = _several(filters, Callable)
+    if not all(map(callable, more)):
+        raise PicoError("filters must be functions from probabilities to probabilities")
+    sampler = partial(chosen, more=more)
     stats = Stats() if stats is None else stats
     # a round is one decode pass: the newest byte and its drafts
     draft_limit = min(model.config.next_tokens, DECODE_ROWS[-1]) - 1 if chosen.speculative else 0
@@ -360,11 +416,15 @@ def generate(
         session = _Session(decoder or Decoder(model))
         with session as claimed:
             claimed.reset(use_latent=chosen.latent)
-            logits, _ = claimed.forward(start)  # (n, T, 256)
+            transitions = Transitions() if draft_limit else None
+            for piece, logits, _ in claimed.passes(start):  # all logits of a prompt are large
+                if transitions:
+                    for byte, p in zip(piece, softmax(logits[:, 0]), strict=True):
+                        transitions.observe(byte, p)
+            if transitions:
+                transitions.end_prompt()
             after_prompt = claimed.snapshot() if chosen.num_samples > 1 else None
-        transitions = Transitions(start, softmax(logits[:, 0])) if draft_limit else None
         heads = logits[-1].copy()
-        del logits  # those of a long prompt are large
         for sample in range(chosen.num_samples):
             if sample > 0:
                 with session as claimed:
@@ -372,9 +432,9 @@ def generate(
             rng = np.random.default_rng(None if chosen.seed is None else (chosen.seed, sample))
             policy = DraftPolicy(draft_limit, copy.deepcopy(transitions))
             records = _rounds(
-                session, heads, chosen, rng, policy, chosen.max_bytes, sample, stats, began
+                session, heads, sampler, rng, policy, chosen.max_bytes, sample, stats, began
             )
-            yield from records if chosen.ignore_end else _until_end_tag(records)
+            yield from _before(endings, records)
 
     return samples()
 
@@ -382,7 +442,7 @@ def generate(
 def _rounds(
     session: _Session,
     heads: np.ndarray,
-    sampler: Sampler,
+    sampler: Callable[[np.ndarray, np.random.Generator], tuple[int, float]],
     rng: np.random.Generator,
     policy: DraftPolicy,
     max_bytes: int,
@@ -410,7 +470,7 @@ def _rounds(
             stats.routed += decision
             stats.seconds = time.perf_counter() - began
             stats.first_byte_seconds = stats.first_byte_seconds or stats.seconds
-            yield GeneratedByte(byte, _sigmoid(z), decision, logprob, drafted, sample)
+            yield GeneratedByte(byte, sigmoid(z), decision, logprob, drafted, sample)
             if generated == max_bytes:
                 return
             policy.read(byte, logits[accepted, 0])
@@ -424,17 +484,75 @@ def _rounds(
         rejected = len(drafts) - accepted
 
 
-def _until_end_tag(records: Iterator[GeneratedByte]) -> Iterator[GeneratedByte]:
-    """The records before `</pico:seq>`; bytes that may begin that tag are held back until known."""
+def complete(
+    model: Pico, prompt: str | bytes = "", *, num_samples: int = 1, **settings: Any
+) -> str:
+    """The continuation of `prompt`, without the prompt; bytes that are no UTF-8 become U+FFFD.
+
+    settings: the keywords of `generate`, such as stop="\\n", temperature=0.7, seed=1. Raises
+    PicoError as `generate` does, and if more than one sample is asked for.
+    """
+    if num_samples != 1:
+        raise PicoError("complete returns one text: call it for each of several seeds")
+    records = generate(model, prompt, **settings)
+    return bytes(record.byte for record in records).decode(errors="replace")
+
+
+def as_bytes(text: str | bytes, name: str) -> bytes:
+    """A str as UTF-8, bytes as they are. Raises PicoError, which begins with `name`, otherwise."""
+    if isinstance(text, bytes | bytearray | memoryview):
+        return bytes(text)
+    if not isinstance(text, str):
+        raise PicoError(f"{name} must be a str or bytes, not {type(text).__name__}")
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise PicoError(f"{name} has no UTF-8 ({error}); give bytes") from None
+
+
+def _several(values: Any, one: type | UnionType) -> list:
+    """The values of an argument that takes one value, of type `one`, or several."""
+    if isinstance(values, one) or not isinstance(values, Iterable):
+        return [values]
+    return list(values)
+
+
+def _stops(stop: str | bytes | Iterable[str | bytes]) -> list[bytes]:
+    """The texts of generate's `stop`. Raises PicoError if one is empty or no text."""
+    stops = [as_bytes(text, "stop") for text in _several(stop, str | bytes | bytearray)]
+    if b"" in stops:
+        raise PicoError("stop is empty: every text would end before its first byte")
+    return stops
+
+
+def _before(
+    endings: dict[bytes, bytes], records: Iterator[GeneratedByte]
+) -> Iterator[GeneratedByte]:
+    """The records before the first ending; bytes that may begin one are held back until known.
+
+    endings: for each ending, the text before the records; the ending may begin in that text. Of
+    several that end at the same byte, the longest counts.
+    """
+    begun = {ending: _begun(ending, before) for ending, before in endings.items()}
     held: list[GeneratedByte] = []
     for record in records:
         held.append(record)
-        if bytes(r.byte for r in held) == SEQ_END:
+        for ending, part in begun.items():
+            begun[ending] = _begun(ending, part + bytes([record.byte]))
+        if ended := [len(ending) for ending, part in begun.items() if part == ending]:
+            yield from held[: max(0, len(held) - max(ended))]
             return
-        while held and not SEQ_END.startswith(bytes(r.byte for r in held)):
+        unknown = max(map(len, begun.values()), default=0)
+        while len(held) > unknown:
             yield held.pop(0)
     yield from held
 
 
-def _sigmoid(z: float) -> float:
+def _begun(ending: bytes, text: bytes) -> bytes:
+    """The longest part of `ending`, from its first byte on, with which `text` ends."""
+    tail = text[-len(ending) :]
+    return next(tail[i:] for i in range(len(tail) + 1) if ending.startswith(tail[i:]))
+
+
+def sigmoid(z: float) -> float:
     return 1 / (1 + math.exp(-z)) if z > -700 else 0.0

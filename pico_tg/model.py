@@ -13,7 +13,9 @@ C head_dim, T next_tokens. A layer allocates its weights; `Pico` or `load_weight
 """
 
 import math
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 from tinygrad import Tensor, dtypes, nn
@@ -23,9 +25,11 @@ from .backend.block_function import run_blocks
 from .backend.device import check_backend
 from .backend.runtime import exclusive, write_into
 from .config import Config
+from .files import PicoError
 from .matmul import linear
 from .ops import as_index, cross_entropy, gather, lookup, materialize, scatter, swiglu
 from .routing import RULES, causal_decisions, slots, top_k_decisions
+from .safetensors import write_safetensors
 
 # packed queries, keys and values [..., H*C | K*C | K*C] -> weighted values [..., H*C]
 Attend = Callable[[Tensor], Tensor]
@@ -211,6 +215,33 @@ class Pico:
         """
         weights = nn.state.get_state_dict(self)
         return _rebuild, (self.config, {name: t.numpy() for name, t in weights.items()})
+
+    def __repr__(self) -> str:
+        config = self.config
+        return (
+            f"<Pico {config.parameters:,} parameters, dim {config.dim}, next_tokens "
+            f"{config.next_tokens}, latent_num_blocks {config.latent_num_blocks}, router "
+            f"{config.router}>"
+        )
+
+    @exclusive
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write model.json and the weights to `folder`, from which `pico_tg.load` reads them.
+
+        The weights become the run `saved`, in place of those that were saved there before. Raises
+        PicoError if `folder` is of another model, or cannot be written.
+        """
+        described, run = Path(folder) / "model.json", Path(folder) / "saved"
+        known = self.config.exists(described)
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PicoError(f"cannot write to {folder}: {error.strerror or error}") from error
+        if not known:
+            self.config.to_json(described)
+        weights = nn.state.get_state_dict(self)
+        arrays = {name: tensor.numpy() for name, tensor in weights.items()}
+        write_safetensors(run / "00000000.safetensors", arrays)
 
     def encode(self, x: Tensor, attends: Attends | None = None) -> tuple[Tensor, Tensor]:
         """Bytes x [...] -> (hidden states h [..., D], router logits [...])."""

@@ -215,13 +215,26 @@ def find_checkpoint(run_dir: str | os.PathLike, checkpoint: int | str = -1) -> P
     raise PicoError(f"{run_dir} has no checkpoint {checkpoint}; checkpoints exist of steps {steps}")
 
 
-def load(path: str | os.PathLike, run: str, checkpoint: int | str = -1) -> Pico:
+def newest_run(path: str | os.PathLike) -> str:
+    """The run of the model PATH that has the newest checkpoint. Raises PicoError if none has."""
+    load_config(path)
+    folders = [folder for folder in Path(path).rglob("*") if folder.is_dir()]
+    newest = [list_checkpoints(folder)[-1:] for folder in folders]
+    written = [(file.stat().st_mtime_ns, file) for found in newest for _, file in found]
+    if not written:
+        train = command("train", path, "RUN", "DATASET")
+        raise PicoError(f"no run of {path} has a checkpoint; make one with: {train}")
+    return max(written)[1].parent.relative_to(path).as_posix()
+
+
+def load(path: str | os.PathLike, run: str | None = None, checkpoint: int | str = -1) -> Pico:
     """The model PATH with weights of RUN: the newest (-1), an older one (-2, …), a step or "best".
 
-    Raises PicoError if there is no such model, run or checkpoint, or if it is broken.
+    run: by default the one with the newest checkpoint. Raises PicoError if there is no such model,
+    run or checkpoint, or if it is broken.
     """
     config = load_config(path)
-    weights = find_checkpoint(run_folder(path, run), checkpoint)
+    weights = find_checkpoint(run_folder(path, run or newest_run(path)), checkpoint)
     model = Pico(config, fresh=False)
     load_weights(model, weights)
     return model

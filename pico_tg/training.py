@@ -40,6 +40,7 @@ from .ops import entropy
 from .optim.soap import SOAP, all_finite
 from .routing import top_k_decisions
 from .runs import (
+    BITS,
     Progress,
     Record,
     Run,
@@ -297,13 +298,15 @@ def train(
 
     - dataset: `pico_tg.DataSpec`, its `dataset` alone, or loaded data; None is `python-docs`
     - run_dir: receives training.json, metrics.jsonl (the records) and checkpoints, see
-      `pico_tg.runs`; must be new, or of a run that ended before its first checkpoint
+      `pico_tg.runs`; must be new, or of a run that ended before its first checkpoint. The folder
+      above it receives model.json, unless it has one, which must be of this model
     - devices: names such as ("CUDA:0", "CUDA:1") share each batch; training leaves the model on the
       first
     - resume: continue the run in run_dir from its newest valid checkpoint, bit for bit. May differ
       from the run: the settings in `pico_tg.runs.MAY_CHANGE`, the path of unchanged data, and with
       `force` batch_size
-    - base_weights: .safetensors file to start from; recorded in training.json
+    - base_weights: .safetensors file to start from; recorded in training.json. The first thing
+      that `events` say is then how well these weights predict the held-out text
     - events: the user interface. `pico_tg.tools.terminal.StopSignals` stops at Ctrl-C
     - settings: the fields of `pico_tg.TrainSettings`
 
@@ -328,6 +331,7 @@ def train(
     _check_for_model(chosen, model.config)
     if folder is not None and not resume:
         check_startable(folder)
+        model.config.exists(folder.parent / "model.json")
     data = open_data(dataset, stored, folder, events.bars)
     micro_batches = chosen.batch_size * chosen.grad_accumulation_steps
     T = model.config.next_tokens
@@ -345,6 +349,8 @@ def train(
     if len(data.validation.bytes) > chosen.validation_bytes:
         events.say(f"each validation measures the first {chosen.validation_bytes:,} held-out bytes")
     if run:
+        if not resume and not model.config.exists(folder.parent / "model.json"):
+            model.config.to_json(folder.parent / "model.json")
         weights = base_weights and os.path.abspath(base_weights)
         run.describe(
             {"settings": dataclasses.asdict(chosen)}
@@ -355,7 +361,8 @@ def train(
                 "devices": list(devices),
             }
         )
-    records = _loop(train_step, windows, validate, run, progress, events)
+    before = base_weights is not None
+    records = _loop(train_step, windows, validate, run, progress, events, before)
     # an uncaught error in a script can keep the generator open until the interpreter has torn down
     # the modules that saving needs: close the generator before that
     # (test_resume.test_a_script_s_error_saves_the_last_step)
@@ -474,6 +481,7 @@ def _loop(
     run: Run | None,
     progress: Progress,
     events: Events,
+    measure_before: bool,
 ) -> Iterator[Record]:
     """Run the steps until the last one or a stop, and save the last complete step.
 
@@ -485,6 +493,10 @@ def _loop(
         run.save(weights_of(train_step.model), train_step.state(), progress, settings)
 
     try:
+        if measure_before:
+            measured = validate()[BITS]
+            events.say(f"before the first step: {measured:.3f} bits per byte of held-out text")
+            stopped = events.stop()
         while not stopped and not _limit_reached(progress, settings):
             record = _step(train_step, windows, progress, events)
             if not record:  # stopped within the step

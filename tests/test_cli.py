@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from helpers import FLAGS, FOX, SHORT, error_line, start, status
 
+from pico_tg.checkpoint import load_config
 from pico_tg.config import Config, TrainSettings, types_of
 from pico_tg.data import DataSpec
 from pico_tg.evaluation import EvalSettings, evaluate
@@ -25,6 +26,7 @@ from pico_tg.files import PicoError
 from pico_tg.generation import GeneratedByte, SampleSettings, Stats, generate
 from pico_tg.runs import load
 from pico_tg.safetensors import read_safetensors
+from pico_tg.scoring import score
 from pico_tg.tools import cli
 from pico_tg.tools.options import build_parser, given
 from pico_tg.tools.router_report import router_report
@@ -194,6 +196,11 @@ MISTAKES = {  # a command line, and what its error names
     "train {damaged} r {text}": "dim must be",
     "train {trained} run {text}": "continue it with --resume",
     "train {trained} run --resume --base-weights x": "--base-weights is for a new run",
+    "train {trained} run --resume --from {trained} run": "--from is for a new run",
+    "train new r {text} --from {trained} run --base-weights x": "both name the weights",
+    "train new r {text} --from nowhere run": "nowhere is no model",
+    "train new r {text} --from {trained} none": "none has no checkpoint",
+    "train new r nowhere.txt --from {trained} run": "nowhere.txt",
     "train {trained} run --resume --dataset-train-split a": "give the DATASET too",
     "train {trained} run --resume --learning-rate 0.5": "learning_rate was",
     "train {trained} nothing --resume": "no training run to resume",
@@ -204,6 +211,10 @@ MISTAKES = {  # a command line, and what its error names
     "eval {trained} run {text} --split all --dataset-validation-size 0.1": "leave --dataset-valid",
     "eval {trained} run --max-bytes 9": "first 9 bytes of the validation data",
     "eval {trained} run --html no/where.html": "no folder",
+    "eval {trained} run --text a --html no/where.html": "no folder",
+    "eval {trained} run --text=": "the text is empty",
+    "eval {trained} run {text} --text a --split all": "leave DATASET and --split out",
+    "eval {trained} run --text a --dataset-column-name b": "leave --dataset-column-name out",
     "info {trained} none": "train it: python -m pico_tg train {trained} none",
     "info {new}": "make one with: python -m pico_tg init {new}",
     "plot {trained} missing": "metrics.jsonl",
@@ -215,6 +226,8 @@ MISTAKES = {  # a command line, and what its error names
     "run {trained} run --checkpoint last": "neither a step nor best",
     "run {trained} run --prompt a --prompt-file b": "--prompt-file",
     "run {trained} run --prompt-file /dev/null": "/dev/null is empty; leave --prompt-file out",
+    "run {text}": "give the folder of a model",
+    "run nowhere": "nowhere is no model; make one with",
     "run {trained} run --prompt-file nowhere.txt": "nowhere.txt",
     "run {trained} run --prompt-file .": "cannot read",
     "run {trained} run --output pdf": "pdf",
@@ -306,6 +319,38 @@ def test_base_weights(weights, text):
     assert description["settings"]["router_warmup_steps"] == 0  # their router counts as trained
     assert cli.main(["train", str(weights), "more", "--resume", "--max-steps", "3"]) == 0
     assert json.loads((weights / "more" / "training.json").read_text()) == description
+
+
+def test_fine_tuning(trained, tmp_path, capsys):
+    """From the newest checkpoint of another model, whose sizes a new folder takes over."""
+    text, new = trained.parent / "text.txt", tmp_path / "models" / "mine"
+    arguments = ["train", str(new), "a/b", str(text), "--from", str(trained), "run", *SHORT]
+    assert cli.main(arguments) == 0
+    said = capsys.readouterr().err
+    last = json.loads((trained / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    before = f"{last['validation_bits_per_byte']:.3f} bits per byte of held-out text"
+    assert f"before the first step: {before}\n" in said
+    assert load_config(new) == load_config(trained)
+    assert load_config(new / "a") == load_config(trained)
+    description = json.loads((new / "a" / "b" / "training.json").read_text())
+    assert description["base_weights"] == str(trained / "run" / "00000003.safetensors")
+    chosen = description["settings"]
+    fresh = json.loads((trained / "run" / "training.json").read_text())["settings"]
+    assert chosen["learning_rate"] == fresh["learning_rate"] / 4
+    assert chosen["router_warmup_steps"] == 0
+    assert load(new).config == load_config(trained)
+
+
+def test_fine_tuning_keeps_a_model_of_other_sizes(trained, tmp_path, capsys):
+    assert cli.main(["init", str(tmp_path / "other"), *FLAGS, "--dim", "28"]) == 0
+    before = (tmp_path / "other" / "model.json").read_bytes()
+    capsys.readouterr()
+    text = str(trained.parent / "text.txt")
+    arguments = ["train", str(tmp_path / "other"), "r", text, "--from", str(trained), "run"]
+    assert cli.main(arguments) == 2
+    assert "describes another model: dim was 28, now 24" in error_line(capsys)
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["model.json"]
+    assert (tmp_path / "other" / "model.json").read_bytes() == before
 
 
 def test_resume_of_a_complete_run(trained, capsys):
@@ -470,6 +515,30 @@ def test_the_default_split(trained, tmp_path, capsys):
         assert f"first 9 bytes of the {part} hold no byte" in capsys.readouterr().err
 
 
+def test_eval_of_a_text(trained, tmp_path, capsys):
+    """The text with its marks, JSON and a page say what `score` returns."""
+    text, page = "The fox, é\n\udcff", tmp_path / "page.html"
+    scored = score(load(trained, "run"), os.fsencode(text))
+    arguments = ["eval", str(trained), "run", "--text", text]
+    assert cli.main([*arguments, "--html", str(page)]) == 0
+    out = capsys.readouterr().out
+    shown, figures = out[: out.rindex("\n", 0, -1)], out.splitlines()[-1]
+    assert shown.replace("_", "") == "The fox, é\n\ufffd"
+    routed = sum(record.router_decision for record in scored)
+    assert 0 < shown.count("_") <= routed
+    assert figures == (
+        f"{scored.bits:.2f} bits, {scored.bits_per_byte:.3f} bits per byte; "
+        f"{routed} of 13 bytes routed"
+    )
+    assert page.read_text().count(", routed · ") == 2 * routed
+    assert f"<dt>bits</dt><dd>{scored.bits:.2f}</dd>" in page.read_text()
+    assert cli.main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [GeneratedByte(**values) for values in found.pop("bytes")] == scored
+    figures = {"bits": scored.bits, "bits_per_byte": scored.bits_per_byte}
+    assert found == {"step": 3} | figures
+
+
 def test_eval_of_weights_alone(weights, capsys):
     """A run that only has weights, from elsewhere say, needs a DATASET."""
     assert status(["eval", str(weights), "run"]) == 2
@@ -552,6 +621,28 @@ def test_run_for_real(trained, tmp_path, capsysbinary):
     assert [int(b, 16) for b in re.findall(r" 0x(\w\w) · router", tips)] == list(out)
     assert tips.count(", routed · ") == sum(record.router_decision for record in expected)
     assert b"bytes: 12\npasses: 12" in re.sub(rb"(?m)^(bytes/s|time).*\n", b"", err)
+
+
+def test_stops(trained, capsysbinary):
+    options = ["run", str(trained), "run", "--seed", "1", "--max-bytes", "40", "--ignore-end"]
+    options += ["--output", "raw", "--prompt", "a"]
+    assert cli.main(options) == 0
+    whole = capsysbinary.readouterr().out
+    stop = whole[20:24]
+    assert cli.main([*options, "--stop", "absent", "--stop", os.fsdecode(stop)]) == 0
+    assert capsysbinary.readouterr().out == whole[: whole.index(stop)]
+    assert cli.main([*options, "--stop", ""]) == 2
+    assert b"stop is empty" in capsysbinary.readouterr().err
+
+
+def test_the_newest_run_is_the_default(trained, capsys):
+    options = ["--seed", "1", "--max-bytes", "3", "--prompt", "a"]
+    assert cli.main(["run", str(trained), "run", *options]) == 0
+    named = capsys.readouterr()
+    assert cli.main(["run", str(trained), *options]) == 0
+    found = capsys.readouterr()
+    assert found.out == named.out
+    assert found.err == "run run\n" + named.err
 
 
 @pytest.fixture

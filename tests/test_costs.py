@@ -41,6 +41,17 @@ def test_a_small_file_on_two_cores_takes_a_few_minutes():
     assert slower.max_steps == 300 < chosen.max_steps  # fewer steps would teach too little
 
 
+def test_trained_weights_learn_slower():
+    for given in ({}, {"optimizer": "adamw"}, {"max_minutes": 2}):
+        fresh = choose(XS, SHAKESPEARE, "CPU", 150, given)
+        trained = choose(XS, SHAKESPEARE, "CPU", 150, given, trained=True)
+        assert trained.learning_rate == pytest.approx(fresh.learning_rate / 4, rel=0.05)
+        assert fresh.router_warmup_steps > trained.router_warmup_steps == 0
+    given = {"learning_rate": 0.5, "router_warmup_steps": 7}
+    kept = choose(XS, SHAKESPEARE, "CPU", 150, given, trained=True)
+    assert (kept.learning_rate, kept.router_warmup_steps) == (0.5, 7)
+
+
 def test_a_gpu_with_much_data_gets_the_published_settings():
     chosen, published = choose(XS, 700_000_000, "CUDA", 50_000, {}), TrainSettings()
     for name in ("context_len", "batch_size", "max_steps", "learning_rate"):

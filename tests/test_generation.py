@@ -3,6 +3,7 @@
 import itertools
 import math
 import threading
+import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -88,16 +89,22 @@ class Scripted:
     def reset(self, use_latent: bool) -> None:
         self.position = None  # before the prompt
 
+    def passes(self, prompt: bytes):
+        self.position = -len(prompt)
+        for start in range(0, len(prompt), 8):
+            piece = prompt[start : start + 8]
+            yield piece, *self._logits(piece)
+
     def forward(self, data: bytes):
-        if self.position is None:
-            self.position = -len(data)
-        else:
-            self.rows.append(len(data))
+        self.rows.append(len(data))
+        return self._logits(data)
+
+    def _logits(self, data: bytes):
         rows = len(data)
         logits = np.full((rows, 1 + self.drafts, 256), -1e4, np.float32)
         for row, head in itertools.product(range(rows), range(1 + self.drafts)):
             at = self.position + 1 + row + head
-            byte = self.script[min(at, len(self.script) - 1)]
+            byte = self.script[min(at, len(self.script) - 1) % len(self.script)]
             wrong = head > 0 and not self.right(at)
             logits[row, head, byte ^ 1 if wrong else byte] = 0
         self.position += rows
@@ -127,6 +134,129 @@ def test_ends_at_the_end_tag():
 @pytest.mark.parametrize("script", [b"a</pico:se", b"</pico:sex"])
 def test_a_tag_that_does_not_end_is_text(script):
     assert text_of(generate(Heads, max_bytes=10, decoder=Scripted(script))) == script
+
+
+@pytest.mark.parametrize(
+    ("prompt", "script", "text"),
+    [
+        (b"end</pico:", b"seq>more", b""),
+        ("end</pico:seq", b">", b""),
+        (b"end<", b"/pico:sex", b"/pico:sex"),
+        (b"end</pico:", b"</pico:seq>", b""),
+        (b"</pico:seq>", b"</pico:", b"</pico:"),
+        (b"a < b", SEQ_END, b""),
+    ],
+)
+def test_the_prompt_may_begin_the_end_tag(prompt, script, text):
+    options = {"max_bytes": len(script)}
+    assert text_of(generate(Heads, prompt, decoder=Scripted(script), **options)) == text
+    options["ignore_end"] = True
+    assert text_of(generate(Heads, prompt, decoder=Scripted(script), **options)) == script
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [
+        ("END", "one two "),
+        (b"END", "one two "),
+        (["absent", "END", b"th"], "one two "),
+        ("one", ""),
+        ((" two END", "two"), "one "),  # the first that is complete
+        (("two", "one two"), ""),  # of two that are complete at the same byte, the longer one
+        ("ooé", "one two END tooo"),  # after a false start, and across the bytes of a character
+        ("ééé", "one two END toooooé."),
+        ("one two END no", "one two END toooooé.ééé."),
+        ("longer than the text" * 9, "one two END toooooé.ééé."),
+        ([], "one two END toooooé.ééé."),
+    ],
+)
+@pytest.mark.parametrize("speculative", [True, False])
+def test_stops(stop, text, speculative):
+    decoder = Scripted("one two END toooooé.ééé.".encode() + SEQ_END, drafts=7)
+    options = {"max_bytes": 99, "speculative": speculative, "decoder": decoder}
+    assert text_of(generate(Heads, "END", stop=stop, **options)).decode() == text
+
+
+def test_what_may_begin_a_stop_is_held_back():
+    """Every byte comes as soon as it is known to be text."""
+    decoder = Scripted(b"a--b---c")
+    records = generate(Heads, stop=["---"], max_bytes=8, speculative=False, decoder=decoder)
+    passes = [(chr(record.byte), len(decoder.rows)) for record in records]
+    assert passes == [("a", 1), ("-", 4), ("-", 4), ("b", 4)]
+
+
+def test_each_sample_has_stops_of_its_own(model, decoder):
+    options = {"max_bytes": 30, "num_samples": 3, "seed": 1, "ignore_end": True}
+    whole = list(generate(model, "a", decoder=decoder, **options))
+    cut = list(generate(model, "a", decoder=decoder, stop="b", **options))
+    for n in range(3):
+        full, short = (text_of(r for r in records if r.sample == n) for records in (whole, cut))
+        assert b"b" in full
+        assert short == full.split(b"b")[0]
+
+
+def test_a_prompt_is_a_str_or_bytes(model, decoder):
+    options = {"max_bytes": 5, "seed": 1, "decoder": decoder}
+    as_text = list(generate(model, "é", **options))
+    assert as_text == list(generate(model, "é".encode(), **options))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": 5}, "the prompt must be a str or bytes, not int"),
+        ({"prompt": None}, "the prompt must be a str or bytes, not NoneType"),
+        ({"prompt": ["a"]}, "the prompt must be a str or bytes, not list"),
+        ({"prompt": "\udcff"}, "the prompt has no UTF-8"),
+        ({"stop": ""}, "stop is empty"),
+        ({"stop": ["a", b""]}, "stop is empty"),
+        ({"stop": 3}, "stop must be a str or bytes, not int"),
+        ({"stop": ["a", None]}, "stop must be a str or bytes, not NoneType"),
+        ({"filters": 3}, "filters must be functions"),
+        ({"filters": ["a"]}, "filters must be functions"),
+        ({"stops": "a"}, "unknown setting stops"),
+    ],
+    ids=str,
+)
+def test_arguments_that_are_wrong(arguments, message):
+    with pytest.raises(PicoError, match=f"^{message}") as caught:
+        generate(Heads, decoder=Scripted(b"a"), **arguments)
+    assert "\n" not in str(caught.value)
+
+
+def without(byte: str):
+    def keep(p: np.ndarray) -> np.ndarray:
+        p = p.copy()
+        p[ord(byte)] = 0
+        return p
+
+    return keep
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_filters_of_the_caller(temperature, model, decoder):
+    options = {"max_bytes": 60, "temperature": temperature, "seed": 3, "decoder": decoder}
+    assert b"a" in text_of(generate(model, "x", **options))
+    found = list(generate(model, "x", filters=without("a"), **options))
+    assert len(found) == 60
+    assert not {*text_of(found)} & {*b"a"}
+    both = text_of(generate(model, "x", filters=[without("a"), without("b")], **options))
+    assert not {*both} & {*b"ab"}
+    decoder.reset()
+    row = decoder.forward(SEQ_START + b"x")[0][-1, 0]
+    expected = Sampler().distribution(row)
+    if temperature:
+        expected /= 1 - expected[ord("a")]
+    assert math.exp(found[0].logprob) == pytest.approx(expected[found[0].byte], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "result", [None, np.zeros(256), -np.ones(256), np.ones(3), [math.nan] * 256]
+)
+def test_a_filter_that_returns_no_probabilities(result):
+    records = generate(Heads, filters=lambda p: result, decoder=Scripted(b"a"))
+    with pytest.raises(PicoError, match=r"^a filter must return 256 numbers"):
+        list(records)
 
 
 @pytest.mark.parametrize("heads", [8, 9, 16])
@@ -178,7 +308,10 @@ def test_drafts_are_corrected_by_the_byte_before_them():
     rng = np.random.default_rng(3)
     prompt = b"abcab"
     after = rng.dirichlet(np.ones(256) / 8, len(prompt) + 1)  # head 0's distributions
-    transitions = Transitions(prompt, after[:-1])
+    transitions = Transitions()
+    for y, p in zip(prompt, after[:-1], strict=True):
+        transitions.observe(y, p)
+    transitions.end_prompt()
     transitions.observe(ord("c"), after[-1])
     start = 0.9 * after[:-1].mean(axis=0) + 0.1 / 256
     rows = {y: [start] * 3 for y in range(256)}
@@ -240,7 +373,10 @@ def test_greedy_is_the_likeliest_byte_of_a_full_pass(model, weights, decoder):
     z = z[0, -len(sample) :]
     np.testing.assert_allclose([r.router_weight for r in sample], 1 / (1 + np.exp(-z)), atol=1e-5)
     assert [r.router_decision for r in sample] == list(z > 0)
-    assert all(r.logprob == 0 for r in sample)
+    for record, row in zip(sample, logits[0, -len(sample) - 1 : -1, 0], strict=True):
+        expected = Sampler().distribution(row)[record.byte]  # the model's own probability
+        assert expected < 0.9
+        assert math.exp(record.logprob) == pytest.approx(expected, rel=1e-3)
 
 
 def test_prompts_of_every_length_about_the_windows(model, weights, decoder):
@@ -290,6 +426,18 @@ def test_a_decoder_serves_again(model, decoder):
     before = GlobalCounters.mem_used
     assert sample(decoder=decoder) == first
     assert GlobalCounters.mem_used == before
+
+
+def test_memory_of_a_long_prompt(model, decoder):
+    """The logits of all its bytes would take 24 MB."""
+    prompt, options = b"some text " * 800, {"max_bytes": 3, "seed": 1, "decoder": decoder}
+    expected = list(generate(model, prompt, **options))
+    tracemalloc.start()
+    try:
+        assert list(generate(model, prompt, **options)) == expected
+        assert tracemalloc.get_traced_memory()[1] < 5e6
+    finally:
+        tracemalloc.stop()
 
 
 def test_no_bytes_wanted(model, decoder):

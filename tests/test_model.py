@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import oracle
 import pytest
+from helpers import TINY
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from references import assert_close, build
@@ -207,6 +208,14 @@ def test_fresh_weights():
     assert all(np.array_equal(t.numpy(), again[name].numpy()) for name, t in state.items())
     name = "unembedding.weight"
     assert not np.array_equal(again[name].numpy(), other[name].numpy())
+
+
+def test_repr():
+    shown = repr(Pico(TINY, fresh=False))
+    assert shown == (
+        f"<Pico {TINY.parameters:,} parameters, dim 24, next_tokens 3, latent_num_blocks 1, "
+        "router learned>"
+    )
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])

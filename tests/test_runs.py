@@ -23,6 +23,7 @@ from pico_tg.runs import (
     BITS,
     Run,
     find_checkpoint,
+    newest_run,
     read_description,
     read_metrics,
     run_folder,
@@ -113,6 +114,74 @@ def test_a_run_of_the_former_commit_resumes(former):
         for key in theirs.keys() - {"bytes_per_second", "validation_seconds"}:
             # to the bit on the machine that made it
             assert ours[key] == pytest.approx(theirs[key], rel=1e-5), key
+
+
+# Reading and writing a model -----------------------------------------------------------------
+
+
+def test_the_newest_run_is_the_default(former):
+    """The one whose newest checkpoint was written last, in whatever folder."""
+    assert newest_run(former) == "run"
+    times = {"sub/b": 2, "run": 1, "a": 0}
+    for run, at in times.items():
+        shutil.copytree(FORMER / "run", former / run, dirs_exist_ok=True)
+        weights = former / run / "00000006.safetensors"
+        values, notes = read_safetensors(weights)
+        values["norm.weight"][:] = at
+        write_safetensors(weights, values, notes)
+        os.utime(weights, (10**9 + at, 10**9 + at))
+    (former / "empty").mkdir()
+    assert newest_run(former) == "sub/b"
+    assert load(former).norm.weight.numpy().tolist() == [2] * TINY.dim
+    assert load(former, "run").norm.weight.numpy().tolist() == [1] * TINY.dim
+    os.utime(former / "run" / "00000006.safetensors")
+    assert load(str(former), checkpoint=6).norm.weight.numpy().tolist() == [1] * TINY.dim
+
+
+def test_a_model_without_weights(former, tmp_path):
+    shutil.rmtree(former / "run")
+    with pytest.raises(PicoError, match=r"no run of .*model has a checkpoint; .* train .* RUN"):
+        load(former)
+    with pytest.raises(PicoError, match=r"nowhere is no model; make one with"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(PicoError, match=r"model.json is a file; give the folder of a model"):
+        load(former / "model.json")
+
+
+def test_a_model_is_saved(tmp_path):
+    model, folder = Pico(TINY, 3), tmp_path / "new" / "mine"
+    model.save(folder)
+    assert Config.from_json(folder / "model.json") == TINY
+
+    def check(model: Pico) -> None:
+        found = weights_of(load(folder))
+        for name, values in weights_of(model).items():
+            np.testing.assert_array_equal(values, found[name])
+
+    check(model)
+    assert describe(folder, "saved")["run"]["checkpoints"][0]["step"] == 0
+    other = Pico(TINY, 4)
+    other.save(str(folder))
+    check(other)
+    larger = Pico(Config(**(TINY.to_dict() | {"next_tokens": 4})), 4)
+    with pytest.raises(PicoError, match=r"model.json describes another model: next_tokens was 3"):
+        larger.save(folder)
+    check(other)
+    (tmp_path / "file").touch()
+    with pytest.raises(PicoError, match=r"^cannot write to .*file"):
+        model.save(tmp_path / "file")
+
+
+def test_training_describes_its_model(text, tmp_path, quick_steps):
+    list(start(text, tmp_path / "models" / "run", max_steps=1))
+    assert Config.from_json(tmp_path / "models" / "model.json") == TINY
+    assert steps_of(checkpoint_path(tmp_path / "models" / "run", 1)) == 1
+    assert load(tmp_path / "models").config == TINY
+    list(start(text, tmp_path / "models" / "another", max_steps=1))
+    (tmp_path / "models" / "model.json").write_text(json.dumps(TINY.to_dict() | {"dim": 28}))
+    with pytest.raises(PicoError, match=r"model.json describes another model: dim was 28, now 24"):
+        start(text, tmp_path / "models" / "third", max_steps=1)
+    assert not (tmp_path / "models" / "third").exists()
 
 
 # What ends a run -----------------------------------------------------------------------------
@@ -216,7 +285,10 @@ def test_a_run_without_a_checkpoint_starts_again(text, tmp_path, quick_steps):
     records = start(text, run, max_steps=3, events=stopping, grad_accumulation_steps=2)
     assert list(records) == []  # stopped within the first step
     assert list_checkpoints(run) == []
-    assert steps(start(text, run, max_steps=2, base_weights=weights)) == [1, 2]
+    watch = Watch()
+    records = start(text, run, max_steps=2, base_weights=weights, events=watch)
+    assert steps(records) == [1, 2]
+    assert watch.said[-1] == "before the first step: 3.000 bits per byte of held-out text"
     with pytest.raises(PicoError, match="exists; continue it with --resume"):
         start(text, run)
     for path in run.glob("0*"):

@@ -35,10 +35,12 @@ from ..runs import (
     find_checkpoint,
     find_description,
     load,
+    newest_run,
     read_description,
     read_metrics,
     run_folder,
 )
+from ..scoring import score
 from ..training import train
 from .bench import bench_decode, bench_train
 from .html import html_page
@@ -107,13 +109,19 @@ def command_train(args: argparse.Namespace) -> int:
     """Train the model in PATH on DATASET; write weights and metrics to PATH/RUN."""
     run_dir, settings = run_folder(args.path, args.run), given(args, TrainSettings)
     spec = data_to_train_on(args)
-    if args.resume and args.base_weights:
-        raise PicoError("--base-weights is for a new run; leave it out with --resume")
+    for option, value in {"--base-weights": args.base_weights, "--from": args.source}.items():
+        if args.resume and value:
+            raise PicoError(f"{option} is for a new run; leave it out with --resume")
+    if args.source and args.base_weights:
+        raise PicoError("--from and --base-weights both name the weights to start from; give one")
     if args.resume and args.settings:
         raise PicoError("--settings is for a new run; leave it out with --resume")
     if args.force and not args.resume:
         raise PicoError("--force requires --resume")
-    config = load_config(args.path)
+    config = load_config(args.source[0] if args.source else args.path)
+    if args.source:
+        args.base_weights = find_checkpoint(run_folder(*args.source))
+        config.exists(args.path / "model.json")
     devices = () if args.devices is None else parse_devices(args.devices)
     if args.sample_prompt and len(devices) > 1:
         raise PicoError("--sample-prompt needs one device: several devices print no samples")
@@ -136,6 +144,8 @@ def command_train(args: argparse.Namespace) -> int:
         model, data, run_dir, devices=devices, resume=args.resume, force=args.force,
         base_weights=args.base_weights, events=display, **settings,
     )  # fmt: skip
+    if not config.exists(args.path / "model.json"):  # --from
+        config.to_json(args.path / "model.json")
     for line in (*remarks, f"{describe_backend()}; {config.parameters:,} parameters"):
         say(line)
     # catch signals only from here on: before the first step, Ctrl-C exits immediately
@@ -157,14 +167,12 @@ def complete_settings(
 ) -> tuple[TrainSettings, list[str]]:
     """The given settings completed by `costs.choose`, and lines about the choice and the cost."""
     settings, lines = given(args, TrainSettings), []
-    if args.base_weights:  # their router counts as trained
-        settings.setdefault("router_warmup_steps", 0)
     device = (devices or (Device.DEFAULT,))[0]
     machine = (train_bytes, device, gemm_rate(settings.get("precision", "auto"), device))
     if args.settings == "published":
         complete = TrainSettings(**settings)
     else:
-        complete = choose(config, *machine, settings)
+        complete = choose(config, *machine, settings, trained=args.base_weights is not None)
         chosen = [f"{name} {getattr(complete, name)}" for name in CHOSEN if name not in settings]
         lines += [f"chosen: {', '.join(chosen)}"] if chosen else []
     check_memory(config, complete, device)
@@ -211,6 +219,8 @@ def command_eval(args: argparse.Namespace) -> int:
     load_config(args.path)
     run_dir = run_folder(args.path, args.run)
     checkpoint = find_checkpoint(run_dir, args.checkpoint)
+    if args.text is not None:
+        return score_text(args, int(checkpoint.stem))
     stored = find_description(run_dir)
     spec = data_to_measure(args, stored)
     trained = stored["settings"] if stored else {}
@@ -255,6 +265,42 @@ def command_eval(args: argparse.Namespace) -> int:
     return 0
 
 
+def score_text(args: argparse.Namespace, step: int) -> int:
+    """eval --text: the text with marks before routed bytes, and its bits."""
+    named = [option_of("dataset_" + name) for name in given(args, DataSpec, "dataset_")]
+    named += map(option_of, given(args, EvalSettings))
+    if args.dataset is not None:
+        named.insert(0, "DATASET")
+    if named:
+        raise PicoError(f"--text measures that text alone; leave {' and '.join(named)} out")
+    if args.html:
+        check_writable(args.html)
+    text = os.fsencode(args.text)
+    scored = score(load(args.path, args.run, args.checkpoint), text)
+    say(describe_backend())
+    figures = {"step": step, "bits": scored.bits, "bits_per_byte": scored.bits_per_byte}
+    try:
+        if args.json:
+            put(
+                json.dumps(figures | {"bytes": [*map(dataclasses.asdict, scored)]}, indent=2) + "\n"
+            )
+        else:
+            show_samples(scored, b"", marks=True)
+            routed = sum(record.router_decision for record in scored)
+            put(
+                f"{scored.bits:.2f} bits, {scored.bits_per_byte:.3f} bits per byte; "
+                f"{routed} of {len(scored)} bytes routed\n"
+            )
+    finally:
+        if args.html:
+            title = f"{model_name(args.path)}, run {args.run}"
+            shown = {"step": step, "bits": f"{scored.bits:.2f}"}
+            shown["bits per byte"] = f"{scored.bits_per_byte:.3f}"
+            write_page(args.html, html_page(b"", [scored], title, shown, "Text", surprisal=True))
+            say(f"wrote {args.html}")
+    return 0
+
+
 def data_to_measure(args: argparse.Namespace, stored: dict[str, Any] | None) -> DataSpec:
     """The data that the options name, or those of the run, from its training.json."""
     named = given(args, DataSpec, "dataset_")
@@ -294,9 +340,13 @@ def command_run(args: argparse.Namespace) -> int:
     prompt = read_prompt(args)
     if args.html:
         check_writable(args.html)
+    if args.run is None:
+        args.run = newest_run(args.path)
+        say(f"run {args.run}")
     model = load(args.path, args.run, args.checkpoint)
     stats = Stats()
-    records = generate(model, prompt, stats=stats, **dataclasses.asdict(settings))
+    stop = [os.fsencode(text) for text in args.stop or ()]
+    records = generate(model, prompt, stop=stop, stats=stats, **dataclasses.asdict(settings))
     say(describe_backend())
     kept: list[GeneratedByte] = []
     complete = False

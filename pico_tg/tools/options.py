@@ -78,7 +78,11 @@ def build_parser(functions: dict[str, Callable]) -> Parser:
     evaluating = add("eval", "measure a trained model on text", path, run, checkpoint, as_json)
     add_eval_options(evaluating)
 
-    running = add("run", "write text with a trained model", path, run, checkpoint)
+    running = add("run", "write text with a trained model", path, checkpoint)
+    running.add_argument(
+        "run", metavar="RUN", nargs="?",
+        help="name of the training run (default: the one with the newest checkpoint)",
+    )  # fmt: skip
     add_run_options(running)
 
     informing = add("info", "sizes and costs of a model, checkpoints of a run", path, as_json)
@@ -112,6 +116,11 @@ def add_train_options(parser: Parser) -> None:
         "--base-weights", type=path_name, metavar="FILE",
         help="start from these weights (.safetensors) instead of fresh ones, and without "
         "router warm-up unless --router-warmup-steps is given",
+    )  # fmt: skip
+    parser.add_argument(
+        "--from", dest="source", nargs=2, metavar=("PATH", "RUN"),
+        help="fine-tune: start from the newest checkpoint of another model's RUN; this model's "
+        "folder, if new, takes over the sizes; a learning rate that is not given is a quarter",
     )  # fmt: skip
     add_fields(parser, TrainSettings, defaults=dict.fromkeys(costs.CHOSEN, "see --settings"))
     parser.add_argument(
@@ -147,6 +156,11 @@ def add_eval_options(parser: Parser) -> None:
     }
     add_fields(parser, EvalSettings, defaults=defaults)
     parser.add_argument(
+        "--text", metavar="TEXT",
+        help="in place of a DATASET: print TEXT with _ before each byte that the router sends "
+        "through the latent blocks, and how many bits the model needs for it",
+    )  # fmt: skip
+    parser.add_argument(
         "--html", type=path_name, metavar="FILE",
         help=f"also write a page of the first {PASSAGE:,} bytes: router weights, surprisal",
     )  # fmt: skip
@@ -162,7 +176,12 @@ def add_run_options(parser: Parser) -> None:
         "--prompt-file", type=path_name, metavar="FILE", help="file with the bytes to continue"
     )
     add_fields(prompting, SampleSettings, ("raw_prompt",))
-    add_fields(parser.add_argument_group("sampling"), SampleSettings, without=("raw_prompt",))
+    sampling = parser.add_argument_group("sampling")
+    add_fields(sampling, SampleSettings, without=("raw_prompt",))
+    sampling.add_argument(
+        "--stop", action="append", metavar="TEXT",
+        help="end the text before TEXT, once the model writes it; give --stop again for another",
+    )  # fmt: skip
 
     showing = parser.add_argument_group("output")
     showing.add_argument(
