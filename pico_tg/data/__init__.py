@@ -28,8 +28,8 @@ from .windows import MAX_BATCH_BYTES, Windows
 
 __all__ = [
     "MAX_BATCH_BYTES", "SEQ_END", "SEQ_START", "Corpus", "Data", "DataSpec", "Windows",
-    "describe_data", "has_validation", "load_data", "load_whole", "open_data", "same_data",
-    "stored_spec", "trained_on",
+    "describe_data", "has_validation", "load_data", "load_whole", "open_data", "stored_spec",
+    "trained_on",
 ]  # fmt: skip
 
 
@@ -141,7 +141,7 @@ def open_data(
         dataset = dataclasses.replace(dataset, revision=revision)
     data = dataset if isinstance(dataset, Data) else load_data(dataset, progress=progress)
     described = describe_data(data)
-    if not stored or same_data(data, stored):
+    if not stored or described["fingerprints"] == stored["fingerprints"]:
         return data
     if changed := differences(stored["dataset"], described["dataset"]):
         raise PicoError(f"{run} was trained on other data: {changed}")
@@ -149,11 +149,6 @@ def open_data(
     if data.spec.dataset == PYTHON_DOCS:
         why = f" (python-docs are those of the Python that runs, now {platform.python_version()})"
     raise PicoError(f"the data of {run} have changed since{why}; train a new RUN on them")
-
-
-def same_data(data: Data, stored: dict[str, Any]) -> bool:
-    """Whether `data` are those of the run whose training.json is `stored`, wherever they are."""
-    return describe_data(data)["fingerprints"] == stored["fingerprints"]
 
 
 def trained_on(text: np.ndarray, stored: dict[str, Any], run: Path) -> str:
@@ -167,7 +162,7 @@ def trained_on(text: np.ndarray, stored: dict[str, Any], run: Path) -> str:
             raise PicoError(f"{found.spec.dataset} is not downloaded")
         share = shared(text, open_data(None, stored, run, False).train.bytes)
     except PicoError as error:
-        return f"{run} may have been trained on this text, which is not known: {error}"
+        return f"it is not known whether {run} was trained on this text: {error}"
     return f"{run} was trained on about {share:.0%} of this text" if share > CHANCE else ""
 
 

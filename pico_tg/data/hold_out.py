@@ -50,11 +50,9 @@ def hold_out(
         miss = abs(corpus.offsets[first] - wanted)
         if miss > (total - wanted) / 2 and total - wanted >= LEAST_CUT:
             number = int(np.searchsorted(corpus.offsets, wanted, "right")) - 1
-            least = int(corpus.offsets[number]) + len(SEQ_START) + 1  # a byte for each part
-            most = int(corpus.offsets[number + 1]) - len(SEQ_END) - 1
-            if least <= most:
-                cut = min(max(round(wanted), least), most)
-                return _cut_document(folder, corpus, number, cut)
+            start, end = corpus.offsets[number : number + 2]  # at least LEAST_CUT / 2 apart
+            cut = np.clip(round(wanted), start + len(SEQ_START) + 1, end - len(SEQ_END) - 1)
+            return _cut_document(folder, corpus, number, int(cut))
     cut = int(corpus.offsets[first])
     name, starts = corpus.fingerprint, corpus.offsets
     before, after = _split_counts(corpus.files, first)
