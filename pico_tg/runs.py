@@ -30,6 +30,7 @@ from .checkpoint import (
 from .config import Config, TrainSettings
 from .files import PicoError, atomic_write, command, differences
 from .model import Pico
+from .progress import say
 
 Record = dict[str, Any]
 DESCRIBED = {"settings", "dataset", "model", "devices", "fingerprints"}  # keys of training.json
@@ -230,13 +231,16 @@ def newest_run(path: str | os.PathLike) -> str:
 def load(path: str | os.PathLike, run: str | None = None, checkpoint: int | str = -1) -> Pico:
     """The model PATH with weights of RUN: the newest (-1), an older one (-2, …), a step or "best".
 
-    run: by default the one with the newest checkpoint. Raises PicoError if there is no such model,
-    run or checkpoint, or if it is broken.
+    run: by default the one with the newest checkpoint. Says on stderr if RUN was trained with
+    another model.json. Raises PicoError if there is no such model, run or checkpoint, or if it is
+    broken.
     """
     config = load_config(path)
     weights = find_checkpoint(run_folder(path, run or newest_run(path)), checkpoint)
     model = Pico(config, fresh=False)
     load_weights(model, weights)
+    if line := edited(config, weights.parent):
+        say(line)
     return model
 
 
@@ -345,3 +349,13 @@ def check_model(config: Config, stored: dict[str, Any], run: Path) -> None:
         raise PicoError(
             f"{run} was trained with another model.json: {changed}; restore it, or train a new RUN"
         )
+
+
+def edited(config: Config, run: Path) -> str:
+    """What `check_model` says of a run; "" if nothing, or if its weights are from elsewhere."""
+    try:
+        if stored := find_description(run):
+            check_model(config, stored, run)
+    except PicoError as error:
+        return str(error)
+    return ""

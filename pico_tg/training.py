@@ -46,10 +46,12 @@ from .runs import (
     Run,
     check_model,
     check_startable,
+    edited,
     read_description,
     resumed_settings,
 )
 
+UNREAD = 0.03  # of the data, beyond which it is said that they are in no window
 ADAMW_STATE = ("b1_t", "b2_t", "m", "v")
 
 
@@ -312,10 +314,11 @@ def train(
 
     A record has: step (from 1), steps (total), epoch (from 0), loss, next_byte_loss, aux_loss
     (nats; its target changes after router_warmup_steps), bits_per_byte (of the next byte, training
-    routing), router_rate (share of bytes that causal routing selects), router_overflow (share of
-    bytes that a rule selects beyond `Config.capacity`, which skip the latent blocks), lr, bytes
-    (trained on so far), bytes_per_second. With max_minutes a record also has minutes (used so far),
-    after a validation the keys of `Validation`, and with a checkpoint `checkpoint`, its path.
+    routing, the tags between documents included), router_rate (share of bytes that causal routing
+    selects), router_overflow (share of bytes that a rule selects beyond `Config.capacity`, which
+    skip the latent blocks), lr, bytes (trained on so far), bytes_per_second. With max_minutes a
+    record also has minutes (used so far), after a validation the keys of `Validation`, and with a
+    checkpoint `checkpoint`, its path.
 
     The last step is saved if `events` stop, if the caller closes the generator or ends with an
     error, and if a validation fails. An error or Ctrl-C during an update saves nothing, since the
@@ -339,12 +342,19 @@ def train(
     check_memory(model.config, chosen, (devices or (Device.DEFAULT,))[0])
     if base_weights is not None:
         load_weights(model, base_weights)
+        if line := edited(model.config, Path(base_weights).parent):
+            events.say(line)
     validate = Validation(model, data.validation, chosen, devices)
     train_step = TrainStep(model, chosen, devices)
     run = None if folder is None else Run(folder, resumed=resume)
     progress = _resume(run, train_step, stored, events) if resume else Progress()
     if not resume:
         events.say(data.note)
+        if windows.unread > UNREAD * len(data.train.bytes):
+            events.say(
+                f"the last {windows.unread:,} bytes are in no window, since they are fewer than "
+                f"context_len ({chosen.context_len}); a smaller one leaves out less"
+            )
     _set_steps(progress, chosen, windows, events)
     if len(data.validation.bytes) > chosen.validation_bytes:
         events.say(f"each validation measures the first {chosen.validation_bytes:,} held-out bytes")

@@ -539,6 +539,25 @@ def test_eval_of_a_text(trained, tmp_path, capsys):
     assert found == {"step": 3} | figures
 
 
+def test_text_that_was_trained_on_is_said(trained, tmp_path, capsys):
+    """However it is held out and wherever it is; a copy of the data has the held-out part."""
+    own, copy = trained.parent / "text.txt", tmp_path / "copy.txt"
+    copy.write_bytes(own.read_bytes())
+    (tmp_path / "other.txt").write_text("Another text, of another kind, without a fox. " * 20)
+    short = ["--max-bytes", "200", "--context-len", "40"]
+    for flags, part, said in (
+        ([str(tmp_path / "other.txt")], "all", False),
+        ([str(copy)], "validation data", True),  # the text repeats one sentence
+        ([str(own), "--dataset-validation-size", "0.9"], "validation data", True),
+        ([str(tmp_path / "other.txt"), "--dataset-validation-file", str(own)], "validation", True),
+    ):
+        assert cli.main(["eval", str(trained), "run", *flags, *short]) == 0
+        out, err = capsys.readouterr()
+        assert f": {part}" in out
+        line = f"{trained}/run was trained on about 100% of this text"
+        assert (line in err.splitlines()) == said
+
+
 def test_eval_of_weights_alone(weights, capsys):
     """A run that only has weights, from elsewhere say, needs a DATASET."""
     assert status(["eval", str(weights), "run"]) == 2
@@ -595,6 +614,14 @@ def test_plot(trained, weights, tmp_path, capsys):
     assert cli.main(["plot", str(weights), "run", "run", "--output", str(output)]) == 0
     assert output.exists()
     capsys.readouterr()
+    for name, told in (("a", "one"), ("b", "another")):
+        description = json.loads((trained / "run" / "training.json").read_text())
+        description["fingerprints"][1] = told
+        (weights / "sub" / name / "training.json").write_text(json.dumps(description))
+    assert cli.main(["plot", str(weights), "sub/b", "--output", str(output)]) == 0
+    assert capsys.readouterr().err == ""
+    assert cli.main(["plot", str(weights), "sub/a", "sub/b/", "--output", str(output)]) == 0
+    assert "different texts, so not to be compared: sub/a, sub/b/" in capsys.readouterr().err
     assert cli.main(["plot", str(weights), "sub/a", "sub/b/"]) == 0
     assert Path(capsys.readouterr().out.strip()) == weights / "sub-a-sub-b.svg"
     assert ">sub/a</text>" in (weights / "sub-a-sub-b.svg").read_text()

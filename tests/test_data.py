@@ -1,5 +1,7 @@
 """data/: python-docs, holding out, fingerprints, options."""
 
+import gzip
+import re
 import subprocess
 import sys
 
@@ -7,7 +9,8 @@ import numpy as np
 import pytest
 from helpers import all_documents, as_rows, load, split_up, three_splits, write_jsonl
 
-from pico_tg.data import DataSpec, describe_data, load_data, open_data
+from pico_tg.data import DataSpec, describe_data, load_data, load_whole, open_data, trained_on
+from pico_tg.data.overlap import PIECE, shared
 from pico_tg.files import PicoError
 
 
@@ -17,7 +20,8 @@ def test_python_docs():
     loaded = load("python-docs")
     assert all_documents(loaded) == [topics[name].encode() for name in sorted(topics)]
     assert "from python-docs; validating on the end of python-docs" in loaded.note
-    assert "\n" not in loaded.note
+    # Python's topics repeat whole sections: "while" is also a part of "compound"
+    assert re.search(r"\nabout \d+% of the text to validate on is also trained on$", loaded.note)
     share = len(loaded.validation.bytes) / (len(loaded.train.bytes) + len(loaded.validation.bytes))
     assert 0.02 < share < 0.1
 
@@ -32,6 +36,69 @@ def test_hold_out_documents(tmp_path, size, held_out):
     assert loaded.train.documents == 20 - held_out
     assert all_documents(loaded) == [text.encode() for text in texts]
     assert f"{held_out} document" in loaded.note
+
+
+@pytest.mark.parametrize("size", [None, 0.2, 0.6])
+@pytest.mark.parametrize(
+    "lengths", [(200, 20_000), (20_000, 200), (9000, 9000), (7000, 7000, 7000), (1, 5000, 1)]
+)
+def test_uneven_documents(lengths, size, tmp_path):
+    """About as much is held out as is asked for, within a document where its start is far away."""
+    random, folder = np.random.default_rng(0), tmp_path / "texts"
+    folder.mkdir()
+    texts = [bytes(random.integers(97, 123, length, np.uint8)) for length in lengths]
+    for number, text in enumerate(texts):
+        (folder / f"{number}.txt").write_bytes(text)
+    loaded = load(folder, validation_size=size)
+    total, wanted = len(loaded.train.bytes) + len(loaded.validation.bytes), size or 0.05
+    assert wanted / 2 <= len(loaded.validation.bytes) / total <= wanted * 1.5
+    assert b"".join(all_documents(loaded)) == b"".join(texts)
+    for corpus in (loaded.train, loaded.validation):
+        assert sum(count for _, count in corpus.files) == corpus.documents
+        assert not corpus.bytes.flags.writeable
+    documents = loaded.train.documents + loaded.validation.documents
+    assert ("cut within a document" in loaded.note) == (documents > len(lengths))
+    assert all_documents(load(folder, validation_size=1)) == texts  # nothing was written
+
+
+def test_the_files_on_both_sides_of_a_cut_are_named(tmp_path):
+    (tmp_path / "texts").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "texts" / f"{name}.txt").write_text(name * 5000)
+    note = load(tmp_path / "texts").note
+    assert " from 2 files (a.txt, b.txt); validating on the end of " in note
+    assert ", cut within a document: 512 bytes in 1 document from b.txt" in note
+
+
+def test_text_on_both_sides_is_said(tmp_path):
+    """A copy of what is trained on is the validation split, or is held out."""
+    random = np.random.default_rng(0)
+    one, two, other = (bytes(random.integers(97, 123, 3000, np.uint8)) for _ in range(3))
+    said = "about 100% of the text to validate on is also trained on"
+    for split, texts in {"train": [one, two], "valid": [two]}.items():
+        (tmp_path / "splits" / split).mkdir(parents=True)
+        for number, text in enumerate(texts):
+            (tmp_path / "splits" / split / f"{number}.txt").write_bytes(text)
+    (tmp_path / "held").mkdir()
+    for name, text in {"1": one + two, "2": other, "3": two}.items():
+        (tmp_path / "held" / f"{name}.txt").write_bytes(text)
+    assert load(tmp_path / "splits").note.endswith(said)
+    assert load(tmp_path / "held", validation_size=1).note.endswith(said)
+    (tmp_path / "held" / "1.txt").write_bytes(one)
+    assert "\n" not in load(tmp_path / "held", validation_size=1).note
+
+
+def test_shared():
+    random = np.random.default_rng(0)
+    text = random.integers(0, 256, 400_000, np.uint8)
+    assert shared(text, text) == 1
+    assert shared(text[123_456:], text[:-7]) > 0.99  # neither begins nor ends where the other does
+    assert shared(text[100_001:200_000], np.concatenate([text[:1], text[150_000:]])) == (
+        pytest.approx(0.5, abs=0.03)
+    )
+    assert shared(text, random.integers(0, 256, 400_000, np.uint8)) == 0
+    assert shared(text[: PIECE - 1], text) == 0
+    assert shared(text, text[:0]) == 0
 
 
 @pytest.mark.parametrize("size", [None, 0.5, 0.999, 1e-9])
@@ -145,6 +212,30 @@ def test_data_of_a_run(tmp_path):
     stored = describe_data(load("python-docs")) | {"fingerprints": ["of", "another"]}
     with pytest.raises(PicoError, match=r"\(python-docs are those of the Python that runs, now 3"):
         open_data(None, stored, tmp_path, False)
+
+
+def test_what_a_run_was_trained_on(tmp_path):
+    """However the text that is measured is named, cut or stored."""
+    text = np.random.default_rng(0).bytes(20_000)
+    (tmp_path / "t.txt").write_bytes(text)
+    data = load(tmp_path / "t.txt")
+    stored = describe_data(data)
+
+    def said(array):
+        return trained_on(array, stored, tmp_path)
+
+    assert said(data.validation.bytes) == ""
+    assert said(data.train.bytes) == f"{tmp_path} was trained on about 100% of this text"
+    (tmp_path / "part.txt.gz").write_bytes(gzip.compress(text[:15_000]))
+    assert "about 100% of this text" in said(load_whole(DataSpec(tmp_path / "part.txt.gz")).bytes)
+    more = load(tmp_path / "t.txt", validation_size=0.5)
+    assert re.search(r"about (89|9[01])% of this text", said(more.validation.bytes))
+    assert said(np.frombuffer(np.random.default_rng(1).bytes(20_000), np.uint8)) == ""
+    (tmp_path / "t.txt").write_bytes(text[:10_000])
+    assert "not known whether" in said(data.validation.bytes)
+    assert "have changed since" in said(data.validation.bytes)
+    (tmp_path / "t.txt").unlink()
+    assert "there is no file or folder" in said(data.validation.bytes)
 
 
 def test_python_docs_have_no_columns():

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import all_documents, check_error, load
 
-from pico_tg.data import SEQ_END, SEQ_START, DataSpec, load_data
+from pico_tg.data import SEQ_END, SEQ_START, DataSpec, formats, load_data
 from pico_tg.files import PicoError
 
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -44,6 +44,31 @@ def test_cache_is_reused_until_the_file_changes(text, tmp_path, capfd):
     assert b"7" not in load(text).train.bytes.tobytes()
     load(text)
     assert capfd.readouterr() == ("", "")  # no bar unless one is asked for
+
+
+def test_a_link_to_another_file_of_the_same_tick(tmp_path):
+    """Both files have the same size and times where the clock of the file system is coarse."""
+    paths = [tmp_path / f"{letter}.txt" for letter in "ab"]
+    for path in paths:
+        path.write_text(path.stem * 100)
+        os.utime(path, (10**9, 10**9))
+    link = tmp_path / "link.txt"
+    for path in paths:
+        link.unlink(missing_ok=True)
+        link.symlink_to(path)
+        assert b"".join(all_documents(load(link))) == path.read_bytes()
+
+
+def test_documents_that_hold_a_tag_are_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "CHUNK", 16)  # so that tags lie in two pieces
+    rows = ["a </pico:seq>", "b" * 99 + "<pico:seq>", "<pico:seq><pico:seq>", "/pico:seq> pico:seq"]
+    (tmp_path / "a.txt").write_text("<|endoftext|>".join(rows))
+    assert (
+        "as text: 3; for the model these are the tags that begin and end a document"
+        in load(tmp_path / "a.txt").note
+    )
+    (tmp_path / "a.txt").write_text("<|endoftext|>".join(rows[-1:] * 4))
+    assert "tags" not in load(tmp_path / "a.txt").note
 
 
 @pytest.mark.parametrize("name", ["bytes", "offsets", "meta.json"])

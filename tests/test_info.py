@@ -127,6 +127,14 @@ def test_the_estimates_of_training(tmp_path):
     expected = memory_bytes(CONFIG, TrainSettings(**settings))
     assert training["memory_bytes"] == sum(expected.values())
     assert "2 windows of 40 bytes" in describe_model(facts)
+    assert facts["run"]["edited"] == ""
+    dataclasses.replace(CONFIG, router="space").to_json(tmp_path / "model.json")
+    description["data"] = "training on this; validating on that"
+    (tmp_path / "run" / "training.json").write_text(json.dumps(description))
+    facts = describe(tmp_path, "run")
+    assert "another model.json: router was learned, now space" in facts["run"]["edited"]
+    for line in ("data", "edited"):
+        assert facts["run"][line] in describe_model(facts)
     description["settings"] |= {"momentum": 0.9}
     (tmp_path / "run" / "training.json").write_text(json.dumps(description))
     with pytest.raises(PicoError, match="settings that are unknown here: momentum"):

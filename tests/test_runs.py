@@ -466,6 +466,38 @@ def test_another_model_is_refused(run, text):
         train(Pico(other), text, run, resume=True)
 
 
+@pytest.mark.parametrize("edit", [{"router": "space"}, {"position": "rope"}])
+def test_an_edited_model_is_said(edit, run, text, tmp_path, capsys):
+    """Wherever its weights are taken that fit the shapes: in the words of --resume."""
+    model = run.parent
+    TINY.to_json(model / "model.json")
+    load(model, run.name)
+    assert capsys.readouterr().err == ""
+    edited = Config(**(vars(TINY) | edit))
+    (name, value), watch = *edit.items(), Watch()
+    edited.to_json(model / "model.json")
+    load(model, run.name)
+    said = capsys.readouterr().err
+    assert said.startswith(f"{run} was trained with another model.json: {name} was ")
+    assert f"now {value}; restore it, or train a new RUN\n" in said
+    weights = dict(list_checkpoints(run))[4]
+    settings = {"router_warmup_steps": 0, "context_len": 40, "batch_size": 1}
+    train(Pico(edited), text, base_weights=weights, events=watch, **settings).close()
+    assert said.strip() in watch.said
+    (run / "training.json").unlink()  # weights from elsewhere
+    load(model, run.name)
+    assert capsys.readouterr().err == ""
+
+
+def test_bytes_in_no_window_are_said(tmp_path):
+    (tmp_path / "t.txt").write_bytes(bytes(range(97, 123)) * 20)
+    for length, said in ((300, True), (32, False)):
+        watch = Watch()
+        settings = {"context_len": length, "batch_size": 1}
+        train(Pico(TINY), tmp_path / "t.txt", events=watch, **settings).close()
+        assert any("bytes are in no window" in line for line in watch.said) == said
+
+
 def test_data_may_have_moved(run, text, tmp_path):
     moved = tmp_path / "elsewhere.txt"
     Path(text).rename(moved)

@@ -5,6 +5,7 @@
 - formats.py: a file becomes documents
 - corpus.py: documents become a corpus, once
 - hold_out.py: the end of a corpus becomes validation data
+- overlap.py: how much of a text also occurs in another one
 - windows.py: a corpus becomes batches
 """
 
@@ -15,16 +16,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..files import PicoError, differences
 from .corpus import SEQ_END, SEQ_START, Corpus, cached
 from .folder import find, listed
 from .hold_out import hold_out
+from .overlap import CHANCE, shared
 from .spec import PYTHON_DOCS, DataSpec
 from .windows import MAX_BATCH_BYTES, Windows
 
 __all__ = [
     "MAX_BATCH_BYTES", "SEQ_END", "SEQ_START", "Corpus", "Data", "DataSpec", "Windows",
     "describe_data", "has_validation", "load_data", "load_whole", "open_data", "stored_spec",
+    "trained_on",
 ]  # fmt: skip
 
 
@@ -56,8 +61,10 @@ def load_data(spec: DataSpec, progress: bool = True) -> Data:
     folder, train = cached(found.train, progress)
     label, remarks = found.train.label, train.remarks
     if found.validation is None:
-        alone = ", which is one document" if train.documents == 1 else ""
+        documents = train.documents
         train, validation = hold_out(label, folder, train, spec.validation_size)
+        alone = ", which is one document" if documents == 1 else ", cut within a document"
+        alone = alone if train.documents + validation.documents > documents else ""
         held_out = f"the end of {label}{alone}: {_sizes(validation)}"
         held_out += _files(validation) if len(found.train.files) > 1 else ""
     else:
@@ -70,6 +77,8 @@ def load_data(spec: DataSpec, progress: bool = True) -> Data:
             f"{label} and the validation data hold the same text; name other data to "
             "validate on, or none to hold out the end"
         )
+    if (share := shared(validation.bytes, train.bytes)) > CHANCE:
+        remarks += (f"about {share:.0%} of the text to validate on is also trained on",)
     note = [f"training on {_sizes(train)}{_files(train)}; validating on {held_out}"]
     if found.unused:
         note.append(f"not used: {'; '.join(found.unused)}")
@@ -140,6 +149,21 @@ def open_data(
     if data.spec.dataset == PYTHON_DOCS:
         why = f" (python-docs are those of the Python that runs, now {platform.python_version()})"
     raise PicoError(f"the data of {run} have changed since{why}; train a new RUN on them")
+
+
+def trained_on(text: np.ndarray, stored: dict[str, Any], run: Path) -> str:
+    """How much of `text` (uint8) `run` was trained on, a line; "" if that is none but by chance.
+
+    The line says so if the data of the run are no longer what they were, or are not there.
+    """
+    try:
+        found = find(stored_spec(stored, run))
+        if found.spec.revision and not all(file.path.is_file() for file in found.train.files):
+            raise PicoError(f"{found.spec.dataset} is not downloaded")
+        share = shared(text, open_data(None, stored, run, False).train.bytes)
+    except PicoError as error:
+        return f"it is not known whether {run} was trained on this text: {error}"
+    return f"{run} was trained on about {share:.0%} of this text" if share > CHANCE else ""
 
 
 def describe_data(data: Data) -> dict[str, Any]:

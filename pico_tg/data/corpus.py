@@ -26,7 +26,7 @@ from .formats import MissingColumn, Pieces, Remark, read_file, reason
 SEQ_START: bytes = b"<pico:seq>"
 SEQ_END: bytes = b"</pico:seq>"
 
-CACHE_FORMAT = 3  # part of every cache's key: to be increased when the files or readers change
+CACHE_FORMAT = 4  # part of every cache's key: to be increased when the files or readers change
 ROOM = "make room there or set PICO_CACHE to another folder"
 BUILD_SECONDS = 24 * 3600  # a temporary folder that is not written for so long is left over
 
@@ -65,10 +65,11 @@ class Source:
     def identity(self) -> list:
         """JSON that changes whenever the text may have: the key of the cache.
 
-        The time of change tells a file that replaced another one of the same size and time.
+        The time of change and the inode tell a file that replaced another one of the same size and
+        time; the inode also where both files were made within one tick of the clock.
         """
         stats = [(os.path.abspath(file.path), os.stat(file.path)) for file in self.files]
-        stamps = [[path, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for path, s in stats]
+        stamps = [[path, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for path, s in stats]
         return [self.column, stamps]
 
 
@@ -196,21 +197,26 @@ def _write(source: Source, folder: Path, progress: bool) -> None:
     """Stream `source` into the files of a cache and fsync them."""
     total, counts = 0, []
     remarks, missing = [], []
+    tagged = 0  # documents whose text holds a tag
     content = hashlib.blake2b(digest_size=16)
     bar = Bar(desc=f"caching {source.label}", unit="B", unit_scale=True, disable=not progress)
     with open(folder / "bytes", "wb") as data, open(folder / "offsets", "wb") as offsets, bar:
         offsets.write(struct.pack("<q", 0))
         for file in source.files:
-            in_document, count = False, 0
+            in_document, count, text, has_tag = False, 0, b"", False
             try:
                 for piece, ends in _read(source, file, remarks.append):
                     block = (b"" if in_document else SEQ_START) + piece + (SEQ_END if ends else b"")
                     data.write(block)
                     content.update(block)
                     total += len(block)
+                    text = text[-len(SEQ_END) :] + piece  # a tag may lie in two pieces
+                    has_tag = has_tag or SEQ_START in text or SEQ_END in text
                     if ends:
                         offsets.write(struct.pack("<q", total))
                         count += 1
+                        tagged += has_tag
+                        text, has_tag = b"", False
                     in_document = not ends
                     bar.update(len(piece))
             except MissingColumn as error:
@@ -221,6 +227,12 @@ def _write(source: Source, folder: Path, progress: bool) -> None:
             raise missing[0]
         if total == 0:
             raise PicoError(f"{source.label} holds no text")
+        if tagged:
+            remarks.append(
+                f"documents of {source.label} that hold {SEQ_START.decode()} or "
+                f"{SEQ_END.decode()} as text: {tagged:,}; for the model these are the tags that "
+                "begin and end a document"
+            )
         for file in (data, offsets):
             file.flush()
             os.fsync(file.fileno())

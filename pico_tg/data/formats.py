@@ -77,21 +77,14 @@ def read_text(file: BinaryIO, label: str, column: str | None, remark: Remark) ->
     is skipped. A file without a marker is one document, byte for byte. To bound memory, a run of
     more than CHUNK newlines counts as text.
     """
-    head = file.read(CHUNK)
-    try:
-        text = codecs.getincrementaldecoder("utf-8")().decode(head)
-        odd = "holds NUL, as UTF-16 does; convert the file to UTF-8" if "\0" in text else ""
-    except UnicodeDecodeError as error:
-        odd = reason(error)
-    if odd:
-        remark(f"{label} is read byte by byte: {odd}")
-    file.seek(0)
     # Remove the first document's leading newlines only if a marker follows, at any distance.
     split = file.read(1) in (b"\r", b"\n") and _has_marker(file)
     file.seek(0)
     started = False  # has a piece of the current document been yielded?
-    rest = b""
+    rest, odd = b"", ""
+    decoder = codecs.getincrementaldecoder("utf-8")()
     while block := file.read(CHUNK):
+        odd = odd or _odd(decoder, block)
         *ended, rest = (rest + block).split(MARKER)
         for text in ended:
             text = text.rstrip(NEWLINES) if started else text.strip(NEWLINES)
@@ -112,6 +105,17 @@ def read_text(file: BinaryIO, label: str, column: str | None, remark: Remark) ->
         rest = rest.rstrip(NEWLINES) if started else rest.strip(NEWLINES)
     if started or rest:
         yield rest, True
+    if odd := odd or _odd(decoder, b""):
+        remark(f"{label} is read byte by byte: {odd}")
+
+
+def _odd(decoder: codecs.IncrementalDecoder, block: bytes) -> str:
+    """Why a block is no UTF-8 text, or ""; the empty block is the end of the file."""
+    try:
+        text = decoder.decode(block, final=not block)
+    except UnicodeDecodeError as error:
+        return reason(error)
+    return "holds NUL, as UTF-16 does; convert the file to UTF-8" if "\0" in text else ""
 
 
 def _has_marker(file: BinaryIO) -> bool:

@@ -9,6 +9,7 @@ from .corpus import SEQ_END, SEQ_START, Corpus, digest
 from .formats import reason
 
 HELD_OUT = 0.05  # of the bytes, by default
+LEAST_CUT = 100  # bytes; fewer of a document measure nothing, so then it is held out whole
 Counts = tuple[tuple[str, int], ...]
 
 
@@ -17,14 +18,21 @@ def hold_out(
 ) -> tuple[Corpus, Corpus]:
     """Cut the end off a corpus, which is cached in `folder`: (train, validation).
 
-    size: see `DataSpec.validation_size`. Raises PicoError if nothing would be left to train on.
+    A fraction is cut at the nearest start of a document. Where that start misses the wanted number
+    of bytes by more than half of it, the cut is within a document; not if that number is below
+    LEAST_CUT. size: see `DataSpec.validation_size`. Raises PicoError if nothing would be left to
+    train on.
     """
     if corpus.documents == 1:
         if isinstance(size, int):
             raise PicoError(
                 f"{label} is one document, so validation_size must be a fraction of it, not {size}"
             )
-        return _cut_document(label, folder, corpus, size or HELD_OUT)
+        length = len(corpus.bytes) - len(SEQ_START) - len(SEQ_END)
+        held_out = max(1, round(length * (size or HELD_OUT)))
+        if held_out >= length:
+            raise PicoError(f"{label} is too small to hold validation data out: {length} bytes")
+        return _cut_document(folder, corpus, 0, len(SEQ_START) + length - held_out)
     if isinstance(size, int):
         if size >= corpus.documents:
             raise PicoError(
@@ -33,11 +41,18 @@ def hold_out(
             )
         first = corpus.documents - size
     else:  # the document start that is nearest to the wanted cut, the later one in a tie
-        wanted = len(corpus.bytes) * (1 - (size or HELD_OUT))
+        total = len(corpus.bytes)
+        wanted = total * (1 - (size or HELD_OUT))
         first = int(np.searchsorted(corpus.offsets, wanted))
         if wanted - corpus.offsets[first - 1] < corpus.offsets[first] - wanted:
             first -= 1
         first = min(max(first, 1), corpus.documents - 1)
+        miss = abs(corpus.offsets[first] - wanted)
+        if miss > (total - wanted) / 2 and total - wanted >= LEAST_CUT:
+            number = int(np.searchsorted(corpus.offsets, wanted, "right")) - 1
+            start, end = corpus.offsets[number : number + 2]  # at least LEAST_CUT / 2 apart
+            cut = np.clip(round(wanted), start + len(SEQ_START) + 1, end - len(SEQ_END) - 1)
+            return _cut_document(folder, corpus, number, int(cut))
     cut = int(corpus.offsets[first])
     name, starts = corpus.fingerprint, corpus.offsets
     before, after = _split_counts(corpus.files, first)
@@ -58,19 +73,12 @@ def _split_counts(files: Counts, first: int) -> tuple[Counts, Counts]:
     return tuple(before), tuple(after)
 
 
-def _cut_document(
-    label: str, folder: Path, corpus: Corpus, fraction: float
-) -> tuple[Corpus, Corpus]:
-    """Cut a single document into two wrapped documents, without another copy on disk.
+def _cut_document(folder: Path, corpus: Corpus, number: int, cut: int) -> tuple[Corpus, Corpus]:
+    """Cut at byte `cut`, within the text of document `number`, without another copy on disk.
 
     Both are copy-on-write maps of the cached file. The tag at the cut overwrites text of the other
     part, which changes a page in memory and never the file.
     """
-    length = len(corpus.bytes) - len(SEQ_START) - len(SEQ_END)
-    held_out = max(1, round(length * fraction))
-    if held_out >= length:
-        raise PicoError(f"{label} is too small to hold validation data out: {length} bytes")
-    cut = len(SEQ_START) + length - held_out
     try:
         train = np.memmap(folder / "bytes", np.uint8, "c", shape=(cut + len(SEQ_END),))
         validation = np.memmap(folder / "bytes", np.uint8, "c", offset=cut - len(SEQ_START))
@@ -78,10 +86,14 @@ def _cut_document(
         raise PicoError(f"cannot map {folder / 'bytes'}: {reason(error)}") from error
     train[cut:] = np.frombuffer(SEQ_END, np.uint8)
     validation[: len(SEQ_START)] = np.frombuffer(SEQ_START, np.uint8)
-    parts = []
-    for data, side in ((train, "to"), (validation, "from")):
+    starts, name = corpus.offsets, corpus.fingerprint
+    before = np.append(starts[: number + 1], len(train))
+    after = np.append(0, starts[number + 1 :] - cut + len(SEQ_START))
+    to, _ = _split_counts(corpus.files, number + 1)
+    _, since = _split_counts(corpus.files, number)
+    for data in (train, validation):
         data.flags.writeable = False
-        offsets = np.array([0, len(data)], np.int64)
-        fingerprint = digest(f"{corpus.fingerprint} {side} {cut}")
-        parts.append(Corpus(np.asarray(data), offsets, fingerprint, files=corpus.files))
-    return parts[0], parts[1]
+    return (
+        Corpus(np.asarray(train), before, digest(f"{name} to {cut}"), (), to),
+        Corpus(np.asarray(validation), after, digest(f"{name} from {cut}"), (), since),
+    )

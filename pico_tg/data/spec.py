@@ -30,7 +30,8 @@ class DataSpec:
         "python-docs (in Python itself); a file (.txt, .jsonl, .json, .csv, .tsv or .parquet, "
         "possibly compressed: .gz, .bz2, .xz) or a folder of such files; or a name on the Hugging "
         "Face hub, owner/name or owner/name:FOLDER. A .txt is one document, or several with "
-        "<|endoftext|> between them",
+        "<|endoftext|> between them. The tags <pico:seq> and </pico:seq> in a text begin and end a "
+        "document for the model",
         PYTHON_DOCS,
         minimum=None,
     )

@@ -23,7 +23,15 @@ from ..backend.device import (
 from ..checkpoint import list_checkpoints, load_config
 from ..config import Config, TrainSettings
 from ..costs import CHOSEN, check_memory, choose, describe_cost, gemm_rate
-from ..data import DataSpec, has_validation, load_data, load_whole, stored_spec
+from ..data import (
+    DataSpec,
+    describe_data,
+    has_validation,
+    load_data,
+    load_whole,
+    stored_spec,
+    trained_on,
+)
 from ..decoder import Decoder
 from ..evaluation import EvalSettings, evaluate
 from ..files import PicoError, atomic_write, command
@@ -227,13 +235,17 @@ def command_eval(args: argparse.Namespace) -> int:
     chosen = {"context_len": trained.get("context_len", TrainSettings.context_len)}
     chosen |= given(args, EvalSettings)
     if "split" not in chosen:
-        chosen["split"] = default_split(args, spec, stored)
+        spec, chosen["split"] = default_split(args, spec, stored)
     settings = EvalSettings(**chosen)
     if args.html:
         check_writable(args.html)
     data = load_whole(spec) if settings.split == "all" else load_data(spec)
     model = load(args.path, args.run, args.checkpoint)
     say(describe_backend())
+    if stored:
+        corpus = data if settings.split == "all" else getattr(data, settings.split)
+        if line := trained_on(corpus.bytes[: settings.max_bytes], stored, run_dir):
+            say(line)
     measured = evaluate(model, data, progress=True, **chosen)
     report = router_report(measured)
     title = f"{model_name(args.path)}, run {args.run}"
@@ -317,13 +329,25 @@ def data_to_measure(args: argparse.Namespace, stored: dict[str, Any] | None) -> 
     return stored_spec(stored, run_dir)
 
 
-def default_split(args: argparse.Namespace, spec: DataSpec, stored: dict[str, Any] | None) -> str:
-    """all for a DATASET that has no validation data and that the run was not trained on."""
+def default_split(
+    args: argparse.Namespace, spec: DataSpec, stored: dict[str, Any] | None
+) -> tuple[DataSpec, str]:
+    """The data and their split: all of a DATASET that has no validation data.
+
+    Of the data of the run, under this path or another one, it is what the run held out.
+    """
     if args.dataset is None or has_validation(spec):
-        return "validation"
+        return spec, "validation"
     known = stored["dataset"].get("dataset", "") if stored else ""
-    same = known and os.path.realpath(known) == os.path.realpath(args.dataset)
-    return "validation" if same else "all"
+    if stored:
+        size = stored["dataset"].get("validation_size")
+        cut = dataclasses.replace(spec, validation_size=size)
+        if known and os.path.realpath(known) == os.path.realpath(args.dataset):
+            return cut, "validation"
+        with contextlib.suppress(PicoError):  # too small to hold any of it out
+            if describe_data(load_data(cut))["fingerprints"] == stored["fingerprints"]:
+                return cut, "validation"
+    return spec, "all"
 
 
 def command_run(args: argparse.Namespace) -> int:
@@ -439,12 +463,17 @@ def command_info(args: argparse.Namespace) -> int:
 def command_plot(args: argparse.Namespace) -> int:
     """Draw the curves of training runs: bits per byte, routing gap, router rate, learning rate."""
     load_config(args.path)
-    runs = {}
+    runs, texts = {}, {}  # texts: the first run that was validated on each
     for name in args.runs:
         folder = run_folder(args.path, name)
         runs[name] = [r for r in read_metrics(folder) if "bytes" in r]
         if not runs[name]:
             raise PicoError(f"{folder}/metrics.jsonl holds no step yet")
+        if stored := find_description(folder):
+            told = [stored["fingerprints"][1:], stored["settings"].get("validation_bytes")]
+            texts.setdefault(json.dumps(told), name)
+    if len(texts) > 1:
+        say(f"validated on different texts, so not to be compared: {', '.join(texts.values())}")
     # a run's name may contain a folder: sub/a
     names = [re.sub(r"[/\\]+", "-", name).strip("-.") for name in args.runs]
     output = args.output or args.path / f"{'-'.join(names)}.svg"

@@ -20,6 +20,7 @@ from ..costs import (
 from ..files import PicoError, command
 from ..kv_cache import cache_bytes
 from ..runs import (
+    edited,
     find_description,
     read_description,
     read_metrics,
@@ -43,11 +44,13 @@ def describe(
       Without a measurement, the rate is 1 / n for the router `stride` and the capacity for others;
       training makes `learned` keep to the capacity, while `space` may differ
     - cache_bytes: memory of the KV caches, float32, independent of the length of the text
-    - run: its name, settings, dataset, base_weights, devices, steps (completed), planned_steps (at
-      which training ends; None before the first step), and checkpoints: step, file, bytes, the
-      figures of that step's record where one exists, and `defect` if a file of the checkpoint is
-      truncated or broken (headers and sizes are checked, not digests). Weights from elsewhere,
-      without a training.json of pico_tg, have neither settings nor dataset
+    - run: its name, settings, dataset, data (what is trained on and what is held out, in words),
+      edited (a line if it was trained with another model.json, or ""), base_weights, devices,
+      steps (completed), planned_steps (at which training ends; None before the first step), and
+      checkpoints: step, file, bytes, the figures of that step's record where one exists, and
+      `defect` if a file of the checkpoint is truncated or broken (headers and sizes are checked,
+      not digests). Weights from elsewhere, without a training.json of pico_tg, have neither
+      settings nor dataset
     - training, if gflops (the rate of a plain matmul on this machine) is given: estimates of
       memory_bytes, seconds_a_step, and seconds without compiling, for `steps` steps of batch_size
       windows of context_len bytes. These settings are the run's, or those that `train` chooses for
@@ -56,7 +59,9 @@ def describe(
     context_len is the run's, or the default. Raises PicoError on a missing or broken model or run.
     """
     config = load_config(path)
-    described = {} if run is None else {"run": {"name": run} | _describe_run(run_folder(path, run))}
+    described = (
+        {} if run is None else {"run": {"name": run} | _describe_run(run_folder(path, run), config)}
+    )
     settings, planned, checkpoints = None, None, []
     if described:
         facts = described["run"]
@@ -109,7 +114,7 @@ def _decoding_rate(config: Config, checkpoints: list[dict[str, Any]]) -> float:
     return 1 / config.stride if config.router == "stride" else config.capacity_share
 
 
-def _describe_run(folder: Path) -> dict[str, Any]:
+def _describe_run(folder: Path, config: Config) -> dict[str, Any]:
     if not folder.is_dir():
         model, run = folder.parent, folder.name
         raise PicoError(f"there is no run {folder}; train it: {command('train', model, run)}")
@@ -129,7 +134,10 @@ def _describe_run(folder: Path) -> dict[str, Any]:
         except PicoError as error:
             figures["defect"] = str(error)
         checkpoints.append({"step": step, "file": file.name, "bytes": size} | figures)
-    kept = {key: stored.get(key) for key in ("settings", "dataset", "base_weights", "devices")}
+    kept = {
+        key: stored.get(key) for key in ("settings", "dataset", "data", "base_weights", "devices")
+    }
     steps = max(records, default=0)
     planned = records[steps].get("steps") if records else None
+    kept["edited"] = edited(config, folder)
     return kept | {"steps": steps, "planned_steps": planned, "checkpoints": checkpoints}

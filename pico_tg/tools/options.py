@@ -170,8 +170,10 @@ def add_run_options(parser: Parser) -> None:
     prompting = parser.add_argument_group("prompt (default: the beginning of a new document)")
     source = prompting.add_mutually_exclusive_group()
     source.add_argument(
-        "--prompt", default="", metavar="TEXT", help="text to continue; - reads standard input"
-    )
+        "--prompt", default="", metavar="TEXT",
+        help="text to continue; - reads standard input. The tags <pico:seq> and </pico:seq> in it "
+        "begin and end a document",
+    )  # fmt: skip
     source.add_argument(
         "--prompt-file", type=path_name, metavar="FILE", help="file with the bytes to continue"
     )

@@ -230,7 +230,10 @@ def training_chart(runs: dict[str, list[dict]]) -> str:
     values = [y for line in bits for y in line.ys if math.isfinite(y)] or [0.0, 8.0]
     ends = [line.ys[-1] for line in bits if line.ys] or [8.0]
     y_range = (min(values), min(max(values), max(ends) + 1.5))
-    seen, title = "bytes seen", "Bits per byte, held out (thick) and in training (thin)"
+    seen, title = (
+        "bytes seen",
+        "Bits per byte, held out (thick) and in training (thin, tags included)",
+    )
     gap = Panel(gaps, "Causal routing minus top-k, held out", seen, "bits per byte", height=250)
     return svg(
         [

@@ -279,7 +279,7 @@ class TrainingDisplay(StopSignals):
                 overflow = record.get("router_overflow", 0)
                 lost = f" ({overflow:.0%} without a slot)" if overflow else ""
                 self.bar.set_postfix_str(
-                    f"loss {record['loss']:.3f}, {smoothed:.3f} bits/byte, "
+                    f"loss {record['loss']:.3f}, {smoothed:.3f} bits/byte with tags, "
                     f"{record['router_rate']:.0%} routed{lost}, lr {record['lr']:.1e}, "
                     f"{record['bytes_per_second']:,.0f} bytes/s"
                 )
