@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -452,6 +453,19 @@ def test_eval(trained, measured, tmp_path, capsys):
     written = page.read_text()
     assert "<h2>Passage <small>112 bytes" in written
     assert f"<dd>{found['bits_per_byte']:.3f}</dd>" in written
+
+
+def test_the_best_validation_without_a_checkpoint_is_named(trained, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "model")
+    metrics = tmp_path / "model" / "run" / "metrics.jsonl"
+    first, *others = metrics.read_text().splitlines()
+    better = json.loads(first) | {"validation_bits_per_byte": 0.1}
+    for line, remark in ((first, ""), (json.dumps(better), "best validation was at step 1, which")):
+        metrics.write_text("\n".join([line, *others, ""]))
+        command = ["run", str(tmp_path / "model"), "run", "--checkpoint", "best"]
+        assert cli.main([*command, "--max-bytes", "1"]) == 0
+        said = capsys.readouterr().err
+        assert remark in said and ("best" in said) == bool(remark)
 
 
 def test_the_default_split(trained, tmp_path, capsys):

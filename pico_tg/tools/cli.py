@@ -32,6 +32,7 @@ from ..model import Pico
 from ..progress import drop_output, say
 from ..runs import (
     check_startable,
+    best_validations,
     find_checkpoint,
     find_description,
     load,
@@ -210,7 +211,7 @@ def command_eval(args: argparse.Namespace) -> int:
     """Measure the model PATH as trained in RUN on a split: bits per byte, heads, drafts, router."""
     load_config(args.path)
     run_dir = run_folder(args.path, args.run)
-    checkpoint = find_checkpoint(run_dir, args.checkpoint)
+    checkpoint = chosen_checkpoint(args)
     stored = find_description(run_dir)
     spec = data_to_measure(args, stored)
     trained = stored["settings"] if stored else {}
@@ -255,6 +256,18 @@ def command_eval(args: argparse.Namespace) -> int:
     return 0
 
 
+def chosen_checkpoint(args: argparse.Namespace) -> Path:
+    """The checkpoint that the options name; says so if it is not that of the best validation."""
+    run_dir = run_folder(args.path, args.run)
+    path = find_checkpoint(run_dir, args.checkpoint)
+    if args.checkpoint == "best" and (best := best_validations(run_dir)[0]) != int(path.stem):
+        say(
+            f"the best validation was at step {best}, which has no checkpoint (train --keep-best "
+            f"keeps it); taking step {int(path.stem)}, the best that has one"
+        )
+    return path
+
+
 def data_to_measure(args: argparse.Namespace, stored: dict[str, Any] | None) -> DataSpec:
     """The data that the options name, or those of the run, from its training.json."""
     named = given(args, DataSpec, "dataset_")
@@ -294,6 +307,8 @@ def command_run(args: argparse.Namespace) -> int:
     prompt = read_prompt(args)
     if args.html:
         check_writable(args.html)
+    load_config(args.path)
+    chosen_checkpoint(args)
     model = load(args.path, args.run, args.checkpoint)
     stats = Stats()
     records = generate(model, prompt, stats=stats, **dataclasses.asdict(settings))
@@ -392,7 +407,8 @@ def command_plot(args: argparse.Namespace) -> int:
     runs = {}
     for name in args.runs:
         folder = run_folder(args.path, name)
-        runs[name] = [r for r in read_metrics(folder) if "bytes" in r]
+        shown = {"bytes", "bits_per_byte", "router_rate", "lr"}
+        runs[name] = [r for r in read_metrics(folder) if r.keys() >= shown]
         if not runs[name]:
             raise PicoError(f"{folder}/metrics.jsonl holds no step yet")
     # a run's name may contain a folder: sub/a
