@@ -29,10 +29,10 @@ from ..evaluation import EvalSettings, evaluate
 from ..files import PicoError, atomic_write, command
 from ..generation import GeneratedByte, SampleSettings, Stats, generate
 from ..model import Pico
-from ..progress import drop_output, say
+from ..progress import drop_output, say, visible
 from ..runs import (
-    check_startable,
     best_validations,
+    check_startable,
     find_checkpoint,
     find_description,
     load,
@@ -51,6 +51,7 @@ from .options import (
     SAMPLE_BYTES,
     build_parser,
     given,
+    mark_texts,
     option_of,
 )
 from .plot import training_chart
@@ -66,9 +67,11 @@ from .router_report import passage, router_report
 from .terminal import (
     TrainingDisplay,
     put,
+    results,
+    results_alone,
+    show,
     show_samples,
     split_samples,
-    visible,
 )
 
 
@@ -89,8 +92,8 @@ def command_init(args: argparse.Namespace) -> int:
     except OSError as error:
         raise PicoError(f"cannot create {path}: {error.strerror}") from error
     config.to_json(path / "model.json")
-    print(f"{path / 'model.json'}: {config.parameters:,} parameters")
-    print(f"next: {command('train', path)} RUN DATASET")
+    show(f"{path / 'model.json'}: {config.parameters:,} parameters")
+    show(f"next: {command('train', path)} RUN DATASET")
     return 0
 
 
@@ -211,7 +214,7 @@ def command_eval(args: argparse.Namespace) -> int:
     """Measure the model PATH as trained in RUN on a split: bits per byte, heads, drafts, router."""
     load_config(args.path)
     run_dir = run_folder(args.path, args.run)
-    checkpoint = chosen_checkpoint(args)
+    checkpoint = find_checkpoint(run_dir, args.checkpoint)
     stored = find_description(run_dir)
     spec = data_to_measure(args, stored)
     trained = stored["settings"] if stored else {}
@@ -224,6 +227,7 @@ def command_eval(args: argparse.Namespace) -> int:
         check_writable(args.html)
     data = load_whole(spec) if settings.split == "all" else load_data(spec)
     model = load(args.path, args.run, args.checkpoint)
+    say_which_is_best(args)
     say(describe_backend())
     measured = evaluate(model, data, progress=True, **chosen)
     report = router_report(measured)
@@ -231,11 +235,11 @@ def command_eval(args: argparse.Namespace) -> int:
     facts = {"step": int(checkpoint.stem), "data": spec.dataset, "split": settings.split}
     try:
         if args.json:
-            put(json.dumps(facts | measured.as_dict() | report.as_dict(), indent=2) + "\n")
+            show(json.dumps(facts | measured.as_dict() | report.as_dict(), indent=2))
         else:
             part = "all" if facts["split"] == "all" else f"{facts['split']} data"
-            put(f"{title}, step {facts['step']}: {part} of {spec.dataset}\n\n")
-            put(describe_evaluation(measured, report) + "\n")
+            show(f"{title}, step {facts['step']}: {part} of {spec.dataset}\n")
+            show(describe_evaluation(measured, report))
     finally:  # write the page even if standard output cannot be written
         if args.html:
             near = report.boundaries["near"]
@@ -256,16 +260,17 @@ def command_eval(args: argparse.Namespace) -> int:
     return 0
 
 
-def chosen_checkpoint(args: argparse.Namespace) -> Path:
-    """The checkpoint that the options name; says so if it is not that of the best validation."""
+def say_which_is_best(args: argparse.Namespace) -> None:
+    """Say so if the checkpoint `best` is not that of the best validation."""
+    if args.checkpoint != "best":
+        return
     run_dir = run_folder(args.path, args.run)
-    path = find_checkpoint(run_dir, args.checkpoint)
-    if args.checkpoint == "best" and (best := best_validations(run_dir)[0]) != int(path.stem):
+    taken, best = int(find_checkpoint(run_dir, "best").stem), best_validations(run_dir)[0]
+    if best != taken:
         say(
             f"the best validation was at step {best}, which has no checkpoint (train --keep-best "
-            f"keeps it); taking step {int(path.stem)}, the best that has one"
+            f"keeps it); taking step {taken}, the best that has one"
         )
-    return path
 
 
 def data_to_measure(args: argparse.Namespace, stored: dict[str, Any] | None) -> DataSpec:
@@ -300,16 +305,15 @@ def command_run(args: argparse.Namespace) -> int:
         (args.color, "go with --color, which adds escape sequences"),
         (args.show_router_decisions, "go with --show-router-decisions, which adds marks"),
         (settings.num_samples > 1, "go with --num-samples: nothing would separate the samples"),
-        (not hasattr(sys.stdout, "buffer"), "write to this standard output, which takes text only"),
+        (not hasattr(results(), "buffer"), "write to this standard output, which takes text only"),
     ):
         if raw and wrong:
             raise PicoError(f"--output raw cannot {reason}")
     prompt = read_prompt(args)
     if args.html:
         check_writable(args.html)
-    load_config(args.path)
-    chosen_checkpoint(args)
     model = load(args.path, args.run, args.checkpoint)
+    say_which_is_best(args)
     stats = Stats()
     records = generate(model, prompt, stats=stats, **dataclasses.asdict(settings))
     say(describe_backend())
@@ -397,7 +401,7 @@ def command_info(args: argparse.Namespace) -> int:
     if args.run is not None:
         run_folder(args.path, args.run)
     facts = describe(args.path, args.run, gemm_rate("auto", Device.DEFAULT))
-    put((json.dumps(facts, indent=2) if args.json else describe_model(facts)) + "\n")
+    show(json.dumps(facts, indent=2) if args.json else describe_model(facts))
     return 0
 
 
@@ -415,7 +419,7 @@ def command_plot(args: argparse.Namespace) -> int:
     names = [re.sub(r"[/\\]+", "-", name).strip("-.") for name in args.runs]
     output = args.output or args.path / f"{'-'.join(names)}.svg"
     write_page(output, training_chart(runs))
-    print(output)
+    show(str(output))
     return 0
 
 
@@ -438,7 +442,7 @@ def command_bench(args: argparse.Namespace) -> int:
         devices = () if args.devices is None else parse_devices(args.devices)
         records = bench_train(config, settings, devices, **shown)
     for record in records:
-        print(json.dumps(record) if args.json else describe_measured(record), flush=True)
+        show(json.dumps(record) if args.json else describe_measured(record))
     return 0
 
 
@@ -462,13 +466,15 @@ def main(arguments: list[str] | None = None) -> int:
         # escape characters that the encoding lacks; a notebook's stream accepts all characters
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    args, unknown = build_parser(COMMANDS).parse_known_args(arguments)
+    marked = mark_texts(sys.argv[1:] if arguments is None else arguments)
+    args, unknown = build_parser(COMMANDS).parse_known_args(marked)
     if unknown:  # reported by the command's parser, whose help lists the command's options
         args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
-        enable_compile_cache()
-        check_backend()
-        return COMMANDS[args.command](args)
+        with results_alone():
+            enable_compile_cache()
+            check_backend()
+            return COMMANDS[args.command](args)
     except BrokenPipeError:  # the reader of the output closed it
         drop_output()
         return 0
