@@ -8,6 +8,7 @@ import time
 from tqdm import tqdm
 
 import pico_tg
+from pico_tg.progress import visible
 
 START = time.perf_counter()
 pico_tg.enable_compile_cache()
@@ -25,4 +26,5 @@ prompt = b"The class statement"
 text = prompt
 for record in pico_tg.generate(model, prompt, max_bytes=400, temperature=0.7, seed=1):
     text += bytes([record.byte])
-print(f"\n{text.decode(errors='replace')}\n\n{time.perf_counter() - START:.0f} seconds in all")
+print(f"\n{visible(text.decode(errors='replace'))}\n")
+print(f"{time.perf_counter() - START:.0f} seconds in all")

@@ -6,14 +6,15 @@ python examples/sample.py PATH RUN        (the PATH and RUN given to `train`)
 import sys
 
 import pico_tg
+from pico_tg.progress import visible
 
 if len(sys.argv) != 3:
     sys.exit("usage: python examples/sample.py PATH RUN")
 try:
     model = pico_tg.load(*sys.argv[1:])
 except pico_tg.PicoError as error:
-    sys.exit(f"sample.py: {error}")
+    sys.exit(visible(f"sample.py: {error}"))
 text = b"The "
 for record in pico_tg.generate(model, text, max_bytes=300, temperature=0.7, seed=1):
     text += bytes([record.byte])
-print(text.decode(errors="replace"))
+print(visible(text.decode(errors="replace")))

@@ -20,8 +20,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pico_tg
+from pico_tg.progress import escape_code, visible
 from pico_tg.tools.html import STYLE
-from pico_tg.tools.terminal import Character, characters, escape_code
+from pico_tg.tools.terminal import Character, characters
 
 SHIPPED = (Path(__file__).parent / "stories", "first")
 MAX_BODY = 1 << 16  # bytes of a request
@@ -124,6 +125,7 @@ form.onsubmit = async event => {{
   }} catch (error) {{
     state.textContent = controller.signal.aborted ? "stopped" : "the server does not answer";
   }}
+  if (state.textContent === "writing") state.textContent = "the continuation broke off";
   write.disabled = !(stop.disabled = true);
 }};
 stop.onclick = () => controller.abort();
@@ -192,7 +194,12 @@ class Handler(BaseHTTPRequestHandler):
     def check_host(self) -> None:
         """Refuse other host names: by DNS rebinding, another site's page could read this one."""
         if self.headers["Host"] not in self.server.hosts:
-            raise Refused(403, f"the address of this page is {self.server.url}")
+            port = self.server.server_port
+            raise Refused(
+                403,
+                f"the address of this page is {self.server.url}; a port that is forwarded to it "
+                f"must have the same number, {port}",
+            )
 
     def body(self) -> bytes:
         if self.headers.get_content_type() != "application/json":
@@ -214,8 +221,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def refuse(self, refused: Refused) -> None:
         status, why = refused.args
-        self.start(status, "application/x-ndjson")
-        self.wfile.write(line(error=why))
+        if self.command == "GET":  # a browser shows plain text, and would download JSON lines
+            self.start(status, "text/plain; charset=utf-8")
+            self.wfile.write(f"{why}\n".encode())
+        else:
+            self.start(status, "application/x-ndjson")
+            self.wfile.write(line(error=why))
 
     def handle(self) -> None:
         # the page was closed, or its stop button pressed
@@ -267,7 +278,10 @@ def is_unicode(text: str) -> bool:
 
 
 def continuation(decoder: pico_tg.Decoder, options: dict) -> Iterator[bytes]:
-    """Lines of JSON: one for each character as soon as it is complete, then one of statistics."""
+    """Lines of JSON: one for each character as soon as it is complete, then one of statistics.
+
+    In place of the statistics, an error is the last line.
+    """
     stats = pico_tg.Stats()
     prompt = options["prompt"].encode()
     given = {name: options[name] for name in ("temperature", "seed", "max_bytes")}
@@ -277,6 +291,9 @@ def continuation(decoder: pico_tg.Decoder, options: dict) -> Iterator[bytes]:
             yield describe_character(character)
     except pico_tg.PicoError as error:
         yield line(error=str(error))
+    except Exception as error:  # whatever breaks it off, the page says so
+        yield line(error=f"the continuation broke off: {type(error).__name__}: {error}")
+        raise
     else:
         seconds = max(1e-9, stats.seconds)
         yield line(
@@ -321,7 +338,7 @@ def main() -> None:
         model = pico_tg.load(args.path, args.run)
         server = Server(model, f"{Path(args.path).resolve().name}, {args.run}", args.port)
     except pico_tg.PicoError as error:
-        sys.exit(f"web.py: {error}")
+        sys.exit(visible(f"web.py: {error}"))
     except (OSError, OverflowError) as error:
         sys.exit(f"web.py: cannot listen on port {args.port}: {error}; choose another --port")
     print(f"{server.url}  (Ctrl-C ends)", flush=True)

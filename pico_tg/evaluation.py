@@ -300,7 +300,7 @@ def evaluate(
         float(figures[name][:-1][target].sum(dtype=np.float64) / (count * math.log(2)))
         for name in ("nats", "nats_without")
     )
-    if not np.isfinite([bits, bits_without]).all():
+    if not np.isfinite([bits, bits_without, gap or 0.0]).all():
         raise PicoError("the model's loss on these data is not finite; try --precision fp32")
     accuracy = []
     for k in range(T):

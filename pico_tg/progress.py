@@ -7,7 +7,8 @@ disk), messages are dropped.
 import os
 import sys
 import time
-from typing import Any
+import unicodedata
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -15,22 +16,41 @@ LINE_SECONDS = 10.0  # least time between two plain lines, except for the last l
 LINE = "{desc}: {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
 
+def visible(text: str) -> str:
+    """The text with escapes such as \\x1b for control characters other than \\n, \\t and \\r\\n.
+
+    A terminal would execute these characters.
+    """
+    return "".join(
+        escape_code(c) if unicodedata.category(c) == "Cc" and c not in "\n\t" else c
+        for c in text.replace("\r\n", "\n")
+    )
+
+
+def escape_code(character: str) -> str:
+    """Python's escape of a character that is not ASCII or not printable: \\x1b, \\u200e."""
+    return character.encode("unicode_escape").decode()
+
+
 def say(text: str) -> None:
-    """Print a line on stderr, if there is one: it is None where no console exists."""
+    """Print a line on stderr, if there is one: it is None where no console exists.
+
+    Control characters, as in the name of a file, become escapes.
+    """
     if sys.stderr is None:  # print() would write to stdout
         return
     try:
-        print(text, file=sys.stderr, flush=True)
+        print(visible(text), file=sys.stderr, flush=True)
     except OSError:
         drop_output()
 
 
-def drop_output() -> None:
-    """Redirect standard streams that cannot be written to the null device.
+def drop_output(*others: TextIO) -> None:
+    """Redirect standard streams, and others, that cannot be written to the null device.
 
     Otherwise Python's flush at exit would fail again.
     """
-    for stream in filter(None, (sys.stdout, sys.stderr)):
+    for stream in filter(None, (sys.stdout, sys.stderr, *others)):
         try:
             stream.flush()
         except OSError:
@@ -40,11 +60,12 @@ def drop_output() -> None:
 class Bar(tqdm):
     """A tqdm bar; if stderr is not a terminal, a line every LINE_SECONDS and one at the end."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, desc: str = "", **options: Any) -> None:
         self.has_bar = sys.stderr is not None and sys.stderr.isatty()
         self.last_line = time.monotonic()
         plain = {} if self.has_bar else {"bar_format": LINE}
-        super().__init__(file=sys.stderr, dynamic_ncols=True, **plain, **options)
+        options |= {"desc": visible(desc), "file": sys.stderr, "dynamic_ncols": True}
+        super().__init__(**plain, **options)
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""

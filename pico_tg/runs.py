@@ -203,11 +203,10 @@ def find_checkpoint(run_dir: str | os.PathLike, checkpoint: int | str = -1) -> P
             f"{run_dir} has no checkpoint; make one with: {command('train', model, run)}"
         )
     if checkpoint == "best":
-        records = read_metrics(Path(run_dir))
-        measured = {r["step"]: r[BITS] for r in records if r["step"] in found and BITS in r}
+        measured = [step for step in best_validations(run_dir) if step in found]
         if not measured:
             raise PicoError(f"no checkpoint of {run_dir} was validated; name one by its step")
-        return found[min(measured, key=lambda step: measured[step])]
+        return found[measured[0]]
     if checkpoint in found:
         return found[checkpoint]
     if isinstance(checkpoint, int) and 0 < -checkpoint <= len(found):
@@ -226,6 +225,12 @@ def newest_run(path: str | os.PathLike) -> str:
         train = command("train", path, "RUN", "DATASET")
         raise PicoError(f"no run of {path} has a checkpoint; make one with: {train}")
     return max(written)[1].parent.relative_to(path).as_posix()
+
+
+def best_validations(run_dir: str | os.PathLike) -> list[int]:
+    """The steps of a run's validations, the best first, whether or not they have a checkpoint."""
+    measured = {r["step"]: r[BITS] for r in read_metrics(Path(run_dir)) if BITS in r}
+    return sorted(measured, key=lambda step: measured[step])
 
 
 def load(path: str | os.PathLike, run: str | None = None, checkpoint: int | str = -1) -> Pico:
@@ -293,8 +298,10 @@ def read_metrics(folder: Path) -> list[Record]:
     records: list[Record] = []
     for line in lines:
         with contextlib.suppress(ValueError, RecursionError):
-            record = json.loads(line)
+            # earlier versions logged NaN, which is not JSON: that figure counts as missing
+            record = json.loads(line, parse_constant=lambda _: None)
             if isinstance(record, dict) and isinstance(record.get("step"), int):
+                record = {name: value for name, value in record.items() if value is not None}
                 while records and records[-1]["step"] >= record["step"]:
                     records.pop()
                 records.append(record)

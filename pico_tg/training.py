@@ -325,7 +325,8 @@ def train(
     weights may be half updated: the run then resumes from the checkpoint before.
 
     Raises PicoError on bad settings or data, before anything is written, and on a loss or gradient
-    that is not finite, before that step changes the weights.
+    that is not finite, before that step changes the weights. A validation that is not finite raises
+    it too, and that step is neither saved nor logged.
     """
     events = events or Events()
     folder = None if run_dir is None else Path(run_dir)
@@ -513,7 +514,7 @@ def _loop(
                 break
             ended = _limit_reached(progress, settings)
             if ended or progress.step % settings.validation_interval == 0:
-                record |= validate()
+                record |= _finite(validate(), train_step, record)
             stopped = events.stop()
             if run:
                 best = run.is_best(record) and settings.keep_best
@@ -558,6 +559,18 @@ def _step(
     speed = windows.batch_size * settings.context_len / seconds
     record = _record(losses, progress) | {"epoch": epoch, "lr": rate, "bytes_per_second": speed}
     return record | ({"minutes": progress.seconds / 60} if settings.max_minutes else {})
+
+
+def _finite(measured: Record, train_step: TrainStep, record: Record) -> Record:
+    """A validation's figures. Raises PicoError if one is not finite; the step is then not saved."""
+    if np.isfinite(list(measured.values())).all():
+        return measured
+    train_step.consistent = False
+    raise PicoError(
+        f"the validation of step {record['step']} is not finite (lr {record['lr']:.2e}); this step "
+        "is not saved, and the run resumes from the checkpoint before; try a smaller "
+        "--learning-rate in a new RUN"
+    )
 
 
 def _record(losses: np.ndarray, progress: Progress) -> Record:

@@ -7,9 +7,11 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -28,7 +30,7 @@ from pico_tg.runs import load
 from pico_tg.safetensors import read_safetensors
 from pico_tg.scoring import score
 from pico_tg.tools import cli
-from pico_tg.tools.options import build_parser, given
+from pico_tg.tools.options import build_parser, given, mark_texts
 from pico_tg.tools.router_report import router_report
 
 TINY = helpers.TINY.to_dict()
@@ -499,6 +501,20 @@ def test_eval(trained, measured, tmp_path, capsys):
     assert f"<dd>{found['bits_per_byte']:.3f}</dd>" in written
 
 
+def test_the_best_validation_without_a_checkpoint_is_named(trained, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "model")
+    metrics = tmp_path / "model" / "run" / "metrics.jsonl"
+    first, *others = metrics.read_text().splitlines()
+    better = json.loads(first) | {"validation_bits_per_byte": 0.1}
+    for line, remark in ((first, ""), (json.dumps(better), "best validation was at step 1, which")):
+        metrics.write_text("\n".join([line, *others, ""]))
+        command = ["run", str(tmp_path / "model"), "run", "--checkpoint", "best"]
+        assert cli.main([*command, "--max-bytes", "1"]) == 0
+        said = capsys.readouterr().err
+        assert remark in said
+        assert ("best" in said) == bool(remark)
+
+
 def test_the_default_split(trained, tmp_path, capsys):
     """All of other data, unless they have a validation part."""
     own, other = str(trained.parent / "text.txt"), tmp_path / "other.txt"
@@ -712,6 +728,62 @@ def test_samples_are_separated(written, capsys):
     written.add(b"b", sample=1)
     assert run_it("--show-router-decisions", "--num-samples", "2", "--prompt", ">") == 0
     assert capsys.readouterr().out == "--- sample 1 of 2 ---\n>_a\n--- sample 2 of 2 ---\n>b\n"
+
+
+@pytest.mark.parametrize("prompt", ["-Hello,", "--", "--html", "-", "\0", "--prompt=x"])
+def test_prompts_that_begin_with_a_dash(prompt, written, monkeypatch, capsys):
+    for flags in (["--prompt", prompt], [f"--prompt={prompt}"]):
+        monkeypatch.setattr(sys, "stdin", stdin_of(b"-"))
+        assert run_it(*flags) == 0
+        assert written.prompt == prompt.encode()
+    marked = mark_texts(["train", "m", "r", "--sample-prompt", "--resume", "--resume"])
+    args = build_parser(cli.COMMANDS).parse_args(marked)
+    assert (args.sample_prompt, args.resume) == ("--resume", True)
+
+
+def test_a_prompt_that_is_missing(capsys):
+    assert status(["run", "m", "r", "--prompt"]) == 2
+    assert "expected one argument" in error_line(capsys)
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_terminal_does_not_obey_names(is_terminal, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+    path = str(tmp_path / "a\x1b[31mb")
+    assert cli.main(["init", path, *FLAGS]) == 0
+    found = capsys.readouterr()
+    assert ("\x1b" in found.out) != is_terminal
+    assert status(["init", path]) == 2
+    assert "\x1b" not in error_line(capsys)
+    assert status(["init", path + "c", "--router", "\x1b"]) == 2
+    assert "\x1b" not in error_line(capsys)
+    assert status(["init", path + "c", "\x1b"]) == 2
+    assert "\x1b" not in error_line(capsys)
+
+
+def test_results_alone_are_on_standard_output(trained, tmp_path):
+    """Also with DEBUG, by which tinygrad prints to standard output, from its import on."""
+    command = [sys.executable, "-m", "pico_tg"]
+    environment = os.environ | {"DEBUG": "2", "CACHEDB": str(tmp_path / "empty.db")}
+    options = {"capture_output": True, "check": True, "env": environment}
+    info = subprocess.run([*command, "info", trained, "--json"], **options)
+    assert json.loads(info.stdout)["model"] == TINY
+    assert b"opened device" in info.stderr
+    flags = ["--output", "raw", "--max-bytes", "5", "--ignore-end"]
+    assert len(subprocess.run([*command, "run", trained, "run", *flags], **options).stdout) == 5
+
+
+def test_the_command_line_in_a_thread(model, text, capsys):
+    """It catches no signals, and leaves standard output to the main thread."""
+    command = ["train", str(model), "run", str(text), *SHORT]
+    ended = []
+    thread = threading.Thread(target=lambda: ended.append(cli.main(command)))
+    thread.start()
+    while thread.is_alive():
+        assert sys.stdout is not sys.stderr
+        thread.join(0.2)
+    assert ended == [0]
+    assert (model / "run" / "00000003.safetensors").exists()
 
 
 def stdin_of(data: bytes) -> io.TextIOWrapper:

@@ -80,6 +80,17 @@ def test_without_an_error_stream(disable, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_terminal_does_not_obey_names(monkeypatch):
+    stream = Stream(terminal=True)
+    monkeypatch.setattr(sys, "stderr", stream)
+    say("from a\x1b[31m.txt\nand\tb\x9b.txt")
+    with Bar(total=1, desc="caching a\x1b[31m.txt"):
+        pass
+    shown = stream.getvalue()
+    assert "from a\\x1b[31m.txt\nand\tb\\x9b.txt\n" in shown
+    assert "\x1b[31m" not in shown
+
+
 def test_an_error_stream_that_fails_ends_nothing(monkeypatch):
     """As a closed terminal or a full disk does; later messages are dropped."""
     with open("/dev/full", "w") as stream:

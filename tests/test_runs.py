@@ -22,6 +22,7 @@ from pico_tg.model import Pico
 from pico_tg.runs import (
     BITS,
     Run,
+    best_validations,
     find_checkpoint,
     newest_run,
     read_description,
@@ -213,6 +214,20 @@ def test_a_validation_that_fails_loses_no_step(text, tmp_path, quick_steps):
     assert [record.get(BITS) for record in read_metrics(run)] == [None, None, 2.0]
 
 
+def test_a_validation_that_is_not_finite_is_not_saved(text, tmp_path, quick_steps):
+    """Nor logged: the good checkpoint stays the newest one, and the file JSON."""
+    run = tmp_path / "run"
+    quick_steps.bits = iter([3.0, math.nan])
+    settings = {"keep_checkpoints": 1, "checkpoint_interval": 2, "validation_interval": 2}
+    with pytest.raises(PicoError, match="validation of step 4 is not finite"):
+        list(start(text, run, max_steps=8, **settings))
+    assert [at for at, _ in list_checkpoints(run)] == [2]
+    assert steps(read_metrics(run)) == [1, 2, 3]
+    assert "NaN" not in (run / "metrics.jsonl").read_text()
+    quick_steps.bits = iter([2.5])
+    assert steps(train(Pico(TINY, 1), None, run, resume=True, max_steps=4)) == [3, 4]
+
+
 def test_a_step_that_fails_saves_nothing(text, tmp_path, quick_steps, monkeypatch):
     """The weights may be half updated."""
     records = start(text, tmp_path / "run", max_steps=20)
@@ -384,6 +399,19 @@ def test_finding_checkpoints(tmp_path):
     (run / "metrics.jsonl").write_text('{"step": 5}\n')
     with pytest.raises(PicoError, match="was validated"):
         find_checkpoint(run, "best")
+
+
+def test_the_best_is_finite(text, tmp_path, quick_steps):
+    """Also where an earlier version logged NaN; `best_validations` needs no checkpoints."""
+    run = tmp_path / "run"
+    list(start(text, run, max_steps=6, validation_interval=2, checkpoint_interval=2))
+    logged = (run / "metrics.jsonl").read_text()  # validations of 3, 2 and 2.5 bits
+    (run / "metrics.jsonl").write_text(logged.replace(f'"{BITS}": 3.0', f'"{BITS}": NaN'))
+    assert find_checkpoint(run, "best") == checkpoint_path(run, 4)
+    assert BITS not in read_metrics(run)[1]
+    checkpoint_path(run, 4).unlink()
+    assert find_checkpoint(run, "best") == checkpoint_path(run, 6)
+    assert best_validations(run) == [4, 6]
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../other/run", "/tmp", "a/../../b"])

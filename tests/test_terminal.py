@@ -10,6 +10,7 @@ from helpers import record, records
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pico_tg.progress import visible
 from pico_tg.tools.terminal import (
     RESET,
     StopSignals,
@@ -20,7 +21,6 @@ from pico_tg.tools.terminal import (
     show_samples,
     split_prompt,
     split_samples,
-    visible,
 )
 
 
@@ -176,6 +176,19 @@ def test_a_terminal_does_not_obey_the_model(monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     show_samples(made, b"\a")
     assert capsys.readouterr().out == "\\x07\\x1b[31m\n"
+
+
+def test_a_line_break_of_windows(monkeypatch, capsys):
+    """\\r\\n is one; a lone \\r is shown, and stays what it is in a file."""
+    text = b"a\r\nb\rc\r\r\nd\r"
+    assert "".join(decode_text(records(text))) == text.decode()
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    show_samples(records(text), b"P\r\n")
+    assert capsys.readouterr().out == "P\na\nb\\rc\\r\nd\\r\n"
+    (piece,) = colored_text(records(b"\r\n", [0.9, 0.1]), "_")
+    assert piece == f"_\x1b[48;5;208;38;5;16m {RESET}\n"
+    plain = re.sub(r"\x1b\[[\d;]*m", "", "".join(colored_text(records(text))))
+    assert plain == "a \nb\\rc\\r \nd\\r"
 
 
 SIGNALS = [getattr(signal, name) for name in StopSignals.NAMES if hasattr(signal, name)]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from helpers import TINY, record
 
-from pico_tg import Decoder, Pico, generate
+from pico_tg import Decoder, Pico, PicoError, generate
 from pico_tg.tools.terminal import characters
 
 spec = importlib.util.spec_from_file_location(
@@ -143,8 +143,14 @@ def test_other_requests_are_refused(server, changes, status):
 
 
 def test_other_gets_are_refused(server):
-    assert ask(server, b"", "GET", "/", Host="pico.example")[0] == 403
-    assert ask(server, b"", "GET", "/../../etc/passwd")[0] == 404
+    """In words that a browser shows."""
+    port = server.server_port
+    status, headers, body = ask(server, b"", "GET", "/", Host="localhost:9000")
+    assert (status, headers["Content-Type"]) == (403, "text/plain; charset=utf-8")
+    assert f"http://127.0.0.1:{port}/; a port that is forwarded" in body.decode()
+    status, headers, body = ask(server, b"", "GET", "/../../etc/passwd")
+    assert (status, headers["Content-Type"]) == (404, "text/plain; charset=utf-8")
+    assert body == b"there is only one page: /\n"
 
 
 @pytest.mark.parametrize(
@@ -175,6 +181,25 @@ def test_bad_bodies_are_refused(server, body, named):
     assert status == 400
     (line,) = lines(answer)
     assert named in line["error"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("device lost"), PicoError("device lost")])
+def test_a_continuation_that_breaks_off_says_so(server, error, monkeypatch):
+    forward, passes = Decoder.forward, []
+
+    def fail(decoder: Decoder, data: bytes):
+        passes.append(data)
+        if len(passes) > 3:
+            raise error
+        return forward(decoder, data)
+
+    monkeypatch.setattr(Decoder, "forward", fail)
+    monkeypatch.setattr(server, "handle_error", lambda *_: None)  # prints the traceback
+    *parts, last = lines(ask(server)[2])
+    assert all(part["text"] for part in parts)
+    assert "device lost" in last["error"]
+    monkeypatch.undo()
+    assert "20 bytes" in lines(ask(server)[2])[-1]["stats"]
 
 
 def test_a_closed_connection_ends_the_continuation(server, monkeypatch):

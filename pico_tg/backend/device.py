@@ -43,7 +43,8 @@ def choose_backend() -> None:
     Sets tinygrad's context variables DEV and TC, and DEV and LLVM_PATH in the environment, for
     child processes. Never raises: `check_backend` reports what is wrong with DEV.
     """
-    with contextlib.suppress(Exception):
+    # with DEBUG, tinygrad prints that it opens a device: never among a program's results
+    with contextlib.suppress(Exception), contextlib.redirect_stdout(sys.stderr):
         _choose()
 
 

@@ -37,8 +37,9 @@ from ..evaluation import EvalSettings, evaluate
 from ..files import PicoError, atomic_write, command
 from ..generation import GeneratedByte, SampleSettings, Stats, generate
 from ..model import Pico
-from ..progress import drop_output, say
+from ..progress import drop_output, say, visible
 from ..runs import (
+    best_validations,
     check_startable,
     find_checkpoint,
     find_description,
@@ -60,6 +61,7 @@ from .options import (
     SAMPLE_BYTES,
     build_parser,
     given,
+    mark_texts,
     option_of,
 )
 from .plot import training_chart
@@ -75,9 +77,11 @@ from .router_report import passage, router_report
 from .terminal import (
     TrainingDisplay,
     put,
+    results,
+    results_alone,
+    show,
     show_samples,
     split_samples,
-    visible,
 )
 
 
@@ -98,8 +102,8 @@ def command_init(args: argparse.Namespace) -> int:
     except OSError as error:
         raise PicoError(f"cannot create {path}: {error.strerror}") from error
     config.to_json(path / "model.json")
-    print(f"{path / 'model.json'}: {config.parameters:,} parameters")
-    print(f"next: {command('train', path)} RUN DATASET")
+    show(f"{path / 'model.json'}: {config.parameters:,} parameters")
+    show(f"next: {command('train', path)} RUN DATASET")
     return 0
 
 
@@ -241,6 +245,7 @@ def command_eval(args: argparse.Namespace) -> int:
         check_writable(args.html)
     data = load_whole(spec) if settings.split == "all" else load_data(spec)
     model = load(args.path, args.run, args.checkpoint)
+    say_which_is_best(args)
     say(describe_backend())
     if stored:
         corpus = data if settings.split == "all" else getattr(data, settings.split)
@@ -252,11 +257,11 @@ def command_eval(args: argparse.Namespace) -> int:
     facts = {"step": int(checkpoint.stem), "data": spec.dataset, "split": settings.split}
     try:
         if args.json:
-            put(json.dumps(facts | measured.as_dict() | report.as_dict(), indent=2) + "\n")
+            show(json.dumps(facts | measured.as_dict() | report.as_dict(), indent=2))
         else:
             part = "all" if facts["split"] == "all" else f"{facts['split']} data"
-            put(f"{title}, step {facts['step']}: {part} of {spec.dataset}\n\n")
-            put(describe_evaluation(measured, report) + "\n")
+            show(f"{title}, step {facts['step']}: {part} of {spec.dataset}\n")
+            show(describe_evaluation(measured, report))
     finally:  # write the page even if standard output cannot be written
         if args.html:
             near = report.boundaries["near"]
@@ -313,6 +318,19 @@ def score_text(args: argparse.Namespace, step: int) -> int:
     return 0
 
 
+def say_which_is_best(args: argparse.Namespace) -> None:
+    """Say so if the checkpoint `best` is not that of the best validation."""
+    if args.checkpoint != "best":
+        return
+    run_dir = run_folder(args.path, args.run)
+    taken, best = int(find_checkpoint(run_dir, "best").stem), best_validations(run_dir)[0]
+    if best != taken:
+        say(
+            f"the best validation was at step {best}, which has no checkpoint (train --keep-best "
+            f"keeps it); taking step {taken}, the best that has one"
+        )
+
+
 def data_to_measure(args: argparse.Namespace, stored: dict[str, Any] | None) -> DataSpec:
     """The data that the options name, or those of the run, from its training.json."""
     named = given(args, DataSpec, "dataset_")
@@ -357,7 +375,7 @@ def command_run(args: argparse.Namespace) -> int:
         (args.color, "go with --color, which adds escape sequences"),
         (args.show_router_decisions, "go with --show-router-decisions, which adds marks"),
         (settings.num_samples > 1, "go with --num-samples: nothing would separate the samples"),
-        (not hasattr(sys.stdout, "buffer"), "write to this standard output, which takes text only"),
+        (not hasattr(results(), "buffer"), "write to this standard output, which takes text only"),
     ):
         if raw and wrong:
             raise PicoError(f"--output raw cannot {reason}")
@@ -368,6 +386,7 @@ def command_run(args: argparse.Namespace) -> int:
         args.run = newest_run(args.path)
         say(f"run {args.run}")
     model = load(args.path, args.run, args.checkpoint)
+    say_which_is_best(args)
     stats = Stats()
     stop = [os.fsencode(text) for text in args.stop or ()]
     records = generate(model, prompt, stop=stop, stats=stats, **dataclasses.asdict(settings))
@@ -456,7 +475,7 @@ def command_info(args: argparse.Namespace) -> int:
     if args.run is not None:
         run_folder(args.path, args.run)
     facts = describe(args.path, args.run, gemm_rate("auto", Device.DEFAULT))
-    put((json.dumps(facts, indent=2) if args.json else describe_model(facts)) + "\n")
+    show(json.dumps(facts, indent=2) if args.json else describe_model(facts))
     return 0
 
 
@@ -466,7 +485,8 @@ def command_plot(args: argparse.Namespace) -> int:
     runs, texts = {}, {}  # texts: the first run that was validated on each
     for name in args.runs:
         folder = run_folder(args.path, name)
-        runs[name] = [r for r in read_metrics(folder) if "bytes" in r]
+        shown = {"bytes", "bits_per_byte", "router_rate", "lr"}
+        runs[name] = [r for r in read_metrics(folder) if r.keys() >= shown]
         if not runs[name]:
             raise PicoError(f"{folder}/metrics.jsonl holds no step yet")
         if stored := find_description(folder):
@@ -478,7 +498,7 @@ def command_plot(args: argparse.Namespace) -> int:
     names = [re.sub(r"[/\\]+", "-", name).strip("-.") for name in args.runs]
     output = args.output or args.path / f"{'-'.join(names)}.svg"
     write_page(output, training_chart(runs))
-    print(output)
+    show(str(output))
     return 0
 
 
@@ -501,7 +521,7 @@ def command_bench(args: argparse.Namespace) -> int:
         devices = () if args.devices is None else parse_devices(args.devices)
         records = bench_train(config, settings, devices, **shown)
     for record in records:
-        print(json.dumps(record) if args.json else describe_measured(record), flush=True)
+        show(json.dumps(record) if args.json else describe_measured(record))
     return 0
 
 
@@ -525,13 +545,15 @@ def main(arguments: list[str] | None = None) -> int:
         # escape characters that the encoding lacks; a notebook's stream accepts all characters
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    args, unknown = build_parser(COMMANDS).parse_known_args(arguments)
+    marked = mark_texts(sys.argv[1:] if arguments is None else arguments)
+    args, unknown = build_parser(COMMANDS).parse_known_args(marked)
     if unknown:  # reported by the command's parser, whose help lists the command's options
         args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
-        enable_compile_cache()
-        check_backend()
-        return COMMANDS[args.command](args)
+        with results_alone():
+            enable_compile_cache()
+            check_backend()
+            return COMMANDS[args.command](args)
     except BrokenPipeError:  # the reader of the output closed it
         drop_output()
         return 0

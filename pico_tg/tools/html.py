@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 
 from ..generation import GeneratedByte
-from .terminal import Character, characters, escape_code, split_prompt
+from ..progress import escape_code
+from .terminal import Character, characters, split_prompt
 
 FULL_BITS = 8  # surprisal, in bits, of the darkest shade
 

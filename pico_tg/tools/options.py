@@ -18,12 +18,15 @@ from ..config import Config, TrainSettings, field_help, types_of
 from ..data import DataSpec
 from ..evaluation import EvalSettings
 from ..generation import SampleSettings
+from ..progress import visible
 
 SAMPLE_BYTES = 80  # of a sample at each validation
 PASSAGE = 4000  # bytes of text on the page of eval --html
 BENCH_TRAIN = (
     "batch_size", "grad_accumulation_steps", "optimizer", "precision", "checkpoint_activations",
 )  # fmt: skip
+TEXTS = ("--prompt", "--sample-prompt")  # may begin with a dash
+TEXT = "\0"  # before such a text: no argument of a process holds it
 BENCH_DEFAULTS = {"batch_size": 1, "context_len": 1024}
 
 
@@ -31,7 +34,7 @@ class Parser(argparse.ArgumentParser):
     """Prints an error as one line, without the usage before it."""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        self.exit(2, visible(f"{self.prog}: error: {message} (see {self.prog} --help)\n"))
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -129,7 +132,7 @@ def add_train_options(parser: Parser) -> None:
         "model and the data, or published, for a GPU and hundreds of megabytes (default: chosen)",
     )  # fmt: skip
     parser.add_argument(
-        "--sample-prompt", metavar="TEXT",
+        "--sample-prompt", metavar="TEXT", type=plain_text,
         help=f"at each validation, print TEXT and the {SAMPLE_BYTES} bytes that the model writes "
         "after it; '' prints none, several devices none either (default: the start of a document)",
     )  # fmt: skip
@@ -170,7 +173,7 @@ def add_run_options(parser: Parser) -> None:
     prompting = parser.add_argument_group("prompt (default: the beginning of a new document)")
     source = prompting.add_mutually_exclusive_group()
     source.add_argument(
-        "--prompt", default="", metavar="TEXT",
+        "--prompt", default="", metavar="TEXT", type=plain_text,
         help="text to continue; - reads standard input. The tags <pico:seq> and </pico:seq> in it "
         "begin and end a document",
     )  # fmt: skip
@@ -280,6 +283,24 @@ def checkpoint_name(text: str) -> int | str:
     if text != "best" and not re.fullmatch(r"-?\d+", text):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a step nor best")
     return text if text == "best" else int(text)
+
+
+def mark_texts(arguments: list[str]) -> list[str]:
+    """The arguments, each text of TEXTS joined to its option: argparse takes -Hello for an option.
+
+    TEXT precedes it, since argparse of Python 3.11 loses the text `--` also when it is joined.
+    """
+    marked, rest = [], iter(arguments)
+    for argument in rest:
+        option, joined, text = argument.partition("=")
+        if option in TEXTS and (joined or (text := next(rest, None)) is not None):
+            argument = f"{option}={TEXT}{text}"
+        marked.append(argument)
+    return marked
+
+
+def plain_text(text: str) -> str:
+    return text.removeprefix(TEXT)
 
 
 def path_name(text: str) -> Path:

@@ -6,14 +6,15 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TextIO
 
 from ..files import PicoError
 from ..generation import GeneratedByte
-from ..progress import Bar, drop_output, say
+from ..progress import Bar, drop_output, say, visible
 from ..training import Events
 from .report import describe_validation
 
@@ -96,6 +97,20 @@ def characters(records: Iterable[GeneratedByte], begun: bytes = b"") -> Iterator
         yield Character(BAD, data, tuple(pending))
 
 
+def line_breaks(found: Iterable[Character]) -> Iterator[Character]:
+    """The characters, with \\r\\n, a line break of Windows, as one."""
+    held: list[Character] = []
+    for character in found:
+        if held and character.text == "\n":
+            data, records = held[0].data + character.data, held[0].records + character.records
+            held, character = [], Character("\r\n", data, records)
+        yield from held
+        held = [character] if character.text == "\r" else []
+        if not held:
+            yield character
+    yield from held
+
+
 def split_prompt(prompt: bytes) -> tuple[str, bytes]:
     """The text of a prompt, and the bytes of an incomplete character at its end.
 
@@ -128,9 +143,9 @@ def decode_text(
     """The text of one sample, each character as soon as it is complete; `mark` before routed bytes.
 
     A byte that is not UTF-8 becomes U+FFFD. The marks of all bytes of a character precede the
-    character. `begun`: see `characters`.
+    character. A \\r waits for the next byte, since \\r\\n is one piece. `begun`: see `characters`.
     """
-    for character in characters(records, begun):
+    for character in line_breaks(characters(records, begun)):
         yield mark * character.routed + character.text
 
 
@@ -142,30 +157,17 @@ def colored_text(
     Each piece ends with a reset, so that an interrupt never leaves the terminal colored. A line
     break is shown as a shaded space before it. Control characters become escapes.
     """
-    for character in characters(records, begun):
+    for character in line_breaks(characters(records, begun)):
         shade = SHADES[max(0, math.ceil(character.weight * len(SHADES)) - 1)]
         codes = ["4"] if character.drafted else []
         if shade:
             codes += [f"48;5;{shade[0]}", f"38;5;{shade[1]}"]
         # many terminals extend the color of a line break to the rest of the line
-        text, after = (" ", "\n") if character.text == "\n" else (visible(character.text), "")
+        text, after = visible(character.text), ""
+        if text == "\n":
+            text, after = " ", "\n"
         shown = f"\x1b[{';'.join(codes)}m{text}{RESET}" if codes else text
         yield mark * character.routed + shown + after
-
-
-def visible(text: str) -> str:
-    """The text with escapes such as \\x1b for control characters other than \\n and \\t.
-
-    A terminal would execute these characters.
-    """
-    return "".join(
-        escape_code(c) if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text
-    )
-
-
-def escape_code(character: str) -> str:
-    """Python's escape of a character that is not ASCII or not printable: \\x1b, \\u200e."""
-    return character.encode("unicode_escape").decode()
 
 
 def show_samples(
@@ -180,7 +182,7 @@ def show_samples(
     color: shade the text, if standard output is a terminal that has colors; marks: `_` before
     routed bytes.
     """
-    terminal = sys.stdout.isatty()
+    terminal = results().isatty()
     dumb = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     color = color and terminal and not dumb
     text, begun = split_prompt(prompt)
@@ -196,18 +198,50 @@ def show_samples(
             put(f"{RESET if color else ''}\n")
 
 
+_results: TextIO | None = None  # standard output, within `results_alone`
+
+
+@contextlib.contextmanager
+def results_alone() -> Iterator[None]:
+    """Whatever else prints to standard output within, writes to stderr: tinygrad with DEBUG.
+
+    Another thread than the main one leaves the process's standard output alone.
+    """
+    global _results
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _results = sys.stdout
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _results = None
+
+
+def results() -> TextIO:
+    """The standard output of `put` and `show`."""
+    return _results or sys.stdout
+
+
+def show(text: str) -> None:
+    """Print a result; on a terminal, control characters (in names of files) become escapes."""
+    put((visible(text) if results().isatty() else text) + "\n")
+
+
 def put(piece: str | bytes) -> None:
     """Write to standard output and flush."""
+    stream = results()
     try:
         if isinstance(piece, bytes):
-            sys.stdout.buffer.write(piece)
+            stream.buffer.write(piece)
         else:
-            sys.stdout.write(piece)
-        sys.stdout.flush()
+            stream.write(piece)
+        stream.flush()
     except BrokenPipeError:
         raise
     except OSError as error:
-        drop_output()
+        drop_output(stream)
         raise PicoError(f"cannot write to standard output: {error.strerror}") from error
 
 
@@ -216,7 +250,7 @@ class StopSignals(Events):
 
     A second signal ends the process immediately; signals within one second count as one, because
     programs often forward a signal twice. A signal that was ignored before (SIGHUP under nohup)
-    stays ignored.
+    stays ignored. In another thread than the main one, no signal is caught.
     """
 
     NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
@@ -226,6 +260,8 @@ class StopSignals(Events):
 
     def __enter__(self) -> "StopSignals":
         numbers = [getattr(signal, name) for name in self.NAMES if hasattr(signal, name)]
+        if threading.current_thread() is not threading.main_thread():
+            numbers = []  # Python leaves all signals to the main thread
         caught = [n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN]
         self.before = {number: signal.signal(number, self._handle) for number in caught}
         return self
