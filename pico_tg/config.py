@@ -114,10 +114,15 @@ def from_keywords(cls: type[Settings], keywords: dict[str, Any]) -> Settings:
 
     Raises PicoError on an unknown keyword and lists those that there are.
     """
+    check_known(cls, keywords)
+    return cls(**keywords)
+
+
+def check_known(cls: type, keywords: dict[str, Any]) -> None:
+    """Raise PicoError unless all keywords are fields of `cls`."""
     known = field_help(cls).keys()
     if wrong := ", ".join(sorted(keywords.keys() - known)):
         raise PicoError(f"unknown setting {wrong}; there are: {', '.join(sorted(known))}")
-    return cls(**keywords)
 
 
 def documented(cls: type) -> type:
@@ -254,6 +259,10 @@ class Config:
     def from_dict(cls, values: dict, where: str) -> "Config":
         """The inverse of `to_dict`. Raises PicoError with a message that starts with `where`."""
         fields = {field.name: field for field in dataclasses.fields(cls)}
+        if values.get("router") in ("threshold", "ratio"):
+            raise PicoError(
+                f"{where}: the router {values['router']} has been removed; commit 44c7730 reads it"
+            )
         for key in values:
             if key not in fields:
                 raise PicoError(f"{where}: unknown key {key!r}; the keys are {', '.join(fields)}")

@@ -258,7 +258,8 @@ class Decoder:
         key = (method.__name__, *sizes)
         if key not in self.graphs:
             self.graphs[key] = jit_method(method, *sizes)
-        return self.graphs[key]()
+        with Tensor.train(False):  # also for a caller that trains
+            return self.graphs[key]()
 
     def _whole_pass(self, rows: int, slots: int) -> Tensor:
         """A pass with `slots` slots for the latent blocks -> the outputs of a pass, flat.

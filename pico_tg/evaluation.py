@@ -69,7 +69,7 @@ class CausalPass:
         self.few_slots = jit_method(self._graph, self.slots)
         self.all_slots = jit_method(self._graph, length)
 
-    def _graph(self, count: int, windows: Tensor) -> tuple[Tensor, ...]:
+    def _graph(self, count: int, windows: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
         x, targets = inputs_and_targets(windows, 1)
         logits, router_logits, decisions = self.model(x, causal=True, count=count)
 
@@ -85,18 +85,23 @@ class CausalPass:
             "decisions": lambda: decisions,
         }
         results = [figures[name]().contiguous() for name in self.wanted]
-        routed = decisions.sum(axis=1, dtype=dtypes.int32).max().contiguous()
+        real = Tensor.arange(x.shape[1], device=x.device) < lengths  # (B, N): not padding
+        routed = (decisions & real).sum(axis=1, dtype=dtypes.int32).max().contiguous()
         Tensor.realize(*results, routed)
         return *results, routed
 
     @exclusive
-    def __call__(self, windows: np.ndarray) -> dict[str, np.ndarray]:
-        """The figures of windows uint8 [B, N + 1], by name."""
-        inputs = on_devices(windows, self.devices, 0)
+    def __call__(self, windows: np.ndarray, lengths: np.ndarray) -> dict[str, np.ndarray]:
+        """The figures of windows uint8 [B, N + 1], by name.
+
+        lengths int [B]: how many positions of a window are not padding, which needs no slots.
+        """
+        lengths = lengths.reshape(-1, 1).astype(np.int32)
+        inputs = [on_devices(array, self.devices, 0) for array in (windows, lengths)]
         with graph_context(self.settings, self.devices):
-            *figures, routed = self.few_slots(inputs)
+            *figures, routed = self.few_slots(*inputs)
             if routed.item() > self.slots:
-                *figures, routed = self.all_slots(inputs)
+                *figures, routed = self.all_slots(*inputs)
             found = (figure.numpy() for figure in figures)
             return dict(zip(self.wanted, found, strict=True))
 
@@ -124,6 +129,7 @@ class Validation:
         self.batch_size = math.ceil(min(settings.batch_size, count) / multiple) * multiple
         starts = np.arange(math.ceil(count / self.batch_size) * self.batch_size) * length
         self.windows = _windows_at(data, starts, length)
+        self.lengths = np.clip(len(data) - 1 - starts, 0, length)
         self.scored = _windows_at(~corpus.wrapper_mask(0, len(data)), starts, length)[:, 1:]
         # which bytes top-k selects depends on the whole window, so padding would change the figure
         whole = self.scored & (starts + length < len(data))[:, None]
@@ -149,7 +155,8 @@ class Validation:
         """
         start, parts = time.perf_counter(), []
         for first in range(0, len(self.windows), self.batch_size):
-            parts.append(self.measure(self.windows[first : first + self.batch_size]))
+            rows = slice(first, first + self.batch_size)
+            parts.append(self.measure(self.windows[rows], self.lengths[rows]))
         found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
         def bits(name: str, where: np.ndarray) -> float:
@@ -164,7 +171,7 @@ class Validation:
         return record | {"validation_seconds": time.perf_counter() - start}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evaluation:
     """The result of `evaluate`. Only the text of the documents counts, never a wrapper tag.
 
@@ -290,7 +297,8 @@ def evaluate(
             rows = windows[first : first + batch_size]
             # pad the last batch with windows that start after the end of the text
             starts = np.array([start for start, _, _ in rows] + [total] * (batch_size - len(rows)))
-            found = measure(_windows_at(data, starts, length))
+            lengths = np.clip(total - starts, 0, length)
+            found = measure(_windows_at(data, starts, length), lengths)
             for row, (start, begin, end) in enumerate(rows):
                 for name, array in figures.items():
                     array[begin:end] = found[name][row, begin - start : end - start]

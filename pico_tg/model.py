@@ -208,7 +208,7 @@ class Pico:
             write_into(weight, values)
 
     def __reduce__(self) -> tuple:
-        """Copies and pickles hold the config and the weights, in buffers of their own.
+        """Copies and pickles hold the config and the weights, in buffers of the default device.
 
         By default, tinygrad 0.13 shares a copied tensor's buffer, and a pickled tensor takes over a
         buffer of the process that reads it (test_model.test_a_copy_is_a_copy).

@@ -11,12 +11,17 @@ import dataclasses
 import json
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes can train one run
+    fcntl = None
 
 from .checkpoint import (
     delete_older,
@@ -89,18 +94,19 @@ class Run:
         self.saved_step = 0  # of the last checkpoint, even if writing it failed
         self.logged_step = 0  # of the last record
         self.best = (math.inf, 0)  # bits per byte of the best validation, and its step
+        self.last: Record = {}  # the record of the step after which the run is resumed
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / ".lock").touch()
+            self.lock = open(folder / ".lock", "ab")  # noqa: SIM115
         except OSError as error:
             raise PicoError(f"cannot write to {folder}: {error.strerror or error}") from error
-        # not thread_local: a generator may be closed by another thread
-        self.lock = FileLock(folder / ".lock", thread_local=False)
         try:
-            self.lock.acquire(timeout=0)
-        except Timeout:
+            if fcntl is not None:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.lock.close()
             raise PicoError(f"another process trains {folder}; wait for it, or stop it") from None
-        except (OSError, NotImplementedError):
+        except OSError:
             pass  # a file system without locks: two processes can train one run
         if not resumed:
             try:
@@ -113,7 +119,7 @@ class Run:
 
     def close(self) -> None:
         """Allow other processes to train the run."""
-        self.lock.release()
+        self.lock.close()
 
     def describe(self, description: dict[str, Any]) -> None:
         """Write training.json."""
@@ -175,6 +181,8 @@ class Run:
             for record in read_metrics(self.folder):
                 if record["step"] <= step and record["step"] in checkpoints:
                     self.is_best(record)
+                if record["step"] == step:
+                    self.last = record
             if not path.read_bytes().endswith(b"\n"):  # a killed process left part of a line
                 self._append("\n")
 
@@ -316,8 +324,10 @@ def check_startable(folder: Path) -> None:
 
     `folder` must not exist, or hold only files of a run that ended before its first checkpoint.
     """
-    left = {".lock", "training.json", "metrics.jsonl"}
-    if not folder.exists() or (folder.is_dir() and {p.name for p in folder.iterdir()} <= left):
+    left = r"\.lock|training\.json|metrics\.jsonl|\d{8,}\.state\.safetensors|\..*\.tmp"
+    if not folder.exists() or (
+        folder.is_dir() and all(re.fullmatch(left, p.name) for p in folder.iterdir())
+    ):
         return
     raise PicoError(f"{folder} exists; continue it with --resume, choose another RUN, or delete it")
 

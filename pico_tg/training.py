@@ -30,7 +30,7 @@ from .checkpoint import (
     load_weights,
     weights_of,
 )
-from .config import Config, TrainSettings, field_help
+from .config import Config, TrainSettings, check_known
 from .costs import check_memory
 from .data import Data, DataSpec, Windows, describe_data, open_data
 from .evaluation import Validation
@@ -309,7 +309,7 @@ def train(
       `force` batch_size
     - base_weights: .safetensors file to start from; recorded in training.json. The first thing
       that `events` say is then how well these weights predict the held-out text
-    - events: the user interface. `pico_tg.tools.terminal.StopSignals` stops at Ctrl-C
+    - events: the user interface. `StopSignals` in pico_tg.tools.terminal stops at Ctrl-C
     - settings: the fields of `pico_tg.TrainSettings`
 
     A record has: step (from 1), steps (total), epoch (from 0), loss, next_byte_loss, aux_loss
@@ -407,9 +407,7 @@ def _chosen_settings(
     force: bool,
 ) -> TrainSettings:
     """The settings of a new run, or of one to resume; precision is never `auto`."""
-    known = field_help(TrainSettings).keys()
-    if wrong := ", ".join(sorted(given.keys() - known)):
-        raise PicoError(f"unknown setting {wrong}; there are: {', '.join(sorted(known))}")
+    check_known(TrainSettings, given)
     if "precision" in given or not stored:
         precision = given.get("precision", TrainSettings.precision)
         given = given | {"precision": choose_precision(precision, devices)}
@@ -508,14 +506,21 @@ def _loop(
             measured = validate()[BITS]
             events.say(f"before the first step: {measured:.3f} bits per byte of held-out text")
             stopped = events.stop()
+        ended = bool(_limit_reached(progress, settings))
+        due = ended or progress.step % settings.validation_interval == 0
+        if run and run.last and due and BITS not in run.last:
+            record = run.last | _finite(validate(), train_step, run.last)
+            run.is_best(record)
+            run.log(record)
         while not stopped and not _limit_reached(progress, settings):
             record = _step(train_step, windows, progress, events)
             if not record:  # stopped within the step
                 break
-            ended = _limit_reached(progress, settings)
-            if ended or progress.step % settings.validation_interval == 0:
+            ended, stopped = _limit_reached(progress, settings), events.stop()
+            # a stop leaves out the validation, which the resumed run makes up for
+            if not stopped and (ended or progress.step % settings.validation_interval == 0):
                 record |= _finite(validate(), train_step, record)
-            stopped = events.stop()
+                stopped = events.stop()
             if run:
                 best = run.is_best(record) and settings.keep_best
                 due = progress.step % settings.checkpoint_interval == 0

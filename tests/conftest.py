@@ -15,7 +15,10 @@ if os.environ.get("PICO_WITHOUT_CPU"):
     sys.modules["pico_tg.cpu"] = None  # its import then raises ImportError
 
 import pico_tg
+from pico_tg.backend.runtime import has_cpu_kernels
 
+if os.environ.get("PICO_WITHOUT_CPU"):
+    assert not has_cpu_kernels("CPU")
 pico_tg.enable_compile_cache()
 gc.set_threshold(50_000, 20, 100)  # as pico_tg.__main__ does
 

@@ -6,7 +6,7 @@ import numpy as np
 import oracle
 import pytest
 from helpers import TINY
-from tinygrad import GlobalCounters, nn
+from tinygrad import GlobalCounters, Tensor, nn
 
 from pico_tg import decoder as decoder_module
 from pico_tg.backend.runtime import write_into
@@ -154,3 +154,12 @@ def test_twenty_thousand_bytes(model):
     tail = Decoder(model)  # 400 bytes are more than all windows together reach
     tail.forward(data[-400:-1])
     np.testing.assert_allclose(last, tail.forward(data[-1:])[0], rtol=0, atol=2e-4)
+
+
+def test_decoding_while_training(text):
+    """A sample in the middle of a step: decoding is not training, whatever its caller does."""
+    model = Pico(TINY, seed=0)
+    expected = Decoder(model).forward(text[:9])[0]
+    with Tensor.train():
+        found = Decoder(model).forward(text[:9])[0]
+    np.testing.assert_array_equal(found, expected)

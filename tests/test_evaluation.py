@@ -326,7 +326,7 @@ def test_more_routed_bytes_than_slots(read, model):
     fits, exceeds = [], []
     for start, _, _ in _windows(len(read.data), length, STRIDE):
         if len(window := read.data[start : start + length + 1]) == length + 1:
-            found = measure(window[None])
+            found = measure(window[None], np.array([length]))
             routed = int(found["decisions"].sum())
             (fits if routed <= measure.slots else exceeds).append(routed)
             logits = model(Tensor(window[None, :-1]), causal=True)[0].numpy()[0, :, 0]
@@ -334,6 +334,16 @@ def test_more_routed_bytes_than_slots(read, model):
             assert found["nats"].mean() == pytest.approx(expected, abs=1e-5)
     assert fits
     assert exceeds
+
+
+def test_routed_padding_takes_no_slots(model, monkeypatch):
+    """A window that is mostly padding, all of which is routed, is computed with few slots."""
+    monkeypatch.setattr(model, "decide", lambda x, z, causal=False: (x >= 0).contiguous())
+    measure = CausalPass(model, 40, TrainSettings(), ("decisions",))
+    measure.all_slots = None  # not callable
+    assert measure(np.zeros((2, 41), np.uint8), np.array([measure.slots, 3]))["decisions"].all()
+    with pytest.raises(TypeError):
+        measure(np.zeros((2, 41), np.uint8), np.array([measure.slots + 1, 3]))
 
 
 def test_other_parts(model, data, tmp_path):

@@ -135,4 +135,4 @@ def test_import_without_cpu_kernels():
     command = [sys.executable, TESTS / "scripts" / "import_without_cpu.py"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "64.0\n"
+    assert done.stdout == "False 64.0\n"

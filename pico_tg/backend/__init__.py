@@ -1,4 +1,4 @@
-"""What tinygrad 0.13 lacks or hides; README.md lists its defects, each with a test.
+"""What tinygrad 0.13 lacks or hides; README.md lists its defects and their tests.
 
 The import chooses the device that computes.
 """

@@ -4,7 +4,7 @@ tinygrad 0.13 caches on disk only the binary that a compiler made of a kernel's 
 schedules its graphs and generates source code again, which takes many times as long as compiling.
 Here two tables in the same file (CACHEDB) cache the rest:
 
-- pico_schedules: from a graph to its list of kernels, not compiled yet; graphs on several devices
+- pico_schedules_2: from a graph to its list of kernels, not compiled yet; graphs on several devices
   are left out where `_has_numbered_buffers`;
 - pico_kernels: from a kernel to its program: binary, launch sizes, counts of operations and bytes.
 
@@ -66,7 +66,7 @@ class Schedules(dict):
     def get(self, graph: bytes, default: UOp | None = None) -> UOp | None:
         """The schedule of the graph with this key; `default` if no schedule is cached."""
         if graph not in self:
-            schedule = _read("pico_schedules", _key(graph))
+            schedule = _read("pico_schedules_2", _key(graph))
             if schedule is None:
                 return default
             super().__setitem__(graph, schedule)
@@ -75,7 +75,7 @@ class Schedules(dict):
     def __setitem__(self, graph: bytes, schedule: UOp) -> None:
         super().__setitem__(graph, schedule)
         if not _has_numbered_buffers(schedule):
-            _write("pico_schedules", _key(graph), schedule)
+            _write("pico_schedules_2", _key(graph), schedule)
 
 
 def _has_numbered_buffers(schedule: UOp) -> bool:

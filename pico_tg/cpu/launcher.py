@@ -136,7 +136,7 @@ class Launcher:
 
     def __init__(self, library: bytes, helpers: int) -> None:
         self.lock = threading.Lock()
-        # private: a forked child, which has no helpers, must not hand work to those of its parent
+        # private: nothing is shared with a forked child
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         executable = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
         self.code = mmap.mmap(-1, len(library), private, executable)

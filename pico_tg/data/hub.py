@@ -25,7 +25,11 @@ def open_hub(name: str, revision: str | None) -> tuple[Path, dict[str, int], dic
         from huggingface_hub import HfApi, get_cached_repo_tree, logging, snapshot_download
         from huggingface_hub.errors import CachedRepoTreeNotFoundError
         from huggingface_hub.utils import disable_progress_bars
-
+    except ImportError as error:
+        raise PicoError(
+            f"this huggingface_hub is too old ({error}); pip install -U huggingface_hub"
+        ) from error
+    try:
         logging.set_verbosity_error()
         disable_progress_bars()
         if not re.fullmatch("[0-9a-f]{40}", revision or ""):  # a commit stays what it is

@@ -227,7 +227,7 @@ def data_to_train_on(args: argparse.Namespace) -> DataSpec | None:
 
 
 def command_eval(args: argparse.Namespace) -> int:
-    """Measure the model PATH as trained in RUN on a split: bits per byte, heads, drafts, router."""
+    """Measure the model PATH as trained in RUN on a split: bits per byte, heads, router."""
     load_config(args.path)
     run_dir = run_folder(args.path, args.run)
     checkpoint = find_checkpoint(run_dir, args.checkpoint)

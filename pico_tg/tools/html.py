@@ -99,6 +99,7 @@ def html_page(
     text, begun = split_prompt(prompt)
     before = f'<span class="prompt">{_markup(text)}</span>' if text else ""
     routed = "".join(f'<b class="r" style="--w:.7">{letter}</b>' for letter in "routed")
+    drafted = any(record.drafted for records in samples for record in records)
     parts = [
         '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
@@ -107,7 +108,7 @@ def html_page(
         '<ul class="legend">',
         '<li>router weight 0<span class="scale"></span>1',
         f'<li><span class="text">{routed}</span> through the latent blocks',
-        '<li><span class="text"><b class="d" style="--w:0">accepted draft</b></span>',
+        '<li><span class="text"><b class="d" style="--w:0">accepted draft</b></span>' * drafted,
         '<li><span class="text prompt">prompt</span>' if prompt else "",
         "<li>point at a byte for more\n</ul>",
     ]
@@ -129,7 +130,7 @@ def _shares(records: Sequence[GeneratedByte]) -> str:
     routed = sum(record.router_decision for record in records) / len(records)
     drafted = sum(record.drafted for record in records) / len(records)
     count = "1 byte" if len(records) == 1 else f"{len(records):,} bytes"
-    return f"{count}, {routed:.0%} routed, {drafted:.0%} accepted drafts"
+    return f"{count}, {routed:.0%} routed" + (f", {drafted:.0%} accepted drafts" if drafted else "")
 
 
 def _by_surprisal(records: Sequence[GeneratedByte], begun: bytes) -> str:
@@ -181,8 +182,8 @@ def _tips(character: Character) -> Iterator[str]:
     for number, record in enumerate(character.records, first + 1):
         place = f" {number} of {size}" if size > 1 else ""
         routed = "routed" if record.router_decision else "not routed"
-        drafted = "accepted draft" if record.drafted else "not drafted"
+        drafted = " · accepted draft" if record.drafted else ""
         yield (
             f"{name} · byte{place} 0x{record.byte:02x} · router weight {record.router_weight:.2f}, "
-            f"{routed} · probability {100 * math.exp(record.logprob):.3g} % · {drafted}"
+            f"{routed} · probability {100 * math.exp(record.logprob):.3g} %{drafted}"
         )
