@@ -67,8 +67,7 @@ def test_html_page():
     less, newline, accented, bad, escape = (attributes for _, attributes in page.samples[0][1:])
     assert less == {
         "style": "--w:0.25",
-        "data-tip": "“<” U+003C · byte 0x3c · router weight 0.25, not routed · probability 50 % · "
-        "not drafted",
+        "data-tip": "“<” U+003C · byte 0x3c · router weight 0.25, not routed · probability 50 %",
     }
     assert newline["class"].split() == ["r", "d", "n"]
     assert "line feed · byte 0x0a · router weight 0.75, routed" in newline["data-tip"]
@@ -123,6 +122,7 @@ def test_html_page_of_several_samples():
 def test_html_page_without_a_prompt():
     page = html_page(b"", [records(b"a")], "t", {})
     assert "prompt</span>" not in page
+    assert "accepted draft" not in page  # none was drafted
     assert Page(page).text() == "a"
     assert "prompt</span>" in html_page(b"b", [records(b"a")], "t", {})
 

@@ -272,12 +272,15 @@ def test_more_epochs_continue_a_run(text, tmp_path, quick_steps):
     assert steps(resumed) == [few + 1, few + 2]
 
 
-def test_a_stop_waits_for_the_validation_of_its_step(text, tmp_path, quick_steps):
+def test_a_stop_leaves_out_the_validation_of_its_step(text, tmp_path, quick_steps):
+    """The resumed run makes up for it."""
     run, stops = tmp_path / "run", iter([False, False, False, True])
     settings = {"max_steps": 9, "validation_interval": 4}
     assert steps(start(text, run, events=Watch(lambda: next(stops)), **settings)) == [1, 2, 3, 4]
-    assert [record.get(BITS) for record in read_metrics(run)] == [None, None, None, 3.0]
+    assert [record.get(BITS) for record in read_metrics(run)] == [None] * 4
     assert steps_of(checkpoint_path(run, 4)) == 4
+    assert next(train(Pico(TINY, 1), None, run, resume=True))["step"] == 5
+    assert [record.get(BITS) for record in read_metrics(run)] == [None, None, None, 3.0, None]
 
 
 def test_a_stop_takes_effect_after_the_micro_batch(text, tmp_path, quick_steps):
@@ -316,9 +319,16 @@ def test_a_run_without_a_checkpoint_starts_again(text, tmp_path, quick_steps):
     assert steps(read_metrics(run)) == [1, 2]
 
 
-@pytest.mark.parametrize(
-    "left", ["notes.txt", "00000002.safetensors", "00000002.state.safetensors"]
-)
+@pytest.mark.parametrize("left", [".training.json.x.tmp", "00000002.state.safetensors"])
+def test_what_a_crash_before_the_first_checkpoint_leaves(left, text, tmp_path, quick_steps):
+    """The run can be started again, and the leftovers go."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / left).write_bytes(b"")
+    assert len(list(start(text, tmp_path / "run", max_steps=1))) == 1
+    assert not (tmp_path / "run" / left).exists()
+
+
+@pytest.mark.parametrize("left", ["notes.txt", "00000002.safetensors"])
 def test_a_folder_with_anything_else_is_no_new_run(left, text, tmp_path, quick_steps):
     (tmp_path / "run").mkdir()
     assert len(list(start(text, tmp_path / "run", max_steps=1))) == 1  # an empty one is
