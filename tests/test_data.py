@@ -99,6 +99,8 @@ def test_shared():
     assert shared(text, random.integers(0, 256, 400_000, np.uint8)) == 0
     assert shared(text[: PIECE - 1], text) == 0
     assert shared(text, text[:0]) == 0
+    period = np.tile(text[:1000], 50)  # few pieces, many times
+    assert shared(np.append(period, text[1000:2000]), period) > 0.95
 
 
 @pytest.mark.parametrize("size", [None, 0.5, 0.999, 1e-9])
@@ -221,8 +223,10 @@ def test_what_a_run_was_trained_on(tmp_path):
     data = load(tmp_path / "t.txt")
     stored = describe_data(data)
 
-    def said(array):
-        return trained_on(array, stored, tmp_path)
+    whole = load_whole(data.spec)
+
+    def said(array, source=whole):
+        return trained_on(array, source, stored, tmp_path)
 
     assert said(data.validation.bytes) == ""
     assert said(data.train.bytes) == f"{tmp_path} was trained on about 100% of this text"
@@ -234,6 +238,7 @@ def test_what_a_run_was_trained_on(tmp_path):
     (tmp_path / "t.txt").write_bytes(text[:10_000])
     assert "not known whether" in said(data.validation.bytes)
     assert "have changed since" in said(data.validation.bytes)
+    assert said(data.validation.bytes, data) == ""  # as under another path
     (tmp_path / "t.txt").unlink()
     assert "there is no file or folder" in said(data.validation.bytes)
 

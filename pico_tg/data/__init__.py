@@ -151,16 +151,22 @@ def open_data(
     raise PicoError(f"the data of {run} have changed since{why}; train a new RUN on them")
 
 
-def trained_on(text: np.ndarray, stored: dict[str, Any], run: Path) -> str:
+def trained_on(text: np.ndarray, data: Data | Corpus, stored: dict[str, Any], run: Path) -> str:
     """How much of `text` (uint8) `run` was trained on, a line; "" if that is none but by chance.
 
-    The line says so if the data of the run are no longer what they were, or are not there.
+    `data`: where `text` is from, which may be the data of the run under another path. The line says
+    so if the data of the run are no longer what they were, or are not there.
     """
     try:
-        found = find(stored_spec(stored, run))
-        if found.spec.revision and not all(file.path.is_file() for file in found.train.files):
-            raise PicoError(f"{found.spec.dataset} is not downloaded")
-        share = shared(text, open_data(None, stored, run, False).train.bytes)
+        if (
+            isinstance(data, Corpus)
+            or describe_data(data)["fingerprints"] != stored["fingerprints"]
+        ):
+            found = find(stored_spec(stored, run))
+            if found.spec.revision and not all(file.path.is_file() for file in found.train.files):
+                raise PicoError(f"{found.spec.dataset} is not downloaded")
+            data = open_data(None, stored, run, False)
+        share = shared(text, data.train.bytes)
     except PicoError as error:
         return f"it is not known whether {run} was trained on this text: {error}"
     return f"{run} was trained on about {share:.0%} of this text" if share > CHANCE else ""

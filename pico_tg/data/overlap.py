@@ -13,14 +13,15 @@ WEIGHTS = np.random.default_rng(0).integers(1 << 63, size=PIECE // 8, dtype=np.u
 
 def shared(text: np.ndarray, other: np.ndarray) -> float:
     """The share of the pieces of `text` (uint8) that are also in `other` (uint8); 0 of no piece."""
-    wanted = np.unique(np.concatenate([np.empty(0, np.uint64), *_pieces(text)]))
-    if not len(wanted):
+    hashes = np.concatenate([np.empty(0, np.uint64), *_pieces(text)])
+    if not len(hashes):
         return 0.0
+    wanted, counts = np.unique(hashes, return_counts=True)
     found = np.zeros(len(wanted), bool)
     for hashes in _pieces(other):
         at = np.searchsorted(wanted, hashes) % len(wanted)
         found[at[wanted[at] == hashes]] = True
-    return float(found.mean())
+    return float(counts[found].sum() / counts.sum())
 
 
 def _pieces(text: np.ndarray) -> Iterator[np.ndarray]:

@@ -249,7 +249,7 @@ def command_eval(args: argparse.Namespace) -> int:
     say(describe_backend())
     if stored:
         corpus = data if settings.split == "all" else getattr(data, settings.split)
-        if line := trained_on(corpus.bytes[: settings.max_bytes], stored, run_dir):
+        if line := trained_on(corpus.bytes[: settings.max_bytes], data, stored, run_dir):
             say(line)
     measured = evaluate(model, data, progress=True, **chosen)
     report = router_report(measured)

@@ -113,7 +113,7 @@ def describe_model(facts: Mapping[str, Any]) -> str:
         (f"decoding, after {length:,} bytes, {routed}", f"{operations['decoding']:,.0f}"),
         ("memory of the KV caches", f"{facts['cache_bytes']:,} bytes"),
     ]
-    parts, notes = [sizes, parameters, costs], []
+    parts = [sizes, parameters, costs]
     if training := facts.get("training"):
         windows = f"{training['batch_size']} windows of {training['context_len']:,} bytes"
         rows = [
@@ -130,7 +130,8 @@ def describe_model(facts: Mapping[str, Any]) -> str:
         own = [(name, str(value)) for name, value in run["settings"].items()]
         own += [("base_weights", run["base_weights"])] if run["base_weights"] else []
         parts.append([("run", run["name"]), ("steps", f"{run['steps']:,}"), *data, *own])
-        rows = [("checkpoint", "MB", "training, bits/byte", "validation, bits/byte", "router rate")]
+        parts += [run["data"]] if run["data"] else []
+        rows = [("checkpoint", "MB", "bits/byte with tags", "validation", "router rate")]
         for checkpoint in run["checkpoints"]:
             figures = [
                 format(checkpoint[name], style) if name in checkpoint else "-"
@@ -143,11 +144,9 @@ def describe_model(facts: Mapping[str, Any]) -> str:
             size = f"{checkpoint['bytes'] / 1e6:.2f}"
             rows.append((f"step {checkpoint['step']}", size, *figures))
         parts.append(rows)
-        notes += ["bits/byte of training include the tags between documents, of validation not"]
-        notes += [run["data"]] if run["data"] else []
-        notes += [run["edited"]] if run["edited"] else []
-        notes += [c["defect"] for c in run["checkpoints"] if "defect" in c]
-    return "\n\n".join([*map(table, parts), *notes])
+        parts += [run["edited"]] if run["edited"] else []
+        parts += [c["defect"] for c in run["checkpoints"] if "defect" in c]
+    return "\n\n".join(part if isinstance(part, str) else table(part) for part in parts)
 
 
 def _words(name: str) -> str:
