@@ -198,22 +198,24 @@ def test_an_interrupt_waits_for_the_end_of_the_graph(graph_of):
     with Context(JIT_BATCH_SIZE=0):  # one graph
         for _ in range(3):
             jit()
-    before = signal.signal(signal.SIGALRM, lambda *_: interrupt())
+    running = False
 
-    def interrupt():
-        raise KeyboardInterrupt
+    def interrupt(*_):
+        if running:  # not once the loop has ended
+            raise KeyboardInterrupt
 
-    interrupts = 0
+    before, interrupts = signal.signal(signal.SIGALRM, interrupt), 0
     try:
         for delay in np.linspace(2e-5, 2e-3, 100):
             try:
+                running = True
                 signal.setitimer(signal.ITIMER_REAL, delay)
                 for _ in range(20):
                     jit()
+                running = False
             except KeyboardInterrupt:
                 interrupts += 1
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_REAL, 0)
             values = {float(t.numpy()[0, 0]) for t in (counter, *copies)}
             assert len(values) == 1, values
     finally:
