@@ -17,7 +17,7 @@ model = pico_tg.Pico(config, seed=0)
 settings = {"context_len": 512, "batch_size": 4, "learning_rate": 1.2e-2, "warmup_steps": 50}
 records = pico_tg.train(model, "python-docs", max_steps=500, epochs=10, **settings)
 for record in (bar := tqdm(records, total=500, unit="step")):
-    bar.set_postfix_str(f"{record['bits_per_byte']:.2f} bits/byte")
+    bar.set_postfix_str(f"{record['bits_per_byte']:.2f} bits/byte with tags")
     if "validation_bits_per_byte" in record:
         bits = record["validation_bits_per_byte"]
         tqdm.write(f"step {record['step']}: {bits:.2f} bits per byte of held-out text")
