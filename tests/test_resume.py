@@ -76,9 +76,13 @@ def test_resumed_twice_is_the_same_bit_for_bit(optimizer, accumulation, text, tm
     # one of the stops is where a validation is due
     settings |= {"max_steps": 13, "validation_interval": 4, "router_warmup_steps": 5}
     straight, pieces = tmp_path / "straight", tmp_path / "pieces"
-    list(train(make(), text, straight, **settings))
+    list(train(make(), text, straight, settings="published", **settings))
     # asked between two micro-batches, and after the step: the second stop is within a step
-    list(train(make(), text, pieces, events=after(4 * accumulation), **settings))
+    list(
+        train(
+            make(), text, pieces, settings="published", events=after(4 * accumulation), **settings
+        )
+    )
     # settings: those of the run
     list(
         train(make(1), text, pieces, resume=True, events=after(7 * accumulation + accumulation - 1))
