@@ -15,7 +15,9 @@ pico_tg.enable_compile_cache()
 config = pico_tg.Config(dim=96, att_q_heads=6, att_kv_heads=2, latent_num_blocks=2, next_tokens=4)
 model = pico_tg.Pico(config, seed=0)
 settings = {"context_len": 512, "batch_size": 4, "learning_rate": 1.2e-2, "warmup_steps": 50}
-records = pico_tg.train(model, "python-docs", max_steps=500, epochs=10, **settings)
+records = pico_tg.train(
+    model, "python-docs", max_steps=500, epochs=10, settings="published", **settings
+)
 for record in (bar := tqdm(records, total=500, unit="step")):
     bar.set_postfix_str(f"{record['bits_per_byte']:.2f} bits/byte with tags")
     if "validation_bits_per_byte" in record:

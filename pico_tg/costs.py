@@ -1,7 +1,7 @@
 """What training and decoding cost, and the settings that follow from it.
 
 The defaults of `TrainSettings` are the published ones, for a GPU and hundreds of megabytes of text.
-The command line uses `choose` instead.
+`train` and the command line use `choose` instead.
 
 Model FLOPs are the floating-point operations that the mathematics of a Pico requires. A
 multiplication and an addition are two FLOPs. Only matmuls count, as is customary: for each weight
@@ -165,6 +165,28 @@ def choose(
     factor = ADAMW_FACTOR if settings.optimizer == "adamw" else 1
     factor *= TRAINED_FACTOR if trained else 1
     return pick("learning_rate", float(f"{peak * factor:.2g}"))
+
+
+def complete(
+    config: Config,
+    train_bytes: int,
+    device: str,
+    given: dict[str, object],
+    published: bool = False,
+    trained: bool = False,
+) -> tuple[TrainSettings, list[str]]:
+    """`choose`, or the published settings, and lines about the choice and the cost.
+
+    Raises PicoError if a given setting is out of its bounds, or if there is too little memory.
+    """
+    machine = (train_bytes, device, gemm_rate(given.get("precision", "auto"), device))
+    settings, lines = TrainSettings(**given), []
+    if not published:
+        settings = choose(config, *machine, given, trained)
+        chosen = [f"{name} {getattr(settings, name)}" for name in CHOSEN if name not in given]
+        lines += [f"chosen: {', '.join(chosen)}"] if chosen else []
+    check_memory(config, settings, device)
+    return settings, [*lines, describe_cost(config, settings, *machine)]
 
 
 def total_steps(config: Config, settings: TrainSettings, train_bytes: int) -> int:

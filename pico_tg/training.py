@@ -31,7 +31,7 @@ from .checkpoint import (
     weights_of,
 )
 from .config import Config, TrainSettings, check_known
-from .costs import check_memory
+from .costs import CHOSEN, check_memory, complete
 from .data import Data, DataSpec, Windows, describe_data, open_data
 from .evaluation import Validation
 from .files import PicoError, differences
@@ -294,7 +294,8 @@ def train(
     force: bool = False,
     base_weights: str | os.PathLike | None = None,
     events: Events | None = None,
-    **settings: int | float | str,
+    settings: str | None = None,
+    **given: int | float | str,
 ) -> Iterator[Record]:
     """Train `model` in place, yielding one record (a dict that is valid JSON) per step.
 
@@ -310,7 +311,9 @@ def train(
     - base_weights: .safetensors file to start from; recorded in training.json. The first thing
       that `events` say is then how well these weights predict the held-out text
     - events: the user interface. `StopSignals` in pico_tg.tools.terminal stops at Ctrl-C
-    - settings: the fields of `pico_tg.TrainSettings`
+    - given: fields of `pico_tg.TrainSettings`
+    - settings: source of the fields of a new run that are not given: "chosen", the default, for the
+      device, the model and the data (`pico_tg.costs.choose`), or "published"
 
     A record has: step (from 1), steps (total), epoch (from 0), loss, next_byte_loss, aux_loss
     (nats; its target changes after router_warmup_steps), bits_per_byte (of the next byte, training
@@ -318,7 +321,8 @@ def train(
     selects), router_overflow (share of bytes that a rule selects beyond `Config.capacity`, which
     skip the latent blocks), lr, bytes (trained on so far), bytes_per_second. With max_minutes a
     record also has minutes (used so far), after a validation the keys of `Validation`, and with a
-    checkpoint `checkpoint`, its path.
+    checkpoint `checkpoint`, its path. The first record of a run with chosen settings has `chosen`,
+    a dict of them.
 
     The last step is saved if `events` stop, if the caller closes the generator or ends with an
     error, and if a validation fails. An error or Ctrl-C during an update saves nothing, since the
@@ -331,16 +335,30 @@ def train(
     events = events or Events()
     folder = None if run_dir is None else Path(run_dir)
     stored = _stored_run(model.config, folder, base_weights) if resume else {}
-    chosen = _chosen_settings(settings, stored, folder, devices, force)
+    if settings not in (None, "chosen", "published"):
+        raise PicoError(f"settings must be chosen or published, not {settings!r}")
+    if resume and settings:
+        raise PicoError("settings is for a new run; a resumed run has its own")
+    chosen = _chosen_settings(given, stored, folder, devices, force)
     _check_for_model(chosen, model.config)
     if folder is not None and not resume:
         check_startable(folder)
         model.config.exists(folder.parent / "model.json")
     data = open_data(dataset, stored, folder, events.bars)
+    device = (devices or (Device.DEFAULT,))[0]
+    picked, lines = {}, []
+    if not resume and settings != "published" and not {*CHOSEN} <= given.keys():
+        given = given | {"precision": chosen.precision}
+        trained = base_weights is not None
+        chosen, lines = complete(
+            model.config, len(data.train.bytes), device, given, trained=trained
+        )
+        picked = {name: getattr(chosen, name) for name in CHOSEN if name not in given}
+        _check_for_model(chosen, model.config)
     micro_batches = chosen.batch_size * chosen.grad_accumulation_steps
     T = model.config.next_tokens
     windows = Windows(data.train, chosen.context_len, T, micro_batches, chosen.seed)
-    check_memory(model.config, chosen, (devices or (Device.DEFAULT,))[0])
+    check_memory(model.config, chosen, device)
     if base_weights is not None:
         load_weights(model, base_weights)
         if line := edited(model.config, Path(base_weights).parent):
@@ -350,7 +368,8 @@ def train(
     run = None if folder is None else Run(folder, resumed=resume)
     progress = _resume(run, train_step, stored, events) if resume else Progress()
     if not resume:
-        events.say(data.note)
+        for line in (data.note, *lines):
+            events.say(line)
         if windows.unread > UNREAD * len(data.train.bytes):
             events.say(
                 f"the last {windows.unread:,} bytes are in no window, since they are fewer than "
@@ -373,7 +392,7 @@ def train(
             }
         )
     before = base_weights is not None
-    records = _loop(train_step, windows, validate, run, progress, events, before)
+    records = _loop(train_step, windows, validate, run, progress, events, before, picked)
     # an uncaught error in a script can keep the generator open until the interpreter has torn down
     # the modules that saving needs: close the generator before that
     # (test_resume.test_a_script_s_error_saves_the_last_step)
@@ -460,6 +479,12 @@ def _set_steps(
             "learning rate follows the curve of the new number"
         )
     progress.steps = total
+    if total < settings.max_steps and not progress.step:
+        epochs = "1 epoch" if settings.epochs == 1 else f"{settings.epochs} epochs"
+        events.say(
+            f"{total} steps, not max_steps ({settings.max_steps}): the data end after {epochs}; "
+            "more epochs give more steps"
+        )
     if limit := _limit_reached(progress, settings):
         events.say(f"nothing left to train; a larger --{limit.replace('_', '-')} continues the run")
     if total <= settings.warmup_steps:
@@ -491,6 +516,7 @@ def _loop(
     progress: Progress,
     events: Events,
     measure_before: bool,
+    picked: dict[str, int | float],
 ) -> Iterator[Record]:
     """Run the steps until the last one or a stop, and save the last complete step.
 
@@ -516,6 +542,8 @@ def _loop(
             record = _step(train_step, windows, progress, events)
             if not record:  # stopped within the step
                 break
+            if picked:
+                record["chosen"], picked = picked, {}
             ended, stopped = _limit_reached(progress, settings), events.stop()
             # a stop leaves out the validation, which the resumed run makes up for
             if not stopped and (ended or progress.step % settings.validation_interval == 0):

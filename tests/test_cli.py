@@ -18,20 +18,23 @@ from pathlib import Path
 import helpers
 import numpy as np
 import pytest
-from helpers import FLAGS, FOX, SHORT, error_line, start, status
+from helpers import FLAGS, FOX, SHORT, Watch, error_line, start, status
 
 from pico_tg.checkpoint import load_config
 from pico_tg.config import Config, TrainSettings, types_of
+from pico_tg.costs import CHOSEN
 from pico_tg.data import DataSpec
 from pico_tg.evaluation import EvalSettings, evaluate
 from pico_tg.files import PicoError
 from pico_tg.generation import GeneratedByte, SampleSettings, Stats, generate
+from pico_tg.model import Pico
 from pico_tg.runs import load
 from pico_tg.safetensors import read_safetensors
 from pico_tg.scoring import score
 from pico_tg.tools import cli
 from pico_tg.tools.options import build_parser, given, mark_texts
 from pico_tg.tools.router_report import router_report
+from pico_tg.training import train
 
 TINY = helpers.TINY.to_dict()
 
@@ -305,6 +308,48 @@ def test_train_writes_a_run(trained):
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert lines[0]["bits_per_byte"] == pytest.approx(8, abs=1)
     assert lines[-1]["validation_bits_per_byte"] > 0
+
+
+def test_python_chooses_as_the_command_line_does(trained, tmp_path):
+    text, watch, asked = trained.parent / "text.txt", Watch(), {"max_steps": 2, "context_len": 40}
+    assert cli.main(["init", str(tmp_path / "line"), *FLAGS]) == 0
+    arguments = ["train", str(tmp_path / "line"), "r", str(text), "--sample-prompt", ""]
+    assert cli.main([*arguments, *helpers.flags(asked)]) == 0
+    run = tmp_path / "python" / "r"
+    first, second = train(Pico(helpers.TINY), str(text), run, events=watch, **asked)
+    stored, expected = (
+        json.loads((folder / "r" / "training.json").read_text())["settings"]
+        for folder in (tmp_path / "python", tmp_path / "line")
+    )
+    assert stored == expected
+    assert stored["batch_size"] < TrainSettings.batch_size
+    chosen = first.pop("chosen")
+    assert chosen == {name: stored[name] for name in CHOSEN if name not in asked}
+    assert first.keys() | {"chosen"} <= second.keys() | {"chosen"}
+    listed = ", ".join(f"{name} {value}" for name, value in chosen.items())
+    assert f"chosen: {listed}" in watch.said
+    assert any(line.startswith("training will take about") for line in watch.said)
+    assert "chosen" in json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+
+
+def test_python_may_ask_for_the_published_settings(trained, tmp_path):
+    text, watch = str(trained.parent / "text.txt"), Watch()
+    asked = {"context_len": 40, "batch_size": 2, "warmup_steps": 1}
+    records = train(
+        Pico(helpers.TINY), text, tmp_path / "r", events=watch, settings="published", **asked
+    )
+    first = next(records)
+    records.close()
+    assert "chosen" not in first
+    stored = json.loads((tmp_path / "r" / "training.json").read_text())["settings"]
+    assert stored | {"precision": "auto"} == dataclasses.asdict(TrainSettings(**asked))
+    assert f"{first['steps']} steps, not max_steps (3600): the data end after 1 epoch; " in "".join(
+        watch.said
+    )
+    with pytest.raises(PicoError, match=r"^settings must be chosen or published, not 'other'"):
+        train(Pico(helpers.TINY), text, settings="other")
+    with pytest.raises(PicoError, match=r"^settings is for a new run"):
+        train(Pico(helpers.TINY), text, tmp_path / "r", resume=True, settings="published")
 
 
 @pytest.mark.slow

@@ -123,7 +123,7 @@ def test_an_impossible_amount_of_memory_is_an_error(monkeypatch, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("words " * 1000)
     with pytest.raises(PicoError, match="take a smaller context_len"):
-        next(train(Pico(XS, fresh=False), str(text), context_len=512))
+        next(train(Pico(XS, fresh=False), str(text), settings="published", context_len=512))
 
 
 def test_the_cost_is_one_line():

@@ -62,7 +62,7 @@ def stopped(tmp_path_factory) -> tuple[Path, str]:
         patch.setenv("PICO_CACHE", str(folder / "cache"))
         run = pico_tg.train(
             pico_tg.Pico(TINY, seed=0), str(text), folder / "first",
-            events=Watch(lambda: len(losses) == BEFORE - 1), **SETTINGS,
+            events=Watch(lambda: len(losses) == BEFORE - 1), settings="published", **SETTINGS,
         )  # fmt: skip
         for record in run:
             losses.append(record["loss"])

@@ -602,7 +602,10 @@ def test_training_and_generating_at_the_same_time(model, tmp_path):
 
     def losses():
         settings = WINDOWS | {"max_steps": 4, "warmup_steps": 1, "optimizer": "adamw"}
-        return [record["loss"] for record in train(Pico(TINY, seed=1), str(path), **settings)]
+        return [
+            record["loss"]
+            for record in train(Pico(TINY, seed=1), str(path), settings="published", **settings)
+        ]
 
     def sample():
         options = {"max_bytes": 200, "seed": 1, "ignore_end": True}

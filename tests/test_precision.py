@@ -100,7 +100,9 @@ def test_losses_are_within_a_hundredth_over_80_steps():
     curves = {}
     for kind in ("fp32", "bf16"):
         settings = QUICK | {"optimizer": "adamw", "precision": kind, "validation_bytes": 2000}
-        records = train(Pico(CONFIG, seed=0), "python-docs", max_steps=80, **settings)
+        records = train(
+            Pico(CONFIG, seed=0), "python-docs", max_steps=80, settings="published", **settings
+        )
         curves[kind] = np.array([record["loss"] for record in records])
     fp32, bf16 = (curve.reshape(4, 20).mean(axis=1) for curve in curves.values())
     assert fp32[-1] < 0.75 * fp32[0]  # it learns
@@ -130,7 +132,9 @@ def test_the_precision_is_recorded_and_kept(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("the cat sat on the mat; " * 90)
     run = tmp_path / "run"
-    train(Pico(CONFIG), str(path), run, **QUICK)  # nothing is trained until the first record
+    train(
+        Pico(CONFIG), str(path), run, settings="published", **QUICK
+    )  # nothing is trained until the first record
     here = "bf16" if precision.has_bf16_tensor_cores(Device.DEFAULT) else "fp32"
     assert read_description(run)["settings"]["precision"] == here
     other = {"fp32": "bf16", "bf16": "fp32"}[here]

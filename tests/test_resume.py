@@ -76,10 +76,11 @@ def test_resumed_twice_is_the_same_bit_for_bit(optimizer, accumulation, text, tm
     # one of the stops is where a validation is due
     settings |= {"max_steps": 13, "validation_interval": 4, "router_warmup_steps": 5}
     straight, pieces = tmp_path / "straight", tmp_path / "pieces"
-    list(train(make(), text, straight, **settings))
+    list(train(make(), text, straight, settings="published", **settings))
     # asked between two micro-batches, after the step, and once more after a validation: the first
     # stop leaves a validation out, the second is within a step or after it
-    list(train(make(), text, pieces, events=after(4 * accumulation), **settings))
+    stopping = after(4 * accumulation)
+    list(train(make(), text, pieces, settings="published", events=stopping, **settings))
     # settings: those of the run
     list(train(make(1), text, pieces, resume=True, events=after(8 * accumulation)))
     assert len(read_metrics(pieces)) == 11

@@ -203,7 +203,9 @@ def test_training_steps(config, tmp_path):
     path.write_bytes(b"<|endoftext|>".join([TEXT * 8] * 4))
     model = build(config)[0]
     options = {"context_len": 30, "batch_size": 2, "max_steps": 12, "validation_interval": 12}
-    records = list(train(model, str(path), epochs=9, warmup_steps=2, seed=1, **options))
+    records = list(
+        train(model, str(path), epochs=9, warmup_steps=2, seed=1, settings="published", **options)
+    )
     assert records[-1]["loss"] < records[0]["loss"]
     low, high = {"none": [0, 0], "space": [0.1, 0.4]}[config.router]
     for key in ("router_rate", "validation_router_rate"):
@@ -229,7 +231,7 @@ def test_router_warmup(warmup, tmp_path):
     write_into(model.latent.router.weight, -space[None] / (space @ space))
     options = {"context_len": 64, "batch_size": 8, "max_steps": 60, "warmup_steps": 5}
     options |= {"epochs": 9, "learning_rate": 0.01, "router_warmup_steps": warmup}
-    list(train(model, path, **options))
+    list(train(model, path, settings="published", **options))
     x = words[:20].reshape(1, -1)
     selected = model(Tensor(x), causal=True)[2].numpy()
     assert 0.15 < selected.mean() < 0.3
@@ -257,5 +259,5 @@ def test_router_warmup_is_for_learned(tmp_path):
     model = build(dataclasses.replace(TINY, router="space"))[0]
     options = {"context_len": 30, "batch_size": 2, "router_warmup_steps": 5}
     with pytest.raises(PicoError, match="not for space; leave it out"):
-        train(model, tmp_path / "a.txt", tmp_path / "run", **options)
+        train(model, tmp_path / "a.txt", tmp_path / "run", settings="published", **options)
     assert not (tmp_path / "run").exists()

@@ -73,7 +73,7 @@ def quick_steps(monkeypatch):
 
 
 def start(text: str, folder: Path, **settings):
-    return train(Pico(TINY, 0), text, folder, **QUICK | settings)
+    return train(Pico(TINY, 0), text, folder, **{"settings": "published"} | QUICK | settings)
 
 
 def steps_of(weights: Path) -> int:
@@ -557,7 +557,7 @@ def test_changed_data_are_refused(run, text, tmp_path):
 
 def test_a_relative_path_is_found_from_anywhere(text, tmp_path, monkeypatch, quick_steps):
     monkeypatch.chdir(tmp_path)
-    list(train(Pico(TINY), "text.txt", "run", max_steps=1, **QUICK))
+    list(train(Pico(TINY), "text.txt", "run", max_steps=1, settings="published", **QUICK))
     (tmp_path / "deeper").mkdir()
     monkeypatch.chdir(tmp_path / "deeper")
     assert steps(train(Pico(TINY), None, "../run", resume=True, max_steps=2)) == [2]

@@ -234,14 +234,16 @@ def test_training_stops_on_a_loss_that_is_not_finite(text, tmp_path):
     model = make()
     model.norm.weight.assign(Tensor(np.full(CONFIG.dim, np.inf, np.float32))).realize()
     with pytest.raises(PicoError, match=r"not finite at step 1 .*smaller --learning-rate"):
-        list(train(model, text, tmp_path / "run", max_steps=3, **QUICK))
+        list(train(model, text, tmp_path / "run", max_steps=3, settings="published", **QUICK))
     assert not list((tmp_path / "run").glob("*.safetensors"))
 
 
 def test_records_and_learning(text, tmp_path):
     """A model this small learns a sentence by heart; the records say so, and are JSON."""
     settings = QUICK | {"learning_rate": 2e-2, "validation_interval": 20, "max_steps": 60}
-    records = list(train(make(), text, tmp_path / "run", epochs=99, **settings))
+    records = list(
+        train(make(), text, tmp_path / "run", epochs=99, settings="published", **settings)
+    )
     assert [r["step"] for r in records] == list(range(1, 61))
     assert records[0]["bits_per_byte"] > 7
     assert records[-1]["bits_per_byte"] < 2.5
@@ -258,7 +260,7 @@ def test_records_and_learning(text, tmp_path):
 def test_epochs_end_training(text):
     data = load_data(DataSpec(text), progress=False)
     count = (len(data.train.bytes) - CONFIG.next_tokens) // 40
-    records = list(train(make(), data, epochs=2, **QUICK))
+    records = list(train(make(), data, epochs=2, settings="published", **QUICK))
     assert len(records) == math.ceil(2 * count / 2)
 
 
@@ -341,7 +343,7 @@ def test_validation_when_the_router_takes_every_byte(text):
 def test_bad_settings(settings, named, text, tmp_path):
     """And bad data: before the run's folder is made."""
     with pytest.raises(PicoError, match=named):
-        train(make(), text, tmp_path / "run", **settings)
+        train(make(), text, tmp_path / "run", settings="published", **settings)
     with pytest.raises(PicoError, match="missing"):
         train(make(), tmp_path / "missing.txt", tmp_path / "run", **QUICK)
     assert not (tmp_path / "run").exists()
@@ -377,8 +379,8 @@ def test_training_on_two_devices(text, tmp_path):
     settings = QUICK | {"max_steps": 3, "batch_size": 2, "grad_accumulation_steps": 2}
     settings |= {"optimizer": "adamw", "warmup_steps": 0}
     model, other = make(), make()
-    one = list(train(other, text, **settings))
-    two = list(train(model, text, tmp_path / "run", devices=TWO, **settings))
+    one = list(train(other, text, settings="published", **settings))
+    two = list(train(model, text, tmp_path / "run", devices=TWO, settings="published", **settings))
     for a, b in zip(one, two, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
     key = "validation_bits_per_byte"

@@ -37,7 +37,7 @@ for optimizer, rates in LEARNING_RATES.items():
         records = pico_tg.train(
             pico_tg.Pico(config, seed=0), data, context_len=CONTEXT_LEN, batch_size=BATCH_SIZE,
             max_steps=args.steps, epochs=1000, warmup_steps=50, learning_rate=rate,
-            optimizer=optimizer, validation_interval=VALIDATION_INTERVAL,
+            optimizer=optimizer, validation_interval=VALIDATION_INTERVAL, settings="published",
         )  # fmt: skip
         curve, seconds = [], []
         for record in tqdm(records, total=args.steps, desc=f"{optimizer} {rate:g}", unit="step"):

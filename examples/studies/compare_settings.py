@@ -46,7 +46,7 @@ def train_and_evaluate(data, context_len: int, batch_size: int, rate: float, war
     records = pico_tg.train(
         model, data, context_len=context_len, batch_size=batch_size, learning_rate=rate,
         warmup_steps=round(warm_up if warm_up >= 1 else warm_up * steps), max_steps=steps,
-        epochs=10**6, validation_interval=10**9, seed=0,
+        epochs=10**6, validation_interval=10**9, seed=0, settings="published",
     )  # fmt: skip
     for _ in tqdm(records, total=steps, unit="step"):
         pass

@@ -22,7 +22,7 @@ from ..backend.device import (
 )
 from ..checkpoint import list_checkpoints, load_config
 from ..config import Config, TrainSettings
-from ..costs import CHOSEN, check_memory, choose, describe_cost, gemm_rate
+from ..costs import complete, gemm_rate
 from ..data import (
     DataSpec,
     describe_data,
@@ -146,8 +146,11 @@ def command_train(args: argparse.Namespace) -> int:
         check_startable(run_dir)
         seed = TrainSettings(**settings).seed
         data = load_data(spec)
-        complete, remarks = complete_settings(args, config, len(data.train.bytes), devices)
-        settings = dataclasses.asdict(complete)
+        completed, remarks = complete(
+            config, len(data.train.bytes), (devices or (Device.DEFAULT,))[0], settings,
+            published=args.settings == "published", trained=args.base_weights is not None,
+        )  # fmt: skip
+        settings = dataclasses.asdict(completed)
     model, sample = Pico(config, seed), None
     if args.sample_prompt != "" and len(devices) < 2:
         sample = sample_writer(model, os.fsencode(args.sample_prompt or ""))
@@ -172,23 +175,6 @@ def command_train(args: argparse.Namespace) -> int:
         return 0
     say(f"wrote {checkpoint}; write text with: {command('run', args.path, args.run)}")
     return 0
-
-
-def complete_settings(
-    args: argparse.Namespace, config: Config, train_bytes: int, devices: tuple[str, ...]
-) -> tuple[TrainSettings, list[str]]:
-    """The given settings completed by `costs.choose`, and lines about the choice and the cost."""
-    settings, lines = given(args, TrainSettings), []
-    device = (devices or (Device.DEFAULT,))[0]
-    machine = (train_bytes, device, gemm_rate(settings.get("precision", "auto"), device))
-    if args.settings == "published":
-        complete = TrainSettings(**settings)
-    else:
-        complete = choose(config, *machine, settings, trained=args.base_weights is not None)
-        chosen = [f"{name} {getattr(complete, name)}" for name in CHOSEN if name not in settings]
-        lines += [f"chosen: {', '.join(chosen)}"] if chosen else []
-    check_memory(config, complete, device)
-    return complete, [*lines, describe_cost(config, complete, *machine)]
 
 
 def sample_writer(model: Pico, prompt: bytes) -> Callable[[], str]:

@@ -7,7 +7,13 @@ from pico_tg.config import Config
 
 config = Config(dim=12, att_q_heads=3, latent_num_blocks=1, next_tokens=1)
 records = train(
-    Pico(config), sys.argv[1], sys.argv[2], context_len=40, batch_size=2, optimizer="adamw"
+    Pico(config),
+    sys.argv[1],
+    sys.argv[2],
+    context_len=40,
+    batch_size=2,
+    optimizer="adamw",
+    settings="published",
 )
 for record in records:
     if record["step"] == 3:
