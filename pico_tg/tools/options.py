@@ -90,8 +90,9 @@ def build_parser(functions: dict[str, Callable]) -> Parser:
     plotting = add("plot", "draw the curves of training runs", path)
     plotting.add_argument("runs", metavar="RUN", nargs="+", help="names of training runs")
     plotting.add_argument(
-        "--output", type=path_name, metavar="FILE", help="SVG to write (default: PATH/RUN-RUN.svg)"
-    )
+        "--output", type=page_name(".svg"), metavar="FILE",
+        help="SVG to write (default: PATH/RUN-RUN.svg)",
+    )  # fmt: skip
 
     measuring = add("bench", "measure the speed of this machine", as_json)
     add_bench_options(measuring)
@@ -150,7 +151,7 @@ def add_eval_options(parser: Parser) -> None:
     }
     add_fields(parser, EvalSettings, defaults=defaults)
     parser.add_argument(
-        "--html", type=path_name, metavar="FILE",
+        "--html", type=page_name(".html", ".htm"), metavar="FILE",
         help=f"also write a page of the first {PASSAGE:,} bytes: router weights, surprisal",
     )  # fmt: skip
 
@@ -184,7 +185,7 @@ def add_run_options(parser: Parser) -> None:
         "orange) and underline accepted drafts; only on a terminal, and not if NO_COLOR is set",
     )  # fmt: skip
     showing.add_argument(
-        "--html", type=path_name, metavar="FILE",
+        "--html", type=page_name(".html", ".htm"), metavar="FILE",
         help="also write a page with the same marks and the details of each byte",
     )  # fmt: skip
     showing.add_argument(
@@ -287,6 +288,19 @@ def path_name(text: str) -> Path:
     if not text:  # an unset variable of the shell is not the current folder
         raise argparse.ArgumentTypeError("the path is empty")
     return Path(text)
+
+
+def page_name(*endings: str) -> Callable[[str], Path]:
+    """The type of a path to write to: it ends in one of `endings`, or has no ending."""
+
+    def page_path(text: str) -> Path:
+        path = path_name(text)
+        if path.suffix and path.suffix.lower() not in endings:
+            kind = endings[0][1:].upper()
+            raise argparse.ArgumentTypeError(f"{text!r} would hold {kind}; end it in {endings[0]}")
+        return path
+
+    return page_path
 
 
 def number(text: str) -> int | float:
