@@ -44,6 +44,7 @@ MAY_CHANGE = (
     "epochs", "max_steps", "max_minutes", "validation_interval", "checkpoint_interval",
     "keep_checkpoints", "keep_best",
 )  # fmt: skip
+_locked: set[str] = set()  # the folders that this process trains
 
 
 @dataclass
@@ -52,7 +53,7 @@ class Progress:
 
     - step: completed steps; steps: number of steps at which training ends
     - windows: position in the order of the windows; bytes: bytes trained on
-    - seconds: time spent in steps, without compiling
+    - seconds: time spent in steps, without compiling and pauses
     """
 
     step: int = 0
@@ -69,9 +70,17 @@ class Progress:
         return cls(**{name: value for name, value in values.items() if name in names})
 
     def took(self, seconds: float, windows: int, bytes_: int) -> None:
-        """Count a step. A process compiles in its first two, which count as the mean so far."""
+        """Count a step. A process compiles in its first two, which count as the mean so far.
+
+        A later one counts as ten mean ones at most: more is a pause of the process (Ctrl-Z).
+        """
         self.steps_here += 1
-        self.seconds += seconds if self.steps_here > 2 else self.seconds / max(1, self.step)
+        mean = self.seconds / max(1, self.step)
+        if self.steps_here <= 2:
+            seconds = mean
+        elif mean:
+            seconds = min(seconds, 10 * mean)
+        self.seconds += seconds
         self.step += 1
         self.windows += windows
         self.bytes += bytes_
@@ -85,7 +94,7 @@ class Progress:
 class Run:
     """The folder of a run, locked against other training processes until `close`.
 
-    Raises PicoError if another process trains it, or if the folder cannot be written.
+    Raises PicoError if it is being trained already, or if the folder cannot be written.
     """
 
     def __init__(self, folder: Path, resumed: bool) -> None:
@@ -100,14 +109,21 @@ class Run:
             self.lock = open(folder / ".lock", "ab")  # noqa: SIM115
         except OSError as error:
             raise PicoError(f"cannot write to {folder}: {error.strerror or error}") from error
+        self._name = os.path.realpath(folder)
         try:
             if fcntl is not None:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.lock.close()
+            if self._name in _locked:
+                raise PicoError(
+                    f"this process already trains {folder}: close the generator that train() "
+                    "returned (records.close() saves its last step), or restart the process"
+                ) from None
             raise PicoError(f"another process trains {folder}; wait for it, or stop it") from None
         except OSError:
             pass  # a file system without locks: two processes can train one run
+        _locked.add(self._name)
         if not resumed:
             try:
                 check_startable(folder)  # again: before the lock another process may have trained
@@ -120,6 +136,7 @@ class Run:
     def close(self) -> None:
         """Allow other processes to train the run."""
         self.lock.close()
+        _locked.discard(self._name)
 
     def describe(self, description: dict[str, Any]) -> None:
         """Write training.json."""

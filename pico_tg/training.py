@@ -375,7 +375,7 @@ def train(
                 f"the last {windows.unread:,} bytes are in no window, since they are fewer than "
                 f"context_len ({chosen.context_len}); a smaller one leaves out less"
             )
-    _set_steps(progress, chosen, windows, events)
+    _set_steps(progress, chosen, windows, events, stored.get("settings", {}))
     if len(data.validation.bytes) > chosen.validation_bytes:
         events.say(f"each validation measures the first {chosen.validation_bytes:,} held-out bytes")
     if run:
@@ -468,15 +468,28 @@ def _resume(run: Run, train_step: TrainStep, stored: dict[str, Any], events: Eve
 
 
 def _set_steps(
-    progress: Progress, settings: TrainSettings, windows: Windows, events: Events
+    progress: Progress,
+    settings: TrainSettings,
+    windows: Windows,
+    events: Events,
+    before: dict[str, Any],
 ) -> None:
-    """Set the step at which training ends: max_steps, or when all epochs' windows are read."""
+    """Set the step at which training ends: max_steps, or when all epochs' windows are read.
+
+    before: the settings of the run that is resumed; a jump of the learning rate is said.
+    """
     left = settings.epochs * len(windows) - progress.windows
     total = min(settings.max_steps, progress.step + math.ceil(max(0, left) / windows.batch_size))
     if progress.steps not in (0, total):
         events.say(
             f"{total} steps in all, not {progress.steps}: from step {progress.step + 1} on the "
             "learning rate follows the curve of the new number"
+        )
+    changed = differences(before, {"max_minutes": settings.max_minutes})
+    if progress.step and changed:
+        events.say(
+            f"{changed}: from step {progress.step + 1} on the learning rate follows the curve of "
+            "the new number"
         )
     progress.steps = total
     if total < settings.max_steps and not progress.step:

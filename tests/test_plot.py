@@ -148,6 +148,28 @@ def test_runs_differ_in_color_or_dash():
     assert all(names.count(f"run {i}") == 4 for i in range(count))
 
 
+def test_a_peak_is_drawn_however_short():
+    """One step of 30,000, which averages and thinning would hide."""
+
+    def chart(peak: float) -> str:
+        records = [
+            {"bits_per_byte": 2.0, "router_rate": 0.25, "lr": 0.001, "bytes": step}
+            for step in range(1, 30_001)
+        ]
+        records[12_344]["bits_per_byte"] = peak
+        return training_chart({"run": records})
+
+    def heights(peak: float) -> list[float]:
+        (line, *_) = curves(ElementTree.fromstring(chart(peak)))
+        points = line.get("d")[1:].split("L")
+        assert len(points) <= POINTS
+        return [float(point.split()[1]) for point in points]
+
+    assert max(heights(2.0)) - min(heights(2.0)) < 1
+    assert max(heights(9.0)) - min(heights(9.0)) > 100
+    assert "averages and peaks" in chart(9.0)
+
+
 def test_smoothing_starts_at_the_first_value():
     assert smoothed([4.0, 4.0, 4.0], 0.1) == pytest.approx([4, 4, 4])
     assert smoothed([1.0, 2.0], 1.0) == [1, 2]

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from helpers import TINY, WINDOWS, Watch
 from tinygrad import Tensor
 
@@ -21,6 +22,7 @@ from pico_tg.files import PicoError, differences
 from pico_tg.model import Pico
 from pico_tg.runs import (
     BITS,
+    Progress,
     Run,
     best_validations,
     find_checkpoint,
@@ -359,6 +361,42 @@ def test_max_minutes(text, tmp_path, quick_steps, monkeypatch):
     assert resumed[-1]["minutes"] >= 1.5
 
 
+def test_a_pause_is_no_training_time():
+    """Nor at a step that is longer than the others for good; the first two steps compile."""
+    progress = Progress()
+    for seconds in (60, 50, 2, 2, 2):
+        progress.took(seconds, 1, 1)
+    assert progress.seconds == 6
+    progress.took(3600, 1, 1)  # Ctrl-Z
+    assert progress.seconds == 6 + 10 * 6 / 5
+    progress.took(5, 1, 1)
+    assert progress.seconds == 6 + 10 * 6 / 5 + 5
+
+
+def test_other_minutes_move_the_learning_rate(text, tmp_path, quick_steps):
+    """The seam is said, like that of another number of steps."""
+    run = tmp_path / "run"
+    list(start(text, run, max_steps=3, max_minutes=1.0))
+    watch = Watch()
+    list(train(Pico(TINY, 1), None, run, resume=True, events=watch))
+    assert not any("max_minutes" in said for said in watch.said)
+    list(train(Pico(TINY, 1), None, run, resume=True, events=watch, max_minutes=2.0))
+    assert any("max_minutes was 1.0, now 2.0: from step 4 on" in said for said in watch.said)
+
+
+def test_a_run_that_this_process_trains_is_locked(text, tmp_path, quick_steps, monkeypatch):
+    """A notebook's cell that runs again learns how to go on."""
+    records = start(text, tmp_path / "run", max_steps=9)
+    next(records)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PicoError, match=r"this process already trains run: .*records\.close"):
+        train(Pico(TINY, 1), None, "run", resume=True)
+    records.close()
+    assert steps(train(Pico(TINY, 1), None, "run", resume=True, max_steps=2)) == [2]
+    with FileLock(tmp_path / "run" / ".lock"), pytest.raises(PicoError, match="another process"):
+        train(Pico(TINY, 1), None, "run", resume=True)
+
+
 @pytest.mark.parametrize(
     ("limit", "value"), [("max_steps", 3), ("epochs", 1), ("max_minutes", 1e-9)]
 )
@@ -617,7 +655,7 @@ def test_metrics_are_appended(run, text):
 def test_a_run_is_trained_by_one_at_a_time(run, text):
     records = train(Pico(TINY), text, run, resume=True, max_steps=6)
     next(records)
-    with pytest.raises(PicoError, match="another process trains"):
+    with pytest.raises(PicoError, match="this process already trains"):
         train(Pico(TINY), text, run, resume=True, max_steps=6)
     records.close()
     assert steps(train(Pico(TINY), text, run, resume=True, max_steps=6)) == [6]

@@ -25,7 +25,7 @@ PASSAGE = 4000  # bytes of text on the page of eval --html
 BENCH_TRAIN = (
     "batch_size", "grad_accumulation_steps", "optimizer", "precision", "checkpoint_activations",
 )  # fmt: skip
-TEXTS = ("--prompt", "--sample-prompt")  # may begin with a dash
+TEXTS = ("--prompt", "--sample-prompt", "--text", "--stop")  # may begin with a dash
 TEXT = "\0"  # before such a text: no argument of a process holds it
 BENCH_DEFAULTS = {"batch_size": 1, "context_len": 1024}
 
@@ -94,8 +94,9 @@ def build_parser(functions: dict[str, Callable]) -> Parser:
     plotting = add("plot", "draw the curves of training runs", path)
     plotting.add_argument("runs", metavar="RUN", nargs="+", help="names of training runs")
     plotting.add_argument(
-        "--output", type=path_name, metavar="FILE", help="SVG to write (default: PATH/RUN-RUN.svg)"
-    )
+        "--output", type=page_name(".svg"), metavar="FILE",
+        help="SVG to write (default: PATH/RUN-RUN.svg)",
+    )  # fmt: skip
 
     measuring = add("bench", "measure the speed of this machine", as_json)
     add_bench_options(measuring)
@@ -159,12 +160,12 @@ def add_eval_options(parser: Parser) -> None:
     }
     add_fields(parser, EvalSettings, defaults=defaults)
     parser.add_argument(
-        "--text", metavar="TEXT",
+        "--text", metavar="TEXT", type=plain_text,
         help="in place of a DATASET: print TEXT with _ before each byte that the router sends "
         "through the latent blocks, and how many bits the model needs for it",
     )  # fmt: skip
     parser.add_argument(
-        "--html", type=path_name, metavar="FILE",
+        "--html", type=page_name(".html", ".htm"), metavar="FILE",
         help=f"also write a page of the first {PASSAGE:,} bytes: router weights, surprisal",
     )  # fmt: skip
 
@@ -184,7 +185,7 @@ def add_run_options(parser: Parser) -> None:
     sampling = parser.add_argument_group("sampling")
     add_fields(sampling, SampleSettings, without=("raw_prompt",))
     sampling.add_argument(
-        "--stop", action="append", metavar="TEXT",
+        "--stop", action="append", metavar="TEXT", type=plain_text,
         help="end the text before TEXT, once the model writes it; give --stop again for another",
     )  # fmt: skip
 
@@ -204,7 +205,7 @@ def add_run_options(parser: Parser) -> None:
         "orange) and underline accepted drafts; only on a terminal, and not if NO_COLOR is set",
     )  # fmt: skip
     showing.add_argument(
-        "--html", type=path_name, metavar="FILE",
+        "--html", type=page_name(".html", ".htm"), metavar="FILE",
         help="also write a page with the same marks and the details of each byte",
     )  # fmt: skip
     showing.add_argument(
@@ -307,6 +308,19 @@ def path_name(text: str) -> Path:
     if not text:  # an unset variable of the shell is not the current folder
         raise argparse.ArgumentTypeError("the path is empty")
     return Path(text)
+
+
+def page_name(*endings: str) -> Callable[[str], Path]:
+    """The type of a path to write to: it ends in one of `endings`, or has no ending."""
+
+    def page_path(text: str) -> Path:
+        path = path_name(text)
+        if path.suffix and path.suffix.lower() not in endings:
+            kind = endings[0][1:].upper()
+            raise argparse.ArgumentTypeError(f"{text!r} would hold {kind}; end it in {endings[0]}")
+        return path
+
+    return page_path
 
 
 def number(text: str) -> int | float:

@@ -14,6 +14,7 @@ ROW = 17  # height of a name, px
 SAMPLE = 22  # length of the piece of a line before its name, px
 MAX_NAME = 270  # width of a name, px
 POINTS = 1500  # of a line, at most: about two for each pixel
+PEAK = 1.0  # bits per byte above the average, at which a step of training is drawn as it is
 
 
 @dataclass(frozen=True)
@@ -163,10 +164,15 @@ def _shortened(name: str) -> str:
 
 
 def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most POINTS of the points, evenly spaced, including the first and the last."""
+    """At most POINTS of the points: the first, the last, each stretch's lowest and highest."""
     if len(points) <= POINTS:
         return points
-    return [points[i * (len(points) - 1) // (POINTS - 1)] for i in range(POINTS)]
+    inner, stretches, kept = points[1:-1], POINTS // 2 - 1, [points[0]]
+    for i in range(stretches):
+        part = inner[i * len(inner) // stretches : (i + 1) * len(inner) // stretches]
+        at = {choose(range(len(part)), key=lambda n: part[n][1]) for choose in (min, max)}
+        kept += [part[n] for n in sorted(at)]
+    return [*kept, points[-1]]
 
 
 def _finite(line: Line) -> list[tuple[float, float]]:
@@ -214,7 +220,9 @@ def training_chart(runs: dict[str, list[dict]]) -> str:
         seen = [record["bytes"] for record in records]
         measured = [r for r in records if "validation_bits_per_byte" in r]
         weight = min(1.0, 20 / len(records))
-        train = smoothed([r["bits_per_byte"] for r in records], weight)
+        measures = [r["bits_per_byte"] for r in records]
+        averages = zip(measures, smoothed(measures, weight), strict=True)
+        train = [bits if bits > mean + PEAK else mean for bits, mean in averages]
         routed = smoothed([r["router_rate"] for r in records], weight)
         validation = [r["validation_bits_per_byte"] for r in measured]
         bits += [
@@ -232,14 +240,14 @@ def training_chart(runs: dict[str, list[dict]]) -> str:
     y_range = (min(values), min(max(values), max(ends) + 1.5))
     seen, title = (
         "bytes seen",
-        "Bits per byte, held out (thick) and in training (thin, tags included)",
+        "Bits per byte, held out (thick) and in training (thin: averages and peaks, with tags)",
     )
     gap = Panel(gaps, "Causal routing minus top-k, held out", seen, "bits per byte", height=250)
     return svg(
         [
             Panel(bits, title, seen, "bits per byte", y_range),
             *([gap] if any(line.ys for line in gaps) else []),  # runs of earlier versions have none
-            Panel(rates, "Share of bytes routed", seen, "share", height=250),
+            Panel(rates, "Share of bytes routed, averages", seen, "share", height=250),
             Panel(learning_rates, "Learning rate", seen, "learning rate", height=250),
         ]
     )
