@@ -8,17 +8,21 @@ PIECE = 48  # bytes that both texts share, a multiple of 8: short texts are said
 ONE_IN = 16  # of the pieces, chosen by their first bytes, so that both texts choose the same ones
 CHANCE = 0.05  # an overlap below is usual between texts of one kind (stories: 0.02)
 CHUNK = 1 << 18  # bytes at a time
+AT_MOST = 1 << 27  # bytes of the other text that are read: some seconds
 WEIGHTS = np.random.default_rng(0).integers(1 << 63, size=PIECE // 8, dtype=np.uint64) * 2 + 1
 
 
 def shared(text: np.ndarray, other: np.ndarray) -> float:
-    """The share of the pieces of `text` (uint8) that are also in `other` (uint8); 0 of no piece."""
+    """The share of the pieces of `text` (uint8) that are also in `other` (uint8); 0 of no piece.
+
+    A lower bound if `other` is larger than AT_MOST.
+    """
     hashes = np.concatenate([np.empty(0, np.uint64), *_pieces(text)])
     if not len(hashes):
         return 0.0
     wanted, counts = np.unique(hashes, return_counts=True)
     found = np.zeros(len(wanted), bool)
-    for hashes in _pieces(other):
+    for hashes in _pieces(other[:AT_MOST]):
         at = np.searchsorted(wanted, hashes) % len(wanted)
         found[at[wanted[at] == hashes]] = True
     return float(counts[found].sum() / counts.sum())
