@@ -1,8 +1,8 @@
 """Pico: a byte-level language model without a tokenizer, on tinygrad.
 
-The import chooses the device that computes, which sets tinygrad's variables DEV and TC (see
-backend/device.py), and changes nothing else of tinygrad or of the process. For child processes it
-writes the choice into the environment (DEV, LLVM_PATH).
+The import chooses the device that computes. It sets tinygrad's variables DEV and TC and, for child
+processes, DEV and LLVM_PATH in the environment (see backend/device.py). It changes nothing else of
+tinygrad.
 """
 
 from .backend.device import enable_compile_cache

@@ -368,7 +368,9 @@ class TrainSettings:
     keep_best: bool = setting(
         "write a checkpoint after each best validation so far, and never delete the best one", False
     )
-    seed: int = setting("seed of the order of the windows, and of fresh weights", 0, minimum=0)
+    seed: int = setting(
+        "seed of the order of the windows and, on the command line, of fresh weights", 0, minimum=0
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)

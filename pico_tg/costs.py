@@ -116,19 +116,21 @@ def choose(
     given: dict[str, object],
     trained: bool = False,
 ) -> TrainSettings:
-    """The settings of a run of a few minutes: those in `given`, and a value for each other CHOSEN.
+    """The settings of a run of the Scale's minutes: those `given`, a value for each other CHOSEN.
 
-    - context_len, batch_size: those of the device's Scale; smaller if the data would otherwise make
-      fewer than MIN_WINDOWS windows, or fewer than the fewest STEPS in MAX_EPOCHS passes
+    - context_len: the Scale's; smaller if the data would otherwise make fewer than MIN_WINDOWS
+      windows
+    - batch_size: the Scale's; smaller if MAX_EPOCHS passes over the data would otherwise make fewer
+      than the fewest STEPS
     - max_steps: the steps that fit in the Scale's minutes according to `step_seconds`, clipped to
       STEPS and to MAX_EPOCHS passes over the data. With max_minutes, that time replaces the
       Scale's, and max_steps is four times as large, in case the machine is faster than estimated
     - epochs: as many as max_steps needs
     - warmup_steps: WARMUP of the steps
-    - router_warmup_steps, for the router learned: ROUTER_WARMUP of the steps that fit in the time;
-      0 for `trained` weights, since their router is trained
+    - router_warmup_steps, for the router learned: ROUTER_WARMUP of the steps, with max_minutes of
+      the steps that are estimated to fit; 0 for `trained` weights, whose router is trained
     - learning_rate: PEAK's up to PEAK's steps, then a power law of the steps through PUBLISHED;
-      TRAINED_FACTOR of it for `trained` weights
+      times ADAMW_FACTOR for adamw, times TRAINED_FACTOR for `trained` weights
 
     gflops: `gemm_rate` of the device. Raises PicoError if a given setting is out of its bounds.
     """

@@ -3,13 +3,13 @@
 A pass reads R bytes and returns their logits. A pass runs three compiled graphs: the first blocks
 and the router on all R rows; the latent blocks on the rows that the router selects, if any; the
 last blocks and the heads on all rows. The first graph also makes the router's decisions, so that
-the CPU's launcher can run all three in one call. On other devices a pass is one graph, in which the
-latent blocks always run, with a slot for every row: to skip them, the host would have to wait for
-the router. Each graph is compiled for a few numbers of rows only; other numbers are padded to the
+the CPU's launcher can run all three in one call. On other devices a pass is one graph that always
+runs the latent blocks, with a slot for every row: skipping them would make the host wait for the
+router. Each graph is compiled for a few numbers of rows only; other numbers are padded to the
 next compiled one:
 
 - decode: 1, 4 or 8 rows, for the newest byte and its drafts, or a short prompt in pieces of 8
-- prefill: PREFILL_CHUNK rows, for prompts of MIN_PREFILL bytes, which justify another compilation
+- prefill: PREFILL_CHUNK rows, for prompts of at least MIN_PREFILL bytes, which repay a compilation
 """
 
 import copy

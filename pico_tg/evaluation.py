@@ -213,7 +213,8 @@ class EvalSettings:
     """How `evaluate` measures a text. Raises PicoError on an impossible value."""
 
     split: str = setting(
-        "validation (held out of train if the data has none), train, or all: both of them",
+        "validation (held out of train if the data has none), train, or all: train with nothing "
+        "held out",
         "validation",
         choices=SPLITS,
     )

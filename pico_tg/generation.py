@@ -384,7 +384,7 @@ def generate(
       continuation that completes the tag ends the text
     - settings: the fields of `SampleSettings`, such as temperature=0.7, max_bytes=100, seed=1
     - stop: one or several texts; the continuation ends before the first of them, which is not
-      yielded. A stop counts within the continuation only, also with ignore_end
+      yielded. A stop must lie within the continuation; ignore_end does not turn stops off
     - filters: one or several functions from the probabilities of the next byte, float64 [256], to
       those to draw from, of any sum; they apply after the filters of `SampleSettings`
     - stats: updated with every byte

@@ -17,9 +17,9 @@ LINE = "{desc}: {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}{po
 
 
 def visible(text: str) -> str:
-    """The text with escapes such as \\x1b for control characters other than \\n, \\t and \\r\\n.
+    """The text with \\n for \\r\\n, and escapes (\\x1b) for control characters but \\n and \\t.
 
-    A terminal would execute these characters.
+    A terminal would execute the characters that are escaped.
     """
     return "".join(
         escape_code(c) if unicodedata.category(c) == "Cc" and c not in "\n\t" else c

@@ -70,9 +70,9 @@ class Progress:
         return cls(**{name: value for name, value in values.items() if name in names})
 
     def took(self, seconds: float, windows: int, bytes_: int) -> None:
-        """Count a step. A process compiles in its first two, which count as the mean so far.
+        """Count a step. A process compiles in its first two steps; they count with the mean time.
 
-        A later one counts as ten mean ones at most: more is a pause of the process (Ctrl-Z).
+        A later step counts with at most ten mean times, since more is a pause (Ctrl-Z).
         """
         self.steps_here += 1
         mean = self.seconds / max(1, self.step)

@@ -33,7 +33,7 @@ def score(model: Pico, text: str | bytes, *, decoder: Decoder | None = None) -> 
       which is not scored, precedes it
     - decoder: a `Decoder(model)` to reuse, since making one takes seconds
 
-    Memory does not depend on the windows of training: a text may have any length. Raises PicoError
+    A text may be longer than a window of training: the decoder's memory is fixed. Raises PicoError
     if there is no text, and on logits that are not finite.
     """
     data = as_bytes(text, "the text")

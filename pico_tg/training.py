@@ -51,7 +51,7 @@ from .runs import (
     resumed_settings,
 )
 
-UNREAD = 0.03  # of the data, beyond which it is said that they are in no window
+UNREAD = 0.03  # share of the data; `train` says so if more of them are in no window
 ADAMW_STATE = ("b1_t", "b2_t", "m", "v")
 
 
@@ -115,7 +115,7 @@ class Events:
         """Called after each of several micro-batches of a step."""
 
     def stop(self) -> bool:
-        """Asked between micro-batches and after every step, its validation included.
+        """Asked between micro-batches, after every step and after every validation.
 
         True saves the last complete step and ends training; the step in progress is discarded.
         """
@@ -130,7 +130,7 @@ class TrainStep:
     - loss, aux loss, next-byte loss (nats)
     - share of the bytes that causal routing selects
     - share of the bytes that training selects, but that have no slot
-    - 1 if every gradient is finite; else 0, and no weight has changed
+    - 1 if every loss and gradient is finite; else 0, and no weight has changed
 
     `consistent` is False from the start of an update until the caller has counted the step.
     """
@@ -302,14 +302,14 @@ def train(
     - dataset: `pico_tg.DataSpec`, its `dataset` alone, or loaded data; None is `python-docs`
     - run_dir: receives training.json, metrics.jsonl (the records) and checkpoints, see
       `pico_tg.runs`; must be new, or of a run that ended before its first checkpoint. The folder
-      above it receives model.json, unless it has one, which must be of this model
+      above it receives model.json; a model.json that is there already must be of this model
     - devices: names such as ("CUDA:0", "CUDA:1") share each batch; training leaves the model on the
       first
     - resume: continue the run in run_dir from its newest valid checkpoint, bit for bit. May differ
       from the run: the settings in `pico_tg.runs.MAY_CHANGE`, the path of unchanged data, and with
       `force` batch_size
-    - base_weights: .safetensors file to start from; recorded in training.json. The first thing
-      that `events` say is then how well these weights predict the held-out text
+    - base_weights: .safetensors file to start from; recorded in training.json. Before the
+      first step, `events` say how well these weights predict the held-out text
     - events: the user interface. `StopSignals` in pico_tg.tools.terminal stops at Ctrl-C
     - given: fields of `pico_tg.TrainSettings`
     - settings: source of the fields of a new run that are not given: "chosen", the default, for the
@@ -325,8 +325,9 @@ def train(
     a dict of them.
 
     The last step is saved if `events` stop, if the caller closes the generator or ends with an
-    error, and if a validation fails. An error or Ctrl-C during an update saves nothing, since the
-    weights may be half updated: the run then resumes from the checkpoint before.
+    error, and if a validation ends with any error but the one below. An error or Ctrl-C during an
+    update saves nothing, since the weights may be half updated; the run then resumes from the
+    checkpoint before.
 
     Raises PicoError on bad settings or data, before anything is written, and on a loss or gradient
     that is not finite, before that step changes the weights. A validation that is not finite raises
@@ -503,7 +504,7 @@ def _set_steps(
     if total <= settings.warmup_steps:
         events.say(
             f"all {total} steps are within warmup_steps ({settings.warmup_steps}), so the learning "
-            "rate never reaches its peak; more epochs or smaller batches give more steps"
+            "rate only rises; more epochs or smaller batches give more steps"
         )
     if 0 < total <= settings.router_warmup_steps:
         events.say(

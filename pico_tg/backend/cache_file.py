@@ -1,4 +1,4 @@
-"""Makes tinygrad's cache file usable from every thread, and its errors warnings.
+"""Makes tinygrad's cache file usable from every thread, and turns its errors into warnings.
 
 tinygrad 0.13 caches compiled kernels in one SQLite file, CACHEDB, through one connection that only
 the thread that opened it may use. Every error of that connection ends the program: a read-only

@@ -1,4 +1,4 @@
-"""The kernels by which the rest of the package knows this folder: see `backend.runtime`."""
+"""The kernels of this folder that the model calls, through `backend.cpu_kernels`."""
 
 from .band_attention import band_attention
 from .decoding import attend, packed_matmul

@@ -78,7 +78,7 @@ def load_data(spec: DataSpec, progress: bool = True) -> Data:
             "validate on, or none to hold out the end"
         )
     if (share := shared(validation.bytes, train.bytes)) > CHANCE:
-        remarks += (f"about {share:.0%} of the text to validate on is also trained on",)
+        remarks += (f"at least about {share:.0%} of the text to validate on is also trained on",)
     note = [f"training on {_sizes(train)}{_files(train)}; validating on {held_out}"]
     if found.unused:
         note.append(f"not used: {'; '.join(found.unused)}")
@@ -152,10 +152,10 @@ def open_data(
 
 
 def trained_on(text: np.ndarray, data: Data | Corpus, stored: dict[str, Any], run: Path) -> str:
-    """How much of `text` (uint8) `run` was trained on, a line; "" if that is none but by chance.
+    """A line: how much of `text` (uint8) `run` was trained on; "" for no more than CHANCE.
 
-    `data`: where `text` is from, which may be the data of the run under another path. The line says
-    so if the data of the run are no longer what they were, or are not there.
+    `data`: where `text` is from; may be the data of the run under another path. If the data of the
+    run have changed or are missing, the line says that the share is not known.
     """
     try:
         if (
@@ -169,7 +169,8 @@ def trained_on(text: np.ndarray, data: Data | Corpus, stored: dict[str, Any], ru
         share = shared(text, data.train.bytes)
     except PicoError as error:
         return f"it is not known whether {run} was trained on this text: {error}"
-    return f"{run} was trained on about {share:.0%} of this text" if share > CHANCE else ""
+    line = f"{run} was trained on at least about {share:.0%} of this text"
+    return line if share > CHANCE else ""
 
 
 def describe_data(data: Data) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from .corpus import SEQ_END, SEQ_START, Corpus, digest
 from .formats import reason
 
 HELD_OUT = 0.05  # of the bytes, by default
-LEAST_CUT = 100  # bytes; fewer of a document measure nothing, so then it is held out whole
+LEAST_CUT = 100  # bytes; a smaller part of a document measures nothing: hold out whole ones
 Counts = tuple[tuple[str, int], ...]
 
 
@@ -18,10 +18,10 @@ def hold_out(
 ) -> tuple[Corpus, Corpus]:
     """Cut the end off a corpus, which is cached in `folder`: (train, validation).
 
-    A fraction is cut at the nearest start of a document. Where that start misses the wanted number
-    of bytes by more than half of it, the cut is within a document; not if that number is below
-    LEAST_CUT. size: see `DataSpec.validation_size`. Raises PicoError if nothing would be left to
-    train on.
+    A fraction is cut at the nearest start of a document. The cut is within a document if the corpus
+    is a single one, or if that start misses a wanted number of at least LEAST_CUT bytes by more
+    than half of this number. size: see `DataSpec.validation_size`. Raises PicoError if nothing
+    would be left to train on.
     """
     if corpus.documents == 1:
         if isinstance(size, int):

@@ -44,12 +44,12 @@ class DataSpec:
         "split to train on (default: train if there is one, else the only one)"
     )
     validation_split: str | None = _option(
-        "split to validate on (default: validation if there is one, unless both train_file and "
-        "validation_size are given; with train_file, only of local data)"
+        "split to validate on (default: validation if there is one; with train_file, only for "
+        "local data and without validation_size)"
     )
     validation_size: float | int | None = setting(
-        "without validation data, hold out the end: a fraction of the bytes below 1, or a number "
-        "of documents (default 0.05)",
+        "without validation data, how much of the end to hold out: a fraction below 1 of the "
+        "bytes, or a whole number of documents (default 0.05)",
         None,
         above=0,
     )

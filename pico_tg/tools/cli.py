@@ -336,9 +336,10 @@ def data_to_measure(args: argparse.Namespace, stored: dict[str, Any] | None) -> 
 def default_split(
     args: argparse.Namespace, spec: DataSpec, stored: dict[str, Any] | None
 ) -> tuple[DataSpec, str]:
-    """The data and their split: all of a DATASET that has no validation data.
+    """The data and the split to measure where --split is left out.
 
-    Of the data of the run, under this path or another one, it is what the run held out.
+    The split is `all` for a DATASET without validation data. If DATASET is the data of the run,
+    under the same path or another one, the split is the part that the run held out.
     """
     if args.dataset is None or has_validation(spec):
         return spec, "validation"

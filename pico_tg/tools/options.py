@@ -2,7 +2,7 @@
 
 An option of the model, of training, evaluation or generation is the field of a dataclass, which
 holds its help, limits and default: `add_fields` makes the options, `given` reads them back. Only
-options about files and display are written here.
+options without such a field are written here.
 """
 
 import argparse
@@ -118,13 +118,14 @@ def add_train_options(parser: Parser) -> None:
     add_fields(parser, DataSpec, without=("dataset",), prefix="dataset_")
     parser.add_argument(
         "--base-weights", type=path_name, metavar="FILE",
-        help="start from these weights (.safetensors) instead of fresh ones, and without "
-        "router warm-up unless --router-warmup-steps is given",
+        help="start from these weights (.safetensors) instead of fresh ones; unless given, there "
+        "is no router warm-up, and the learning rate is a quarter of the one for fresh weights",
     )  # fmt: skip
     parser.add_argument(
         "--from", dest="source", nargs=2, metavar=("PATH", "RUN"),
         help="fine-tune: start from the newest checkpoint of another model's RUN; this model's "
-        "folder, if new, takes over the sizes; a learning rate that is not given is a quarter",
+        "folder, if new, takes over the sizes; router warm-up and learning rate as for "
+        "--base-weights",
     )  # fmt: skip
     add_fields(parser, TrainSettings, defaults=dict.fromkeys(costs.CHOSEN, "see --settings"))
     parser.add_argument(
@@ -155,7 +156,7 @@ def add_eval_options(parser: Parser) -> None:
     )  # fmt: skip
     add_fields(parser, DataSpec, without=("dataset",), prefix="dataset_")
     defaults = {
-        "split": "validation; all for other data than the run's without a validation part",
+        "split": "validation; all if DATASET is not the run's and has no validation data",
         "context_len": "as in training",
     }
     add_fields(parser, EvalSettings, defaults=defaults)
@@ -166,7 +167,8 @@ def add_eval_options(parser: Parser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--html", type=page_name(".html", ".htm"), metavar="FILE",
-        help=f"also write a page of the first {PASSAGE:,} bytes: router weights, surprisal",
+        help=f"also write a page with router weights and surprisal: of TEXT, or of the first "
+        f"{PASSAGE:,} bytes of the data",
     )  # fmt: skip
 
 

@@ -154,8 +154,8 @@ def colored_text(
 ) -> Iterator[str]:
     """`decode_text` with ANSI colors: background by router weight, accepted drafts underlined.
 
-    Each piece ends with a reset, so that an interrupt never leaves the terminal colored. A line
-    break is shown as a shaded space before it. Control characters become escapes.
+    Each piece ends with a reset, so that an interrupt never leaves the terminal colored. A
+    space before each line break has the shade of the line break. Control characters become escapes.
     """
     for character in line_breaks(characters(records, begun)):
         shade = SHADES[max(0, math.ceil(character.weight * len(SHADES)) - 1)]
@@ -203,9 +203,9 @@ _results: TextIO | None = None  # standard output, within `results_alone`
 
 @contextlib.contextmanager
 def results_alone() -> Iterator[None]:
-    """Whatever else prints to standard output within, writes to stderr: tinygrad with DEBUG.
+    """Within it, only `put` and `show` write to standard output; other output goes to stderr.
 
-    Another thread than the main one leaves the process's standard output alone.
+    Such output is tinygrad's with DEBUG. Outside of the main thread, nothing is redirected.
     """
     global _results
     if threading.current_thread() is not threading.main_thread():
@@ -270,7 +270,7 @@ class StopSignals(Events):
         now = time.monotonic()
         if self.asked_at is None:
             self.asked_at = now
-            text = "stopping after this step, with a checkpoint (again: immediately, without one)"
+            text = "stopping with a checkpoint of the last complete step (again: without one)"
             # print() raises RuntimeError if the signal interrupts another print()
             with contextlib.suppress(OSError):
                 os.write(2, f"\n{text}\n".encode())
