@@ -950,10 +950,12 @@ def test_names_that_are_not_utf8(trained, measured, written, tmp_path, monkeypat
     for arguments in (
         ["run", path, "r\udcfcn", "--html", str(page)],
         ["eval", path, "r\udcfcn", data, "--html", str(page)],
-        ["plot", path, "r\udcfcn", "--output", str(page)],
     ):
         assert cli.main(arguments) == 0, arguments
         assert "r\ufffdn" in page.read_text("utf-8")
+    chart = tmp_path / "chart.svg"
+    assert cli.main(["plot", path, "r\udcfcn", "--output", str(chart)]) == 0
+    assert "r\ufffdn" in chart.read_text("utf-8")
     assert cli.main(["plot", path, "r\udcfcn"]) == 0
     capsys.readouterr()
     for arguments in (

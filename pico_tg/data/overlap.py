@@ -8,7 +8,7 @@ PIECE = 48  # bytes that both texts share, a multiple of 8: short texts are said
 ONE_IN = 16  # of the pieces, chosen by their first bytes, so that both texts choose the same ones
 CHANCE = 0.05  # an overlap below is usual between texts of one kind (stories: 0.02)
 CHUNK = 1 << 18  # bytes at a time
-AT_MOST = 1 << 27  # bytes of the other text that are read: some seconds
+AT_MOST = 1 << 23  # bytes of the other text that are read, in chunks from everywhere
 WEIGHTS = np.random.default_rng(0).integers(1 << 63, size=PIECE // 8, dtype=np.uint64) * 2 + 1
 
 
@@ -22,15 +22,15 @@ def shared(text: np.ndarray, other: np.ndarray) -> float:
         return 0.0
     wanted, counts = np.unique(hashes, return_counts=True)
     found = np.zeros(len(wanted), bool)
-    for hashes in _pieces(other[:AT_MOST]):
+    for hashes in _pieces(other, every=1 + len(other) // AT_MOST):
         at = np.searchsorted(wanted, hashes) % len(wanted)
         found[at[wanted[at] == hashes]] = True
     return float(counts[found].sum() / counts.sum())
 
 
-def _pieces(text: np.ndarray) -> Iterator[np.ndarray]:
-    """Hashes of the chosen pieces, chunk by chunk: uint64 [pieces]."""
-    for start in range(0, len(text) - PIECE + 1, CHUNK):
+def _pieces(text: np.ndarray, every: int = 1) -> Iterator[np.ndarray]:
+    """Hashes of the chosen pieces of every n-th chunk: uint64 [pieces]."""
+    for start in range(0, len(text) - PIECE + 1, every * CHUNK):
         block = text[start : start + CHUNK + PIECE - 1]
         first = block.astype(np.uint32)  # becomes a hash of the first 4 bytes of each piece
         for width in (1, 2):
