@@ -110,11 +110,11 @@ class Attention:
         """Attention of whole sequences: [B, N, H*C | K*C | K*C] -> [B, N, H*C]."""
         B, N, _ = qkv.shape
         qkv = qkv.reshape(B, N, -1, self.head_dim).transpose(1, 2)  # (B, H+2K, N, C)
+        qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
+        if self.position == "rope":  # q and k at once: sines are computed once for both
+            qk = rotate(materialize(qk), Tensor.arange(N, device=qkv.device))
         # materialize each: the gradient of the split is otherwise a masked sum over all heads
-        q, k, v = map(materialize, qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1))
-        if self.position == "rope":
-            positions = Tensor.arange(N, device=qkv.device)
-            q, k = (materialize(rotate(heads, positions)) for heads in (q, k))
+        q, k, v = map(materialize, (*qk.split([self.heads, self.kv_heads], dim=1), v))
         out = banded_attention(q, k, v, self.window, self.position == "alibi")  # (B, H, N, C)
         return materialize(out.transpose(1, 2)).flatten(2)  # (B, N, H*C)
 
