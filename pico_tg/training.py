@@ -96,7 +96,8 @@ def most_uncertain(logits: Tensor, config: Config) -> Tensor:
 
     logits [B, N, T, 256]; no gradient passes.
     """
-    uncertainty = entropy(logits[:, :, 0].detach())
+    # of all heads' logits, so that the loss shares the sums; only head 0's entropy is computed
+    uncertainty = entropy(logits)[:, :, 0].detach()
     return top_k_decisions(uncertainty, config.capacity(logits.shape[1]))
 
 
