@@ -32,7 +32,7 @@ from .checkpoint import (
     remove_leftovers,
     save_checkpoint,
 )
-from .config import Config, TrainSettings
+from .config import Config, TrainSettings, check_known
 from .files import PicoError, atomic_write, command, differences
 from .model import Pico
 from .progress import say
@@ -156,9 +156,8 @@ class Run:
         """Write a checkpoint, list it in training.json, delete the ones that need not be kept."""
         self.saved_step = step = progress.step
         save_checkpoint(weights, state, dataclasses.asdict(progress), self.folder)
-        if settings.keep_checkpoints:
-            spared = self.best[1] if settings.keep_best else None
-            delete_older(self.folder, step, settings.keep_checkpoints, spared)
+        spared = self.best[1] if settings.keep_best else None
+        delete_older(self.folder, step, settings.keep_checkpoints, spared)
         self.describe(self.description)
 
     def log(self, record: Record) -> None:
@@ -351,9 +350,7 @@ def check_startable(folder: Path) -> None:
 
 def stored_settings(stored: dict[str, Any], run: Path) -> TrainSettings:
     """The settings of a run, from its training.json. Raises PicoError if one is unknown."""
-    known = {field.name for field in dataclasses.fields(TrainSettings)}
-    if unknown := ", ".join(sorted(stored["settings"].keys() - known)):
-        raise PicoError(f"{run}/training.json has settings that are unknown here: {unknown}")
+    check_known(TrainSettings, stored["settings"], f"{run}/training.json: ")
     return TrainSettings(**stored["settings"])
 
 
