@@ -197,7 +197,9 @@ def test_a_thread_goes_on_without_beam(tmp_path):
     done = run_script(BEAM, BEAM="1", CACHEDB=str(tmp_path / "cache.db"))
     assert done.stdout.strip(), done.stderr
     (line,) = done.stderr.splitlines()
-    assert "BEAM" in line
+    assert "BEAM works in the main thread only" in line
+    done = run_script(BEAM, JITBEAM="1", CACHEDB=str(tmp_path / "cache.db"))
+    assert "PicoError: JITBEAM works in the main thread only" in done.stderr
 
 
 FORBIDDEN = """

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from tinygrad import Context, Tensor, TinyJit
+from tinygrad import Context, Tensor, TinyJit, getenv
 from tinygrad.codegen.opt import Opt, OptOps  # noqa: F401  # for ops.py
 from tinygrad.dtype import DType, _to_np_dtype  # noqa: F401  # DType: for matmul.py
 from tinygrad.engine import realize
@@ -185,8 +185,12 @@ def _say_without_beam() -> None:
 
 
 def _search() -> Context:
-    """Without BEAM outside the main thread, where tinygrad 0.13 may not set its signal handler."""
-    if not BEAM or threading.current_thread() is threading.main_thread():
+    """Without BEAM outside the main thread, where tinygrad 0.13 cannot set its signal handler."""
+    if threading.current_thread() is threading.main_thread():
+        return Context()
+    if getenv("JITBEAM"):  # which takes precedence over BEAM
+        raise PicoError("JITBEAM works in the main thread only; unset it")
+    if not BEAM:
         return Context()
     _say_without_beam()
     return Context(BEAM=0)
