@@ -3,6 +3,9 @@
 A checkpoint of step N is a pair of files. NNNNNNNN.state.safetensors, the optimizer's state and
 the progress, is written first; NNNNNNNN.safetensors, the weights alone, completes the pair. Each
 file holds a digest of the other's tensors, so a pair of files from different saves is invalid.
+
+The state is several times as large as the weights, and only resuming reads it. So the two newest
+checkpoints keep their states: one to resume from, and one in case that it is damaged.
 """
 
 import contextlib
@@ -21,6 +24,8 @@ from .config import Config
 from .files import PicoError, command
 from .model import Pico
 from .safetensors import read_header, read_safetensors, write_safetensors
+
+STATES = 2  # how many of the newest checkpoints keep the optimizer's state
 
 
 def save_weights(model: Pico, path: str | os.PathLike) -> None:
@@ -111,13 +116,13 @@ def load_checkpoint(model: Pico, path: str | os.PathLike) -> tuple[dict[str, np.
 
 
 def check(path: str | os.PathLike) -> None:
-    """Raise PicoError if a checkpoint's file is missing, truncated or no safetensors file.
+    """Raise PicoError if a checkpoint's file is truncated or no safetensors file.
 
-    Only headers and sizes are read. Weights from elsewhere have no state beside them.
+    Only headers and sizes are read. Older checkpoints and weights from elsewhere have no state.
     """
-    _, notes = read_header(path)
-    if "state" in notes:
-        read_header(_state_path(Path(path)))
+    read_header(path)
+    if (state := _state_path(Path(path))).exists():
+        read_header(state)
 
 
 def load_newest(
@@ -143,15 +148,21 @@ def load_newest(
 def delete_older(
     run_dir: str | os.PathLike, step: int, keep: int, spared: int | None = None
 ) -> None:
-    """Delete checkpoints before `step`, oldest first, until `keep` remain together with `step`'s.
+    """Delete what need not be kept beside the checkpoint of `step`, which is valid.
 
-    The checkpoint of the step `spared` is not deleted and does not count.
+    Of the checkpoints before, the oldest are deleted until `keep` (0: all) remain together with
+    `step`'s. The weights of the step `spared` are not deleted and do not count. Then all but the
+    `STATES` newest lose their optimizer's state.
     """
-    older = [path for at, path in list_checkpoints(run_dir) if at < step and at != spared]
-    for path in older[: max(0, len(older) - (keep - 1))]:
-        with contextlib.suppress(OSError):  # a read-only folder keeps all checkpoints
-            path.unlink()  # first the weights: without weights, a state is a leftover
-            _state_path(path).unlink(missing_ok=True)
+    before = [(at, path) for at, path in list_checkpoints(run_dir) if at < step]
+    older = [path for at, path in before if at != spared]
+    deleted = older[: max(0, len(older) - (keep - 1))] if keep else []
+    kept = [path for _, path in before if path not in deleted]
+    without_state = deleted + kept[: len(kept) - (STATES - 1)]
+    # first the weights: without weights, a state is a leftover
+    for file in (*deleted, *map(_state_path, without_state)):
+        with contextlib.suppress(OSError):  # no such file, or a read-only folder, which keeps all
+            file.unlink()
 
 
 def quarantine(path: Path) -> None:

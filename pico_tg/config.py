@@ -118,11 +118,11 @@ def from_keywords(cls: type[Settings], keywords: dict[str, Any]) -> Settings:
     return cls(**keywords)
 
 
-def check_known(cls: type, keywords: dict[str, Any]) -> None:
-    """Raise PicoError unless all keywords are fields of `cls`."""
+def check_known(cls: type, keywords: dict[str, Any], where: str = "") -> None:
+    """Raise PicoError, beginning with `where`, unless all keywords are fields of `cls`."""
     known = field_help(cls).keys()
     if wrong := ", ".join(sorted(keywords.keys() - known)):
-        raise PicoError(f"unknown setting {wrong}; there are: {', '.join(sorted(known))}")
+        raise PicoError(f"{where}unknown setting {wrong}; there are: {', '.join(sorted(known))}")
 
 
 def documented(cls: type) -> type:

@@ -42,6 +42,12 @@ INPUTS = (1, 1, 1, 1 + PREFILL_CHUNK)
 MIN_PREFILL = 4096  # bytes of the shortest prompt for which prefill passes are compiled
 
 
+def check_decoder(model: Pico, decoder: "Decoder | None") -> None:
+    """Raise PicoError if the decoder is of another model."""
+    if decoder is not None and decoder.model is not model:
+        raise PicoError("the decoder is of another model; make one with Decoder(model)")
+
+
 def graph_size(rows: int) -> int:
     """Rows of the smallest compiled pass that holds `rows` rows."""
     return next(size for size in SIZES if rows <= size)
@@ -93,7 +99,8 @@ class Decoder:
     """A model with KV caches: feed bytes, get the logits after each of them.
 
     Memory and time of a pass do not depend on the number of bytes fed. The decoder copies the
-    weights, so later changes of the model have no effect until `refresh`. All methods may be called
+    weights. `reset` copies them again if the model has been trained or loaded since, which the
+    weights of its last norm show; after other changes, call `refresh`. All methods may be called
     from any thread, one at a time.
 
     - position: bytes fed; selected: how many of them went through the latent blocks
@@ -107,6 +114,7 @@ class Decoder:
         self.model, self.config, self.use_latent = model, model.config, use_latent
         self.changes = 0
         self.packed = pack(model)
+        self.norm = read(model.norm.weight).tobytes()  # of the weights that are packed
         self.fb_in, self.latent, self.fb_out = (
             [KVCache(block.att) for block in part.blocks]
             for part in (model.fb_in, model.latent, model.fb_out)
@@ -145,10 +153,14 @@ class Decoder:
         kept, new = (nn.state.get_state_dict(model) for model in (self.packed, pack(self.model)))
         for name, tensor in kept.items():
             write_into(tensor, read(new[name]))
+        self.norm = read(self.model.norm.weight).tobytes()
         self.reset()
 
+    @exclusive
     def reset(self, use_latent: bool | None = None) -> None:
         """Forget all bytes fed; `use_latent`, if given, replaces the attribute."""
+        if self.norm != read(self.model.norm.weight).tobytes():
+            self.refresh()
         self.changes += 1
         self.position = self.selected = 0
         self.recent = b""  # the bytes of the last pass, preceded by the byte before that pass

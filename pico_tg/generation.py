@@ -30,7 +30,7 @@ import numpy as np
 from .backend.runtime import tinygrad_lock
 from .config import check_fields, documented, from_keywords, setting
 from .data import SEQ_END, SEQ_START
-from .decoder import DECODE_ROWS, Decoder, graph_size
+from .decoder import DECODE_ROWS, Decoder, check_decoder, graph_size
 from .files import PicoError
 from .model import Pico
 
@@ -388,9 +388,9 @@ def generate(
     - filters: one or several functions from the probabilities of the next byte, float64 [256], to
       those to draw from, of any sum; they apply after the filters of `SampleSettings`
     - stats: updated with every byte
-    - decoder: a `Decoder(model)` to reuse, since making one takes seconds. A decoder serves one
-      generator at a time: once another generator uses the decoder, the earlier generator raises
-      PicoError at its next byte
+    - decoder: a `Decoder(model)` to reuse, since making one takes seconds; no other model's. A
+      decoder serves one generator at a time: once another generator uses the decoder, the earlier
+      generator raises PicoError at its next byte
 
     May be called from any thread. Raises PicoError on a bad or unknown setting, on a prompt or stop
     that is no text, and on logits that are not finite.
@@ -406,6 +406,7 @@ def generate(
     more = _several(filters, Callable)
     if not all(map(callable, more)):
         raise PicoError("filters must be functions from probabilities to probabilities")
+    check_decoder(model, decoder)
     sampler = partial(chosen, more=more)
     stats = Stats() if stats is None else stats
     # a round is one decode pass: the newest byte and its drafts

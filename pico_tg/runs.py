@@ -1,6 +1,6 @@
 """The folder of a training run: training.json, metrics.jsonl and the checkpoints.
 
-- training.json: settings, data, model and devices of the run, and the names of its checkpoints
+- training.json: settings, data, model and devices of the run
 - metrics.jsonl: a record a step. It is only appended to: after a crash, the resumed run repeats
   the steps since its checkpoint, and the last record of a step counts
 - NNNNNNNN.safetensors, NNNNNNNN.state.safetensors: see `pico_tg.checkpoint`
@@ -32,7 +32,7 @@ from .checkpoint import (
     remove_leftovers,
     save_checkpoint,
 )
-from .config import Config, TrainSettings
+from .config import Config, TrainSettings, check_known
 from .files import PicoError, atomic_write, command, differences
 from .model import Pico
 from .progress import say
@@ -140,11 +140,8 @@ class Run:
 
     def describe(self, description: dict[str, Any]) -> None:
         """Write training.json."""
-        self.description = description
-        checkpoints = [path.name for _, path in list_checkpoints(self.folder)]
         with atomic_write(self.folder / "training.json") as file:
-            described = description | {"checkpoints": checkpoints}
-            file.write((json.dumps(described, indent=2) + "\n").encode())
+            file.write((json.dumps(description, indent=2) + "\n").encode())
 
     def save(
         self,
@@ -153,13 +150,11 @@ class Run:
         progress: Progress,
         settings: TrainSettings,
     ) -> None:
-        """Write a checkpoint, list it in training.json, delete the ones that need not be kept."""
+        """Write a checkpoint, delete the ones that need not be kept."""
         self.saved_step = step = progress.step
         save_checkpoint(weights, state, dataclasses.asdict(progress), self.folder)
-        if settings.keep_checkpoints:
-            spared = self.best[1] if settings.keep_best else None
-            delete_older(self.folder, step, settings.keep_checkpoints, spared)
-        self.describe(self.description)
+        spared = self.best[1] if settings.keep_best else None
+        delete_older(self.folder, step, settings.keep_checkpoints, spared)
 
     def log(self, record: Record) -> None:
         """Append a line to metrics.jsonl, durably if the record names a checkpoint.
@@ -351,9 +346,7 @@ def check_startable(folder: Path) -> None:
 
 def stored_settings(stored: dict[str, Any], run: Path) -> TrainSettings:
     """The settings of a run, from its training.json. Raises PicoError if one is unknown."""
-    known = {field.name for field in dataclasses.fields(TrainSettings)}
-    if unknown := ", ".join(sorted(stored["settings"].keys() - known)):
-        raise PicoError(f"{run}/training.json has settings that are unknown here: {unknown}")
+    check_known(TrainSettings, stored["settings"], f"{run}/training.json: ")
     return TrainSettings(**stored["settings"])
 
 

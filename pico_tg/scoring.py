@@ -6,7 +6,7 @@ import numpy as np
 
 from .backend.runtime import exclusive
 from .data import SEQ_START
-from .decoder import Decoder
+from .decoder import Decoder, check_decoder
 from .files import PicoError
 from .generation import GeneratedByte, as_bytes, check_finite, log_softmax, sigmoid
 from .model import Pico
@@ -39,6 +39,7 @@ def score(model: Pico, text: str | bytes, *, decoder: Decoder | None = None) -> 
     data = as_bytes(text, "the text")
     if not data:
         raise PicoError("the text is empty: there is nothing to score")
+    check_decoder(model, decoder)
     decoder = decoder or Decoder(model)
     decoder.reset(use_latent=True)
     scored = Score()

@@ -73,6 +73,27 @@ def test_a_damaged_value_is_missing(use, tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_file_above_the_limit_is_emptied(use, tmp_path, capsys, monkeypatch):
+    """When it is opened; another process that holds it open goes on with it."""
+    monkeypatch.setattr(cache_file, "LIMIT", 200_000)
+    path = tmp_path / "cache.db"
+    use(path)
+    put_and_get(value=os.urandom(150_000))
+    use(path)
+    assert helpers.diskcache_get("compiled", "a") is not None  # below the limit
+    put_and_get("b", os.urandom(150_000))
+    other = helpers._db_connection
+    use(path)
+    assert "emptied the kernel cache" in capsys.readouterr().err
+    assert helpers.diskcache_get("compiled", "a") is None
+    helpers._db_connection = other
+    assert put_and_get("c") == b"binary"
+    use(path)
+    assert helpers.diskcache_get("compiled", "c") == b"binary"
+    assert path.stat().st_size < 50_000
+    assert capsys.readouterr().err == ""
+
+
 def prepare(kind: str, path: Path) -> Path:
     """The path of a cache file that cannot be used."""
     if kind == "no folder":

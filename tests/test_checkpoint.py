@@ -152,8 +152,7 @@ def test_checking_reads_only_the_headers(run):
     with pytest.raises(PicoError, match=r"00000004\.safetensors is broken.*truncated"):
         check(checkpoint_path(run, 4))
     (run / "00000002.state.safetensors").unlink()
-    with pytest.raises(PicoError, match=r"00000002\.state\.safetensors"):
-        check(checkpoint_path(run, 2))
+    check(checkpoint_path(run, 2))  # as an older one
 
 
 def test_deleting_older_ones(tmp_path):
@@ -164,6 +163,21 @@ def test_deleting_older_ones(tmp_path):
         delete_older(tmp_path, step, keep=1, spared=2)
     assert [s for s, _ in list_checkpoints(tmp_path)] == [2, 3, 9]
     assert len(list(tmp_path.glob("*.state.safetensors"))) == 2
+
+
+def test_older_ones_keep_their_weights_only(tmp_path):
+    """So the newest but one can still be resumed from if the newest is damaged."""
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step)
+        delete_older(tmp_path, step, keep=0)
+    assert [s for s, _ in list_checkpoints(tmp_path)] == [1, 2, 3, 4]
+    states = sorted(path.name for path in tmp_path.glob("*.state.safetensors"))
+    assert states == ["00000003.state.safetensors", "00000004.state.safetensors"]
+    checkpoint_path(tmp_path, 4).write_bytes(b"damaged")
+    assert load_newest(Array(), tmp_path)[0] == checkpoint_path(tmp_path, 3)
+    checkpoint_path(tmp_path, 3).write_bytes(b"damaged")
+    with pytest.raises(PicoError, match="no checkpoint to resume from"):
+        load_newest(Array(), tmp_path)
 
 
 def valid_steps(folder: Path) -> list[int]:

@@ -391,6 +391,13 @@ def test_file_that_cannot_be_read(tmp_path, cache):
     check_error(cache, "cannot read .*a.txt: Input/output error", tmp_path / "a.txt")
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
+def test_a_pipe_is_refused(tmp_path, cache):
+    """Reading it would wait for ever."""
+    os.mkfifo(tmp_path / "a.txt")
+    check_error(cache, "a.txt is no regular file", tmp_path / "a.txt")
+
+
 def test_folder_named_python_docs(tmp_path, monkeypatch):
     (tmp_path / "python-docs").mkdir()
     (tmp_path / "python-docs" / "a.txt").write_text("a<|endoftext|>b")

@@ -288,6 +288,22 @@ def test_text_that_is_none_is_said(content, odd, tmp_path):
     assert said == ([f"{path} is read byte by byte: {odd}"] if odd else [])
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("<|startoftext|>a story<|endoftext|>" * 20, "<|startoftext|>"),
+        ("<s>a story</s>" * 20, "<s>"),
+        ("\ufeffa story " * 20, "a byte order mark (U+FEFF)"),
+        ("a story, 1 < 2 || x<|y<|endoftext|>" * 20, ""),
+    ],
+)
+def test_marks_of_other_programs_are_said(text, said, tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text(text)
+    found = [line for line in load(path).note.split("\n")[1:] if "validate on" not in line]
+    assert [line.partition(" holds ")[2].partition(",")[0] for line in found] == [said] * bool(said)
+
+
 def test_unreadable_files(tmp_path, cache):
     for name, content, match in [
         ("bad.jsonl", b'{"text": "a"}\n{"text": oops\n', "cannot read .*bad.jsonl: JSON parse"),

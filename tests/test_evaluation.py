@@ -233,6 +233,13 @@ def test_surprisal(report, read):
     assert low <= report.surprisal_ratio <= high
 
 
+def test_a_text_that_is_certain_has_no_surprisal(found):
+    """As after training on one repeated byte: NaN would be no JSON."""
+    certain = found.figures | {"nats": np.zeros_like(found.figures["nats"])}
+    of_nothing = router_report.router_report(dataclasses.replace(found, figures=certain))
+    assert of_nothing.surprisal_ratio is of_nothing.surprisal_interval is None
+
+
 def test_a_confidence_interval():
     """95 % of the intervals of a share hold the true share; bytes in blocks widen the interval."""
     rng = np.random.default_rng(1)

@@ -12,7 +12,7 @@ import pytest
 from helpers import TINY, WINDOWS
 from tinygrad import GlobalCounters, nn
 
-from pico_tg import PicoError, Stats, generation, train
+from pico_tg import PicoError, Stats, generation, score, train
 from pico_tg.backend.runtime import write_into
 from pico_tg.config import Config
 from pico_tg.data import SEQ_END, SEQ_START
@@ -84,7 +84,7 @@ class Scripted:
     def __init__(self, script: bytes, drafts: int = 0, right=lambda position: True) -> None:
         self.script, self.drafts, self.right = script, drafts, right
         self.rows: list[int] = []  # of each pass, the prompt's left out
-        self.changes = 0
+        self.changes, self.model = 0, Heads
 
     def reset(self, use_latent: bool) -> None:
         self.position = None  # before the prompt
@@ -263,7 +263,9 @@ def test_a_filter_that_returns_no_probabilities(result):
 def test_drafts_that_are_always_right(heads):
     """After a while a pass takes in as many rows as there are, 8, and all of them stay."""
     decoder, stats = Scripted(SCRIPT, heads - 1), Stats()
-    model = type("Heads", (), {"config": Config(**(vars(TINY) | {"next_tokens": heads}))})
+    decoder.model = model = type(
+        "Heads", (), {"config": Config(**(vars(TINY) | {"next_tokens": heads}))}
+    )
     records = list(generate(model, max_bytes=300, decoder=decoder, stats=stats))
     assert text_of(records) == SCRIPT[:300]
     assert max(decoder.rows) == 8
@@ -390,6 +392,14 @@ def test_prompts_of_every_length_about_the_windows(model, weights, decoder):
         logits = oracle.forward(weights, TINY, x, causal=True)[0][0, -1, 0]
         expected = Sampler().distribution(logits)[record.byte]
         assert np.exp(record.logprob) == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_decoder_of_another_model_is_refused(model, decoder):
+    """It would write that model's text."""
+    other = Pico(TINY, seed=9)
+    for use in (generate, score):
+        with pytest.raises(PicoError, match="decoder is of another model"):
+            use(other, b"a", decoder=decoder)
 
 
 def test_the_seed_decides(model, decoder):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -85,6 +86,13 @@ def test_the_rate_of_decoding(router, expected, tmp_path):
     assert operations["decoding"] == decoding_flops(config, length, 0.2)
 
 
+def test_the_file_of_compiled_kernels_is_named(tmp_path):
+    CONFIG.to_json(tmp_path / "model.json")
+    facts = describe(tmp_path)
+    assert Path(facts["kernel_cache"]["file"]).stat().st_size == facts["kernel_cache"]["bytes"] > 0
+    assert facts["kernel_cache"]["file"] in describe_model(facts)
+
+
 @pytest.mark.parametrize("truncated", ["00000002.safetensors", "00000002.state.safetensors"])
 def test_a_truncated_checkpoint_is_named(truncated, tmp_path):
     CONFIG.to_json(tmp_path / "model.json")
@@ -137,5 +145,5 @@ def test_the_estimates_of_training(tmp_path):
         assert facts["run"][line] in describe_model(facts)
     description["settings"] |= {"momentum": 0.9}
     (tmp_path / "run" / "training.json").write_text(json.dumps(description))
-    with pytest.raises(PicoError, match="settings that are unknown here: momentum"):
+    with pytest.raises(PicoError, match=r"training\.json: unknown setting momentum"):
         describe(tmp_path, "run")

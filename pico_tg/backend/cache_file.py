@@ -16,11 +16,19 @@ from tinygrad.helpers import CACHELEVEL
 
 from ..progress import say
 
+LIMIT = 1 << 30  # bytes of entries; a file that holds more is emptied when it is opened
+
 
 def share_cache_file() -> None:
     """Open the cache file, once, and turn its first failure into a warning."""
     if not isinstance(helpers._db_connection, _Connection):
         helpers._db_connection = _open()
+
+
+def cache_file() -> dict[str, str | int]:
+    """Path of the cache file and its size in bytes; 0 if there is none yet."""
+    path = os.path.abspath(helpers.CACHEDB)
+    return {"file": path, "bytes": os.path.getsize(path) if os.path.exists(path) else 0}
 
 
 class _Connection(sqlite3.Connection):
@@ -65,10 +73,31 @@ def _open() -> _Connection:
         # readers then do not wait for a writer; fails while another connection sets WAL, too
         with contextlib.suppress(sqlite3.OperationalError):
             connection.execute("PRAGMA journal_mode=WAL").fetchall()
+        _limit_size(connection)
         return connection
     except (sqlite3.Error, OSError) as error:
         _switch_off(error)
         return sqlite3.connect(":memory:", **options)
+
+
+def _limit_size(connection: _Connection) -> None:
+    """Delete all entries of a file that holds more than LIMIT bytes.
+
+    Nothing says which entries are old. Other processes may use the file meanwhile: to them the
+    entries are missing, and if they delay VACUUM, the free space is reused instead.
+    """
+    pages, free, size = (
+        connection.execute(f"PRAGMA {name}").fetchall()[0][0]
+        for name in ("page_count", "freelist_count", "page_size")
+    )
+    if (pages - free) * size <= LIMIT:
+        return
+    tables = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+    for (name,) in tables:
+        connection.execute(f"DELETE FROM '{name}'")
+    with contextlib.suppress(sqlite3.OperationalError):
+        connection.execute("VACUUM")
+    say(f"pico_tg: emptied the kernel cache, which held more than {LIMIT / 1e9:.1f} GB")
 
 
 def _switch_off(error: Exception) -> None:

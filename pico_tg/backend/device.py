@@ -15,6 +15,7 @@ import ctypes
 import dataclasses
 import functools
 import importlib.util
+import mmap
 import os
 import platform
 import shutil
@@ -30,6 +31,7 @@ from tinygrad.runtime.support.c import DLL
 
 from ..files import PicoError
 from .cache_file import share_cache_file
+from .machine import processor
 
 MACHINE = platform.machine().lower()
 MACHINE = {"amd64": "x86_64", "aarch64": "arm64"}.get(MACHINE, MACHINE)  # tinygrad's names
@@ -50,6 +52,8 @@ def choose_backend() -> None:
 
 @functools.cache  # keeps a success; an error is raised again by the next call
 def _choose() -> None:
+    for target in _requested.split(";"):
+        Target.parse(target)  # raises RuntimeError
     device = Device.DEFAULT.split(":")[0]
     if device == "CL" and not DEV.device and not _is_gpu():
         device = "CPU"
@@ -157,10 +161,29 @@ def _open(name: str) -> None:
     is_webgpu = name.split(":")[0] == "WEBGPU"
     if is_webgpu:
         _find_dawn()
-    Device[name].renderer  # noqa: B018  # a property that loads the compiler
+    compiler = Device[name].renderer.compiler  # loads it
+    if name.split(":")[0] == "CPU":
+        _check_executable_memory()
+        # tinygrad 0.13 caches clang's objects by source and "native", whatever processor that is
+        # (test_backend.test_objects_are_of_one_processor)
+        if compiler and compiler.cachekey:
+            compiler.cachekey = compiler.cachekey.replace("native", processor())
     # without a driver, Dawn's launches succeed and compute nothing
     if is_webgpu and (Tensor([1.0], device=name) + 1).item() != 2:
         raise ValueError("no GPU; install its driver (Debian: mesa-vulkan-drivers and libvulkan1)")
+
+
+def _check_executable_memory() -> None:
+    """Raise ValueError if this process may not have the memory that tinygrad's kernels need."""
+    if sys.platform != "linux":
+        return
+    try:
+        mmap.mmap(-1, 1, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC).close()
+    except OSError as error:
+        raise ValueError(
+            f"this system forbids memory that is writable and executable ({error.strerror}), which "
+            "compiled kernels need; permit it (systemd: MemoryDenyWriteExecute=no)"
+        ) from error
 
 
 def describe_backend() -> str:

@@ -12,8 +12,8 @@ The key of a graph or kernel is `UOp.key`, a hash of its operations, shapes, dty
 The key also includes everything else that determines the value: tinygrad's version, all context
 variables, the environment variables that tinygrad's code generation reads, and for a kernel the
 renderer, its target, its compiler and the processor. So no entry becomes invalid: a different
-setting has a different key. A value that cannot be read counts as missing. The file only grows and
-may be deleted at any time. CACHELEVEL=0 turns both tables off.
+setting has a different key. A value that cannot be read counts as missing. The file may be
+deleted at any time; cache_file.py empties a large one. CACHELEVEL=0 turns both tables off.
 """
 
 import contextlib
@@ -22,7 +22,6 @@ import hashlib
 import importlib.metadata
 import os
 import pickle
-import platform
 import re
 from pathlib import Path
 
@@ -33,6 +32,8 @@ from tinygrad.codegen import to_program
 from tinygrad.helpers import CACHELEVEL, DEBUG, ContextVar
 from tinygrad.renderer import Renderer
 from tinygrad.uop.ops import CallInfo, Ops, UOp
+
+from .machine import processor
 
 VERSION = importlib.metadata.version("tinygrad")
 # context variables that affect what is printed, recorded or cached, but not the result
@@ -129,9 +130,9 @@ def _key(*parts: object) -> str:
 
 
 def _kernel_key(ast: UOp, renderer: Renderer) -> str:
-    # the target may be just "native": the compiler's key or _processor identifies the processor
+    # the target may be just "native": the compiler's key or `processor` identifies the processor
     compiler = str(renderer.compiler.cachekey) if renderer.compiler else ""
-    return _key(ast.key, type(renderer).__name__, str(renderer.target), compiler, _processor())
+    return _key(ast.key, type(renderer).__name__, str(renderer.target), compiler, processor())
 
 
 def _options() -> list[tuple[str, object]]:
@@ -148,17 +149,6 @@ def _environment() -> dict[str, str | None]:
         sources += (root / folder).rglob("*.py")
     names = {n for s in sources for n in re.findall(r'getenv\("(\w+)"', s.read_text("utf-8"))}
     return {f"${name}": os.environ.get(name) for name in names}
-
-
-@functools.cache
-def _processor() -> str:
-    """Name and instruction sets of this machine's processor."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            lines = {line for line in file if line.startswith(("model name", "flags", "Features"))}
-    except OSError:
-        lines = set()
-    return hashlib.sha256(repr((platform.uname()[4:], sorted(lines))).encode()).hexdigest()
 
 
 # Values

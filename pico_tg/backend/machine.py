@@ -1,7 +1,10 @@
-"""What the system grants this process: memory, and the limits of its control group (cgroup v2)."""
+"""The processor, and what the system grants this process: memory, limits of its cgroup (v2)."""
 
+import functools
+import hashlib
 import math
 import os
+import platform
 from pathlib import Path
 
 
@@ -37,3 +40,14 @@ def cgroup_limit(
         if place == root:
             break
     return limit
+
+
+@functools.cache
+def processor() -> str:
+    """A key of this machine's processor: a hash of its name and instruction sets."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            lines = {line for line in file if line.startswith(("model name", "flags", "Features"))}
+    except OSError:
+        lines = set()
+    return hashlib.sha256(repr((platform.uname()[4:], sorted(lines))).encode()).hexdigest()

@@ -12,14 +12,15 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from tinygrad import Tensor, TinyJit
+from tinygrad import Context, Tensor, TinyJit, getenv
 from tinygrad.codegen.opt import Opt, OptOps  # noqa: F401  # for ops.py
 from tinygrad.dtype import DType, _to_np_dtype  # noqa: F401  # DType: for matmul.py
 from tinygrad.engine import realize
-from tinygrad.helpers import round_up  # noqa: F401  # for matmul.py and kv_cache.py
+from tinygrad.helpers import BEAM, round_up  # noqa: F401  # for matmul.py and kv_cache.py
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops  # noqa: F401  # for ops.py
 
 from ..files import PicoError
+from ..progress import say
 
 try:
     from .. import cpu
@@ -178,8 +179,25 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_note_fork)
 
 
+@functools.cache  # once a process
+def _say_without_beam() -> None:
+    say("pico_tg: warning: BEAM works in the main thread only; this thread goes on without it")
+
+
+def _search() -> Context:
+    """Without BEAM outside the main thread, where tinygrad 0.13 cannot set its signal handler."""
+    if threading.current_thread() is threading.main_thread():
+        return Context()
+    if getenv("JITBEAM"):  # which takes precedence over BEAM
+        raise PicoError("JITBEAM works in the main thread only; unset it")
+    if not BEAM:
+        return Context()
+    _say_without_beam()
+    return Context(BEAM=0)
+
+
 def exclusive(function: Callable) -> Callable:
-    """The function, holding `tinygrad_lock` while it runs.
+    """The function, holding `tinygrad_lock` while it runs; outside the main thread without BEAM.
 
     Raises PicoError in a process that was forked from one that has computed: it would wait for the
     parent's threads, and share the parent's buffers (test_backend.test_a_forked_child_is_told).
@@ -194,7 +212,7 @@ def exclusive(function: Callable) -> Callable:
                 'memory; start it by multiprocessing.get_context("spawn")'
             )
         _used = True
-        with tinygrad_lock:
+        with tinygrad_lock, _search():
             return function(*args, **kwargs)
 
     return locked

@@ -43,7 +43,7 @@ from tinygrad.runtime.ops_cpu import CPUProgram
 from tinygrad.runtime.support.compiler_cpu import ClangJITCompiler, CPULLVMCompiler
 from tinygrad.uop.ops import Ops, UOp
 
-from ..backend.machine import cgroup_limit
+from ..backend.machine import cgroup_limit, processor
 
 # A kernel's row: function, shares, number of arguments, position of core_id, arguments' address.
 # A jump's row: address of the choice (int32), 0, unused, unused, address of the targets: the next
@@ -304,7 +304,7 @@ class IRCompiler(ClangJITCompiler):
     """clang, for LLVM IR instead of C; version 15 is the first that reads the launcher's IR."""
 
     def __init__(self, arch: str) -> None:
-        super().__init__([arch, "native"], cachekey="compile_clang_ir")
+        super().__init__([arch, "native"], cachekey=f"compile_clang_ir_{processor()}")
 
     def compile_to_obj(self, src: str) -> bytes:
         """The object file of LLVM IR."""

@@ -252,6 +252,8 @@ def _readable_file(name: str, path: Path) -> File:
         raise PicoError(
             f"cannot tell what {path} is by its name; {KNOWN}; rename plain text to .txt"
         )
+    if not path.is_file():  # a pipe could be read only once
+        raise PicoError(f"{path} is no regular file; write its text to one")
     return _local_file(name, path)
 
 

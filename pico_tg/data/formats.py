@@ -13,6 +13,7 @@ import itertools
 import json
 import lzma
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -26,6 +27,8 @@ Remark = Callable[[str], None]
 COMPRESSIONS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 CHUNK = 1 << 20  # bytes read at a time
 MARKER = b"<|endoftext|>"  # between the documents of a .txt
+# what other programs put into text: a byte order mark, and their marks between documents
+FOREIGN = re.compile(rb"\xef\xbb\xbf|<\|(?!endoftext\|>)\w+\|>|</?s>")
 NEWLINES = b"\r\n"
 PARQUET_ROWS = 4  # rows decoded at a time: few, since rows may be long
 MAX_CSV_FIELD = 1 << 26  # characters; Python's csv module needs 4 bytes for each
@@ -81,10 +84,11 @@ def read_text(file: BinaryIO, label: str, column: str | None, remark: Remark) ->
     split = file.read(1) in (b"\r", b"\n") and _has_marker(file)
     file.seek(0)
     started = False  # has a piece of the current document been yielded?
-    rest, odd = b"", ""
+    rest, odd, foreign = b"", "", None
     decoder = codecs.getincrementaldecoder("utf-8")()
     while block := file.read(CHUNK):
         odd = odd or _odd(decoder, block)
+        foreign = foreign or FOREIGN.search(block)
         *ended, rest = (rest + block).split(MARKER)
         for text in ended:
             text = text.rstrip(NEWLINES) if started else text.strip(NEWLINES)
@@ -107,6 +111,12 @@ def read_text(file: BinaryIO, label: str, column: str | None, remark: Remark) ->
         yield rest, True
     if odd := odd or _odd(decoder, b""):
         remark(f"{label} is read byte by byte: {odd}")
+    if foreign:
+        mark = foreign[0].decode().replace("\ufeff", "a byte order mark (U+FEFF)")
+        remark(
+            f"{label} holds {mark}, which is learned as text; only {MARKER.decode()} separates "
+            "documents"
+        )
 
 
 def _odd(decoder: codecs.IncrementalDecoder, block: bytes) -> str:

@@ -186,10 +186,7 @@ def sample_writer(model: Pico, prompt: bytes) -> Callable[[], str]:
 
     def write() -> str:
         nonlocal decoder
-        if decoder is None:
-            decoder = Decoder(model)
-        else:
-            decoder.refresh()
+        decoder = decoder or Decoder(model)
         # without drafts fewer graphs are compiled
         options = {"max_bytes": SAMPLE_BYTES, "seed": 0, "speculative": False}
         try:

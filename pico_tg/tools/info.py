@@ -6,6 +6,7 @@ from typing import Any
 
 from tinygrad import Device
 
+from ..backend.cache_file import cache_file
 from ..checkpoint import check, list_checkpoints, load_config
 from ..config import Config, TrainSettings
 from ..costs import (
@@ -44,6 +45,7 @@ def describe(
       Without a measurement, the rate is 1 / n for the router `stride` and the capacity for others;
       training makes `learned` keep to the capacity, while `space` may differ
     - cache_bytes: memory of the KV caches, float32, independent of the length of the text
+    - kernel_cache: path of the file that holds compiled kernels, and its bytes
     - run: its name, settings, dataset, data (what is trained on and what is held out, in words),
       edited (a line if it was trained with another model.json, or ""), base_weights, devices,
       steps (completed), planned_steps (at which training ends; None before the first step), and
@@ -81,6 +83,7 @@ def describe(
             "decoding_router_rate": rate,
         },
         "cache_bytes": cache_bytes(config),
+        "kernel_cache": cache_file(),
         **({} if gflops is None else {"training": _training(config, settings, planned, gflops)}),
         **described,
     }

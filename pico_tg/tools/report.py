@@ -113,7 +113,9 @@ def describe_model(facts: Mapping[str, Any]) -> str:
         (f"decoding, after {length:,} bytes, {routed}", f"{operations['decoding']:,.0f}"),
         ("memory of the KV caches", f"{facts['cache_bytes']:,} bytes"),
     ]
-    parts = [sizes, parameters, costs]
+    kernels = facts["kernel_cache"]
+    kept = f"compiled kernels: {kernels['bytes'] / 1e6:,.0f} MB in {kernels['file']}"
+    parts = [sizes, parameters, costs, kept]
     if training := facts.get("training"):
         windows = f"{training['batch_size']} windows of {training['context_len']:,} bytes"
         rows = [

@@ -63,7 +63,8 @@ class RouterReport:
 
     - surprisal_ratio: mean cross-entropy of the byte after a routed byte, divided by that of all
       bytes; above 1 the router selects where the text is hard to predict; None if no byte is
-      routed. surprisal_interval: its 95 % confidence interval, see `_interval`
+      routed, or if every byte is certain. surprisal_interval: its 95 % confidence interval, see
+      `_interval`
     - places: router decisions by kind of byte. The kinds are: word_start, the first byte of a
       word (ASCII letters, digits, _ and all characters beyond ASCII); word_inside, the first byte
       of a later character of a word; whitespace; punctuation (other ASCII); continuation (byte 2 to
@@ -138,7 +139,7 @@ def _surprisal(evaluation: Evaluation) -> tuple[float | None, list[float] | None
     measured = text & np.append(text[1:], False)  # the next byte is text as well
     routed = measured & evaluation.figures["decisions"]
     arrays = nats * routed, routed, nats * measured, measured
-    if not routed.any():
+    if not routed.any() or not nats[measured].any():  # a text that is certain surprises nowhere
         return None, None
     ratio = _ratio_of_means(*(array.sum(dtype=np.float64) for array in arrays))
     return float(ratio), _interval(_ratio_of_means, *arrays)
