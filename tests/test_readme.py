@@ -72,10 +72,11 @@ def test_quickstart(tmp_path):
 @pytest.mark.slow
 def test_the_model_that_comes_with_the_package(tmp_path):
     """It is small, writes English words, and predicts unseen prose in less than 3 bits per byte."""
-    (weights,) = (ROOT / "examples" / "stories" / "first").iterdir()
+    (weights,) = (ROOT / "pico_tg" / "stories" / "first").iterdir()
     assert weights.stat().st_size <= 2_000_000
     assert {a.dtype for a in read_safetensors(weights)[0].values()} == {np.dtype(np.float16)}
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    for name in ("examples", "pico_tg"):
+        (tmp_path / name).symlink_to(ROOT / name)
     setup, _, tour = blocks("bash")[:3]
     sample = run(setup.split(" && .venv/bin/")[-1] + " --max-bytes 200 --seed 1", tmp_path)
     assert sample.startswith("Once upon a time")
