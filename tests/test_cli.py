@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 from helpers import FLAGS, FOX, SHORT, Watch, error_line, start, status
 
-from pico_tg.checkpoint import load_config
 from pico_tg.config import Config, TrainSettings, types_of
 from pico_tg.costs import CHOSEN
 from pico_tg.data import DataSpec
@@ -28,7 +27,7 @@ from pico_tg.evaluation import EvalSettings, evaluate
 from pico_tg.files import PicoError
 from pico_tg.generation import GeneratedByte, SampleSettings, Stats, generate
 from pico_tg.model import Pico
-from pico_tg.runs import load
+from pico_tg.runs import SHIPPED, load, load_config
 from pico_tg.safetensors import read_safetensors
 from pico_tg.scoring import score
 from pico_tg.tools import cli
@@ -203,13 +202,17 @@ MISTAKES = {  # a command line, and what its error names
     "train {trained} run --resume --base-weights x": "--base-weights is for a new run",
     "train {trained} run --resume --from {trained} run": "--from is for a new run",
     "train new r {text} --from {trained} run --base-weights x": "both name the weights",
-    "train new r {text} --from nowhere run": "nowhere is no model",
-    "train new r {text} --from {trained} none": "none has no checkpoint",
+    "train new r {text} --from nowhere run": "nowhere is no model: there is no such folder; --from",
+    "train new r {text} --from {trained}/run run": "holds no model.json; --from takes PATH and RUN",
+    "train new r {text} --from {trained} none": "{trained} has no run none; its runs are: run",
+    "train stories new {text}": "train models/mine new DATASET --from stories first",
+    "train stories new {text} --from stories first": "stories stays as it comes with the package",
     "train new r nowhere.txt --from {trained} run": "nowhere.txt",
     "train {trained} run --resume --dataset-train-split a": "give the DATASET too",
     "train {trained} run --resume --learning-rate 0.5": "learning_rate was",
-    "train {trained} nothing --resume": "no training run to resume",
-    "eval {trained} nothing": "make one with: python -m pico_tg train {trained} nothing",
+    "train {trained} nothing --resume": "has no run nothing; its runs are: run",
+    "train stories first --resume": "no training run to resume",
+    "eval {trained} nothing": "{trained} has no run nothing; its runs are: run",
     "eval {trained} run --checkpoint 77": "checkpoints exist of steps 3",
     "eval {trained} run --dataset-column-name a": "give the DATASET too",
     "eval {trained} run {rows} --dataset-column-name plot": "story, title",
@@ -223,11 +226,12 @@ MISTAKES = {  # a command line, and what its error names
     "eval {trained} run --text=": "the text is empty",
     "eval {trained} run {text} --text a --split all": "leave DATASET and --split out",
     "eval {trained} run --text a --dataset-column-name b": "leave --dataset-column-name out",
-    "info {trained} none": "train it: python -m pico_tg train {trained} none",
+    "info {trained} none": "{trained} has no run none; its runs are: run",
     "info {new}": "make one with: python -m pico_tg init {new}",
     "plot {trained} missing": "metrics.jsonl",
     "plot {new} run": "make one with: python -m pico_tg init {new}",
     "run {model} nothing": "make one with: python -m pico_tg train {model} nothing",
+    "run {trained} rum": "{trained} has no run rum; its runs are: run",
     "run {damaged} r": "dim must be",
     "run {trained} run --raw-prompt": "raw prompt must hold",
     "run {trained} run --checkpoint 77": "checkpoints exist of steps 3",
@@ -235,7 +239,7 @@ MISTAKES = {  # a command line, and what its error names
     "run {trained} run --prompt a --prompt-file b": "--prompt-file",
     "run {trained} run --prompt-file /dev/null": "/dev/null is empty; leave --prompt-file out",
     "run {text}": "give the folder of a model",
-    "run nowhere": "nowhere is no model; make one with",
+    "run nowhere": "nowhere is no model: there is no such folder; make one with",
     "run {trained} run --prompt-file nowhere.txt": "nowhere.txt",
     "run {trained} run --prompt-file .": "cannot read",
     "run {trained} run --output pdf": "pdf",
@@ -265,7 +269,7 @@ def test_a_mistake_is_one_line(line, model, text, trained, tmp_path, monkeypatch
     places |= {"new": tmp_path / "new", "short": shlex.join(SHORT)}
     places["truncated"] = tmp_path / "base.safetensors"
     places["truncated"].write_bytes((trained / "run" / "00000003.safetensors").read_bytes()[:-4])
-    before = [contents(folder) for folder in (model, trained, damaged)]
+    before = [contents(folder) for folder in (model, trained, damaged, SHIPPED)]
     assert status(shlex.split(line.format(**places))) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -274,7 +278,7 @@ def test_a_mistake_is_one_line(line, model, text, trained, tmp_path, monkeypatch
     (error,) = re.findall(r"^(?!backend|caching)(?=.*\S).+$", captured.err, re.MULTILINE)
     assert error.startswith("pico_tg")
     assert MISTAKES[line].format(**places) in error
-    assert [contents(folder) for folder in (model, trained, damaged)] == before
+    assert [contents(folder) for folder in (model, trained, damaged, SHIPPED)] == before
     assert not (tmp_path / "new").exists()
 
 

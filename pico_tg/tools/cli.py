@@ -20,7 +20,7 @@ from ..backend.device import (
     enable_compile_cache,
     parse_devices,
 )
-from ..checkpoint import list_checkpoints, load_config
+from ..checkpoint import list_checkpoints
 from ..config import Config, TrainSettings
 from ..costs import complete, gemm_rate
 from ..data import (
@@ -41,9 +41,11 @@ from ..progress import drop_output, say, visible
 from ..runs import (
     best_validations,
     check_startable,
+    existing_run,
     find_checkpoint,
     find_description,
     load,
+    load_config,
     newest_run,
     read_description,
     read_metrics,
@@ -121,25 +123,27 @@ def command_train(args: argparse.Namespace) -> int:
     """Train the model in PATH on DATASET; write weights and metrics to PATH/RUN."""
     run_dir, settings = run_folder(args.path, args.run), given(args, TrainSettings)
     spec = data_to_train_on(args)
-    for option, value in {"--base-weights": args.base_weights, "--from": args.source}.items():
+    new = {"--base-weights": args.base_weights, "--from": args.source, "--settings": args.settings}
+    for option, value in new.items():
         if args.resume and value:
             raise PicoError(f"{option} is for a new run; leave it out with --resume")
     if args.source and args.base_weights:
         raise PicoError("--from and --base-weights both name the weights to start from; give one")
-    if args.resume and args.settings:
-        raise PicoError("--settings is for a new run; leave it out with --resume")
     if args.force and not args.resume:
         raise PicoError("--force requires --resume")
-    config = load_config(args.source[0] if args.source else args.path)
     if args.source:
-        args.base_weights = find_checkpoint(run_folder(*args.source))
+        config = load_config(args.source[0], "--from takes PATH and RUN of a trained model")
+        args.base_weights = find_checkpoint(existing_run(*args.source))
         config.exists(args.path / "model.json")
+    else:
+        config = load_config(args.path)
     devices = () if args.devices is None else parse_devices(args.devices)
     if args.sample_prompt and len(devices) > 1:
         raise PicoError("--sample-prompt needs one device: several devices print no samples")
     remarks: list[str] = []
     # settings and data are checked before the model is built
     if args.resume:
+        existing_run(args.path, args.run)
         data, stored = spec, read_description(run_dir)["settings"]
         seed = settings.get("seed", stored.get("seed", 0))
     else:
@@ -215,7 +219,7 @@ def data_to_train_on(args: argparse.Namespace) -> DataSpec | None:
 def command_eval(args: argparse.Namespace) -> int:
     """Measure the model PATH as trained in RUN on a split: bits per byte, heads, router."""
     load_config(args.path)
-    run_dir = run_folder(args.path, args.run)
+    run_dir = existing_run(args.path, args.run)
     checkpoint = find_checkpoint(run_dir, args.checkpoint)
     if args.text is not None:
         return score_text(args, int(checkpoint.stem))
@@ -460,7 +464,7 @@ def command_info(args: argparse.Namespace) -> int:
     """
     load_config(args.path)  # errors come before the measurement
     if args.run is not None:
-        run_folder(args.path, args.run)
+        existing_run(args.path, args.run)
     facts = describe(args.path, args.run, gemm_rate("auto", Device.DEFAULT))
     show(json.dumps(facts, indent=2) if args.json else describe_model(facts))
     return 0
