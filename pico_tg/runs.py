@@ -390,10 +390,10 @@ def check_startable(folder: Path) -> None:
 
 def stored_settings(stored: dict[str, Any], run: Path) -> TrainSettings:
     """The settings of a run, from its training.json. Raises PicoError if one is unknown."""
-    known = {field.name for field in dataclasses.fields(TrainSettings)}
-    if unknown := ", ".join(sorted(stored["settings"].keys() - known)):
-        raise PicoError(f"{run}/training.json has settings that are unknown here: {unknown}")
-    return TrainSettings(**stored["settings"])
+    try:
+        return TrainSettings(**stored["settings"])
+    except PicoError as error:
+        raise PicoError(f"{run}/training.json: {error}") from None
 
 
 def resumed_settings(

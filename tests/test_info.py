@@ -137,5 +137,5 @@ def test_the_estimates_of_training(tmp_path):
         assert facts["run"][line] in describe_model(facts)
     description["settings"] |= {"momentum": 0.9}
     (tmp_path / "run" / "training.json").write_text(json.dumps(description))
-    with pytest.raises(PicoError, match="settings that are unknown here: momentum"):
+    with pytest.raises(PicoError, match=r"training.json: unknown setting momentum"):
         describe(tmp_path, "run")

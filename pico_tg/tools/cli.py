@@ -21,7 +21,7 @@ from ..backend.device import (
     parse_devices,
 )
 from ..checkpoint import list_checkpoints
-from ..config import Config, TrainSettings
+from ..config import PRESETS, Config, TrainSettings
 from ..costs import complete, gemm_rate
 from ..data import (
     DataSpec,
@@ -94,7 +94,9 @@ def model_name(path: Path) -> str:
 
 def command_init(args: argparse.Namespace) -> int:
     """Describe a new model: write PATH/model.json. `train` makes the weights."""
-    config, path = Config(**given_sizes(args)), args.path
+    sizes, path = given_sizes(args), args.path
+    preset = args.preset or ("xs" if sizes.keys() - {"router", "position"} else "minutes")
+    config = Config.preset(preset, **sizes)
     try:
         if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
             raise PicoError(
@@ -104,7 +106,9 @@ def command_init(args: argparse.Namespace) -> int:
     except OSError as error:
         raise PicoError(f"cannot create {path}: {error.strerror}") from error
     config.to_json(path / "model.json")
-    show(f"{path / 'model.json'}: {config.parameters:,} parameters")
+    changed = ", ".join(f"{name} {value}" for name, value in sizes.items())
+    preset += f" ({PRESETS[preset][0]})" + (f" with {changed}" if changed else "")
+    show(f"{path / 'model.json'}: {config.parameters:,} parameters, preset {preset}")
     show(f"next: {command('train', path)} RUN DATASET")
     return 0
 
@@ -177,7 +181,8 @@ def command_train(args: argparse.Namespace) -> int:
         return 130
     if not checkpoint:  # `train` has said that nothing is left
         return 0
-    say(f"wrote {checkpoint}; write text with: {command('run', args.path, args.run)}")
+    write = command("run", args.path, args.run, "--prompt", args.sample_prompt or "The")
+    say(f"wrote {checkpoint}; write text with: {write}")
     return 0
 
 
@@ -497,7 +502,8 @@ def command_bench(args: argparse.Namespace) -> int:
     """Measure a step of training, or decoding, on this machine: a model of random weights.
 
     Times are medians. `model` are the GFLOPs that the mathematics requires, `executed` those that
-    the kernels execute. MFU and HFU divide the rates of these two by that of a plain matmul.
+    the kernels execute. MFU and HFU divide the rates of these two by that of a plain matmul; above
+    100 %, other processes slowed that matmul down.
     """
     sizes = load_config(args.model) if args.model else Config()
     config = dataclasses.replace(sizes, **given_sizes(args))
