@@ -18,15 +18,17 @@ settings = {"context_len": 512, "batch_size": 4, "learning_rate": 1.2e-2, "warmu
 records = pico_tg.train(
     model, "python-docs", max_steps=500, epochs=10, settings="published", **settings
 )
-for record in (bar := tqdm(records, total=500, unit="step")):
+bar = tqdm(
+    records, "compiling", total=500, bar_format="{desc}: {n}/{total} steps, {elapsed}{postfix}"
+)
+for record in bar:
+    bar.set_description_str("training")
     bar.set_postfix_str(f"{record['bits_per_byte']:.2f} bits/byte with tags")
     if "validation_bits_per_byte" in record:
         bits = record["validation_bits_per_byte"]
         tqdm.write(f"step {record['step']}: {bits:.2f} bits per byte of held-out text")
 
-prompt = b"The class statement"
-text = prompt
-for record in pico_tg.generate(model, prompt, max_bytes=400, temperature=0.7, seed=1):
-    text += bytes([record.byte])
-print(f"\n{visible(text.decode(errors='replace'))}\n")
+prompt = "The class statement"
+text = prompt + pico_tg.complete(model, prompt, max_bytes=400, seed=1)
+print(f"\n{visible(text)}\n")
 print(f"{time.perf_counter() - START:.0f} seconds in all")

@@ -24,7 +24,7 @@ from pico_tg.progress import escape_code, visible
 from pico_tg.tools.html import STYLE
 from pico_tg.tools.terminal import Character, characters
 
-SHIPPED = (Path(__file__).parent / "stories", "first")
+SHIPPED = ("stories", "first")
 MAX_BODY = 1 << 16  # bytes of a request
 WAIT = 10  # seconds that a request waits for the end of the one before it
 # name of a field, its type, least and greatest value (of text: of its length in UTF-8)

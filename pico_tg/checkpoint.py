@@ -20,8 +20,7 @@ import numpy as np
 from tinygrad import Tensor, nn
 
 from .backend.runtime import exclusive
-from .config import Config
-from .files import PicoError, command
+from .files import PicoError
 from .model import Pico
 from .safetensors import read_header, read_safetensors, write_safetensors
 
@@ -192,16 +191,6 @@ def _digest(arrays: dict[str, np.ndarray]) -> str:
         total.update(f"{name} {arrays[name].shape} {arrays[name].dtype}".encode())
         total.update(np.ascontiguousarray(arrays[name]))
     return total.hexdigest()
-
-
-def load_config(path: str | os.PathLike) -> Config:
-    """The Config of the model folder PATH. Raises PicoError if it has no valid model.json."""
-    file = Path(path) / "model.json"
-    if Path(path).is_file():
-        raise PicoError(f"{path} is a file; give the folder of a model, which holds model.json")
-    if not file.exists():
-        raise PicoError(f"{path} is no model; make one with: {command('init', path)}")
-    return Config.from_json(file)
 
 
 def checkpoint_path(run_dir: str | os.PathLike, step: int) -> Path:

@@ -7,12 +7,14 @@ DataSpec (data/spec.py) are made of the same fields.
 """
 
 import dataclasses
+import difflib
+import functools
 import json
 import math
 import os
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 import numpy as np
 
@@ -25,7 +27,17 @@ OPTIMIZERS = ("soap", "adamw")
 PRECISIONS = ("auto", "fp32", "bf16")
 MAX_PARAMETERS = 10**11  # a larger model is rejected as a mistake
 
-Settings = TypeVar("Settings")
+SMALL = {"next_tokens": 1, "att_q_heads": 8, "att_kv_heads": 2, "position": "rope"}
+# What each preset is for, and its sizes that differ from Config's defaults, the original's sizes
+PRESETS: dict[str, tuple[str, dict[str, int | float | str]]] = {
+    "minutes": ("for some minutes on a CPU", SMALL | {"latent_num_blocks": 4}),
+    "hour": ("for an hour on a CPU", SMALL | {"dim": 192, "latent_num_blocks": 6}),
+    "published": (
+        "the original README's, for an hour on a GPU",
+        {"dim": 372, "latent_num_blocks": 8, "fb_att_window_size": 32},
+    ),
+    "xs": ("the original's defaults, to compare with it", {}),
+}
 
 
 def setting(
@@ -39,12 +51,12 @@ def setting(
 ) -> Any:
     """A dataclass field whose metadata holds `help`, limits, and `more`.
 
-    - help: what the setting does; of a bool whose default is True, what False does
+    - help: what the setting does
     - minimum, maximum: least and greatest number; above, in place of minimum: a number that the
       value must exceed
     - choices: the only values
-    - more: see who reads it: `flag` and `metavar` (tools/options.py), `filter` (generation.py),
-      `optional` (`Config.to_dict`)
+    - more: see who reads it: `flag`, `off` and `metavar` (tools/options.py), `filter`
+      (generation.py), `optional` (`Config.to_dict`)
     """
     minimum = minimum if above is None else None
     metadata = {"help": help, "minimum": minimum, "maximum": maximum, "above": above}
@@ -109,33 +121,31 @@ def field_help(cls: type) -> dict[str, str]:
     return {field.name: field.metadata["help"] for field in dataclasses.fields(cls)}
 
 
-def from_keywords(cls: type[Settings], keywords: dict[str, Any]) -> Settings:
-    """cls(**keywords), for a function that takes the fields of `cls` as keywords.
-
-    Raises PicoError on an unknown keyword and lists those that there are.
-    """
-    check_known(cls, keywords)
-    return cls(**keywords)
-
-
-def check_known(cls: type, keywords: dict[str, Any], where: str = "") -> None:
-    """Raise PicoError, beginning with `where`, unless all keywords are fields of `cls`."""
-    known = field_help(cls).keys()
-    if wrong := ", ".join(sorted(keywords.keys() - known)):
-        raise PicoError(f"{where}unknown setting {wrong}; there are: {', '.join(sorted(known))}")
+def check_known(cls: type, keywords: dict[str, Any]) -> None:
+    """Raise PicoError, naming the nearest field, unless all keywords are fields of `cls`."""
+    known = sorted(field_help(cls))
+    for name in sorted(keywords.keys() - known):
+        near = difflib.get_close_matches(name, known, 1, cutoff=0.7)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise PicoError(f"unknown setting {name}{hint}; there are: {', '.join(known)}")
 
 
-def documented(cls: type) -> type:
-    """Class decorator: append the help of each field to the docstring."""
-    lines = []
-    for field in dataclasses.fields(cls):
-        off = "False: " if field.default is True else ""
-        lines.append(f"    - {field.name}: {off}{field.metadata['help']}")
+def settings_class(cls: type) -> type:
+    """Class decorator: refuse unknown keywords; append the help of each field to the docstring."""
+    init = cls.__init__
+
+    @functools.wraps(init)
+    def checked(self: Any, *values: Any, **keywords: Any) -> None:
+        check_known(cls, keywords)
+        init(self, *values, **keywords)
+
+    cls.__init__ = checked
+    lines = [f"    - {name}: {text}" for name, text in field_help(cls).items()]
     cls.__doc__ = "\n".join([(cls.__doc__ or "").rstrip() + "\n", *lines])
     return cls
 
 
-@documented
+@settings_class
 @dataclass(frozen=True)
 class Config:
     """The sizes of a Pico. Raises PicoError on an impossible size and says how to correct it.
@@ -243,6 +253,13 @@ class Config:
         return math.ceil(1 / self.latent_capacity_factor - 1e-9)
 
     @classmethod
+    def preset(cls, name: str, **changes: int | float | str) -> "Config":
+        """The sizes of PRESETS, with changes. Raises PicoError if there is no such preset."""
+        if name not in PRESETS:
+            raise PicoError(f"there is no preset {name!r}; there are: {', '.join(PRESETS)}")
+        return cls(**PRESETS[name][1] | changes)
+
+    @classmethod
     def from_json(cls, path: str | os.PathLike) -> "Config":
         """Read a model.json. Raises PicoError on a missing file, broken JSON or a wrong key."""
         try:
@@ -258,18 +275,15 @@ class Config:
     @classmethod
     def from_dict(cls, values: dict, where: str) -> "Config":
         """The inverse of `to_dict`. Raises PicoError with a message that starts with `where`."""
-        fields = {field.name: field for field in dataclasses.fields(cls)}
         if values.get("router") in ("threshold", "ratio"):
             raise PicoError(
                 f"{where}: the router {values['router']} has been removed; commit 44c7730 reads it"
             )
-        for key in values:
-            if key not in fields:
-                raise PicoError(f"{where}: unknown key {key!r}; the keys are {', '.join(fields)}")
-        for key, field in fields.items():
-            if key not in values and "optional" not in field.metadata:
-                raise PicoError(f"{where}: the key {key!r} is missing")
         try:
+            check_known(cls, values)
+            for field in dataclasses.fields(cls):
+                if field.name not in values and "optional" not in field.metadata:
+                    raise PicoError(f"the key {field.name!r} is missing")
             return cls(**values)
         except PicoError as error:
             raise PicoError(f"{where}: {error}") from None
@@ -298,7 +312,7 @@ class Config:
             file.write((json.dumps(self.to_dict(), indent=2) + "\n").encode())
 
 
-@documented
+@settings_class
 @dataclass(frozen=True)
 class TrainSettings:
     """How to train. Raises PicoError on an impossible value.

@@ -49,9 +49,9 @@ ROUTER_WARMUP = 0.2  # fraction of the steps
 PEAK = (500, 0.012)  # number of steps up to which SOAP's learning rate is constant, and that rate
 PUBLISHED = (3600, 0.001)  # number of steps of the published settings, and their learning rate
 ADAMW_FACTOR = 0.25  # AdamW's learning rate as a fraction of SOAP's
-# learning rate of trained weights as a fraction of random ones': with the whole rate the model of
-# examples/stories first gets worse on another text (1.28 bits per byte after 2 minutes, 1.21 with
-# a quarter of the rate)
+# learning rate of trained weights as a fraction of random ones': with the whole rate the model that
+# comes with the package first gets worse on another text (1.28 bits per byte after 2 minutes, 1.21
+# with a quarter of the rate)
 TRAINED_FACTOR = 0.25
 
 EFFICIENCY = 0.6  # rate of a train step as a fraction of a plain matmul's

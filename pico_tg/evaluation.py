@@ -24,15 +24,7 @@ from tinygrad import Tensor, dtypes
 
 from .backend.precision import graph_context
 from .backend.runtime import exclusive, jit_method, on_devices
-from .config import (
-    PRECISIONS,
-    TrainSettings,
-    check_fields,
-    documented,
-    field_help,
-    from_keywords,
-    setting,
-)
+from .config import PRECISIONS, TrainSettings, check_fields, field_help, setting, settings_class
 from .data import MAX_BATCH_BYTES, Corpus, Data, DataSpec, load_data, load_whole
 from .files import PicoError
 from .model import Pico, inputs_and_targets
@@ -207,7 +199,7 @@ class Evaluation:
         return {k: v for k, v in values.items() if not isinstance(v, np.ndarray | dict)}
 
 
-@documented
+@settings_class
 @dataclass(frozen=True)
 class EvalSettings:
     """How `evaluate` measures a text. Raises PicoError on an impossible value."""
@@ -255,7 +247,7 @@ def evaluate(
     Memory: about 25 + T bytes for each byte of the split. Raises PicoError on a bad or unknown
     setting, and on data with no byte to predict.
     """
-    chosen = from_keywords(EvalSettings, settings)
+    chosen = EvalSettings(**settings)
     split, context_len = chosen.split, chosen.context_len
     stride = chosen.stride or context_len
     corpus = _corpus(dataset, split, progress)

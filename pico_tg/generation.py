@@ -28,11 +28,15 @@ from typing import Any
 import numpy as np
 
 from .backend.runtime import tinygrad_lock
-from .config import check_fields, documented, from_keywords, setting
+from .config import check_fields, setting, settings_class
 from .data import SEQ_END, SEQ_START
 from .decoder import DECODE_ROWS, Decoder, check_decoder, graph_size
 from .files import PicoError
 from .model import Pico
+
+# without max_bytes, the text ends at the first end of a sentence after ENOUGH_BYTES
+ENOUGH_BYTES, MOST_BYTES = 800, 1024
+QUOTES = "\"')\u2019\u201d".encode()  # any of these bytes may follow the end of a sentence
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ def min_p_filter(p: np.ndarray, fraction: float) -> np.ndarray:
     return np.where(p < fraction * p.max(), 0, p)
 
 
-@documented
+@settings_class
 @dataclass(frozen=True)
 class Sampler:
     """How a byte is drawn from the logits of head 0. Raises PicoError on an impossible value.
@@ -117,8 +121,9 @@ class Sampler:
     """
 
     temperature: float = setting(
-        "below 1 more predictable, above 1 more varied, 0 always the likeliest byte",
-        1.0, minimum=0, metavar="T",
+        "1 draws from the model's own distribution, a smaller one writes more predictable text, 0 "
+        "always takes the likeliest byte",
+        0.7, minimum=0, metavar="T",
     )  # fmt: skip
     top_k: int = setting(
         "only the K likeliest bytes; 0: all", 0, minimum=0, metavar="K", filter=top_k_filter
@@ -199,7 +204,7 @@ def _checked(p: np.ndarray) -> np.ndarray:
     return p
 
 
-@documented
+@settings_class
 @dataclass(frozen=True)
 class SampleSettings(Sampler):
     """How `generate` continues a prompt. Raises PicoError on an impossible value.
@@ -209,7 +214,10 @@ class SampleSettings(Sampler):
     """
 
     seed: int | None = setting("the same seed writes the same text", None, minimum=0)
-    max_bytes: int = setting("stop after N bytes", 1024, minimum=0)
+    max_bytes: int | None = setting(
+        f"stop after N bytes (default: {MOST_BYTES}, or the first end of a sentence after "
+        f"{ENOUGH_BYTES})", None, minimum=0,
+    )  # fmt: skip
     raw_prompt: bool = setting(
         "feed the model the prompt alone; without this option, the tag that begins a document "
         "precedes the prompt",
@@ -222,10 +230,12 @@ class SampleSettings(Sampler):
         "continue the prompt N times; above 1, each sample follows a line --- sample 1 of N ---", 1
     )
     speculative: bool = setting(
-        "one pass per byte, without the model's own drafts of the next bytes; the text is the same",
-        True,
+        "let the model draft its next bytes, for fewer passes; the text is the same", True,
+        off="one pass per byte, without the model's drafts of the next bytes; the text is the same",
+    )  # fmt: skip
+    latent: bool = setting(
+        "run the latent blocks", True, off="skip the latent blocks", flag="--disable-latent"
     )
-    latent: bool = setting("skip the latent blocks", True, flag="--disable-latent")
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -395,7 +405,7 @@ def generate(
     May be called from any thread. Raises PicoError on a bad or unknown setting, on a prompt or stop
     that is no text, and on logits that are not finite.
     """
-    chosen = from_keywords(SampleSettings, settings)
+    chosen = SampleSettings(**settings)
     start = as_bytes(prompt, "the prompt")
     if chosen.raw_prompt and not start:
         raise PicoError("a raw prompt must hold at least one byte: there is nothing to continue")
@@ -411,6 +421,7 @@ def generate(
     stats = Stats() if stats is None else stats
     # a round is one decode pass: the newest byte and its drafts
     draft_limit = min(model.config.next_tokens, DECODE_ROWS[-1]) - 1 if chosen.speculative else 0
+    max_bytes = MOST_BYTES if chosen.max_bytes is None else chosen.max_bytes
 
     def samples() -> Iterator[GeneratedByte]:
         began = time.perf_counter()
@@ -432,10 +443,9 @@ def generate(
                     claimed.restore(after_prompt)
             rng = np.random.default_rng(None if chosen.seed is None else (chosen.seed, sample))
             policy = DraftPolicy(draft_limit, copy.deepcopy(transitions))
-            records = _rounds(
-                session, heads, sampler, rng, policy, chosen.max_bytes, sample, stats, began
-            )
-            yield from _before(endings, records)
+            records = _rounds(session, heads, sampler, rng, policy, max_bytes, sample, stats, began)
+            text = _before(endings, records)
+            yield from text if chosen.max_bytes is not None else _to_sentence(text)
 
     return samples()
 
@@ -547,6 +557,17 @@ def _before(
         while len(held) > unknown:
             yield held.pop(0)
     yield from held
+
+
+def _to_sentence(records: Iterator[GeneratedByte]) -> Iterator[GeneratedByte]:
+    """The records before the whitespace after the first sentence that ends after ENOUGH_BYTES."""
+    text = b""
+    for record in records:
+        ended = text.rstrip(QUOTES).endswith((b".", b"!", b"?"))
+        if len(text) >= ENOUGH_BYTES and ended and bytes([record.byte]).isspace():
+            return
+        text += bytes([record.byte])
+        yield record
 
 
 def _begun(ending: bytes, text: bytes) -> bytes:

@@ -26,7 +26,6 @@ except ImportError:  # Windows: two processes can train one run
 from .checkpoint import (
     delete_older,
     list_checkpoints,
-    load_config,
     load_weights,
     quarantine,
     remove_leftovers,
@@ -37,6 +36,7 @@ from .files import PicoError, atomic_write, command, differences
 from .model import Pico
 from .progress import say
 
+SHIPPED = Path(__file__).parent / "stories"  # the model that comes with the package
 Record = dict[str, Any]
 DESCRIBED = {"settings", "dataset", "model", "devices", "fingerprints"}  # keys of training.json
 BITS = "validation_bits_per_byte"  # the figure that decides which checkpoint is the best
@@ -202,12 +202,51 @@ class Run:
 # Reading a run ----------------------------------------------------------------------------------
 
 
+def model_folder(path: str | os.PathLike) -> Path:
+    """The folder of the model PATH; `stories` is SHIPPED where no folder `stories` exists."""
+    return SHIPPED if os.fspath(path) == "stories" and not os.path.exists(path) else Path(path)
+
+
+def load_config(path: str | os.PathLike, remedy: str = "") -> Config:
+    """The Config of the model PATH. Raises PicoError if it has no valid model.json.
+
+    remedy: what to do if there is none, in place of the command that makes a model
+    """
+    folder = model_folder(path)
+    if folder.is_file():
+        raise PicoError(f"{path} is a file; give the folder of a model, which holds model.json")
+    if not (folder / "model.json").exists():
+        why = "it holds no model.json" if folder.exists() else "there is no such folder"
+        remedy = remedy or f"make one with: {command('init', path)}"
+        raise PicoError(f"{path} is no model: {why}; {remedy}")
+    return Config.from_json(folder / "model.json")
+
+
 def run_folder(path: str | os.PathLike, run: str | os.PathLike) -> Path:
-    """The folder of RUN in the model folder PATH. Raises PicoError if RUN leads out of PATH."""
+    """The folder of RUN in the model PATH. Raises PicoError if RUN leads out of PATH."""
     name = Path(run)
     if name.is_absolute() or ".." in name.parts or name == Path():
         raise PicoError(f"RUN must name a run of {path}, not {os.fspath(run)!r}")
-    return Path(path) / name
+    return model_folder(path) / name
+
+
+def existing_run(path: str | os.PathLike, run: str | os.PathLike) -> Path:
+    """`run_folder`. Raises PicoError, naming the runs that the model has, if it does not exist."""
+    folder = run_folder(path, run)
+    if not folder.is_dir():
+        there = ", ".join(runs_of(path))
+        way = f"its runs are: {there}" if there else f"make one with: {command('train', path, run)}"
+        raise PicoError(f"{path} has no run {run}; {way}")
+    return folder
+
+
+def runs_of(path: str | os.PathLike) -> list[str]:
+    """The runs of the model PATH that have a checkpoint, that of the newest one first."""
+    model = model_folder(path)
+    folders = {file.parent for file in model.rglob("*.safetensors")}
+    newest = [found[-1][1] for folder in folders if (found := list_checkpoints(folder))]
+    newest.sort(key=lambda file: (file.stat().st_mtime_ns, file), reverse=True)
+    return [file.parent.relative_to(model).as_posix() for file in newest]
 
 
 def find_checkpoint(run_dir: str | os.PathLike, checkpoint: int | str = -1) -> Path:
@@ -238,13 +277,10 @@ def find_checkpoint(run_dir: str | os.PathLike, checkpoint: int | str = -1) -> P
 def newest_run(path: str | os.PathLike) -> str:
     """The run of the model PATH that has the newest checkpoint. Raises PicoError if none has."""
     load_config(path)
-    folders = [folder for folder in Path(path).rglob("*") if folder.is_dir()]
-    newest = [list_checkpoints(folder)[-1:] for folder in folders]
-    written = [(file.stat().st_mtime_ns, file) for found in newest for _, file in found]
-    if not written:
+    if not (runs := runs_of(path)):
         train = command("train", path, "RUN", "DATASET")
         raise PicoError(f"no run of {path} has a checkpoint; make one with: {train}")
-    return max(written)[1].parent.relative_to(path).as_posix()
+    return runs[0]
 
 
 def best_validations(run_dir: str | os.PathLike) -> list[int]:
@@ -256,12 +292,12 @@ def best_validations(run_dir: str | os.PathLike) -> list[int]:
 def load(path: str | os.PathLike, run: str | None = None, checkpoint: int | str = -1) -> Pico:
     """The model PATH with weights of RUN: the newest (-1), an older one (-2, …), a step or "best".
 
-    run: by default the one with the newest checkpoint. Says on stderr if RUN was trained with
-    another model.json. Raises PicoError if there is no such model, run or checkpoint, or if it is
-    broken.
+    path: a folder, or `stories`, the model that comes with the package; run: by default the one
+    with the newest checkpoint. Says on stderr if RUN was trained with another model.json. Raises
+    PicoError if there is no such model, run or checkpoint, or if it is broken.
     """
     config = load_config(path)
-    weights = find_checkpoint(run_folder(path, run or newest_run(path)), checkpoint)
+    weights = find_checkpoint(existing_run(path, run or newest_run(path)), checkpoint)
     model = Pico(config, fresh=False)
     load_weights(model, weights)
     if line := edited(config, weights.parent):
@@ -336,6 +372,9 @@ def check_startable(folder: Path) -> None:
 
     `folder` must not exist, or hold only files of a run that ended before its first checkpoint.
     """
+    if SHIPPED.resolve() in folder.resolve().parents:
+        tune = command("train", "models/mine", folder.name, "DATASET", "--from", "stories", "first")
+        raise PicoError(f"the model stories stays as it comes with the package; copy it: {tune}")
     left = r"\.lock|training\.json|metrics\.jsonl|\d{8,}\.state\.safetensors|\..*\.tmp"
     if not folder.exists() or (
         folder.is_dir() and all(re.fullmatch(left, p.name) for p in folder.iterdir())
@@ -346,8 +385,10 @@ def check_startable(folder: Path) -> None:
 
 def stored_settings(stored: dict[str, Any], run: Path) -> TrainSettings:
     """The settings of a run, from its training.json. Raises PicoError if one is unknown."""
-    check_known(TrainSettings, stored["settings"], f"{run}/training.json: ")
-    return TrainSettings(**stored["settings"])
+    try:
+        return TrainSettings(**stored["settings"])
+    except PicoError as error:
+        raise PicoError(f"{run}/training.json: {error}") from None
 
 
 def resumed_settings(

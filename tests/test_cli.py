@@ -20,15 +20,14 @@ import numpy as np
 import pytest
 from helpers import FLAGS, FOX, SHORT, Watch, error_line, start, status
 
-from pico_tg.checkpoint import load_config
-from pico_tg.config import Config, TrainSettings, types_of
-from pico_tg.costs import CHOSEN
+from pico_tg.config import PRESETS, Config, TrainSettings, types_of
+from pico_tg.costs import CHOSEN, training_flops
 from pico_tg.data import DataSpec
 from pico_tg.evaluation import EvalSettings, evaluate
 from pico_tg.files import PicoError
 from pico_tg.generation import GeneratedByte, SampleSettings, Stats, generate
 from pico_tg.model import Pico
-from pico_tg.runs import load
+from pico_tg.runs import SHIPPED, load, load_config
 from pico_tg.safetensors import read_safetensors
 from pico_tg.scoring import score
 from pico_tg.tools import cli
@@ -153,9 +152,10 @@ def test_every_field_is_an_option(command, cls, prefix, capsys):
         arguments = [option] if isinstance(value, bool) else [option, str(value)]
         parsed = build_parser(cli.COMMANDS).parse_args([command, *position, *arguments])
         assert given(parsed, cls, prefix) == {field.name: value}
-        help, default = re.sub(r"\s", "", field.metadata["help"]), field.default
-        told = command in ("init", "run") and default is not None and not isinstance(default, bool)
-        assert help + (f"(default:{default})" if told else "") in shown
+        told = field.metadata.get("off", field.metadata["help"])
+        help, default = re.sub(r"\s", "", told), field.default
+        named = command in ("init", "run") and default is not None and not isinstance(default, bool)
+        assert help + (f"(default:{default})" if named else "") in shown
 
 
 @pytest.mark.parametrize(("command", "cls", "prefix"), FIELDS[:-1])
@@ -182,6 +182,8 @@ MISTAKES = {  # a command line, and what its error names
     "init {new} --dim 3": "att_q_heads",
     "init {new} --depth 3": "unrecognized arguments: --depth 3 (see pico_tg init --help)",
     "init {new} --router all --latent-capacity-factor 1": "--latent-capacity-factor has no effect",
+    "init {new} --preset large": "invalid choice: 'large' (choose from",
+    "init {new} --preset hour --att-q-heads 0": "att_q_heads must be",
     "init {model}": "exists and is not an empty folder",
     "init {text}": "exists and is not an empty folder",
     "init ''": "the path is empty",  # as an unset variable of the shell gives
@@ -203,13 +205,17 @@ MISTAKES = {  # a command line, and what its error names
     "train {trained} run --resume --base-weights x": "--base-weights is for a new run",
     "train {trained} run --resume --from {trained} run": "--from is for a new run",
     "train new r {text} --from {trained} run --base-weights x": "both name the weights",
-    "train new r {text} --from nowhere run": "nowhere is no model",
-    "train new r {text} --from {trained} none": "none has no checkpoint",
+    "train new r {text} --from nowhere run": "nowhere is no model: there is no such folder; --from",
+    "train new r {text} --from {trained}/run run": "holds no model.json; --from takes PATH and RUN",
+    "train new r {text} --from {trained} none": "{trained} has no run none; its runs are: run",
+    "train stories new {text}": "train models/mine new DATASET --from stories first",
+    "train stories new {text} --from stories first": "stories stays as it comes with the package",
     "train new r nowhere.txt --from {trained} run": "nowhere.txt",
     "train {trained} run --resume --dataset-train-split a": "give the DATASET too",
     "train {trained} run --resume --learning-rate 0.5": "learning_rate was",
-    "train {trained} nothing --resume": "no training run to resume",
-    "eval {trained} nothing": "make one with: python -m pico_tg train {trained} nothing",
+    "train {trained} nothing --resume": "has no run nothing; its runs are: run",
+    "train stories first --resume": "no training run to resume",
+    "eval {trained} nothing": "{trained} has no run nothing; its runs are: run",
     "eval {trained} run --checkpoint 77": "checkpoints exist of steps 3",
     "eval {trained} run --dataset-column-name a": "give the DATASET too",
     "eval {trained} run {rows} --dataset-column-name plot": "story, title",
@@ -223,11 +229,12 @@ MISTAKES = {  # a command line, and what its error names
     "eval {trained} run --text=": "the text is empty",
     "eval {trained} run {text} --text a --split all": "leave DATASET and --split out",
     "eval {trained} run --text a --dataset-column-name b": "leave --dataset-column-name out",
-    "info {trained} none": "train it: python -m pico_tg train {trained} none",
+    "info {trained} none": "{trained} has no run none; its runs are: run",
     "info {new}": "make one with: python -m pico_tg init {new}",
     "plot {trained} missing": "metrics.jsonl",
     "plot {new} run": "make one with: python -m pico_tg init {new}",
     "run {model} nothing": "make one with: python -m pico_tg train {model} nothing",
+    "run {trained} rum": "{trained} has no run rum; its runs are: run",
     "run {damaged} r": "dim must be",
     "run {trained} run --raw-prompt": "raw prompt must hold",
     "run {trained} run --checkpoint 77": "checkpoints exist of steps 3",
@@ -235,7 +242,7 @@ MISTAKES = {  # a command line, and what its error names
     "run {trained} run --prompt a --prompt-file b": "--prompt-file",
     "run {trained} run --prompt-file /dev/null": "/dev/null is empty; leave --prompt-file out",
     "run {text}": "give the folder of a model",
-    "run nowhere": "nowhere is no model; make one with",
+    "run nowhere": "nowhere is no model: there is no such folder; make one with",
     "run {trained} run --prompt-file nowhere.txt": "nowhere.txt",
     "run {trained} run --prompt-file .": "cannot read",
     "run {trained} run --output pdf": "pdf",
@@ -265,7 +272,7 @@ def test_a_mistake_is_one_line(line, model, text, trained, tmp_path, monkeypatch
     places |= {"new": tmp_path / "new", "short": shlex.join(SHORT)}
     places["truncated"] = tmp_path / "base.safetensors"
     places["truncated"].write_bytes((trained / "run" / "00000003.safetensors").read_bytes()[:-4])
-    before = [contents(folder) for folder in (model, trained, damaged)]
+    before = [contents(folder) for folder in (model, trained, damaged, SHIPPED)]
     assert status(shlex.split(line.format(**places))) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -274,7 +281,7 @@ def test_a_mistake_is_one_line(line, model, text, trained, tmp_path, monkeypatch
     (error,) = re.findall(r"^(?!backend|caching)(?=.*\S).+$", captured.err, re.MULTILINE)
     assert error.startswith("pico_tg")
     assert MISTAKES[line].format(**places) in error
-    assert [contents(folder) for folder in (model, trained, damaged)] == before
+    assert [contents(folder) for folder in (model, trained, damaged, SHIPPED)] == before
     assert not (tmp_path / "new").exists()
 
 
@@ -288,6 +295,37 @@ def test_init_describes_the_model(tmp_path, capsys):
     assert set(written) == set(TINY)
     config = Config(dim=372)
     assert f"{config.parameters:,} parameters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected", "words"),
+    [
+        ([], Config.preset("minutes"), "preset minutes (for some minutes"),
+        (["--router", "space"], Config.preset("minutes", router="space"), "with router space"),
+        (["--dim", "96"], Config(dim=96), "preset xs (the original's defaults, "),
+        (["--preset", "hour", "--dim", "96"], Config.preset("hour", dim=96), "with dim 96"),
+        (["--preset", "published"], Config.preset("published"), "10,243,208 parameters, preset"),
+    ],
+)
+def test_init_takes_a_preset(flags, expected, words, tmp_path, capsys):
+    """Without sizes one that trains in minutes; with sizes, the original's defaults."""
+    assert cli.main(["init", str(tmp_path / "a"), *flags]) == 0
+    assert load_config(tmp_path / "a") == expected
+    made, following = capsys.readouterr().out.splitlines()
+    assert words in made
+    assert following == f"next: python -m pico_tg train {tmp_path}/a RUN DATASET"
+
+
+def test_init_lists_the_presets(capsys):
+    assert status(["init", "--help"]) == 0
+    shown = re.findall(
+        r"^ +(\w+): ([\d,]+) parameters, ([\d.]+) MFLOPs", capsys.readouterr().out, re.MULTILINE
+    )
+    assert [name for name, _, _ in shown] == list(PRESETS)
+    for name, parameters, flops in shown:
+        config = Config.preset(name)
+        assert parameters == f"{config.parameters:,}"
+        assert float(flops) == pytest.approx(training_flops(config, 512) / 512e6, abs=0.05)
 
 
 def test_init_takes_an_empty_folder(tmp_path):
@@ -460,8 +498,10 @@ def test_settings_are_chosen(faked, capsys):
 )
 def test_a_sample_at_each_validation(prompt, expected, faked, capsys):
     faked(*([] if prompt is None else ["--sample-prompt", prompt]))
-    samples = [line for line in capsys.readouterr().err.splitlines() if "sample:" in line]
+    lines = capsys.readouterr().err.splitlines()
+    samples = [line for line in lines if "sample:" in line]
     assert samples == ([] if expected is None else [f"  sample: {expected}"])
+    assert lines[-1].endswith(" r --prompt The")
 
 
 def test_a_sample_is_one_line(written, monkeypatch):
@@ -612,7 +652,7 @@ def test_text_that_was_trained_on_is_said(trained, tmp_path, capsys):
         ([str(tmp_path / "other.txt")], "all", False),
         ([str(copy)], "validation data", True),  # the text repeats one sentence
         ([str(own), "--dataset-validation-size", "0.9"], "validation data", True),
-        ([str(tmp_path / "other.txt"), "--dataset-validation-file", str(own)], "validation", True),
+        ([str(tmp_path / "other.txt"), "--valid", str(own)], "validation", True),
     ):
         assert cli.main(["eval", str(trained), "run", *flags, *short]) == 0
         out, err = capsys.readouterr()

@@ -1,6 +1,7 @@
 """The dataclasses of settings: what is refused, what is counted, what model.json holds."""
 
 import dataclasses
+import inspect
 import json
 import math
 from pathlib import Path
@@ -45,7 +46,7 @@ def test_model_json(tmp_path):
     [
         ("{", "JSON"),
         ("[]", "object"),
-        (json.dumps(PUBLISHED | {"depth": 3}), "unknown key 'depth'; the keys are dim, next_"),
+        (json.dumps(PUBLISHED | {"depth": 3}), "unknown setting depth; there are: att_kv_heads, "),
         (json.dumps(PUBLISHED | {"dim": "wide"}), "dim must be a whole number of at least 1"),
         *(
             (json.dumps({k: v for k, v in PUBLISHED.items() if k != key}), f"'{key}' is missing")
@@ -140,10 +141,39 @@ def test_sizes_that_do_not_fit_together(sizes, words):
 def test_keywords():
     """Generation and evaluation take the fields as keywords, and name those that there are."""
     for call, known in ((generate, "top_k, top_p"), (evaluate, "split, stride")):
-        with pytest.raises(PicoError, match=rf"unknown setting topk; there are: .*{known}"):
+        with pytest.raises(PicoError, match=rf"unknown setting topk.*; there are: .*{known}"):
             call(None, topk=3)
         with pytest.raises(PicoError, match="max_bytes must be a whole number"):
             call(None, max_bytes=-1)
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "words"),
+    [
+        (Config, "dimm", "unknown setting dimm (did you mean dim?); there are: att_kv_heads, "),
+        (TrainSettings, "foo", "unknown setting foo; there are: batch_size, "),
+        (SampleSettings, "topk", "unknown setting topk (did you mean top_k?); there are: "),
+        (DataSpec, "valid_file", "unknown setting valid_file (did you mean validation_file?); "),
+    ],
+)
+def test_an_unknown_field(cls, name, words):
+    with pytest.raises(PicoError) as caught:
+        cls(**{name: 3})
+    assert str(caught.value).startswith(words)
+    assert "keywords" not in inspect.signature(cls).parameters  # a notebook shows the fields
+
+
+def test_presets():
+    assert Config.preset("xs") == Config()
+    published = Config.preset("published")
+    assert published == Config(dim=372, latent_num_blocks=8, fb_att_window_size=32)
+    assert published.parameters == 10_243_208
+    assert Config.preset("minutes").parameters < Config.preset("hour").parameters
+    assert Config.preset("published", dim=96) == dataclasses.replace(published, dim=96)
+    with pytest.raises(PicoError, match="no preset 'large'; there are: minutes, hour, published"):
+        Config.preset("large")
+    with pytest.raises(PicoError, match="did you mean dim"):
+        Config.preset("minutes", dimm=96)
 
 
 def test_values_become_what_json_holds():
@@ -158,5 +188,4 @@ def test_values_become_what_json_holds():
 @pytest.mark.parametrize("cls", [Config, TrainSettings, SampleSettings, EvalSettings, DataSpec])
 def test_the_docstring_shows_the_help_of_each_field(cls):
     for field in dataclasses.fields(cls):
-        off = "False: " if field.default is True else ""
-        assert f"- {field.name}: {off}{field.metadata['help']}" in cls.__doc__
+        assert f"- {field.name}: {field.metadata['help']}" in cls.__doc__

@@ -31,7 +31,7 @@ LOGITS = np.log(np.arange(1, 257, dtype=np.float64))  # byte b has probability (
 
 
 def test_temperature():
-    np.testing.assert_allclose(Sampler().distribution(LOGITS), np.arange(1, 257) / 32896)
+    np.testing.assert_allclose(Sampler(1).distribution(LOGITS), np.arange(1, 257) / 32896)
     squared = np.arange(1, 257.0) ** 2
     np.testing.assert_allclose(Sampler(0.5).distribution(LOGITS), squared / squared.sum())
     assert Sampler(0).distribution(LOGITS).argmax() == 255
@@ -41,22 +41,22 @@ def test_temperature():
 
 def test_filters():
     whole = np.arange(1, 257) / 32896
-    top = Sampler(top_k=3).distribution(LOGITS)
+    top = Sampler(1, top_k=3).distribution(LOGITS)
     np.testing.assert_allclose(top[253:], whole[253:] / whole[253:].sum())
     assert not top[:253].any()
     # 256 + 255 + 254 of 32896 is just above 0.02325
-    assert np.count_nonzero(Sampler(top_p=0.0232).distribution(LOGITS)) == 3
-    assert np.count_nonzero(Sampler(top_p=0.0233).distribution(LOGITS)) == 4
-    assert np.count_nonzero(Sampler(top_p=1e-9).distribution(LOGITS)) == 1
-    half = Sampler(min_p=0.499).distribution(LOGITS)
+    assert np.count_nonzero(Sampler(1, top_p=0.0232).distribution(LOGITS)) == 3
+    assert np.count_nonzero(Sampler(1, top_p=0.0233).distribution(LOGITS)) == 4
+    assert np.count_nonzero(Sampler(1, top_p=1e-9).distribution(LOGITS)) == 1
+    half = Sampler(1, min_p=0.499).distribution(LOGITS)
     np.testing.assert_allclose(half[127:], whole[127:] / whole[127:].sum())
     assert not half[:127].any()
     # top_p applies after top_k: half of the mass of four bytes is two of them
-    assert np.count_nonzero(Sampler(top_k=4, top_p=0.5).distribution(LOGITS)) == 2
+    assert np.count_nonzero(Sampler(1, top_k=4, top_p=0.5).distribution(LOGITS)) == 2
     flat = Sampler(top_k=5).distribution(np.zeros(256))  # of equally likely bytes the smaller
     np.testing.assert_array_equal(np.flatnonzero(flat), range(5))
-    for sampler in (Sampler(top_k=300), Sampler(top_k=256), Sampler(min_p=0.0)):
-        np.testing.assert_array_equal(sampler.distribution(LOGITS), Sampler().distribution(LOGITS))
+    for sampler in (Sampler(1, 300), Sampler(1, 256), Sampler(1, min_p=0.0)):
+        np.testing.assert_array_equal(sampler.distribution(LOGITS), Sampler(1).distribution(LOGITS))
 
 
 def test_samples_are_distributed_as_the_distribution():
@@ -177,6 +177,24 @@ def test_stops(stop, text, speculative):
     assert text_of(generate(Heads, "END", stop=stop, **options)).decode() == text
 
 
+@pytest.mark.parametrize(
+    ("script", "length"),
+    [
+        ("a" * 900 + ". More. End", 901),
+        ("a" * 798 + ". b? More", 802),  # a sentence that ends before 800 bytes does not count
+        ("a" * 800 + " 3.14\n\nis pi.) More.", 814),
+        ("“" + "a" * 900 + "!”\nMore.", 907),
+        ("a" * 2000, 1024),
+        ("a. " * 99 + "</pico:seq>", 297),
+    ],
+)
+def test_the_text_ends_with_a_sentence(script, length):
+    """Where max_bytes is not given; the script is written as long as it lasts."""
+    data, decoder = script.encode(), Scripted(script.encode(), drafts=7)
+    assert text_of(generate(Heads, decoder=decoder)) == data[:length]
+    assert text_of(generate(Heads, max_bytes=290, decoder=decoder)) == data[:290]
+
+
 def test_what_may_begin_a_stop_is_held_back():
     """Every byte comes as soon as it is known to be text."""
     decoder = Scripted(b"a--b---c")
@@ -244,7 +262,7 @@ def test_filters_of_the_caller(temperature, model, decoder):
     assert not {*both} & {*b"ab"}
     decoder.reset()
     row = decoder.forward(SEQ_START + b"x")[0][-1, 0]
-    expected = Sampler().distribution(row)
+    expected = Sampler(1).distribution(row)
     if temperature:
         expected /= 1 - expected[ord("a")]
     assert math.exp(found[0].logprob) == pytest.approx(expected[found[0].byte], rel=1e-4)
@@ -376,7 +394,7 @@ def test_greedy_is_the_likeliest_byte_of_a_full_pass(model, weights, decoder):
     np.testing.assert_allclose([r.router_weight for r in sample], 1 / (1 + np.exp(-z)), atol=1e-5)
     assert [r.router_decision for r in sample] == list(z > 0)
     for record, row in zip(sample, logits[0, -len(sample) - 1 : -1, 0], strict=True):
-        expected = Sampler().distribution(row)[record.byte]  # the model's own probability
+        expected = Sampler(1).distribution(row)[record.byte]  # the model's own probability
         assert expected < 0.9
         assert math.exp(record.logprob) == pytest.approx(expected, rel=1e-3)
 

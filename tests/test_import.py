@@ -1,12 +1,14 @@
-"""What `import pico_tg` may change: nothing; what `enable_compile_cache` changes."""
+"""What `import pico_tg` may change, what `enable_compile_cache` changes; what a wheel holds."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parent.parent
 SCRIPT = Path(__file__).parent / "scripts" / "import_changes.py"
 
 
@@ -34,3 +36,25 @@ def test_the_compile_cache_changes_what_its_docstring_says():
         "tinygrad.schedule.schedule_cache",
         "tinygrad.uop.ops.CallInfo.__repr__",
     ]
+
+
+@pytest.mark.slow
+def test_an_installed_package_has_its_model(tmp_path):
+    """Of a wheel, in another folder than the clone."""
+    pytest.importorskip("setuptools", minversion="77")
+    source, site = tmp_path / "source", tmp_path / "site"
+    shutil.copytree(ROOT / "pico_tg", source / "pico_tg")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    options = ["-q", "--no-deps", "--no-build-isolation", "--target", str(site)]
+    install = [sys.executable, "-m", "pip", "install", *options, str(source)]
+    subprocess.run(install, check=True, timeout=300)
+    shutil.rmtree(source)
+    before = {path: path.stat().st_mtime_ns for path in (site / "pico_tg" / "stories").rglob("*")}
+    command = [sys.executable, "-m", "pico_tg", "run", "stories", "--max-bytes", "20"]
+    env = os.environ | {"PYTHONPATH": str(site)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert {path.name for path in before} == {p.name for p in (ROOT / "pico_tg/stories").rglob("*")}

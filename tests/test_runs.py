@@ -22,10 +22,14 @@ from pico_tg.files import PicoError, differences
 from pico_tg.model import Pico
 from pico_tg.runs import (
     BITS,
+    SHIPPED,
     Progress,
     Run,
     best_validations,
+    check_startable,
     find_checkpoint,
+    load_config,
+    model_folder,
     newest_run,
     read_description,
     read_metrics,
@@ -141,11 +145,36 @@ def test_the_newest_run_is_the_default(former):
     assert load(str(former), checkpoint=6).norm.weight.numpy().tolist() == [1] * TINY.dim
 
 
+def test_a_run_that_does_not_exist(former):
+    with pytest.raises(PicoError, match=r"model has no run rum; its runs are: run$"):
+        load(former, "rum")
+    shutil.rmtree(former / "run")
+    with pytest.raises(PicoError, match=r"model has no run rum; make one with: .*model rum$"):
+        load(former, "rum")
+
+
+def test_the_name_of_the_model_that_comes_with_the_package(tmp_path, monkeypatch):
+    """A folder of that name is meant where there is one; nothing is trained in the package."""
+    monkeypatch.chdir(tmp_path)
+    assert model_folder("stories") == SHIPPED
+    assert newest_run("stories") == "first"
+    assert load("stories").config == Config.from_json(SHIPPED / "model.json")
+    for folder in (SHIPPED / "new", SHIPPED / "first"):
+        with pytest.raises(PicoError, match=r"DATASET --from stories first$"):
+            check_startable(folder)
+    (tmp_path / "stories").mkdir()
+    with pytest.raises(PicoError, match=r"stories is no model: it holds no model.json"):
+        load("stories")
+    TINY.to_json("stories/model.json")
+    assert load_config("stories") == TINY
+    check_startable(run_folder("stories", "new"))
+
+
 def test_a_model_without_weights(former, tmp_path):
     shutil.rmtree(former / "run")
     with pytest.raises(PicoError, match=r"no run of .*model has a checkpoint; .* train .* RUN"):
         load(former)
-    with pytest.raises(PicoError, match=r"nowhere is no model; make one with"):
+    with pytest.raises(PicoError, match=r"nowhere is no model: there is no such folder; make one"):
         load(tmp_path / "nowhere")
     with pytest.raises(PicoError, match=r"model.json is a file; give the folder of a model"):
         load(former / "model.json")

@@ -1,6 +1,6 @@
 """Copy a trained model to OUTPUT, with weights in float16: the model that comes with the package.
 
-python examples/studies/make_shipped_model.py PATH RUN OUTPUT
+python examples/studies/make_shipped_model.py PATH RUN OUTPUT        (OUTPUT: pico_tg/stories)
 """
 
 import sys
@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 
 import pico_tg
-from pico_tg.checkpoint import load_config
-from pico_tg.runs import find_checkpoint, run_folder
+from pico_tg.runs import existing_run, find_checkpoint, load_config
 from pico_tg.safetensors import read_safetensors, write_safetensors
 
 NOTES = {
@@ -23,7 +22,7 @@ if len(sys.argv) != 4:
 path, run, output = sys.argv[1:]
 try:
     config = load_config(path)
-    checkpoint = find_checkpoint(run_folder(path, run))
+    checkpoint = find_checkpoint(existing_run(path, run))
     weights, _ = read_safetensors(checkpoint)
     target = Path(output) / "first" / checkpoint.name
     target.parent.mkdir(parents=True, exist_ok=True)

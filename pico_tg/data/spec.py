@@ -5,17 +5,17 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config import check_fields, documented, setting
+from ..config import check_fields, setting, settings_class
 from ..files import PicoError
 
 PYTHON_DOCS = "python-docs"
 
 
-def _option(help: str) -> str | None:
-    return setting(help, None, minimum=None)
+def _option(help: str, **more: str) -> str | None:
+    return setting(help, None, minimum=None, **more)
 
 
-@documented
+@settings_class
 @dataclass(frozen=True)
 class DataSpec:
     """Which data to train and validate on. Raises PicoError on invalid options.
@@ -38,7 +38,8 @@ class DataSpec:
     column_name: str | None = _option("column that holds the text (default: text, else bytes)")
     train_file: str | None = _option("file to train on, in the data set or anywhere")
     validation_file: str | None = _option(
-        "file to validate on, in the data set or anywhere; never trained on"
+        "file to validate on, in the data set or anywhere; never trained on",
+        flag="--dataset-validation-file --valid",
     )
     train_split: str | None = _option(
         "split to train on (default: train if there is one, else the only one)"

@@ -173,7 +173,7 @@ def bench_decode(
     decoder = Decoder(Pico(config, seed=0))
 
     def text(seed: int, stats: Stats) -> Iterator[GeneratedByte]:
-        options = {"max_bytes": count + 1, "ignore_end": True, "raw_prompt": True}
+        options = {"max_bytes": count + 1, "ignore_end": True, "raw_prompt": True, "temperature": 1}
         return generate(decoder.model, prompt, seed=seed, stats=stats, decoder=decoder, **options)
 
     total = 1 + (len(DECODE_ROWS) + 1) * WARM_UP

@@ -20,8 +20,8 @@ from ..backend.device import (
     enable_compile_cache,
     parse_devices,
 )
-from ..checkpoint import list_checkpoints, load_config
-from ..config import Config, TrainSettings
+from ..checkpoint import list_checkpoints
+from ..config import PRESETS, Config, TrainSettings
 from ..costs import complete, gemm_rate
 from ..data import (
     DataSpec,
@@ -41,9 +41,11 @@ from ..progress import drop_output, say, visible
 from ..runs import (
     best_validations,
     check_startable,
+    existing_run,
     find_checkpoint,
     find_description,
     load,
+    load_config,
     newest_run,
     read_description,
     read_metrics,
@@ -92,7 +94,9 @@ def model_name(path: Path) -> str:
 
 def command_init(args: argparse.Namespace) -> int:
     """Describe a new model: write PATH/model.json. `train` makes the weights."""
-    config, path = Config(**given_sizes(args)), args.path
+    sizes, path = given_sizes(args), args.path
+    preset = args.preset or ("xs" if sizes.keys() - {"router", "position"} else "minutes")
+    config = Config.preset(preset, **sizes)
     try:
         if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
             raise PicoError(
@@ -102,7 +106,9 @@ def command_init(args: argparse.Namespace) -> int:
     except OSError as error:
         raise PicoError(f"cannot create {path}: {error.strerror}") from error
     config.to_json(path / "model.json")
-    show(f"{path / 'model.json'}: {config.parameters:,} parameters")
+    changed = ", ".join(f"{name} {value}" for name, value in sizes.items())
+    preset += f" ({PRESETS[preset][0]})" + (f" with {changed}" if changed else "")
+    show(f"{path / 'model.json'}: {config.parameters:,} parameters, preset {preset}")
     show(f"next: {command('train', path)} RUN DATASET")
     return 0
 
@@ -121,25 +127,27 @@ def command_train(args: argparse.Namespace) -> int:
     """Train the model in PATH on DATASET; write weights and metrics to PATH/RUN."""
     run_dir, settings = run_folder(args.path, args.run), given(args, TrainSettings)
     spec = data_to_train_on(args)
-    for option, value in {"--base-weights": args.base_weights, "--from": args.source}.items():
+    new = {"--base-weights": args.base_weights, "--from": args.source, "--settings": args.settings}
+    for option, value in new.items():
         if args.resume and value:
             raise PicoError(f"{option} is for a new run; leave it out with --resume")
     if args.source and args.base_weights:
         raise PicoError("--from and --base-weights both name the weights to start from; give one")
-    if args.resume and args.settings:
-        raise PicoError("--settings is for a new run; leave it out with --resume")
     if args.force and not args.resume:
         raise PicoError("--force requires --resume")
-    config = load_config(args.source[0] if args.source else args.path)
     if args.source:
-        args.base_weights = find_checkpoint(run_folder(*args.source))
+        config = load_config(args.source[0], "--from takes PATH and RUN of a trained model")
+        args.base_weights = find_checkpoint(existing_run(*args.source))
         config.exists(args.path / "model.json")
+    else:
+        config = load_config(args.path)
     devices = () if args.devices is None else parse_devices(args.devices)
     if args.sample_prompt and len(devices) > 1:
         raise PicoError("--sample-prompt needs one device: several devices print no samples")
     remarks: list[str] = []
     # settings and data are checked before the model is built
     if args.resume:
+        existing_run(args.path, args.run)
         data, stored = spec, read_description(run_dir)["settings"]
         seed = settings.get("seed", stored.get("seed", 0))
     else:
@@ -173,7 +181,8 @@ def command_train(args: argparse.Namespace) -> int:
         return 130
     if not checkpoint:  # `train` has said that nothing is left
         return 0
-    say(f"wrote {checkpoint}; write text with: {command('run', args.path, args.run)}")
+    write = command("run", args.path, args.run, "--prompt", args.sample_prompt or "The")
+    say(f"wrote {checkpoint}; write text with: {write}")
     return 0
 
 
@@ -212,7 +221,7 @@ def data_to_train_on(args: argparse.Namespace) -> DataSpec | None:
 def command_eval(args: argparse.Namespace) -> int:
     """Measure the model PATH as trained in RUN on a split: bits per byte, heads, router."""
     load_config(args.path)
-    run_dir = run_folder(args.path, args.run)
+    run_dir = existing_run(args.path, args.run)
     checkpoint = find_checkpoint(run_dir, args.checkpoint)
     if args.text is not None:
         return score_text(args, int(checkpoint.stem))
@@ -457,7 +466,7 @@ def command_info(args: argparse.Namespace) -> int:
     """
     load_config(args.path)  # errors come before the measurement
     if args.run is not None:
-        run_folder(args.path, args.run)
+        existing_run(args.path, args.run)
     facts = describe(args.path, args.run, gemm_rate("auto", Device.DEFAULT))
     show(json.dumps(facts, indent=2) if args.json else describe_model(facts))
     return 0
@@ -490,7 +499,8 @@ def command_bench(args: argparse.Namespace) -> int:
     """Measure a step of training, or decoding, on this machine: a model of random weights.
 
     Times are medians. `model` are the GFLOPs that the mathematics requires, `executed` those that
-    the kernels execute. MFU and HFU divide the rates of these two by that of a plain matmul.
+    the kernels execute. MFU and HFU divide the rates of these two by that of a plain matmul; above
+    100 %, other processes slowed that matmul down.
     """
     sizes = load_config(args.model) if args.model else Config()
     config = dataclasses.replace(sizes, **given_sizes(args))

@@ -7,7 +7,7 @@ from typing import Any
 from tinygrad import Device
 
 from ..backend.cache_file import cache_file
-from ..checkpoint import check, list_checkpoints, load_config
+from ..checkpoint import check, list_checkpoints
 from ..config import Config, TrainSettings
 from ..costs import (
     choose,
@@ -18,11 +18,13 @@ from ..costs import (
     step_seconds,
     training_flops,
 )
-from ..files import PicoError, command
+from ..files import PicoError
 from ..kv_cache import cache_bytes
 from ..runs import (
     edited,
+    existing_run,
     find_description,
+    load_config,
     read_description,
     read_metrics,
     run_folder,
@@ -61,9 +63,9 @@ def describe(
     context_len is the run's, or the default. Raises PicoError on a missing or broken model or run.
     """
     config = load_config(path)
-    described = (
-        {} if run is None else {"run": {"name": run} | _describe_run(run_folder(path, run), config)}
-    )
+    described = {}
+    if run is not None:
+        described["run"] = {"name": run} | _describe_run(existing_run(path, run), config)
     settings, planned, checkpoints = None, None, []
     if described:
         facts = described["run"]
@@ -118,9 +120,6 @@ def _decoding_rate(config: Config, checkpoints: list[dict[str, Any]]) -> float:
 
 
 def _describe_run(folder: Path, config: Config) -> dict[str, Any]:
-    if not folder.is_dir():
-        model, run = folder.parent, folder.name
-        raise PicoError(f"there is no run {folder}; train it: {command('train', model, run)}")
     stored = find_description(folder)
     if stored is None and list_checkpoints(folder):  # weights from elsewhere
         stored = {"settings": {}, "dataset": {}}
