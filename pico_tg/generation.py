@@ -41,7 +41,7 @@ class GeneratedByte:
 
     - byte: 0..255
     - router_weight: the sigmoid of the router's logit for this byte
-    - router_decision: whether the byte went through the latent blocks
+    - router_decision: whether the byte was routed, through the deep blocks
     - logprob: natural log of its probability under the distribution that it was drawn from. At
       temperature 0 that would always be 0: there it is the model's own, of temperature 1
     - drafted: whether it was accepted as a draft
@@ -62,7 +62,7 @@ class Stats:
 
     - bytes: generated so far, end tags and stops included
     - passes: through the model, without those of the prompt
-    - routed: how many bytes went through the latent blocks
+    - routed: how many bytes were routed, through the deep blocks
     - drafts, accepted: drafts that a pass took in, and those of them that were accepted
     - first_byte_seconds, seconds: from the start to the first and to the newest byte
     """
@@ -225,7 +225,7 @@ class SampleSettings(Sampler):
         "one pass per byte, without the model's own drafts of the next bytes; the text is the same",
         True,
     )
-    latent: bool = setting("skip the latent blocks", True, flag="--disable-latent")
+    latent: bool = setting("skip the deep blocks", True, flag="--disable-latent")
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
