@@ -159,24 +159,22 @@ class Config:
     att_q_heads: int = setting("query heads of each attention", 9)
     att_kv_heads: int = setting("key/value heads, each shared by equally many query heads", 3)
     fb_num_blocks: int = setting(
-        "full-bandwidth blocks before the latent ones, and again after them", 2
+        "narrow blocks before the deep ones, and again after them; they run on every byte", 2
     )
-    fb_att_window_size: int = setting(
-        "bytes before its own that a full-bandwidth block attends to", 16
-    )
+    fb_att_window_size: int = setting("bytes before its own that a narrow block attends to", 16)
     latent_capacity_factor: float = setting(
-        "fraction of the bytes that training sends to the latent blocks",
+        "share of bytes routed in training",
         0.25,
         above=0,
         maximum=1,
     )
-    latent_num_blocks: int = setting("latent blocks, which run on the selected bytes only", 12)
+    latent_num_blocks: int = setting("deep blocks, which run on the routed bytes only", 12)
     latent_att_window_size: int = setting(
-        "selected bytes before its own that a latent block attends to", 512
+        "routed bytes before its own that a deep block attends to", 512
     )
     router: str = setting(
-        f"how bytes are selected: learned, by top-k in training; or a rule ({', '.join(RULES)}) to "
-        "compare with; all and none ignore latent_capacity_factor",
+        "which bytes are routed: learned, by top-k in training; or a rule "
+        f"({', '.join(RULES)}) to compare with; all and none ignore latent_capacity_factor",
         "learned",
         choices=ROUTERS,
         optional=True,
@@ -224,9 +222,9 @@ class Config:
         outputs = self.next_tokens * 256
         return {
             "embedding": 256 * self.dim,
-            "byte_blocks": 2 * self.fb_num_blocks * block,
+            "narrow_blocks": 2 * self.fb_num_blocks * block,
             "router": self.dim,
-            "latent_blocks": self.latent_num_blocks * block,
+            "deep_blocks": self.latent_num_blocks * block,
             "heads": self.dim + outputs * self.dim + outputs,
         }
 
@@ -238,7 +236,7 @@ class Config:
     def capacity(self, length: int) -> int:
         """The number of bytes that training selects in a sequence of `length` bytes.
 
-        A rule may select more of them or fewer; the latent blocks process at most this many.
+        A rule may select more of them or fewer; the deep blocks process at most this many.
         """
         return int(length * self.capacity_share)
 

@@ -77,7 +77,7 @@ def training_flops(config: Config, length: int, batch_size: int = 1) -> int:
 
 
 def decoding_flops(config: Config, position: int, router_rate: float) -> float:
-    """FLOPs of decoding one byte after `position` bytes, at the router rate `router_rate`.
+    """FLOPs of decoding one byte after `position` bytes, where the share `router_rate` is routed.
 
     Rejected drafts are not counted: the mathematics does not require them.
     """

@@ -103,8 +103,8 @@ class Decoder:
     weights of its last norm show; after other changes, call `refresh`. All methods may be called
     from any thread, one at a time.
 
-    - position: bytes fed; selected: how many of them went through the latent blocks
-    - last_decisions: bool [n], which bytes of the last pass went through the latent blocks
+    - position: bytes fed; selected: how many of them were routed
+    - last_decisions: bool [n], which bytes of the last pass were routed
     - use_latent: False skips the latent blocks
     - changes: number of state changes, by which a generator detects another user of the decoder
     """

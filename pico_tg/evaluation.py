@@ -170,9 +170,9 @@ class Evaluation:
     - bytes: number of bytes of the text, each predicted once
     - context_len, stride: of the windows, see `pico_tg.evaluation`
     - bits_per_byte: of head 0, with causal routing; bits_per_byte_without_latent: the same without
-      the latent blocks
+      the deep blocks
     - head_accuracy [T]: how often the likeliest byte of head k at position i is byte i + 1 + k
-    - router_rate: share of the bytes that went through the latent blocks
+    - router_rate: share of bytes routed, through the deep blocks
     - routing_gap: bits per byte of causal routing minus that of top-k, which looks ahead; over
       windows of context_len bytes, as in `Validation`; None under a rule
     - data uint8 [N]: the bytes that were read, wrapper tags included; text bool [N]: which of them

@@ -45,7 +45,7 @@ class GeneratedByte:
 
     - byte: 0..255
     - router_weight: the sigmoid of the router's logit for this byte
-    - router_decision: whether the byte went through the latent blocks
+    - router_decision: whether the byte was routed, through the deep blocks
     - logprob: natural log of its probability under the distribution that it was drawn from. At
       temperature 0 that would always be 0: there it is the model's own, of temperature 1
     - drafted: whether it was accepted as a draft
@@ -66,7 +66,7 @@ class Stats:
 
     - bytes: generated so far, end tags and stops included
     - passes: through the model, without those of the prompt
-    - routed: how many bytes went through the latent blocks
+    - routed: how many bytes were routed, through the deep blocks
     - drafts, accepted: drafts that a pass took in, and those of them that were accepted
     - first_byte_seconds, seconds: from the start to the first and to the newest byte
     """
@@ -234,7 +234,7 @@ class SampleSettings(Sampler):
         off="one pass per byte, without the model's drafts of the next bytes; the text is the same",
     )  # fmt: skip
     latent: bool = setting(
-        "run the latent blocks", True, off="skip the latent blocks", flag="--disable-latent"
+        "run the deep blocks", True, off="skip the deep blocks", flag="--disable-latent"
     )
 
 
@@ -445,7 +445,7 @@ def generate(
             policy = DraftPolicy(draft_limit, copy.deepcopy(transitions))
             records = _rounds(session, heads, sampler, rng, policy, max_bytes, sample, stats, began)
             text = _before(endings, records)
-            yield from text if chosen.max_bytes is not None else _to_sentence(text)
+            yield from text if chosen.max_bytes is not None else to_sentence(text, ENOUGH_BYTES)
 
     return samples()
 
@@ -559,12 +559,12 @@ def _before(
     yield from held
 
 
-def _to_sentence(records: Iterator[GeneratedByte]) -> Iterator[GeneratedByte]:
-    """The records before the whitespace after the first sentence that ends after ENOUGH_BYTES."""
+def to_sentence(records: Iterator[GeneratedByte], enough: int) -> Iterator[GeneratedByte]:
+    """The records before the whitespace after the first sentence that ends after `enough` bytes."""
     text = b""
     for record in records:
         ended = text.rstrip(QUOTES).endswith((b".", b"!", b"?"))
-        if len(text) >= ENOUGH_BYTES and ended and bytes([record.byte]).isspace():
+        if len(text) >= enough and ended and bytes([record.byte]).isspace():
             return
         text += bytes([record.byte])
         yield record

@@ -1,11 +1,12 @@
 """Pico: a byte-level language model whose router learns which bytes the deep blocks process.
 
-    bytes -> embedding -> full-bandwidth blocks -> latent blocks -> full-bandwidth blocks -> heads
+    bytes -> embedding -> narrow blocks -> deep blocks -> narrow blocks -> heads
 
 - Every block: pre-norm grouped-query attention in a band (ALiBi or rotary positions), then SwiGLU.
-- Full-bandwidth blocks (narrow window) run on every byte.
-- Latent blocks (wide window) run on the bytes that a Mixture-of-Depths router selects, see
-  `pico_tg.routing`: by default the top `capacity` in training, those of weight > 0.5 when causal.
+- Narrow blocks (`fb` for full-bandwidth; a narrow window) run on every byte.
+- Deep blocks (`latent`; a wide window) run on the bytes that a Mixture-of-Depths router selects,
+  see `pico_tg.routing`: by default the top `capacity` in training, those of weight > 0.5 when
+  causal.
 - Head k at position i predicts byte i + 1 + k.
 
 Shape letters: B batch, N bytes, S slots of selected bytes, D dim, H query heads, K key/value heads,

@@ -1,12 +1,12 @@
-"""Mixture-of-Depths routing (arXiv 2404.02258): which bytes the latent blocks process.
+"""Mixture-of-Depths routing (arXiv 2404.02258): which bytes the deep blocks process.
 
 `learned` selects the `capacity` bytes of largest router logit in training, and those of logit above
 0 when causal. Fixed rules, for comparison, are causal in training as well: `space` (arXiv
 2404.14408), a byte that is not a letter, digit or UTF-8 continuation byte and follows one;
 `stride`, every n-th byte; `all`; `none`.
 
-In training the latent blocks process the first `capacity` selected bytes of a sequence; when
-causal, all. Their output is multiplied by the router weight, under rules as well.
+In training the deep blocks (`latent`) process the first `capacity` selected bytes of a sequence;
+when causal, all. Their output is multiplied by the router weight, under rules as well.
 
 Shape letters: B batch, N bytes, S slots.
 """

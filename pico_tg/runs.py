@@ -31,7 +31,7 @@ from .checkpoint import (
     remove_leftovers,
     save_checkpoint,
 )
-from .config import Config, TrainSettings, check_known
+from .config import Config, TrainSettings
 from .files import PicoError, atomic_write, command, differences
 from .model import Pico
 from .progress import say

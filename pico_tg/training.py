@@ -320,7 +320,7 @@ def train(
     (nats; its target changes after router_warmup_steps), bits_per_byte (of the next byte, training
     routing, the tags between documents included), router_rate (share of bytes that causal routing
     selects), router_overflow (share of bytes that a rule selects beyond `Config.capacity`, which
-    skip the latent blocks), lr, bytes (trained on so far), bytes_per_second. With max_minutes a
+    skip the deep blocks), lr, bytes (trained on so far), bytes_per_second. With max_minutes a
     record also has minutes (used so far), after a validation the keys of `Validation`, and with a
     checkpoint `checkpoint`, its path. The first record of a run with chosen settings has `chosen`,
     a dict of them.

@@ -221,6 +221,10 @@ MISTAKES = {  # a command line, and what its error names
     "eval {trained} run {rows} --dataset-column-name plot": "story, title",
     "eval {trained} run {text} --split all --dataset-validation-size 0.1": "leave --dataset-valid",
     "plot {trained} run --output c.png": "'c.png' would hold SVG; end it in .svg",
+    "plot {trained} run --output -": "name a file that ends in .svg, not -",
+    "plot {trained}/run {new}/run": "make one with: python -m pico_tg init {new}/run",
+    "plot {trained}/run {trained}/other": "{trained}/other/metrics.jsonl",
+    "plot {model}": "no run of {model} has a checkpoint",
     "run {trained} run --html c.pdf": "'c.pdf' would hold HTML; end it in .html",
     "eval {trained} run --html c.svg": "'c.svg' would hold HTML; end it in .html",
     "eval {trained} run --max-bytes 9": "first 9 bytes of the validation data",
@@ -230,6 +234,7 @@ MISTAKES = {  # a command line, and what its error names
     "eval {trained} run {text} --text a --split all": "leave DATASET and --split out",
     "eval {trained} run --text a --dataset-column-name b": "leave --dataset-column-name out",
     "info {trained} none": "{trained} has no run none; its runs are: run",
+    "eval {trained} run --text a --full": "leave --full out",
     "info {new}": "make one with: python -m pico_tg init {new}",
     "plot {trained} missing": "metrics.jsonl",
     "plot {new} run": "make one with: python -m pico_tg init {new}",
@@ -556,9 +561,13 @@ def test_eval(trained, measured, tmp_path, capsys):
     page = tmp_path / "page.html"
     arguments = ["eval", str(trained), "run"]
     assert cli.main([*arguments, "--html", str(page)]) == 0
-    out, err = capsys.readouterr()
+    short, err = capsys.readouterr()
     assert f"wrote {page}" in err
-    assert "model, run run, step 3: validation data of" in out
+    assert "model, run run, step 3: validation data of" in short
+    assert len(short.splitlines()) == 3
+    assert cli.main([*arguments, "--full"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(short)
     own = str(trained.parent / "text.txt")
     flags = ["--json", "--checkpoint", "3", "--split", "validation", "--context-len", "40"]
     assert cli.main([*arguments, own, *flags]) == 0
@@ -569,9 +578,10 @@ def test_eval(trained, measured, tmp_path, capsys):
     )
     for name, value in (
         ("bits per byte", f"{found['bits_per_byte']:.4f}"),
-        ("without the latent blocks", f"{found['bits_per_byte_without_latent']:.4f}"),
-        ("router rate", f"{found['router_rate']:.1%}"),
-        ("1 ahead", f"{found['head_accuracy'][0]:.1%}"),
+        ("without the deep blocks", f"{found['bits_per_byte_without_latent']:.4f}"),
+        ("share of bytes routed", f"{found['router_rate']:.1%}"),
+        ("next byte guessed right", f"{found['head_accuracy'][0]:.1%}"),
+        ("3 bytes ahead guessed right", f"{found['head_accuracy'][2]:.1%}"),
         ("after whitespace", f"{found['places']['after_whitespace']['share_of_bytes']:.1%}"),
         ("space", f"{found['places']['space']['share_of_bytes']:.1%}"),
         ("causal routing minus top-k, bits per byte", f"{found['routing_gap']:+.4f}"),
@@ -583,9 +593,21 @@ def test_eval(trained, measured, tmp_path, capsys):
         ),
     ):
         assert re.search(rf"^{name} +{re.escape(value)}", out, re.MULTILINE), name
+    assert "continuation" not in out  # the text has no such byte
+    assert found["places"]["continuation"]["share_of_bytes"] == 0
+    sentences = short.splitlines()[-1]
+    for figure in (
+        f"{found['bits_per_byte']:.3f} bits per byte",
+        f"({found['bits_per_byte_without_latent']:.3f} without the deep blocks)",
+        f"sends {found['router_rate']:.0%} of the bytes",
+        f"{found['places']['space']['rate']:.0%} of the spaces",
+        f"{found['places']['word_inside']['rate']:.0%} of the bytes inside words",
+        f"{found['surprisal_ratio']:.1f} times as surprising",
+    ):
+        assert figure in sentences
     written = page.read_text()
     assert "<h2>Passage <small>112 bytes" in written
-    assert f"<dd>{found['bits_per_byte']:.3f}</dd>" in written
+    assert sentences in written
 
 
 def test_the_best_validation_without_a_checkpoint_is_named(trained, tmp_path, capsys):
@@ -633,7 +655,7 @@ def test_eval_of_a_text(trained, tmp_path, capsys):
         f"{scored.bits:.2f} bits, {scored.bits_per_byte:.3f} bits per byte; "
         f"{routed} of 13 bytes routed"
     )
-    assert page.read_text().count(", routed · ") == 2 * routed
+    assert page.read_text().count(", routed · ") == routed
     assert f"<dt>bits</dt><dd>{scored.bits:.2f}</dd>" in page.read_text()
     assert cli.main([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -710,7 +732,8 @@ def test_plot(trained, weights, tmp_path, capsys):
     written = Path(capsys.readouterr().out.strip())
     assert written == weights / "run.svg"
     text = written.read_text()
-    assert ">run</text>" in text
+    last = json.loads(metrics.splitlines()[-1])["validation_bits_per_byte"]
+    assert f">run {last:.4g}</text>" in text
     assert "Learning rate" in text
     assert "http" not in text.replace("http://www.w3.org/2000/svg", "")  # self-contained
     output = tmp_path / "two.svg"
@@ -724,10 +747,37 @@ def test_plot(trained, weights, tmp_path, capsys):
     assert cli.main(["plot", str(weights), "sub/b", "--output", str(output)]) == 0
     assert capsys.readouterr().err == ""
     assert cli.main(["plot", str(weights), "sub/a", "sub/b/", "--output", str(output)]) == 0
-    assert "different texts, so not to be compared: sub/a, sub/b/" in capsys.readouterr().err
+    assert "validated on different texts: sub/a, sub/b" in capsys.readouterr().err
+    assert "validated on different texts: sub/a, sub/b<" in output.read_text()
     assert cli.main(["plot", str(weights), "sub/a", "sub/b/"]) == 0
     assert Path(capsys.readouterr().out.strip()) == weights / "sub-a-sub-b.svg"
-    assert ">sub/a</text>" in (weights / "sub-a-sub-b.svg").read_text()
+    assert ">sub/a " in (weights / "sub-a-sub-b.svg").read_text()
+
+
+def test_plot_of_several_models(trained, tmp_path, monkeypatch, capsys):
+    """By PATH/RUN, or one as PATH RUN; the names are what differs between the paths."""
+    for name in ("a", "b", "b/c", "c"):
+        shutil.copytree(trained, tmp_path / "models" / name)
+    monkeypatch.chdir(tmp_path)
+    description = json.loads(Path("models/b/run/training.json").read_text())
+    description["settings"]["validation_bytes"] //= 2
+    Path("models/b/run/training.json").write_text(json.dumps(description))
+    for arguments, names, written in (
+        ("models/a/run models/b/run", ("a/run", "b/run"), "models/a/a-run-b-run.svg"),
+        ("models/a run models/b/run", ("a/run", "b/run"), "models/a/a-run-b-run.svg"),
+        ("models/a/run", ("run",), "models/a/run.svg"),
+        ("models/a", ("run",), "models/a/run.svg"),
+        ("models/a run models/b/c", ("a/run", "b/c/run"), "models/a/a-run-b-c-run.svg"),
+        (f"models/a run {tmp_path}/models/c/run", ("a/run", "c/run"), "models/a/a-run-c-run.svg"),
+        ("models/b/c/run models/b/run", ("c/run", "run"), "models/b/c/c-run-run.svg"),
+    ):
+        assert cli.main(["plot", *arguments.split()]) == 0
+        out, err = capsys.readouterr()
+        assert out == f"{Path(written)}\n"
+        picture = Path(written).read_text()
+        assert all(f">{name} " in picture for name in names)
+        assert "Bits per byte of text.txt," in picture
+        assert ("validated on different texts" in err) == ("models/b/run" in arguments)
 
 
 # -------------------------------------------------------------------------------------------- run
@@ -1035,8 +1085,7 @@ def test_main_in_a_notebook(written, monkeypatch):
 
 
 def test_help_and_version(capsys):
-    commands = ("init", "train", "run", "eval", "info", "plot", "bench")
-    for arguments in (["--help"], *([command, "--help"] for command in commands)):
+    for arguments in (["--help"], *([command, "--help"] for command in cli.COMMANDS)):
         assert status(arguments) == 0
         assert "usage" in capsys.readouterr().out
     assert status(["--version"]) == 0

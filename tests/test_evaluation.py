@@ -23,7 +23,7 @@ from pico_tg.evaluation import (
 from pico_tg.files import PicoError
 from pico_tg.model import Pico
 from pico_tg.tools import router_report
-from pico_tg.tools.report import describe_evaluation
+from pico_tg.tools.report import conclusion, describe_evaluation
 
 CONTEXT, STRIDE = 24, 16  # the held-out text below is 4 windows and a part of one
 OPTIONS = {"context_len": CONTEXT, "stride": STRIDE, "batch_size": 2}
@@ -274,11 +274,23 @@ def test_a_rule_has_no_top_k_and_no_routed_byte_no_surprisal(data):
     report = router_report.router_report(found)
     assert found.routing_gap is report.surprisal_ratio is report.surprisal_interval is None
     lines = describe_evaluation(found, report).splitlines()
-    for name in (
-        "causal routing minus top-k, bits per byte",
-        "surprisal after routed bytes / mean",
-    ):
-        assert [line.split()[-1] for line in lines if line.startswith(name)] == ["-"]
+    assert lines[0].startswith("bytes of text")
+    assert not [line for line in lines if "top-k" in line or "surprisal" in line]
+    assert conclusion(found, report).endswith("none of the bytes through the deep blocks.")
+
+
+def test_most_routed_bytes(found, read):
+    """Each pair but spaces against the oracle's decisions, the most frequent first."""
+    pairs = {}
+    for at in np.flatnonzero(read.own):
+        if read.data[at] != ord(" "):
+            pairs.setdefault((read.data[at - 1], read.data[at]), []).append(read.router[at] > 0)
+    rows = list(router_report.most_routed(found, 5))
+    assert len(rows) == 5
+    for before, byte, times, share in rows:
+        decisions = pairs[before, byte]
+        assert (times, share) == (sum(decisions), pytest.approx(np.mean(decisions)))
+    assert [row[2] for row in rows] == sorted(map(sum, pairs.values()), reverse=True)[:5]
 
 
 def test_passage(found, read):

@@ -1,5 +1,6 @@
 """Pages of samples: what each byte's details are, and that nothing in a text breaks the page."""
 
+import dataclasses
 import math
 from html.parser import HTMLParser
 
@@ -18,24 +19,22 @@ class Page(HTMLParser):
         self.headings: list[str] = []
         self.feed(page)
         self.close()
-        assert [tag for tag, _ in self.open if tag not in ("html", "li")] == []
+        assert [tag for tag, _ in self.open] == ["html"]
 
     def handle_starttag(self, tag, attrs):
         assert not {"src", "href", "onclick"} & dict(attrs).keys()
         assert tag not in ("script", "link", "img", "iframe")
         if dict(attrs).get("class") == "text" and tag == "div":
             self.samples.append([])
-        if tag != "meta":
+        if tag not in ("meta", "input"):
             self.open.append((tag, dict(attrs)))
 
     def handle_endtag(self, tag):
-        while self.open[-1][0] == "li" != tag:  # whose end tag may be left out
-            self.open.pop()
         assert self.open.pop()[0] == tag
 
     def handle_data(self, data):
         tags = [tag for tag, _ in self.open]
-        if "div" in tags and self.samples:
+        if tags[1:2] == ["div"] and self.samples:
             within = next(a for tag, a in reversed(self.open) if tag in ("b", "span", "div"))
             self.samples[-1].append((data, within))
         if tags[-1:] == ["h1"]:
@@ -66,46 +65,52 @@ def test_html_page():
     assert page.samples[0][0] == ('The\t  "<b>"\n', {"class": "prompt"})
     less, newline, accented, bad, escape = (attributes for _, attributes in page.samples[0][1:])
     assert less == {
-        "style": "--w:0.25",
-        "data-tip": "“<” U+003C · byte 0x3c · router weight 0.25, not routed · probability 50 %",
+        "style": "--w:.25;--s:.12",
+        "data-tip": "“<” 0x3c · router weight 0.25 · 50 %, 1.0 bits",
     }
-    assert newline["class"].split() == ["r", "d", "n"]
-    assert "line feed · byte 0x0a · router weight 0.75, routed" in newline["data-tip"]
+    assert newline["class"].split() == ["d", "n"]
+    assert "line feed 0x0a · router weight 0.75, routed" in newline["data-tip"]
     assert "accepted draft" in newline["data-tip"]
-    assert accented["class"] == "r"
-    assert accented["style"] == "--w:0.75"
+    assert "class" not in accented  # one of its bytes is no draft
     first, second = accented["data-tip"].split("\n")
-    assert first.startswith("“é” U+00E9 · byte 1 of 2 0xc3 · router weight 0.12, not routed")
-    assert second.startswith("“é” U+00E9 · byte 2 of 2 0xa9 · router weight 0.75, routed")
-    assert bad["data-tip"].startswith("not UTF-8 · byte 0xff")
-    assert escape["data-tip"].startswith("“\\x1b” U+001B · byte 0x1b")
-    assert "6 bytes, 33% routed, 33% accepted drafts" in source
+    assert first.startswith("“é” byte 1 of 2 0xc3 · router weight 0.12 · ")
+    assert second.startswith("“é” byte 2 of 2 0xa9 · router weight 0.75, routed · ")
+    assert bad["data-tip"].startswith("not UTF-8 0xff")
+    assert escape["data-tip"].startswith("“\\x1b” 0x1b")
+    assert "The router sends 33% of the bytes through the deep blocks" in source
+    assert "<small>6 bytes</small>" in source
 
 
-def test_surprisal_of_the_next_byte():
-    """It shades the character before that byte; marks of routed characters and tips stay."""
-    bits = [3.0, 2.0, 1.0, 4.0, 16.0]
+def test_two_shades():
+    """By the highest router weight of its bytes, and by the surprisal of all of them, up to 8 bits.
+
+    A rule may leave out bytes of any weight: they are not as dark as routed ones.
+    """
+    bits = [3.0, 2.0, 1.0, 0.0, 16.0]
     sample = [
         record(byte, weight, logprob=-b * math.log(2))
-        for byte, weight, b in zip("aéb!".encode(), [0.1, 0.2, 0.9, 0.3, 0.4], bits, strict=True)
+        for byte, weight, b in zip("aéb!".encode(), [0.1, 0.2, 0.9, 0.0, 0.4], bits, strict=True)
     ]
-    page = Page(html_page(b"", [sample], "t", {}, surprisal=True))
-    assert page.text(0) == page.text(1) == "aéb!"
-    assert [a["style"] for _, a in page.samples[0]] == [
-        "--w:0.10",
-        "--w:0.90",
-        "--w:0.30",
-        "--w:0.40",
+    sample[4] = dataclasses.replace(sample[4], router_weight=0.9)  # and not routed
+    page = Page(html_page(b"", [sample], "t", {}))
+    assert [a.get("style") for _, a in page.samples[0]] == [
+        "--w:.10;--s:.38",
+        "--w:.90;--s:.38",
+        None,
+        "--w:.50;--s:1.00",
     ]
-    assert [a["style"] for _, a in page.samples[1]] == [
-        "--w:0.25",
-        "--w:0.50",
-        "--w:1.00",
-        "--w:0.00",
-    ]
-    for (_, first), (_, second) in zip(*page.samples, strict=True):
-        assert first["data-tip"] == second["data-tip"]
-        assert first.get("class") == second.get("class")
+
+
+def test_a_conclusion_in_place_of_the_routers():
+    page = html_page(b"", [records(b"a")], "t", {}, conclusion="1.5 bits & more.")
+    assert '<p class="conclusion">1.5 bits &amp; more.</p>' in page
+    assert "The router sends" not in page
+
+
+def test_a_page_is_small():
+    """Less than 120 bytes for each byte of text, of different weights and probabilities."""
+    sample = [record(97 + i % 26, i / 1000, logprob=-i / 100) for i in range(1000)]
+    assert len(html_page(b"", [sample], "t", {})) < 120_000
 
 
 def test_html_page_of_several_samples():
@@ -121,10 +126,10 @@ def test_html_page_of_several_samples():
 
 def test_html_page_without_a_prompt():
     page = html_page(b"", [records(b"a")], "t", {})
-    assert "prompt</span>" not in page
-    assert "accepted draft" not in page  # none was drafted
+    assert 'class="prompt"' not in page
+    assert "drafts" not in page.split("</style>")[1]  # none was drafted
     assert Page(page).text() == "a"
-    assert "prompt</span>" in html_page(b"b", [records(b"a")], "t", {})
+    assert 'class="prompt"' in html_page(b"b", [records(b"a")], "t", {})
 
 
 def test_nothing_is_hidden_in_a_page():

@@ -31,8 +31,8 @@ def model() -> Pico:
 def test_parameters_by_part(model):
     counted = dict.fromkeys(CONFIG.parameters_by_part, 0)
     part = {
-        "embedding": "embedding", "fb_in": "byte_blocks", "fb_out": "byte_blocks",
-        "latent.router": "router", "latent.blocks": "latent_blocks",
+        "embedding": "embedding", "fb_in": "narrow_blocks", "fb_out": "narrow_blocks",
+        "latent.router": "router", "latent.blocks": "deep_blocks",
         "norm": "heads", "unembedding": "heads",
     }  # fmt: skip
     for name, tensor in nn.state.get_state_dict(model).items():

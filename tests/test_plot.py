@@ -13,6 +13,7 @@ from pico_tg.tools.plot import (
     WIDTH,
     Line,
     Panel,
+    settled,
     smoothed,
     svg,
     ticks,
@@ -91,12 +92,12 @@ def test_long_lines_are_thinned():
     assert len(text) < 50_000
     (path,) = curves(ElementTree.fromstring(text))
     points = [tuple(map(float, p.split())) for p in path.get("d")[1:].split("L")]
-    assert len(points) == POINTS
+    assert POINTS / 2 < len(points) <= POINTS
     assert points[0] == (80, 44)
     assert points[-1][1] == pytest.approx(352, abs=0.1)
     assert points[-1][0] == max(x for x, _ in points)
     steps = [b[0] - a[0] for a, b in pairwise(points)]
-    assert max(steps) < 1
+    assert max(steps) < 1.5
     short = drawn(Line("a", list(range(POINTS)), ys[:POINTS], "#123456"))
     assert curves(short)[0].get("d").count("L") == POINTS - 1
 
@@ -135,7 +136,8 @@ def test_many_names_do_not_overlap():
 
 def test_runs_differ_in_color_or_dash():
     records = [
-        {"bytes": b, "bits_per_byte": 3.0, "router_rate": 0.5, "lr": 1e-3} for b in range(1, 4)
+        {"bytes": b, "bits_per_byte": 3.0, "router_rate": 0.1 * b, "lr": 1e-3 / b}
+        for b in (1, 2, 3)
     ]
     records[-1] |= {"validation_bits_per_byte": 3.1, "validation_routing_gap": 0.1}
     count = 2 * len(COLORS) + 1
@@ -145,7 +147,58 @@ def test_runs_differ_in_color_or_dash():
     assert len(looks) == 3 * count  # training, routing and learning rate
     assert len(list(root.iter(f"{SVG}circle"))) == 2 * count  # held out and gap, measured once
     names = [text.text for text in root.iter(f"{SVG}text")]
-    assert all(names.count(f"run {i}") == 4 for i in range(count))
+    last = ("3.1", "0.1", "0.3", "0.00033")
+    assert all(names.count(f"run {i} {value}") == 1 for i in range(count) for value in last)
+
+
+def test_panels_that_show_nothing_are_left_out():
+    """A gap of at most 0.02, a share routed and a learning rate that never change."""
+    records = [{"bytes": b, "bits_per_byte": 3.0, "router_rate": 1.0, "lr": 0.1} for b in (1, 2)]
+    records[0] |= {"validation_bits_per_byte": 3.1, "validation_routing_gap": 0.021}
+    records[1] |= {"validation_bits_per_byte": 3.1, "validation_routing_gap": -0.3}
+    level = training_chart({"run": records})
+    records[0]["validation_routing_gap"] = 0.02
+    without_gap = training_chart({"run": records})
+    changing = training_chart({"run": [records[0], records[1] | {"router_rate": 0.9, "lr": 0.2}]})
+    titles = [
+        "Bits per byte",
+        "Causal routing minus top-k",
+        "Share of bytes routed",
+        "Learning rate",
+    ]
+    found = [[f">{title}" in text for title in titles] for text in (level, without_gap, changing)]
+    assert found == [[True, True, False, False], [True, *3 * [False]], [True, False, True, True]]
+
+
+def test_panels_share_the_axis():
+    """A figure that was first measured late starts where the others are at that time."""
+    late, whole = Line("", [50, 100], [1, 2], "#123456"), Line("", [0, 100], [1, 2], "#654321")
+    root = ElementTree.fromstring(svg([Panel([line], "t", "x", "y") for line in (whole, late)]))
+    starts = [float(re.match(r"M([\d.]+)", path.get("d"))[1]) for path in curves(root)]
+    ends = [re.search(r"L([\d.]+) ", path.get("d"))[1] for path in curves(root)]
+    assert starts[1] - starts[0] == pytest.approx((float(ends[0]) - starts[0]) / 2, abs=0.1)
+    assert ends[0] == ends[1]
+
+
+def test_the_height_is_that_of_the_later_part():
+    """The steep beginning of each line does not count, however low it is; points alone do."""
+    falling = Line("", list(range(101)), [8.0] * 25 + [2.0] * 76, "#123456")
+    short = Line("", list(range(11)), [8.0] * 2 + [2.5] * 9, "#123456")
+    low_first = Line("", [0, 50, 100], [1.5, 2.0, 1.8], "#123456")
+    assert settled([falling]) == (2.0, 2.0)
+    assert settled([falling, short]) == (2.0, 2.5)
+    assert settled([falling, low_first]) == (1.5, 2.0)
+    assert settled([Line("", [7], [3.0], "#123456")]) == (3.0, 3.0)
+    low, high = settled([])
+    assert low < high
+
+
+def test_data_and_notes_are_in_the_picture():
+    records = [{"bytes": 1, "bits_per_byte": 3.0, "router_rate": 0.5, "lr": 1e-3}]
+    root = ElementTree.fromstring(training_chart({"a": records}, "<tales>", ["a note & more"]))
+    texts = {element.text: element for element in root.iter(f"{SVG}text")}
+    assert any(text.startswith("Bits per byte of <tales>") for text in texts)
+    assert float(texts["a note & more"].get("y")) < float(root.get("height"))
 
 
 def test_a_peak_is_drawn_however_short():

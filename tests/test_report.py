@@ -1,9 +1,10 @@
 """What the commands print at their end."""
 
 import pytest
+from helpers import records
 
 from pico_tg.generation import Stats
-from pico_tg.tools.report import describe_stats, printable, table
+from pico_tg.tools.report import describe_routing, describe_stats, printable, table
 
 
 def test_table():
@@ -28,9 +29,28 @@ def test_stats():
         "time to the first byte: 2.00 s",
         "passes: 50 (2.02 bytes a pass)",
         "accepted bytes a pass: 1.02 (of 3.00 drafts)",
-        "router rate: 19.8%",
+        "share of bytes routed: 19.8%",
     ]
+    alone = describe_stats(Stats(bytes=9, passes=9, routed=1, seconds=1.0))  # of one head
+    assert "draft" not in alone
     assert "bytes/s: 0.0" in describe_stats(Stats())  # no byte
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ([0.9, 0.1, 0.1, 0.9, 0.1], "40% of the bytes through the deep blocks: "
+         "100% of the spaces and 33% of the bytes inside words."),
+        ([0.1] * 5, "none of the bytes through the deep blocks."),
+        ([0.9] * 5, "100% of the bytes through the deep blocks."),
+    ],
+)  # fmt: skip
+def test_the_sentence_about_the_router(weights, expected):
+    """ " caf": what is inside a word comes after its first byte; what is absent is not named."""
+    assert describe_routing(records(b" cafe", weights)) == f"The router sends {expected}"
+    assert describe_routing(records(b"..", [0.1, 0.9])).endswith(
+        "50% of the bytes through the deep blocks."
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,29 +1,25 @@
-"""examples/web.py: what it writes, what it refuses, and the page in a headless Chromium."""
+"""The page of `web`: what it writes, what it refuses, and the page in a headless Chromium."""
 
 import contextlib
+import dataclasses
 import http.client
-import importlib.util
+import http.server
 import json
 import shutil
 import socket
 import subprocess
 import threading
 import time
-from pathlib import Path
 
 import pytest
-from helpers import TINY, record
+from helpers import TINY, error_line, record, records, status
 
-from pico_tg import Decoder, Pico, PicoError, generate
+from pico_tg import Decoder, Pico, PicoError, generate, save_weights
+from pico_tg.generation import to_sentence
+from pico_tg.tools import web
 from pico_tg.tools.terminal import characters
 
-spec = importlib.util.spec_from_file_location(
-    "web", Path(__file__).parents[1] / "examples" / "web.py"
-)
-web = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(web)
-
-ASKED = {"prompt": "A", "temperature": 0.7, "seed": 3, "max_bytes": 20}
+ASKED = {"prompt": "A", "temperature": 0.7, "top_p": 0.9, "seed": 3, "max_bytes": 20}
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +64,15 @@ def test_continuation(server):
     assert status == 200
     assert headers["Content-Type"] == "application/x-ndjson"
     *parts, last = lines(body)
-    expected = generate(server.decoder.model, b"A", max_bytes=20, temperature=0.7, seed=3)
-    assert parts == [json.loads(web.describe_character(c)) for c in characters(expected)]
+    given = {"temperature": 0.7, "top_p": 0.9, "seed": 3}
+    expected = generate(server.decoder.model, b"A", max_bytes=20 + web.SENTENCE, **given)
+    expected = list(characters(to_sentence(expected, 20)))
+    assert parts == [json.loads(web.describe_character(c)) for c in expected]
     assert len(parts) > 5
-    assert "20 bytes" in last["stats"]
+    assert last["stats"].startswith("The router sends")
+    count = sum(len(character.records) for character in expected)
+    assert count >= 20
+    assert f" {count} bytes," in last["stats"]
     assert lines(ask(server)[2])[:-1] == parts
     assert lines(ask(server, ASKED | {"seed": 4})[2])[:-1] != parts
 
@@ -79,7 +80,7 @@ def test_continuation(server):
 def test_characters_of_a_continuation():
     """Shown as text, line breaks too; control characters and bytes that are not UTF-8 as escapes.
 
-    The weight is the highest of its bytes; a draft is one whose bytes are all drafts.
+    A draft is one whose bytes are all drafts. Shades and tips are those of pages.
     """
     text = "aé\n\x1b".encode() + b"\xff"
     weights = [0.1, 0.25, 0.75, 0.1, 0.1, 0.1]
@@ -87,7 +88,25 @@ def test_characters_of_a_continuation():
     found = [json.loads(web.describe_character(c)) for c in characters(bytes_)]
     assert [part["text"] for part in found] == ["a", "é", "\n", "\\x1b", "\\xff"]
     assert [part["weight"] for part in found] == [0.1, 0.75, 0.1, 0.1, 0.1]
-    assert [part["routed"] for part in found] == [False, True, False, False, False]
+    assert [part["surprisal"] for part in found] == [0.18, 0.361, 0.18, 0.18, 0.18]
+    assert found[0]["tip"] == "“a” 0x61 · router weight 0.10 · 36.8 %, 1.4 bits"
+
+
+@pytest.mark.parametrize(
+    ("text", "size", "shown"),
+    [
+        ("One. Two! Three", 2, "One."),
+        ("One. Two! Three", 4, "One."),
+        ("One. Two! Three", 5, "One. Two!"),
+        ('He said: "Go?" They', 9, 'He said: "Go?"'),
+        ("1.5 and e.g. so", 1, "1.5 and e.g."),  # a full stop, and a space after it
+        ("no end", 2, "no end"),
+        ("One.\nTwo", 2, "One."),
+    ],
+)
+def test_a_text_ends_with_a_sentence(text, size, shown):
+    found = to_sentence(iter(records(text.encode())), size)
+    assert bytes(record.byte for record in found).decode() == shown
 
 
 def test_page(server):
@@ -97,6 +116,8 @@ def test_page(server):
         assert b"<title>&lt;tiny&gt;, run a</title>" in body
         nonce = headers["Content-Security-Policy"].split("'nonce-")[1].split("'")[0]
         assert body.count(f'nonce="{nonce}"'.encode()) == 2
+        assert b"$" not in body  # every field of web.html is filled
+        assert b"underline accepted drafts" in body
     assert nonce not in ask(server, b"", "GET", "/", Origin=None)[1]["Content-Security-Policy"]
 
 
@@ -169,6 +190,8 @@ def test_other_gets_are_refused(server):
         (ASKED | {"temperature": float("nan")}, "temperature"),
         (ASKED | {"temperature": float("inf")}, "temperature"),
         (ASKED | {"temperature": -1}, "temperature"),
+        (ASKED | {"top_p": 0}, "top_p"),
+        (ASKED | {"top_p": 1.1}, "top_p"),
         (ASKED | {"seed": 1.5}, "seed"),
         (ASKED | {"seed": True}, "seed"),
         (ASKED | {"seed": 10**400}, "seed"),
@@ -199,7 +222,7 @@ def test_a_continuation_that_breaks_off_says_so(server, error, monkeypatch):
     assert all(part["text"] for part in parts)
     assert "device lost" in last["error"]
     monkeypatch.undo()
-    assert "20 bytes" in lines(ask(server)[2])[-1]["stats"]
+    assert "bytes/s" in lines(ask(server)[2])[-1]["stats"]
 
 
 def test_a_closed_connection_ends_the_continuation(server, monkeypatch):
@@ -234,18 +257,50 @@ def test_two_continuations_at_a_time_are_refused(server, monkeypatch):
     assert "another" in lines(body)[0]["error"]
 
 
+@pytest.fixture
+def trained(tmp_path):
+    """A model of one head, of random weights."""
+    config = dataclasses.replace(TINY, next_tokens=1)
+    config.to_json(tmp_path / "model.json")
+    (tmp_path / "a").mkdir()
+    save_weights(Pico(config), tmp_path / "a" / "00000001.safetensors")
+    return tmp_path
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [(["none", "a"], "none"), (["--port", "{port}"], "choose another --port")],
+    [
+        (["none"], "none is no model"),
+        (["{model}", "b"], "has no "),
+        (["{model}", "--port", "{port}"], "choose another --port"),
+        (["{model}", "a", "--port", "70000"], "choose another --port"),
+    ],
 )
-def test_mistakes_of_the_user(server, arguments, named, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(web.pico_tg, "enable_compile_cache", lambda: None)
-    port = str(server.server_port)
-    monkeypatch.setattr("sys.argv", ["web.py", *(a.format(port=port) for a in arguments)])
-    with pytest.raises(SystemExit, match=named) as stopped:
-        web.main()
-    assert "\n" not in stopped.value.code
+def test_mistakes_of_the_user(server, arguments, named, trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    known = {"model": trained, "port": server.server_port}
+    assert status(["web", *(argument.format(**known) for argument in arguments)]) == 2
+    assert named in error_line(capsys)
+
+
+def test_the_command(trained, monkeypatch, capsys):
+    """Without RUN, the newest run; a model of one head has no drafts to underline. Ctrl-C ends."""
+    bodies = []
+
+    def serve(server) -> None:
+        thread = threading.Thread(target=http.server.HTTPServer.serve_forever, args=[server])
+        thread.start()
+        bodies.append(ask(server, b"", "GET", "/", Origin=None)[2].decode())
+        server.shutdown()
+        thread.join()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(web.Server, "serve_forever", serve)
+    assert status(["web", str(trained), "--port", "0"]) == 0
+    assert capsys.readouterr().out.startswith("http://127.0.0.1:")
+    (body,) = bodies
+    assert f"<title>{trained.name}, run a</title>" in body
+    assert "underline" not in body.split("</style>")[1]
 
 
 # The page in a browser ----------------------------------------------------------------------------
@@ -328,11 +383,11 @@ def test_page_in_chromium(server, browser):
     browser.script("document.querySelector('[name=prompt]').value = '<b>A'")
     browser.script("document.querySelector('[name=max_bytes]').value = 40")
     browser.click("#write")
-    wait_for(browser, "document.querySelector('#status').textContent.startsWith('40 bytes')")
+    wait_for(browser, "document.querySelector('#status').textContent.startsWith('The router')")
     text = "document.querySelector('#text')"
     assert browser.script(f"return {text}.querySelector('.prompt').textContent") == "<b>A"
     count = browser.script(f"return {text}.querySelectorAll('b').length")
-    assert 10 < count <= 40
+    assert 10 < count <= 40 + web.SENTENCE
     color = f"getComputedStyle({text}.querySelector('b')).backgroundColor"
     assert browser.script(f"return {color}").startswith("rgba(")
     assert "disabled" not in browser.script("return document.querySelector('#write').outerHTML")

@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import pico_tg
-from pico_tg.tools.plot import COLORS, Line, Panel, svg
+from pico_tg.tools.plot import COLORS, Line, Panel, settled, svg
 
 LEARNING_RATES = {"adamw": (4e-3, 8e-3, 16e-3), "soap": (6e-3, 12e-3, 24e-3)}
 CONTEXT_LEN, BATCH_SIZE = 512, 4
@@ -70,9 +70,7 @@ for (optimizer, rate), curve in curves.items():
     steps, bits = map(list, zip(*curve, strict=True))
     dash = int((optimizer, rate) != best[optimizer])
     lines.append(Line(f"{optimizer} {rate:g}", steps, bits, line_color[optimizer], dash))
-low = min(bits for curve in curves.values() for _, bits in curve)
-high = max(min(bits for _, bits in curve) for curve in curves.values()) + 1.5
 title = f"SOAP and AdamW on {Path(args.dataset).name}"
-panel = Panel(lines, title, "step", "bits per byte (held out)", y_range=(low, high))
+panel = Panel(lines, title, "step", "bits per byte (held out)", y_range=settled(lines))
 args.svg.write_text(svg([panel]))
 print(f"wrote {args.svg}")

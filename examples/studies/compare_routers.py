@@ -31,7 +31,7 @@ import pico_tg
 from pico_tg.config import ROUTERS
 from pico_tg.costs import training_flops
 from pico_tg.runs import read_metrics
-from pico_tg.tools.plot import COLORS, Line, Panel, svg
+from pico_tg.tools.plot import COLORS, Line, Panel, settled, svg
 from pico_tg.tools.router_report import router_report
 
 CONTEXT_LEN, BATCH_SIZE = 512, 4
@@ -265,9 +265,8 @@ for size in dict.fromkeys(variant.size for variant in table):
             ys = [statistics.mean(bits) for bits in by_point]
             n = len(lines)
             lines.append(Line(variant.name, xs, ys, COLORS[n % len(COLORS)], n // len(COLORS)))
-    low = min(min(line.ys) for line in lines)
     title = f"Routers at equal training FLOPs, {size} parameters"
-    labels = ("fraction of the FLOPs", "bits per byte (held out)")
-    panels.append(Panel(lines, title, *labels, y_range=(low, low + 1.5)))
+    labels = ("share of the training FLOPs", "bits per byte (held out)")
+    panels.append(Panel(lines, title, *labels, y_range=settled(lines)))
 args.svg.write_text(svg(panels))
 print(f"\nwrote {args.svg} and {args.results}")

@@ -68,12 +68,12 @@ from .options import (
 )
 from .plot import training_chart
 from .report import (
+    conclusion,
     describe_evaluation,
     describe_measured,
     describe_model,
     describe_stats,
     printable,
-    surprisal_line,
 )
 from .router_report import passage, router_report
 from .terminal import (
@@ -85,6 +85,7 @@ from .terminal import (
     show_samples,
     split_samples,
 )
+from .web import Server
 
 
 def model_name(path: Path) -> str:
@@ -219,7 +220,7 @@ def data_to_train_on(args: argparse.Namespace) -> DataSpec | None:
 
 
 def command_eval(args: argparse.Namespace) -> int:
-    """Measure the model PATH as trained in RUN on a split: bits per byte, heads, router."""
+    """Measure the model PATH as trained in RUN on a split: bits per byte, and what is routed."""
     load_config(args.path)
     run_dir = existing_run(args.path, args.run)
     checkpoint = find_checkpoint(run_dir, args.checkpoint)
@@ -253,23 +254,13 @@ def command_eval(args: argparse.Namespace) -> int:
         else:
             part = "all" if facts["split"] == "all" else f"{facts['split']} data"
             show(f"{title}, step {facts['step']}: {part} of {spec.dataset}\n")
-            show(describe_evaluation(measured, report))
+            show(conclusion(measured, report))
+            if args.full:
+                show(f"\n{describe_evaluation(measured, report)}")
     finally:  # write the page even if standard output cannot be written
         if args.html:
-            near = report.boundaries["near"]
-            shown = facts | {
-                "bits per byte": f"{measured.bits_per_byte:.3f}",
-                "without latent blocks": f"{measured.bits_per_byte_without_latent:.3f}",
-                "router rate": f"{measured.router_rate:.1%}",
-                "surprisal after routed bytes / mean": surprisal_line(report),
-                "within one byte of a boundary": (
-                    f"F1 {near.router.f1:.3f}, at random {near.random.f1:.3f}"
-                ),
-            }
-            page = html_page(
-                b"", passage(measured, PASSAGE), title, shown, name="Passage", surprisal=True
-            )
-            write_page(args.html, page)
+            shown, told = passage(measured, PASSAGE), conclusion(measured, report)
+            write_page(args.html, html_page(b"", shown, title, facts, "Passage", told))
             say(f"wrote {args.html}")
     return 0
 
@@ -278,6 +269,7 @@ def score_text(args: argparse.Namespace, step: int) -> int:
     """eval --text: the text with marks before routed bytes, and its bits."""
     named = [option_of("dataset_" + name) for name in given(args, DataSpec, "dataset_")]
     named += map(option_of, given(args, EvalSettings))
+    named += ["--full"] if args.full else []
     if args.dataset is not None:
         named.insert(0, "DATASET")
     if named:
@@ -305,7 +297,7 @@ def score_text(args: argparse.Namespace, step: int) -> int:
             title = f"{model_name(args.path)}, run {args.run}"
             shown = {"step": step, "bits": f"{scored.bits:.2f}"}
             shown["bits per byte"] = f"{scored.bits_per_byte:.3f}"
-            write_page(args.html, html_page(b"", [scored], title, shown, "Text", surprisal=True))
+            write_page(args.html, html_page(b"", [scored], title, shown, "Text"))
             say(f"wrote {args.html}")
     return 0
 
@@ -442,7 +434,7 @@ def sample_page(
         if value != field.default and ("filter" in field.metadata or field.name == "seed"):
             facts[field.name.replace("_", "-")] = value
     if not settings.latent:
-        facts["latent blocks"] = "left out"
+        facts["deep blocks"] = "left out"
     samples = [list(sample) for sample in split_samples(kept, settings.num_samples)]
     return html_page(prompt, samples, f"{model_name(args.path)}, run {args.run}", facts)
 
@@ -459,6 +451,17 @@ def write_page(path: Path, page: str) -> None:
         file.write(printable(page).encode())
 
 
+def command_web(args: argparse.Namespace) -> int:
+    """Serve a page that shows text as the model writes it. Only this machine can open the page."""
+    path = args.path or "stories"
+    run = args.run or newest_run(path)
+    with Server(load(path, run), f"{model_name(path)}, run {run}", args.port) as server:
+        show(f"{server.url}  (Ctrl-C ends)")
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()
+    return 0
+
+
 def command_info(args: argparse.Namespace) -> int:
     """Print the parameters and costs of the model PATH, and the checkpoints of its RUN.
 
@@ -473,26 +476,55 @@ def command_info(args: argparse.Namespace) -> int:
 
 
 def command_plot(args: argparse.Namespace) -> int:
-    """Draw the curves of training runs: bits per byte, routing gap, router rate, learning rate."""
-    load_config(args.path)
-    runs, texts = {}, {}  # texts: the first run that was validated on each
-    for name in args.runs:
-        folder = run_folder(args.path, name)
-        shown = {"bytes", "bits_per_byte", "router_rate", "lr"}
+    """Draw the curves of training runs: bits per byte, share of bytes routed, learning rate."""
+    pairs = runs_to_plot(args.path, args.runs)
+    runs, data, texts = {}, set(), {}  # texts: the first run that was validated on each
+    for name, (model, run) in pairs.items():
+        folder, shown = run_folder(model, run), {"bytes", "bits_per_byte", "router_rate", "lr"}
         runs[name] = [r for r in read_metrics(folder) if r.keys() >= shown]
         if not runs[name]:
             raise PicoError(f"{folder}/metrics.jsonl holds no step yet")
         if stored := find_description(folder):
+            data.add(Path(str(stored["dataset"].get("dataset", ""))).name)
             told = [stored["fingerprints"][1:], stored["settings"].get("validation_bytes")]
             texts.setdefault(json.dumps(told), name)
+    notes = []
     if len(texts) > 1:
-        say(f"validated on different texts, so not to be compared: {', '.join(texts.values())}")
+        notes = [
+            f"Not to be compared, since validated on different texts: {', '.join(texts.values())}"
+        ]
+        say(*notes)
     # a run's name may contain a folder: sub/a
-    names = [re.sub(r"[/\\]+", "-", name).strip("-.") for name in args.runs]
-    output = args.output or args.path / f"{'-'.join(names)}.svg"
-    write_page(output, training_chart(runs))
+    names = [re.sub(r"[/\\]+", "-", name).strip("-.") for name in pairs]
+    output = args.output or next(iter(pairs.values()))[0] / f"{'-'.join(names)}.svg"
+    write_page(output, training_chart(runs, ", ".join(sorted(filter(None, data))), notes))
     show(str(output))
     return 0
+
+
+def runs_to_plot(path: Path, names: list[str]) -> dict[str, tuple[Path, Path]]:
+    """(model, run) of each run that `plot` names, by its name in the picture.
+
+    Each of path and names is a model, a run of the model before it, or PATH/RUN. A model without a
+    run stands for its newest one. A name in the picture is the path from the folder that all models
+    share. Raises PicoError on other names.
+    """
+    chosen: dict[Path, list[Path]] = {}
+    model = None
+    for name in (path, *map(Path, names)):
+        above = [folder for folder in (name, *name.parents) if (folder / "model.json").is_file()]
+        own = model and not name.is_absolute() and (model / name / "metrics.jsonl").is_file()
+        if own or not above:
+            load_config(model or name)  # says so if there is no model
+            chosen[model].append(name)
+        elif above[0] == name:
+            model = name
+            chosen.setdefault(model, [])
+        else:
+            chosen.setdefault(above[0], []).append(name.relative_to(above[0]))
+    pairs = [(model, run) for model in chosen for run in chosen[model] or [newest_run(model)]]
+    common = os.path.commonpath([model.absolute() for model in chosen])
+    return {os.path.relpath(run_folder(*pair), common): pair for pair in pairs}
 
 
 def command_bench(args: argparse.Namespace) -> int:
@@ -524,6 +556,7 @@ COMMANDS = {
     "train": command_train,
     "eval": command_eval,
     "run": command_run,
+    "web": command_web,
     "info": command_info,
     "plot": command_plot,
     "bench": command_bench,

@@ -43,9 +43,9 @@ def describe(
     - model: the sizes; parameters: of each part, and total
     - operations_a_byte: model FLOPs (`pico_tg.costs`), on average over a window of context_len
       bytes: forward, training (forward and backward); and decoding, for one byte after context_len
-      bytes at decoding_router_rate. That rate is the one measured at the run's newest checkpoint.
-      Without a measurement, the rate is 1 / n for the router `stride` and the capacity for others;
-      training makes `learned` keep to the capacity, while `space` may differ
+      bytes at decoding_router_rate, the share of bytes routed. It is the one measured at the run's
+      newest checkpoint. Without a measurement it is 1 / n for the router `stride` and the capacity
+      for others; training makes `learned` keep to the capacity, while `space` may differ
     - cache_bytes: memory of the KV caches, float32, independent of the length of the text
     - kernel_cache: path of the file that holds compiled kernels, and its bytes
     - run: its name, settings, dataset, data (what is trained on and what is held out, in words),

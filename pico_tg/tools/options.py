@@ -93,11 +93,25 @@ def build_parser(functions: dict[str, Callable]) -> Parser:
     )  # fmt: skip
     add_run_options(running)
 
+    serving = add("web", "serve a page that shows text as the model writes it")
+    serving.add_argument(
+        "path", metavar="PATH", type=path_name, nargs="?",
+        help="folder of the model (default: the model that comes with pico_tg)",
+    )  # fmt: skip
+    serving.add_argument("run", metavar="RUN", nargs="?", help="training run (default: the newest)")
+    serving.add_argument(
+        "--port", type=int, default=8000, metavar="N", help="of this machine; 0: any free one"
+    )
+
     informing = add("info", "sizes and costs of a model, checkpoints of a run", path, as_json)
     informing.add_argument("run", metavar="RUN", nargs="?", help="name of a training run")
 
     plotting = add("plot", "draw the curves of training runs", path)
-    plotting.add_argument("runs", metavar="RUN", nargs="+", help="names of training runs")
+    plotting.add_argument(
+        "runs", metavar="RUN", nargs="*",
+        help="names of training runs (default: the one with the newest checkpoint); to compare "
+        "models, give PATH/RUN PATH/RUN",
+    )  # fmt: skip
     plotting.add_argument(
         "--output", type=page_name(".svg"), metavar="FILE",
         help="SVG to write (default: PATH/RUN-RUN.svg)",
@@ -175,7 +189,11 @@ def add_eval_options(parser: Parser) -> None:
     parser.add_argument(
         "--text", metavar="TEXT", type=plain_text,
         help="in place of a DATASET: print TEXT with _ before each byte that the router sends "
-        "through the latent blocks, and how many bits the model needs for it",
+        "through the deep blocks, and how many bits the model needs for it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--full", action="store_true",
+        help="also print tables: heads, what the router selects, word boundaries that it finds",
     )  # fmt: skip
     parser.add_argument(
         "--html", type=page_name(".html", ".htm"), metavar="FILE",
@@ -212,7 +230,7 @@ def add_run_options(parser: Parser) -> None:
     )  # fmt: skip
     showing.add_argument(
         "--show-router-decisions", action="store_true",
-        help="put _ before each byte that the router sent through the latent blocks",
+        help="put _ before each byte that the router sent through the deep blocks",
     )  # fmt: skip
     showing.add_argument(
         "--color", action="store_true",
@@ -221,7 +239,7 @@ def add_run_options(parser: Parser) -> None:
     )  # fmt: skip
     showing.add_argument(
         "--html", type=page_name(".html", ".htm"), metavar="FILE",
-        help="also write a page with the same marks and the details of each byte",
+        help="also write a page: the text, shaded by router weight or surprisal",
     )  # fmt: skip
     showing.add_argument(
         "--stats", action="store_true", help="print the speed on standard error at the end"
@@ -332,6 +350,8 @@ def page_name(*endings: str) -> Callable[[str], Path]:
 
     def page_path(text: str) -> Path:
         path = path_name(text)
+        if text == "-":
+            raise argparse.ArgumentTypeError(f"name a file that ends in {endings[0]}, not -")
         if path.suffix and path.suffix.lower() not in endings:
             kind = endings[0][1:].upper()
             raise argparse.ArgumentTypeError(f"{text!r} would hold {kind}; end it in {endings[0]}")

@@ -1,6 +1,7 @@
 """Line charts as self-contained SVG files, without a plotting package."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from unicodedata import east_asian_width
@@ -15,6 +16,8 @@ SAMPLE = 22  # length of the piece of a line before its name, px
 MAX_NAME = 270  # width of a name, px
 POINTS = 1500  # of a line, at most: about two for each pixel
 PEAK = 1.0  # bits per byte above the average, at which a step of training is drawn as it is
+EARLY = 0.25  # part of each run whose bits per byte, which fall from 8, need not be in the picture
+GAP = 0.02  # bits per byte; a smaller routing gap shows nothing
 
 
 @dataclass(frozen=True)
@@ -41,32 +44,37 @@ class Panel:
     height: int = 400
 
 
-def svg(panels: list[Panel]) -> str:
-    """The panels, one below the other, as one SVG. A panel grows if its names need space."""
+def svg(panels: list[Panel], notes: Sequence[str] = ()) -> str:
+    """The panels, one below the other, as one SVG, with one range of x; notes: lines below them.
+
+    A panel grows if its names need space.
+    """
     panels = [replace(panel, height=max(panel.height, _names_height(panel))) for panel in panels]
     names = [_shortened(line.name) for panel in panels for line in panel.lines]
     right = WIDTH - 24 - SAMPLE - max([*map(_text_width, names), 0])
-    height = sum(panel.height for panel in panels)
+    height = sum(panel.height for panel in panels) + ROW * (len(notes) + bool(notes))
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '
         f'height="{height}" font-family="system-ui, sans-serif" font-size="13">',
         f'<rect width="{WIDTH}" height="{height}" fill="white"/>',
     ]
+    xs = [x for panel in panels for line in panel.lines for x, _ in _finite(line)] or [0.0]
     top = 0
     for number, panel in enumerate(panels):
-        parts += [f'<g transform="translate(0 {top})">', *_draw(panel, right, f"inside{number}")]
-        parts.append("</g>")
+        drawn = _draw(panel, right, f"inside{number}", min(xs), max(xs))
+        parts += [f'<g transform="translate(0 {top})">', *drawn, "</g>"]
         top += panel.height
+    for row, note in enumerate(notes, 1):
+        parts.append(f'<text x="{LEFT}" y="{top + ROW * row}" fill="#555">{escape(note)}</text>')
     return "\n".join([*parts, "</svg>\n"])
 
 
-def _draw(panel: Panel, right: int, clip: str) -> list[str]:
-    points = [(x, y) for line in panel.lines for x, y in _finite(line)] or [(0.0, 0.0)]
-    start, end = min(x for x, _ in points), max(x for x, _ in points)
+def _draw(panel: Panel, right: int, clip: str, start: float, end: float) -> list[str]:
     x_ticks = ticks(start, end)
     # the lines end at the names; the last tick may be further right
     x_end = end if end > start else x_ticks[-1]
-    low, high = panel.y_range or (min(y for _, y in points), max(y for _, y in points))
+    ys = _heights(panel.lines) or [0.0]
+    low, high = panel.y_range or (min(ys), max(ys))
     y_ticks = ticks(low, high, about=panel.height // 70)
     bottom = panel.height - BOTTOM
 
@@ -155,24 +163,20 @@ def _text_width(text: str) -> int:
 
 def _shortened(name: str) -> str:
     """The name, without its middle if it is wider than MAX_NAME: names often differ at the end."""
-    if _text_width(name) <= MAX_NAME:
-        return name
-    start, end = name[: len(name) // 2], name[len(name) // 2 :]
-    while _text_width(f"{start}…{end}") > MAX_NAME:
-        start, end = (start[:-1], end) if len(start) > len(end) else (start, end[1:])
-    return f"{start}…{end}"
+    kept, shown = len(name), name
+    while _text_width(shown) > MAX_NAME:
+        kept -= 2
+        shown = f"{name[: kept // 2]}…{name[-(kept // 2) :]}"
+    return shown
 
 
 def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most POINTS of the points: the first, the last, each stretch's lowest and highest."""
+    """At most POINTS of the points: the first, the last, and the highest of each stretch."""
     if len(points) <= POINTS:
         return points
-    inner, stretches, kept = points[1:-1], POINTS // 2 - 1, [points[0]]
-    for i in range(stretches):
-        part = inner[i * len(inner) // stretches : (i + 1) * len(inner) // stretches]
-        at = {choose(range(len(part)), key=lambda n: part[n][1]) for choose in (min, max)}
-        kept += [part[n] for n in sorted(at)]
-    return [*kept, points[-1]]
+    size = math.ceil(len(points) / (POINTS - 2))
+    parts = (points[i : i + size] for i in range(0, len(points), size))
+    return [points[0], *(max(part, key=lambda point: point[1]) for part in parts), points[-1]]
 
 
 def _finite(line: Line) -> list[tuple[float, float]]:
@@ -211,43 +215,60 @@ def smoothed(values: list[float], weight: float) -> list[float]:
     return averages
 
 
-def training_chart(runs: dict[str, list[dict]]) -> str:
-    """SVG of training runs by name, over bytes: bits per byte, routing gap, share routed, lr."""
-    bits, gaps, rates, learning_rates = [], [], [], []
+def training_chart(runs: dict[str, list[dict]], data: str = "", notes: Sequence[str] = ()) -> str:
+    """SVG of training runs by name, over the bytes that each was trained on.
+
+    Bits per byte; the share of bytes routed and the learning rate, if they change; the routing gap,
+    if it exceeds GAP. data: what the runs were trained on, for the title; notes: lines at the end.
+    """
+    thin, averages, thick, gaps, shares, rates = [], [], [], [], [], []
     for number, (name, records) in enumerate(runs.items()):
-        color = COLORS[number % len(COLORS)]
-        dash = number // len(COLORS) % len(DASHES)
-        seen = [record["bytes"] for record in records]
-        measured = [r for r in records if "validation_bits_per_byte" in r]
-        weight = min(1.0, 20 / len(records))
-        measures = [r["bits_per_byte"] for r in records]
-        averages = zip(measures, smoothed(measures, weight), strict=True)
-        train = [bits if bits > mean + PEAK else mean for bits, mean in averages]
-        routed = smoothed([r["router_rate"] for r in records], weight)
-        validation = [r["validation_bits_per_byte"] for r in measured]
-        bits += [
-            Line("" if measured else name, seen, train, color, dash, thin=True),
-            Line(name, [r["bytes"] for r in measured], validation, color, dash),
-        ]
-        compared = [r for r in measured if "validation_routing_gap" in r]
-        gap = [r["validation_routing_gap"] for r in compared]
-        gaps.append(Line(name, [r["bytes"] for r in compared], gap, color, dash))
-        rates.append(Line(name, seen, routed, color, dash))
-        learning_rates.append(Line(name, seen, [r["lr"] for r in records], color, dash))
-    # clip the first steps, which begin at 8 bits: the rest would be flat
-    values = [y for line in bits for y in line.ys if math.isfinite(y)] or [0.0, 8.0]
-    ends = [line.ys[-1] for line in bits if line.ys] or [8.0]
-    y_range = (min(values), min(max(values), max(ends) + 1.5))
-    seen, title = (
-        "bytes seen",
-        "Bits per byte, held out (thick) and in training (thin: averages and peaks, with tags)",
-    )
-    gap = Panel(gaps, "Causal routing minus top-k, held out", seen, "bits per byte", height=250)
-    return svg(
-        [
-            Panel(bits, title, seen, "bits per byte", y_range),
-            *([gap] if any(line.ys for line in gaps) else []),  # runs of earlier versions have none
-            Panel(rates, "Share of bytes routed, averages", seen, "share", height=250),
-            Panel(learning_rates, "Learning rate", seen, "learning rate", height=250),
-        ]
-    )
+        look = COLORS[number % len(COLORS)], number // len(COLORS) % len(DASHES)
+        held_out = _curve(name, records, "validation_bits_per_byte", look, 4)
+        mean = _curve(name, records, "bits_per_byte", look, 4, average=True)
+        measures = (record["bits_per_byte"] for record in records)
+        peaks = [b if b > m + PEAK else m for b, m in zip(measures, mean.ys, strict=True)]
+        label = "" if held_out.xs else mean.name
+        thin.append(replace(mean, name=label, ys=peaks, thin=True))
+        averages.append(mean)
+        thick.append(held_out)
+        gaps.append(_curve(name, records, "validation_routing_gap", look))
+        shares.append(_curve(name, records, "router_rate", look, average=True))
+        rates.append(_curve(name, records, "lr", look))
+    title = f"Bits per byte{data and f' of {data}'}, held out (thick) and in training (thin)"
+    seen, y_range = "bytes trained on", settled(averages + thick)
+    panels = [Panel(thin + thick, title, seen, "bits per byte", y_range)]
+    others = [
+        (shares, "Share of bytes routed, averages", "share"),
+        (rates, "Learning rate", "rate"),
+    ]
+    if any(gap > GAP for gap in _heights(gaps)):
+        others.insert(0, (gaps, "Causal routing minus top-k, held out", "bits per byte"))
+    for lines, title, unit in others:
+        if lines is gaps or len({f"{y:.2g}" for y in _heights(lines)}) > 1:
+            panels.append(Panel(lines, title, seen, unit, height=250))
+    return svg(panels, ["In training: averages and peaks, with the tags of documents.", *notes])
+
+
+def settled(lines: list[Line]) -> tuple[float, float]:
+    """The range of the lines' heights, without those of the steep beginning of each line."""
+    return min(_heights(lines), default=0.0), max(_heights(lines, EARLY), default=8.0)
+
+
+def _curve(name: str, records: list, key: str, look: tuple, digits=2, average=False) -> Line:
+    """A figure of the records that have it, over the bytes; its last value follows the name."""
+    found = [record for record in records if key in record]
+    ys = [record[key] for record in found]
+    if average:
+        ys = smoothed(ys, min(1.0, 20 / len(ys)))
+    label = f"{name} {ys[-1]:.{digits}g}" if ys else name
+    return Line(label, [record["bytes"] for record in found], ys, *look)
+
+
+def _heights(lines: list[Line], after: float = 0.0) -> list[float]:
+    """The heights of all lines, without the first part `after`, 0 to 1, of each."""
+    found = []
+    for points in filter(None, map(_finite, lines)):
+        start, end = points[0][0], points[-1][0]
+        found += [y for x, y in points if x >= start + after * (end - start)]
+    return found

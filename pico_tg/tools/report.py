@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from typing import Any
 
 from ..evaluation import Evaluation
-from ..generation import Stats
-from .router_report import RouterReport
+from ..generation import GeneratedByte, Stats
+from .router_report import RouterReport, most_routed, routed_kinds
 
 BOUNDARIES = {
     "word_end": "last byte of a word",
@@ -48,23 +49,59 @@ def describe_validation(record: Mapping[str, Any]) -> str:
     )
 
 
+def conclusion(measured: Evaluation, report: RouterReport) -> str:
+    """An evaluation in two or three sentences."""
+    kinds = {name: place.rate for name, place in report.places.items() if place.share_of_bytes}
+    parts = [
+        f"{measured.bits_per_byte:.3f} bits per byte "
+        f"({measured.bits_per_byte_without_latent:.3f} without the deep blocks).",
+        _routing(measured.router_rate, kinds),
+    ]
+    if report.surprisal_ratio is not None:
+        parts.append(
+            f"The byte after a routed one is {report.surprisal_ratio:.1f} times as surprising as "
+            "the average byte."
+        )
+    return " ".join(parts)
+
+
+def describe_routing(records: Sequence[GeneratedByte]) -> str:
+    """A sentence: which of these bytes the router selected."""
+    decisions = [record.router_decision for record in records]
+    return _routing(sum(decisions) / max(1, len(decisions)), routed_kinds(records))
+
+
+def _routing(share: float, kinds: Mapping[str, float]) -> str:
+    """kinds: the share of routed bytes, by kind."""
+    named = {"space": "of the spaces", "word_inside": "of the bytes inside words"}
+    which = [f"{kinds[kind]:.0%} {words}" for kind, words in named.items() if kind in kinds]
+    told = f": {' and '.join(which)}" if which and 0 < share < 1 else ""
+    amount = f"{share:.0%}" if share else "none"
+    return f"The router sends {amount} of the bytes through the deep blocks{told}."
+
+
 def describe_evaluation(measured: Evaluation, report: RouterReport) -> str:
     """The figures of an evaluation, and of its router report, as tables."""
-    gap = measured.routing_gap
     head = [
         ("bytes of text", f"{measured.bytes:,}"),
         ("bytes of context", f"{measured.context_len:,}"),
         ("bits per byte", f"{measured.bits_per_byte:.4f}"),
-        ("without the latent blocks", f"{measured.bits_per_byte_without_latent:.4f}"),
-        ("router rate", f"{measured.router_rate:.1%}"),
-        ("causal routing minus top-k, bits per byte", "-" if gap is None else f"{gap:+.4f}"),
-        ("surprisal after routed bytes / mean", surprisal_line(report)),
+        ("without the deep blocks", f"{measured.bits_per_byte_without_latent:.4f}"),
+        ("share of bytes routed", f"{measured.router_rate:.1%}"),
     ]
-    guesses = [("byte", "right")]
-    for k, right in enumerate(measured.head_accuracy):
-        guesses.append((f"{k + 1} ahead", f"{right:.1%}"))
-    places = [("kind of byte", "of all bytes", "of routed bytes", "95 % interval", "rate")]
+    if measured.routing_gap is not None:
+        head.append(("causal routing minus top-k, bits per byte", f"{measured.routing_gap:+.4f}"))
+    if report.surprisal_ratio is not None:
+        limits = interval(report.surprisal_interval, ".2f")
+        ratio = f"{report.surprisal_ratio:.2f}" + (f" ({limits})" if limits else "")
+        head.append(("surprisal after routed bytes / mean", ratio))
+    for k, right in enumerate(measured.head_accuracy, 1):
+        ahead = f"{k} bytes ahead" if k > 1 else "next byte"
+        head.append((f"{ahead} guessed right", f"{right:.1%}"))
+    places = [("kind of byte", "of all bytes", "of routed bytes", "95 % interval", "share routed")]
     for name, place in report.places.items():
+        if place.share_of_bytes < 0.0005:  # it would be shown as 0.0%
+            continue
         places.append(
             (
                 _words(name),
@@ -74,24 +111,15 @@ def describe_evaluation(measured: Evaluation, report: RouterReport) -> str:
                 f"{place.rate:.1%}",
             )
         )
-    found = [("routed bytes as word boundaries (random)", "precision", "recall", "F1")]
+    found = [("word boundaries at routed (at random) bytes", "precision", "recall", "F1")]
     for name, boundary in report.boundaries.items():
-        router, random = boundary.router, boundary.random
-        pairs = (
-            (router.precision, random.precision),
-            (router.recall, random.recall),
-            (router.f1, random.f1),
-        )
+        pairs = zip(astuple(boundary.router), astuple(boundary.random), strict=True)
         found.append((BOUNDARIES[name], *(f"{a:.3f} ({b:.3f})" for a, b in pairs)))
-    return "\n\n".join(map(table, (head, guesses, places, found)))
-
-
-def surprisal_line(report: RouterReport) -> str:
-    """RouterReport.surprisal_ratio with its interval; "-" if no byte is routed."""
-    if report.surprisal_ratio is None:
-        return "-"
-    limits = interval(report.surprisal_interval, ".2f")
-    return f"{report.surprisal_ratio:.2f}" + (f" ({limits})" if limits else "")
+    often = [("most often routed, apart from spaces", "times", "share routed")]
+    for before, byte, times, share in most_routed(measured):
+        pair = f"{chr(byte)!r} after {chr(before)!r}"
+        often.append((pair, f"{times:,}", f"{share:.0%}"))
+    return "\n\n".join(map(table, (head, places, often, found)))
 
 
 def interval(limits: list[float] | None, style: str) -> str:
@@ -133,7 +161,7 @@ def describe_model(facts: Mapping[str, Any]) -> str:
         own += [("base_weights", run["base_weights"])] if run["base_weights"] else []
         parts.append([("run", run["name"]), ("steps", f"{run['steps']:,}"), *data, *own])
         parts += [run["data"]] if run["data"] else []
-        rows = [("checkpoint", "MB", "bits/byte with tags", "validation", "router rate")]
+        rows = [("checkpoint", "MB", "bits/byte with tags", "held out", "routed")]
         for checkpoint in run["checkpoints"]:
             figures = [
                 format(checkpoint[name], style) if name in checkpoint else "-"
@@ -166,10 +194,12 @@ def describe_stats(stats: Stats) -> str:
         f" ({afterwards:.1f} after the first byte)",
         "time to the first byte": f"{stats.first_byte_seconds:.2f} s",
         "passes": f"{stats.passes:,} ({stats.bytes / passes:.2f} bytes a pass)",
-        "accepted bytes a pass": f"{stats.accepted / passes:.2f}"
-        f" (of {stats.drafts / passes:.2f} drafts)",
-        "router rate": f"{stats.routed / bytes_:.1%}",
     }
+    if stats.drafts:
+        lines["accepted bytes a pass"] = (
+            f"{stats.accepted / passes:.2f} (of {stats.drafts / passes:.2f} drafts)"
+        )
+    lines["share of bytes routed"] = f"{stats.routed / bytes_:.1%}"
     return "\n".join(f"{name}: {value}" for name, value in lines.items())
 
 

@@ -6,7 +6,8 @@ text is hard to predict.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,6 +106,26 @@ def passage(evaluation: Evaluation, limit: int) -> list[list[GeneratedByte]]:
         record = GeneratedByte(int(evaluation.data[i]), float(weight), decision, logprob)
         records.setdefault(int(document), []).append(record)
     return list(records.values())
+
+
+def routed_kinds(records: Sequence[GeneratedByte]) -> dict[str, float]:
+    """The share of routed bytes among each kind of byte that the records hold."""
+    data = np.array([record.byte for record in records], np.uint8)
+    decisions = np.array([record.router_decision for record in records], bool)
+    kinds = _kinds(data, np.ones(len(data), bool))
+    return {name: float(decisions[kind].mean()) for name, kind in kinds if kind.any()}
+
+
+def most_routed(evaluation: Evaluation, count: int = 10) -> Iterator[tuple[int, int, int, float]]:
+    """(byte before, byte, times routed, share routed) of the pairs of bytes most often routed.
+
+    Without spaces, which the router usually selects, whatever is before them.
+    """
+    data, decisions = evaluation.data.astype(int), evaluation.figures["decisions"]
+    pairs, where = np.append(0, data[:-1]) * 256 + data, evaluation.text & (data != ord(" "))
+    occur, routed = Counter(pairs[where].tolist()), Counter(pairs[where & decisions].tolist())
+    for pair, times in routed.most_common(count):
+        yield *divmod(pair, 256), times, times / occur[pair]
 
 
 def _places(evaluation: Evaluation) -> Iterator[tuple[str, ByteKind]]:

@@ -58,7 +58,7 @@ class Character:
 
     @property
     def routed(self) -> int:
-        """The number of its bytes that the router sent through the latent blocks."""
+        """The number of its bytes that are routed."""
         return sum(record.router_decision for record in self.records)
 
     @property
