@@ -147,7 +147,7 @@ class Status(Bar):
             self.refresh()
 
     def __str__(self) -> str:
-        return visible(self.text())[: self.format_dict["ncols"]]
+        return visible(self.text())[: self.format_dict["ncols"] or None]  # 0: a width unknown
 
     def close(self) -> None:
         self.closed.set()
