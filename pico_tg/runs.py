@@ -139,7 +139,6 @@ class Run:
         self.logged_step = 0  # of the last record
         self.best = (math.inf, 0)  # bits per byte of the best validation, and its step
         self.last: Record = {}  # the record of the step after which the run is resumed
-        self.description: dict[str, Any] = {}  # of the run, without its checkpoints
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(folder / ".lock", "ab")  # noqa: SIM115
@@ -174,11 +173,12 @@ class Run:
         self.lock.close()
         _locked.discard(self._name)
 
-    def describe(self) -> None:
-        """Write `description` and the names of the checkpoints to training.json."""
+    def describe(self, description: dict[str, Any]) -> None:
+        """Write training.json."""
+        self.description = description
         checkpoints = [path.name for _, path in list_checkpoints(self.folder)]
         with atomic_write(self.folder / "training.json") as file:
-            described = self.description | {"checkpoints": checkpoints}
+            described = description | {"checkpoints": checkpoints}
             file.write((json.dumps(described, indent=2) + "\n").encode())
 
     def save(
@@ -194,7 +194,7 @@ class Run:
         if settings.keep_checkpoints:
             spared = self.best[1] if settings.keep_best else None
             delete_older(self.folder, step, settings.keep_checkpoints, spared)
-        self.describe()
+        self.describe(self.description)
 
     def log(self, record: Record) -> None:
         """Append a line to metrics.jsonl, durably if the record names a checkpoint.

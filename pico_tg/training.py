@@ -360,9 +360,11 @@ def train(
     _set_steps(progress, chosen, windows, events, stored.get("settings", {}))
     if len(data.validation.bytes) > chosen.validation_bytes:
         events.say(f"each validation measures the first {chosen.validation_bytes:,} held-out bytes")
-    if run:
+    if run and not (resume and _limit_reached(progress, chosen)):  # else nothing is trained
+        if not resume and not model.config.exists(folder.parent / "model.json"):
+            model.config.to_json(folder.parent / "model.json")
         weights = base_weights and os.path.abspath(base_weights)
-        run.description = (
+        run.describe(
             {"settings": dataclasses.asdict(chosen)}
             | describe_data(data)
             | {
@@ -371,10 +373,6 @@ def train(
                 "devices": list(devices),
             }
         )
-        if not resume:  # a resumed run changes nothing before its first checkpoint
-            if not model.config.exists(folder.parent / "model.json"):
-                model.config.to_json(folder.parent / "model.json")
-            run.describe()
     before = base_weights is not None
     records = _loop(train_step, windows, validate, run, progress, events, before, picked)
     # an uncaught error in a script can keep the generator open until the interpreter has torn down
