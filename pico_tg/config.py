@@ -339,7 +339,9 @@ class TrainSettings:
         "micro-batches whose gradients are averaged for one step", 1
     )
     validation_interval: int = setting(
-        "steps between measurements on the held-out data; the last step always measures", 100
+        "steps between measurements on the held-out data; the last step always measures, the steps "
+        "shortly before it do not",
+        100,
     )
     checkpoint_interval: int = setting(
         "steps between checkpoints; the last step always writes one", 500

@@ -22,12 +22,15 @@ from .backend import machine
 from .backend.precision import choose_precision
 from .config import Config, TrainSettings
 from .files import PicoError
+from .progress import Status, duration
 from .routing import RULES
 
-CHOSEN = (
-    "context_len", "batch_size", "epochs", "max_steps", "warmup_steps", "learning_rate",
-    "router_warmup_steps",
-)  # fmt: skip
+CHOSEN = {  # the settings that `choose` chooses, and the line in which each is shown
+    "context_len": "windows", "batch_size": "windows", "epochs": "length", "max_steps": "length",
+    "learning_rate": "learning", "warmup_steps": "learning", "router_warmup_steps": "learning",
+    "validation_interval": "measuring", "validation_bytes": "measuring",
+    "checkpoint_interval": "measuring",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,17 @@ ADAMW_FACTOR = 0.25  # AdamW's learning rate as a fraction of SOAP's
 # with a quarter of the rate)
 TRAINED_FACTOR = 0.25
 
+VALIDATIONS = 10  # of a run, about, if they take at most VALIDATION_SHARE of the training time
+VALIDATION_SHARE = 0.1
+SHORT_VALIDATION = 1 << 16  # held-out bytes for a run too short for TrainSettings' number of them
+CLOSE = 0.25  # of an interval before the last step, in which no other validation is made
+
 EFFICIENCY = 0.6  # rate of a train step as a fraction of a plain matmul's
 SECONDS_PER_BLOCK = 0.01  # time to launch the kernels of a block on a CPU
+VALIDATION_BYTE = 0.4  # time to validate a byte as a fraction of the time to train on it
+# to compile with no kernel cached: of any model, and per block; the published one's 12 take 36 s
+COMPILE_SECONDS = (10, 3)
+LEAST_READ = 2  # bytes per parameter; a model that reads fewer is said to be too large
 FLOATS_PER_BLOCK = 18  # saved for the backward, per block, byte and channel
 
 
@@ -115,6 +127,7 @@ def choose(
     gflops: float,
     given: dict[str, object],
     trained: bool = False,
+    held_out: int = TrainSettings.validation_bytes,
 ) -> TrainSettings:
     """The settings of a run of the Scale's minutes: those `given`, a value for each other CHOSEN.
 
@@ -131,8 +144,13 @@ def choose(
       the steps that are estimated to fit; 0 for `trained` weights, whose router is trained
     - learning_rate: PEAK's up to PEAK's steps, then a power law of the steps through PUBLISHED;
       times ADAMW_FACTOR for adamw, times TRAINED_FACTOR for `trained` weights
+    - validation_interval: for VALIDATIONS in a run, or as many as take VALIDATION_SHARE of the
+      training time
+    - validation_bytes: the default, or SHORT_VALIDATION if VALIDATIONS would take more than that
+    - checkpoint_interval: the chosen validation_interval
 
-    gflops: `gemm_rate` of the device. Raises PicoError if a given setting is out of its bounds.
+    held_out: number of held-out bytes. gflops: `gemm_rate` of the device. Raises PicoError if a
+    given setting is out of its bounds.
     """
     scale = CPU if device.split(":")[0] == "CPU" else GPU
     values: dict[str, object] = dict(given)
@@ -157,10 +175,17 @@ def choose(
         settings = pick("max_steps", max(1, clipped))
     settings = pick("epochs", math.ceil(settings.max_steps * batch / windows))
     steps = total_steps(config, settings, train_bytes)
+    expected = expected_steps(config, settings, train_bytes, device, gflops)
     pick("warmup_steps", round(WARMUP * steps))
     if config.router == "learned":
-        expected = min(steps, affordable) if settings.max_minutes else steps
         pick("router_warmup_steps", 0 if trained else round(ROUTER_WARMUP * expected))
+    most = VALIDATION_SHARE * expected  # steps that take as long as all validations may
+    long = VALIDATIONS * validation_steps(settings, held_out) <= most
+    settings = pick("validation_bytes", settings.validation_bytes if long else SHORT_VALIDATION)
+    count = min(VALIDATIONS, int(most / validation_steps(settings, held_out)))
+    interval = max(1, math.ceil(expected / max(1, count)))
+    pick("validation_interval", interval)
+    pick("checkpoint_interval", interval)
     power = math.log(PEAK[1] / PUBLISHED[1]) / math.log(PUBLISHED[0] / PEAK[0])
     steps = min(max(min(steps, affordable), PEAK[0]), PUBLISHED[0])
     peak = PEAK[1] * (PEAK[0] / steps) ** power
@@ -176,19 +201,37 @@ def complete(
     given: dict[str, object],
     published: bool = False,
     trained: bool = False,
+    held_out: int = TrainSettings.validation_bytes,
+    progress: bool = False,
 ) -> tuple[TrainSettings, list[str]]:
     """`choose`, or the published settings, and lines about the choice and the cost.
 
-    Raises PicoError if a given setting is out of its bounds, or if there is too little memory.
+    progress: say on stderr that the machine is measured. Raises PicoError if a given setting is out
+    of its bounds, or if there is too little memory.
     """
-    machine = (train_bytes, device, gemm_rate(given.get("precision", "auto"), device))
     settings, lines = TrainSettings(**given), []
+    with Status(lambda: "measuring this machine", leave=False, disable=not progress):
+        machine = (device, gemm_rate(settings.precision, device))
     if not published:
-        settings = choose(config, *machine, given, trained)
-        chosen = [f"{name} {getattr(settings, name)}" for name in CHOSEN if name not in given]
-        lines += [f"chosen: {', '.join(chosen)}"] if chosen else []
+        settings = choose(config, train_bytes, *machine, given, trained, held_out)
+        shown = CHOSEN.keys() - given.keys()
+        if settings.max_minutes:  # the others are only guards, and the warm-up follows the time
+            shown -= {"max_steps", "epochs", "warmup_steps"}
+        for kind in dict.fromkeys(CHOSEN.values()):
+            names = [name for name in CHOSEN if name in shown and CHOSEN[name] == kind]
+            values = ", ".join(f"{name} {getattr(settings, name)}" for name in names)
+            lines += [f"chosen {kind}: {values}"] if values else []
     check_memory(config, settings, device)
-    return settings, [*lines, describe_cost(config, settings, *machine)]
+    steps = expected_steps(config, settings, train_bytes, *machine)
+    lines += describe_cost(config, settings, steps, *machine, held_out)
+    read = steps * _step_bytes(settings)
+    if not trained and read < LEAST_READ * config.parameters:
+        lines.append(
+            f"warning: {read / 1e6:,.1f} MB to read for {config.parameters:,} parameters, "
+            f"{read / config.parameters:.1f} bytes each; with fewer than {LEAST_READ}, a smaller "
+            "model learns more (init PATH --preset minutes); or give this one more time"
+        )
+    return settings, lines
 
 
 def total_steps(config: Config, settings: TrainSettings, train_bytes: int) -> int:
@@ -196,6 +239,31 @@ def total_steps(config: Config, settings: TrainSettings, train_bytes: int) -> in
     batch = settings.batch_size * settings.grad_accumulation_steps
     windows = _windows(config, settings, train_bytes)
     return min(settings.max_steps, math.ceil(settings.epochs * windows / batch))
+
+
+def expected_steps(
+    config: Config, settings: TrainSettings, train_bytes: int, device: str, gflops: float
+) -> int:
+    """`total_steps`, or fewer if by `step_seconds` fewer fit in max_minutes."""
+    limit = 60 * settings.max_minutes or math.inf
+    fit = limit / step_seconds(config, settings, device, gflops)
+    return int(min(total_steps(config, settings, train_bytes), fit))
+
+
+def validation_steps(settings: TrainSettings, held_out: int) -> float:
+    """An estimate of the number of train steps that take as long as a validation."""
+    measured = min(settings.validation_bytes, held_out)
+    return VALIDATION_BYTE * measured / _step_bytes(settings)
+
+
+def validations_left(settings: TrainSettings, step: int, last: float) -> int:
+    """The number of validations after `step`, of a run whose last step is `last`."""
+    interval = settings.validation_interval
+    return 1 + max(0, int(last / interval - CLOSE) - step // interval)
+
+
+def _step_bytes(settings: TrainSettings) -> int:
+    return settings.batch_size * settings.grad_accumulation_steps * settings.context_len
 
 
 def _windows(config: Config, settings: TrainSettings, train_bytes: int) -> int:
@@ -262,19 +330,22 @@ def run_seconds(
 
 
 def describe_cost(
-    config: Config, settings: TrainSettings, train_bytes: int, device: str, gflops: float
-) -> str:
-    """One line: the time and the memory that training will take, both estimates."""
-    steps = total_steps(config, settings, train_bytes)
-    total = run_seconds(config, settings, steps, device, gflops)
-    duration = f"{total:.0f} s" if total < 100 else f"{total / 60:,.0f} minutes"
+    config: Config, settings: TrainSettings, steps: int, device: str, gflops: float, held_out: int
+) -> list[str]:
+    """Lines: the time and the memory that `steps` train steps will take, all estimates."""
+    step = step_seconds(config, settings, device, gflops)
+    count, validation = validations_left(settings, 0, steps), validation_steps(settings, held_out)
+    blocks = 2 * config.fb_num_blocks + config.latent_num_blocks
+    compiling = COMPILE_SECONDS[0] + COMPILE_SECONDS[1] * blocks
     parts = {name: size / 1e6 for name, size in memory_bytes(config, settings).items()}
     named = ", ".join(f"{name} {size:,.0f}" for name, size in parts.items())
-    return (
-        f"training will take about {duration} after compiling, "
-        f"{step_seconds(config, settings, device, gflops):.2g} s a step, "
-        f"and {sum(parts.values()):,.0f} MB of memory ({named})"
-    )
+    validations = f"{count} validations" if count > 1 else "1 validation"
+    return [
+        f"training will take about {duration(step * (steps + count * validation))}, and up to "
+        f"{duration(compiling)} to compile: {steps:,} steps of {step:.2g} s, "
+        f"{validations} of {step * validation:.2g} s",
+        f"memory: about {sum(parts.values()):,.0f} MB ({named})",
+    ]
 
 
 def memory_bytes(config: Config, settings: TrainSettings) -> dict[str, int]:

@@ -29,7 +29,7 @@ from .data import MAX_BATCH_BYTES, Corpus, Data, DataSpec, load_data, load_whole
 from .files import PicoError
 from .model import Pico, inputs_and_targets
 from .ops import cross_entropy
-from .progress import Bar
+from .progress import Bar, Events
 from .routing import RULES
 
 SPLITS = ("validation", "train", "all")
@@ -101,9 +101,9 @@ class CausalPass:
 class Validation:
     """Bits per byte of the same held-out windows every time, wrapper bytes left out.
 
-    Measured with causal routing, as decoding routes, and, unless a rule routes, with top-k
-    routing, which looks ahead over the whole window. Raises PicoError if the corpus holds no byte
-    to predict.
+    Measured with causal routing, as decoding routes; on request also with top-k routing, which
+    looks ahead over the whole window, unless a rule routes. `bytes`: how many are read. Raises
+    PicoError if the corpus holds no byte to predict.
     """
 
     def __init__(
@@ -131,36 +131,51 @@ class Validation:
                 f"the validation data has {len(data)} bytes, too few to measure anything; "
                 "hold out more with --dataset-validation-size"
             )
-        self.has_top_k = model.config.router not in RULES
-        wanted = ("nats", "decisions", *(["nats_top_k"] if self.has_top_k else []))
-        self.measure = CausalPass(model, length, settings, wanted, devices)
+        self.bytes = len(data)
+        self.causal = CausalPass(model, length, settings, ("nats", "decisions"), devices)
+        self.top_k: CausalPass | None = None
+        if model.config.router not in RULES:
+            self.top_k = CausalPass(model, length, settings, ("nats_top_k",), devices)
 
-    def __call__(self) -> dict[str, float]:
-        """Measure -> a dict of these keys, each preceded by `validation_`:
+    def __call__(
+        self, events: Events | None = None, top_k: bool = False
+    ) -> dict[str, float] | None:
+        """Measure -> a dict of these keys, each preceded by `validation_`; None if `events` stop.
 
         - bits_per_byte, router_rate: of all windows, with causal routing
-        - bits_per_byte_top_k: of the windows without padding, with top-k routing
-        - routing_gap: bits per byte of causal routing minus that of top-k, over the same windows
         - seconds
 
-        A rule has no top-k: under it, bits_per_byte_top_k and routing_gap are missing.
+        top_k adds these, unless a rule routes or `events` stop after the causal pass:
+
+        - bits_per_byte_top_k: of the windows without padding, with top-k routing
+        - routing_gap: bits per byte of causal routing minus that of top-k, over the same windows
         """
-        start, parts = time.perf_counter(), []
-        for first in range(0, len(self.windows), self.batch_size):
-            rows = slice(first, first + self.batch_size)
-            parts.append(self.measure(self.windows[rows], self.lengths[rows]))
-        found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        start, events = time.perf_counter(), events or Events()
+        if (found := self._measure(self.causal, events)) is None:
+            return None
 
-        def bits(name: str, where: np.ndarray) -> float:
-            return float(found[name][where].mean(dtype=np.float64) / math.log(2))
+        def bits(nats: np.ndarray, where: np.ndarray) -> float:
+            return float(nats[where].mean(dtype=np.float64) / math.log(2))
 
-        record = {"validation_bits_per_byte": bits("nats", self.scored)}
-        if self.has_top_k:
-            top_k = bits("nats_top_k", self.whole)
-            record["validation_bits_per_byte_top_k"] = top_k
-            record["validation_routing_gap"] = bits("nats", self.whole) - top_k
+        record = {"validation_bits_per_byte": bits(found["nats"], self.scored)}
+        if top_k and self.top_k and (ahead := self._measure(self.top_k, events)):
+            record["validation_bits_per_byte_top_k"] = bits(ahead["nats_top_k"], self.whole)
+            record["validation_routing_gap"] = (
+                bits(found["nats"], self.whole) - record["validation_bits_per_byte_top_k"]
+            )
         record["validation_router_rate"] = float(found["decisions"][self.scored].mean())
         return record | {"validation_seconds": time.perf_counter() - start}
+
+    def _measure(self, measure: CausalPass, events: Events) -> dict[str, np.ndarray] | None:
+        """The figures of all windows, by name; None if `events` stop."""
+        parts, total = [], len(self.windows) // self.batch_size
+        for first in range(0, len(self.windows), self.batch_size):
+            if events.stop():
+                return None
+            rows = slice(first, first + self.batch_size)
+            parts.append(measure(self.windows[rows], self.lengths[rows]))
+            events.part(len(parts), total)
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,7 +289,7 @@ def evaluate(
         precision=chosen.precision,
     )
     validation = Validation(model, corpus, training)
-    gap = validation()["validation_routing_gap"] if validation.has_top_k else None
+    gap = validation(top_k=True).get("validation_routing_gap")
     T = model.config.next_tokens
     figures = {
         "nats": np.zeros(total, np.float32),  # at position i, of byte i + 1

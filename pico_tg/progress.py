@@ -6,14 +6,49 @@ disk), messages are dropped.
 
 import os
 import sys
+import threading
 import time
 import unicodedata
+from collections.abc import Callable
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
 LINE_SECONDS = 10.0  # least time between two plain lines, except for the last line
+FIRST_SECONDS = 3.0  # time to the first plain line of a Status
 LINE = "{desc}: {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+
+
+class Events:
+    """What a long computation tells its user interface, and asks of it. This one is silent.
+
+    bars: whether bars are shown while data are read and the machine is measured
+    """
+
+    bars = False
+
+    def say(self, text: str) -> None:
+        """Receive a message for the user, a line."""
+
+    def phase(self, name: str) -> None:
+        """Called with what is done from now on: compiling, training, validating."""
+
+    def part(self, done: int, total: int) -> None:
+        """Called after each of several micro-batches of a step, or batches of a validation."""
+
+    def stop(self) -> bool:
+        """Asked between these parts, and after every step.
+
+        True saves the last complete step and ends training; a step in progress is discarded, and a
+        validation is made up for by the resumed run.
+        """
+        return False
+
+
+def duration(seconds: float) -> str:
+    """2:05 for 125 seconds, 1h02 for 3,725."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02}" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02}"
 
 
 def visible(text: str) -> str:
@@ -87,6 +122,35 @@ class Bar(tqdm):
 
     def close(self) -> None:
         if not self.disable and not self.has_bar:
-            say(str(self))
+            if self.leave:
+                say(str(self))
             self.disable = True  # keeps tqdm from printing a last bar
+        super().close()
+
+
+class Status(Bar):
+    """A line of what `text` returns, which a thread asks for every second, until `close`.
+
+    If stderr is not a terminal, it is printed after FIRST_SECONDS, and then every LINE_SECONDS.
+    """
+
+    def __init__(self, text: Callable[[], str], **options: Any) -> None:
+        self.text, self.closed = text, threading.Event()
+        self.thread = threading.Thread(target=self._tick, daemon=True)
+        super().__init__(**options)
+        self.last_line -= LINE_SECONDS - FIRST_SECONDS
+        if not self.disable:
+            self.thread.start()
+
+    def _tick(self) -> None:
+        while not self.closed.wait(1):
+            self.refresh()
+
+    def __str__(self) -> str:
+        return visible(self.text())[: self.format_dict["ncols"] or None]  # 0: a width unknown
+
+    def close(self) -> None:
+        self.closed.set()
+        if self.thread.is_alive():
+            self.thread.join()
         super().close()

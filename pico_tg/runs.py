@@ -12,8 +12,10 @@ import json
 import math
 import os
 import re
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,7 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .config import Config, TrainSettings
+from .costs import CLOSE, validation_steps, validations_left
 from .files import PicoError, atomic_write, command, differences
 from .model import Pico
 from .progress import say
@@ -44,6 +47,7 @@ MAY_CHANGE = (
     "epochs", "max_steps", "max_minutes", "validation_interval", "checkpoint_interval",
     "keep_checkpoints", "keep_best",
 )  # fmt: skip
+FIRST_MEASURED = 5  # steps before the time that is left is estimated
 _locked: set[str] = set()  # the folders that this process trains
 
 
@@ -61,7 +65,12 @@ class Progress:
     windows: int = 0
     steps: int = 0
     seconds: float = 0.0
-    steps_here = 0  # of this process; not a field, so that no checkpoint holds it
+
+    def __post_init__(self) -> None:
+        # of this process; no fields, so that no checkpoint holds them
+        self.steps_here = 0
+        self.step_times: deque[float] = deque(maxlen=101)  # without the steps that compile
+        self.validation_times: list[float] = []
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Progress":
@@ -78,8 +87,9 @@ class Progress:
         mean = self.seconds / max(1, self.step)
         if self.steps_here <= 2:
             seconds = mean
-        elif mean:
-            seconds = min(seconds, 10 * mean)
+        else:
+            self.step_times.append(seconds)
+            seconds = min(seconds, 10 * mean) if mean else seconds
         self.seconds += seconds
         self.step += 1
         self.windows += windows
@@ -89,6 +99,31 @@ class Progress:
         """The position on the learning rate's curve: steps or time, whichever is further."""
         limit = settings.max_minutes * 60 or math.inf  # seconds
         return max(self.step, self.steps * self.seconds / limit)
+
+    def validation_due(self, settings: TrainSettings) -> bool:
+        """Whether a validation is made after this step, unless it is the last one.
+
+        That is each validation_interval, but none shortly before the last step, which has its own.
+        """
+        last = self.step * self.steps / max(1, self.position(settings))
+        interval = settings.validation_interval
+        return self.step % interval == 0 and last - self.step >= CLOSE * interval
+
+    def seconds_left(self, settings: TrainSettings, held_out: int) -> float | None:
+        """The time to the end of the run by the medians of its steps and validations.
+
+        None before FIRST_MEASURED steps are measured. The first validation compiles; before the
+        second one, its time follows from that of the steps.
+        """
+        if len(self.step_times) < FIRST_MEASURED:
+            return None
+        step, validations = median(self.step_times), self.validation_times[1:]
+        limit = 60 * settings.max_minutes - self.seconds if settings.max_minutes else math.inf
+        steps = max(0, min(self.steps - self.step, limit / step))
+        validation = median(validations or [step * validation_steps(settings, held_out)])
+        if not steps:
+            return 0.0
+        return step * steps + validation * validations_left(settings, self.step, self.step + steps)
 
 
 class Run:
@@ -258,6 +293,12 @@ def find_checkpoint(run_dir: str | os.PathLike, checkpoint: int | str = -1) -> P
     found = dict(list_checkpoints(run_dir))
     if not found:
         model, run = Path(run_dir).parent, Path(run_dir).name
+        if stored := find_description(Path(run_dir)):
+            first = stored["settings"].get("checkpoint_interval", TrainSettings.checkpoint_interval)
+            raise PicoError(
+                f"{run_dir} is in training and has no checkpoint yet; the first one comes after "
+                f"step {first}; if training was killed: {command('train', model, run, '--resume')}"
+            )
         raise PicoError(
             f"{run_dir} has no checkpoint; make one with: {command('train', model, run)}"
         )
@@ -275,9 +316,14 @@ def find_checkpoint(run_dir: str | os.PathLike, checkpoint: int | str = -1) -> P
 
 
 def newest_run(path: str | os.PathLike) -> str:
-    """The run of the model PATH that has the newest checkpoint. Raises PicoError if none has."""
+    """The run of the model PATH that has the newest checkpoint, or else one in training.
+
+    Raises PicoError if there is none.
+    """
     load_config(path)
     if not (runs := runs_of(path)):
+        for described in Path(path).rglob("training.json"):  # `find_checkpoint` says more
+            return described.parent.relative_to(path).as_posix()
         train = command("train", path, "RUN", "DATASET")
         raise PicoError(f"no run of {path} has a checkpoint; make one with: {train}")
     return runs[0]

@@ -38,6 +38,7 @@ from .files import PicoError, differences
 from .model import Pico, inputs_and_targets, loss_fn
 from .ops import entropy
 from .optim.soap import SOAP, all_finite
+from .progress import Events
 from .routing import top_k_decisions
 from .runs import (
     BITS,
@@ -99,28 +100,6 @@ def most_uncertain(logits: Tensor, config: Config) -> Tensor:
     # of all heads' logits, so that the loss shares the sums; only head 0's entropy is computed
     uncertainty = entropy(logits)[:, :, 0].detach()
     return top_k_decisions(uncertainty, config.capacity(logits.shape[1]))
-
-
-class Events:
-    """What training tells its user interface, and asks of it. This one is silent.
-
-    bars: whether a bar is shown while data are read
-    """
-
-    bars = False
-
-    def say(self, text: str) -> None:
-        """Receive a message for the user, a line."""
-
-    def micro_batch(self, done: int, total: int) -> None:
-        """Called after each of several micro-batches of a step."""
-
-    def stop(self) -> bool:
-        """Asked between micro-batches, after every step and after every validation.
-
-        True saves the last complete step and ends training; the step in progress is discarded.
-        """
-        return False
 
 
 class TrainStep:
@@ -252,7 +231,7 @@ class TrainStep:
                 parts = []
                 for done, batch in enumerate(batches, 1):
                     parts.append(self.accumulate(on_devices(batch, self.devices, 0)).numpy())
-                    events.micro_batch(done, len(batches))
+                    events.part(done, len(batches))
                     if done < len(batches) and events.stop():
                         for total in self.sums:
                             write_into(total, np.zeros(total.shape, np.float32))
@@ -320,10 +299,11 @@ def train(
     (nats; its target changes after router_warmup_steps), bits_per_byte (of the next byte, training
     routing, the tags between documents included), router_rate (share of bytes that causal routing
     selects), router_overflow (share of bytes that a rule selects beyond `Config.capacity`, which
-    skip the deep blocks), lr, bytes (trained on so far), bytes_per_second. With max_minutes a
-    record also has minutes (used so far), after a validation the keys of `Validation`, and with a
-    checkpoint `checkpoint`, its path. The first record of a run with chosen settings has `chosen`,
-    a dict of them.
+    skip the deep blocks), lr, bytes (trained on so far), bytes_per_second. After some steps a
+    record also has seconds_left (estimated, validations included), with max_minutes minutes (used
+    so far) and max_minutes, after a validation the keys of `Validation`, and with a checkpoint
+    `checkpoint`, its path. The first record of a run with chosen settings has `chosen`, a dict of
+    them.
 
     The last step is saved if `events` stop, if the caller closes the generator or ends with an
     error, and if a validation ends with any error but the one below. An error or Ctrl-C during an
@@ -353,8 +333,9 @@ def train(
         given = given | {"precision": chosen.precision}
         trained = base_weights is not None
         chosen, lines = complete(
-            model.config, len(data.train.bytes), device, given, trained=trained
-        )
+            model.config, len(data.train.bytes), device, given, trained=trained,
+            held_out=len(data.validation.bytes), progress=events.bars,
+        )  # fmt: skip
         picked = {name: getattr(chosen, name) for name in CHOSEN if name not in given}
         _check_for_model(chosen, model.config)
     micro_batches = chosen.batch_size * chosen.grad_accumulation_steps
@@ -380,7 +361,7 @@ def train(
     _set_steps(progress, chosen, windows, events, stored.get("settings", {}))
     if len(data.validation.bytes) > chosen.validation_bytes:
         events.say(f"each validation measures the first {chosen.validation_bytes:,} held-out bytes")
-    if run:
+    if run and not (resume and _limit_reached(progress, chosen)):  # else nothing is trained
         if not resume and not model.config.exists(folder.parent / "model.json"):
             model.config.to_json(folder.parent / "model.json")
         weights = base_weights and os.path.abspath(base_weights)
@@ -542,28 +523,41 @@ def _loop(
     def save() -> None:
         run.save(weights_of(train_step.model), train_step.state(), progress, settings)
 
+    def validated(record: Record) -> Record:
+        """The record with a validation if one is due and `events` do not stop it.
+
+        A stop leaves it out, and the resumed run makes up for it.
+        """
+        last = bool(_limit_reached(progress, settings))
+        if not last and not progress.validation_due(settings):
+            return record
+        events.phase("validating")
+        found = validate(events, top_k=last) or {}
+        return record | _finite(found, train_step, record)
+
     try:
         if measure_before:
-            measured = validate()[BITS]
-            events.say(f"before the first step: {measured:.3f} bits per byte of held-out text")
+            events.phase("validating")
+            if measured := validate(events):
+                bits = measured[BITS]
+                events.say(f"before the first step: {bits:.3f} bits per byte of held-out text")
             stopped = events.stop()
-        ended = bool(_limit_reached(progress, settings))
-        due = ended or progress.step % settings.validation_interval == 0
-        if run and run.last and due and BITS not in run.last:
-            record = run.last | _finite(validate(), train_step, run.last)
-            run.is_best(record)
-            run.log(record)
+        if run and run.last and BITS not in run.last:
+            record = validated(run.last)
+            if BITS in record:
+                run.is_best(record)
+                run.log(record)
+            stopped = events.stop()
         while not stopped and not _limit_reached(progress, settings):
             record = _step(train_step, windows, progress, events)
             if not record:  # stopped within the step
                 break
             if picked:
                 record["chosen"], picked = picked, {}
+            start, record = time.perf_counter(), validated(record)
+            if (left := progress.seconds_left(settings, validate.bytes)) is not None:
+                record["seconds_left"] = round(left, 1)
             ended, stopped = _limit_reached(progress, settings), events.stop()
-            # a stop leaves out the validation, which the resumed run makes up for
-            if not stopped and (ended or progress.step % settings.validation_interval == 0):
-                record |= _finite(validate(), train_step, record)
-                stopped = events.stop()
             if run:
                 best = run.is_best(record) and settings.keep_best
                 due = progress.step % settings.checkpoint_interval == 0
@@ -573,6 +567,8 @@ def _loop(
                 if saving:
                     save()
             yield record
+            if BITS in record:  # with the checkpoint, and what the caller does after it
+                progress.validation_times.append(time.perf_counter() - start)
     finally:  # also after an error, and when the caller closes the generator
         move(train_step.tensors, train_step.devices[:1])
         if run:
@@ -588,6 +584,7 @@ def _step(
     train_step: TrainStep, windows: Windows, progress: Progress, events: Events
 ) -> Record | None:
     """Take a step and count it -> its record; None if `events` stopped it."""
+    events.phase("training" if progress.steps_here >= 2 else "compiling")
     settings, start = train_step.settings, time.perf_counter()
     rate = learning_rate(progress.position(settings), settings, progress.steps)
     batch = windows.batch_at(progress.windows)  # (A * B, N + T)
@@ -606,7 +603,8 @@ def _step(
     train_step.consistent = True
     speed = windows.batch_size * settings.context_len / seconds
     record = _record(losses, progress) | {"epoch": epoch, "lr": rate, "bytes_per_second": speed}
-    return record | ({"minutes": progress.seconds / 60} if settings.max_minutes else {})
+    timed = {"minutes": progress.seconds / 60, "max_minutes": settings.max_minutes}
+    return record | (timed if settings.max_minutes else {})
 
 
 def _finite(measured: Record, train_step: TrainStep, record: Record) -> Record:

@@ -40,15 +40,18 @@ def flags(values: dict) -> list[str]:
 
 
 class Watch(Events):
-    """Collects what training says and its micro-batches; stops when `asked` returns True."""
+    """Collects what training says, its phases and parts; stops when `asked` returns True."""
 
     def __init__(self, asked=lambda: False) -> None:
-        self.said, self.seen, self.asked = [], [], asked
+        self.said, self.phases, self.seen, self.asked = [], [], [], asked
 
     def say(self, text: str) -> None:
         self.said.append(text)
 
-    def micro_batch(self, done: int, total: int) -> None:
+    def phase(self, name: str) -> None:
+        self.phases.append(name)
+
+    def part(self, done: int, total: int) -> None:
         self.seen.append((done, total))
 
     def stop(self) -> bool:

@@ -371,8 +371,8 @@ def test_python_chooses_as_the_command_line_does(trained, tmp_path):
     chosen = first.pop("chosen")
     assert chosen == {name: stored[name] for name in CHOSEN if name not in asked}
     assert first.keys() | {"chosen"} <= second.keys() | {"chosen"}
-    listed = ", ".join(f"{name} {value}" for name, value in chosen.items())
-    assert f"chosen: {listed}" in watch.said
+    listed = [line for line in watch.said if line.startswith("chosen ")]
+    assert all(f" {name} {value}" in "".join(listed) for name, value in chosen.items())
     assert any(line.startswith("training will take about") for line in watch.said)
     assert "chosen" in json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
 
@@ -447,8 +447,10 @@ def test_fine_tuning_keeps_a_model_of_other_sizes(trained, tmp_path, capsys):
 
 def test_resume_of_a_complete_run(trained, capsys):
     assert cli.main(["train", str(trained), "run", "--resume"]) == 0
-    expected = "nothing left to train; a larger --max-steps continues the run"
-    assert expected in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "nothing left to train; a larger --max-steps continues the run" in said
+    assert "compiling" not in said
+    assert "trained, step" not in said
 
 
 LAST = {
@@ -474,7 +476,7 @@ def faked(model, text, monkeypatch):
                 } | (LAST if step == 4 else {})  # fmt: skip
 
         monkeypatch.setattr(cli, "train", four_steps)
-        monkeypatch.setattr(cli, "sample_writer", lambda model, prompt: lambda: f"after {prompt}")
+        monkeypatch.setattr(cli, "sample_writer", lambda _, prompt, stop: lambda: f"after {prompt}")
         assert cli.main(["train", str(model), "r", str(text), *flags]) == 0
         return seen
 
@@ -488,14 +490,14 @@ def test_settings_are_chosen(faked, capsys):
     assert options["max_steps"] == 20
     assert options["context_len"] < TrainSettings.context_len
     assert options["router_warmup_steps"] == 4
-    (line,) = [line for line in err.splitlines() if line.startswith("chosen: ")]
-    assert f"context_len {options['context_len']}, " in line
-    assert "max_steps" not in line
+    lines = [line for line in err.splitlines() if line.startswith("chosen ")]
+    assert f"context_len {options['context_len']}, " in lines[0]
+    assert "max_steps" not in "".join(lines)
     assert "training will take about" in err
     options = faked("--settings", "published", "--max-steps", "7")
     published = dataclasses.asdict(TrainSettings(max_steps=7))
     assert published.items() <= options.items()
-    assert "chosen: " not in capsys.readouterr().err
+    assert "chosen " not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -504,14 +506,14 @@ def test_settings_are_chosen(faked, capsys):
 def test_a_sample_at_each_validation(prompt, expected, faked, capsys):
     faked(*([] if prompt is None else ["--sample-prompt", prompt]))
     lines = capsys.readouterr().err.splitlines()
-    samples = [line for line in lines if "sample:" in line]
-    assert samples == ([] if expected is None else [f"  sample: {expected}"])
+    samples = [line for line in lines if "after b" in line]
+    assert samples == ([] if expected is None else [f"  {expected}"])
     assert lines[-1].endswith(" r --prompt The")
 
 
 def test_a_sample_is_one_line(written, monkeypatch):
-    """All samples are written by one decoder."""
-    decoders = []
+    """It names its prompt. All samples are written by one decoder."""
+    decoders, stops = [], []
 
     class Decoder:
         def __init__(self, model):
@@ -521,13 +523,18 @@ def test_a_sample_is_one_line(written, monkeypatch):
             decoders[-1] += 1
 
     monkeypatch.setattr(cli, "Decoder", Decoder)
-    sample = cli.sample_writer(None, b"a\n")
+    sample = cli.sample_writer(None, b"a\n", lambda: bool(stops))
     assert decoders == []  # devices are chosen later
     written.add(b"\n\x1b\xff")
-    assert sample() == "a\\n\\n\\x1b\ufffd"
-    written.append(PicoError("the logits overflow"))  # training goes on
-    assert sample() == "the logits overflow"
-    assert decoders == [1]
+    assert sample() == 'sample after "a\\n": \\n\\x1b\ufffd'
+    assert cli.sample_writer(None, b"", lambda: False)() == "sample: \\n\\x1b\ufffd"
+    written.append(lambda: stops.append(1))  # Ctrl-C
+    written.add(b"ab")
+    assert sample() == 'sample after "a\\n": \\n\\x1b\ufffd'
+    stops.clear()
+    written[:] = [PicoError("the logits overflow")]  # training goes on
+    assert sample() == 'sample after "a\\n": the logits overflow'
+    assert decoders == [0, 2]
 
 
 @pytest.mark.slow

@@ -13,10 +13,14 @@ from pico_tg.costs import (
     _matrices,
     check_memory,
     choose,
+    complete,
     describe_cost,
+    expected_steps,
     memory_bytes,
     step_seconds,
     total_steps,
+    validation_steps,
+    validations_left,
 )
 from pico_tg.files import PicoError
 from pico_tg.model import Pico
@@ -126,13 +130,75 @@ def test_an_impossible_amount_of_memory_is_an_error(monkeypatch, tmp_path):
         next(train(Pico(XS, fresh=False), str(text), settings="published", context_len=512))
 
 
-def test_the_cost_is_one_line():
-    settings = choose(XS, SHAKESPEARE, "CPU", 150, {})
-    line = describe_cost(XS, settings, SHAKESPEARE, "CPU", 150)
-    assert "about 4 minutes" in line
-    assert "MB of memory (parameters 14, optimizer 75, activations 182)" in line
-    assert "\n" not in line
-    timed = TrainSettings(max_steps=10**6, epochs=10**6, max_minutes=1200)
-    assert "about 1,200 minutes" in describe_cost(XS, timed, SHAKESPEARE, "CPU", 150)
-    few = TrainSettings(max_steps=3, context_len=64, batch_size=1)
-    assert "about 1 s after" in describe_cost(XS, few, SHAKESPEARE, "CPU", 150)
+HELD_OUT = 1 << 20
+
+
+def validations(settings: TrainSettings, config: Config = XS) -> tuple[int, float]:
+    """How many there are if the estimate is right, and their share of the training time."""
+    steps = expected_steps(config, settings, SHAKESPEARE, "CPU", 150)
+    count = validations_left(settings, 0, steps)
+    return count, count * validation_steps(settings, HELD_OUT) / steps
+
+
+@pytest.mark.parametrize("given", [{}, {"max_minutes": 2}, {"max_minutes": 60}, {"max_steps": 400}])
+@pytest.mark.parametrize("config", [XS, ORIGINAL, Config(dim=64, latent_num_blocks=2)])
+def test_validations_take_a_tenth_of_the_time_at_most(given, config):
+    """About ten, fewer in a short run; a checkpoint with each; what is given stays."""
+    chosen = choose(config, SHAKESPEARE, "CPU", 150, given, held_out=HELD_OUT)
+    count, share = validations(chosen, config)
+    assert count <= 10
+    assert share <= 0.1 or count == 1
+    assert chosen.checkpoint_interval == chosen.validation_interval
+    if given.get("max_minutes") == 60 and config == XS:
+        assert (count, chosen.validation_bytes) == (10, TrainSettings.validation_bytes)
+    asked = {"validation_interval": 7, "validation_bytes": 9, "checkpoint_interval": 11}
+    kept = choose(config, SHAKESPEARE, "CPU", 150, given | asked, held_out=HELD_OUT)
+    assert asked.items() <= dataclasses.asdict(kept).items()
+
+
+def test_a_small_held_out_part_is_measured_ten_times():
+    chosen = choose(XS, SHAKESPEARE, "CPU", 150, {}, held_out=3000)
+    assert validations_left(chosen, 0, chosen.max_steps) == 10
+
+
+def test_the_cost_is_told():
+    settings = choose(XS, SHAKESPEARE, "CPU", 150, {}, held_out=HELD_OUT)
+    steps = settings.max_steps
+    time, memory = describe_cost(XS, settings, steps, "CPU", 150, HELD_OUT)
+    count, share = validations(settings)
+    seconds = 240 * (1 + share)
+    assert time.startswith(f"training will take about 4:{seconds - 240:02.0f}, and up to 0:")
+    assert f" to compile: {steps:,} steps of 0.42 s, " in time
+    assert f" s, {count} validations of " in time
+    assert memory == "memory: about 272 MB (parameters 14, optimizer 75, activations 182)"
+    timed = dataclasses.replace(settings, max_minutes=1200, max_steps=10**7, epochs=10**6)
+    steps = expected_steps(XS, timed, SHAKESPEARE, "CPU", 150)
+    assert "about 2" in describe_cost(XS, timed, steps, "CPU", 150, HELD_OUT)[0]
+
+
+@pytest.mark.parametrize("minutes", [5.0, 60.0])
+def test_the_lines_of_a_choice(minutes, monkeypatch):
+    """Short ones; a warning if the time is too short for so many parameters."""
+    monkeypatch.setattr(costs, "gemm_rate", lambda precision, device: 150)
+    chosen, lines = complete(XS, 10**8, "CPU", {"max_minutes": minutes, "warmup_steps": 3})
+    steps = expected_steps(XS, chosen, 10**8, "CPU", 150)
+    assert lines[:5] == [
+        f"chosen windows: context_len {chosen.context_len}, batch_size {chosen.batch_size}",
+        f"chosen learning: learning_rate {chosen.learning_rate}, "
+        f"router_warmup_steps {chosen.router_warmup_steps}",
+        f"chosen measuring: validation_interval {chosen.validation_interval}, "
+        f"validation_bytes {chosen.validation_bytes}, "
+        f"checkpoint_interval {chosen.checkpoint_interval}",
+        *describe_cost(XS, chosen, steps, "CPU", 150, TrainSettings.validation_bytes),
+    ]
+    if minutes == 60:
+        assert len(lines) == 5
+    else:
+        (warning,) = lines[5:]
+        assert warning.startswith(
+            "warning: 1.5 MB to read for 1,775,872 parameters, 0.8 bytes each"
+        )
+        assert "init PATH --preset minutes" in warning
+        given = {"max_minutes": minutes}
+        assert "warning" not in "".join(complete(XS, 10**8, "CPU", given, trained=True)[1])
+    assert complete(XS, 10**8, "CPU", {})[1][1].startswith("chosen length: epochs ")

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 from helpers import TINY as CONFIG
+from helpers import Watch
 from oracle import forward
 from tinygrad import Tensor, nn
 
@@ -261,15 +262,32 @@ def test_a_confidence_interval():
 
 def test_the_gap_is_that_of_validation(found, data, model):
     settings = TrainSettings(context_len=CONTEXT, batch_size=2, validation_bytes=10**6)
-    measured = Validation(model, data.validation, settings)()
+    measured = Validation(model, data.validation, settings)(top_k=True)
     assert found.routing_gap == pytest.approx(measured["validation_routing_gap"], abs=1e-6)
     assert found.routing_gap != 0
+
+
+def test_a_validation_stops_between_its_batches(data, model):
+    settings = TrainSettings(context_len=CONTEXT, batch_size=2, validation_bytes=10**6)
+    validation, watch = Validation(model, data.validation, settings), Watch()
+    whole = validation(watch, top_k=True)
+    total = len(watch.seen) // 2
+    assert watch.seen == 2 * [(done, total) for done in range(1, total + 1)]
+    watch = Watch(lambda: len(watch.seen) == 1)
+    assert validation(watch) is None
+    assert watch.seen == [(1, total)]
+    watch = Watch(lambda: len(watch.seen) == total)  # only the gap is left out
+    clocks = ("validation_seconds", "validation_routing_gap", "validation_bits_per_byte_top_k")
+    kept = {key: value for key, value in whole.items() if key not in clocks}
+    assert {k: v for k, v in validation(watch, top_k=True).items() if k not in clocks} == kept
+    assert {k: v for k, v in validation().items() if k not in clocks} == kept
 
 
 def test_a_rule_has_no_top_k_and_no_routed_byte_no_surprisal(data):
     model = Pico(dataclasses.replace(CONFIG, router="none"), seed=0)
     settings = TrainSettings(context_len=CONTEXT, batch_size=2, validation_bytes=10**6)
-    assert not [key for key in Validation(model, data.validation, settings)() if "top_k" in key]
+    measured = Validation(model, data.validation, settings)(top_k=True)
+    assert not {key for key in measured if "top_k" in key or "gap" in key}
     found = evaluate(model, data, **OPTIONS)
     report = router_report.router_report(found)
     assert found.routing_gap is report.surprisal_ratio is report.surprisal_interval is None

@@ -3,11 +3,12 @@
 import io
 import os
 import sys
+import threading
 
 import pytest
 
 from pico_tg import progress
-from pico_tg.progress import Bar, say
+from pico_tg.progress import Bar, Status, duration, say
 
 
 class Stream(io.StringIO):
@@ -66,6 +67,53 @@ def test_nothing_where_it_is_disabled(monkeypatch):
         with Bar(total=2, desc="evaluating", disable=True) as bar:
             bar.update()
         assert stream.getvalue() == ""
+
+
+def test_a_status_without_a_terminal(clock, monkeypatch):
+    """A line after three seconds, and then every ten."""
+    stream = Stream(False)
+    monkeypatch.setattr(sys, "stderr", stream)
+    start = clock[0]
+    with Status(lambda: f"compiling {duration(clock[0] - start)}") as status:
+        for _ in range(25):
+            clock[0] += 1
+            status.refresh()
+    assert stream.getvalue().split("\n")[:-1] == [
+        f"compiling 0:{second:02}" for second in (3, 13, 23, 25)
+    ]
+
+
+@pytest.mark.parametrize("options", [{"disable": True}, {"leave": False}])
+def test_a_status_that_leaves_nothing(options, monkeypatch):
+    stream = Stream(False)
+    monkeypatch.setattr(sys, "stderr", stream)
+    with Status(lambda: "measuring", **options):
+        pass
+    assert stream.getvalue() == ""
+
+
+def test_a_status_moves_by_itself(monkeypatch):
+    """While the main thread works; on a terminal, and no wider than that."""
+    stream = Stream(True)
+    monkeypatch.setattr(sys, "stderr", stream)
+    asked, moved = [], threading.Event()
+
+    def text() -> str:
+        asked.append(threading.current_thread())
+        if asked[-1] is not threading.main_thread():
+            moved.set()
+        return "compiling"
+
+    with Status(text):
+        assert moved.wait(60)
+    shown = stream.getvalue()
+    assert shown.count("\rcompiling") >= 2
+    assert shown.endswith("\n")
+
+
+def test_durations():
+    found = [duration(seconds) for seconds in (0, 5.4, 59.6, 125, 3599, 3600, 3725, 36 * 3600)]
+    assert found == ["0:00", "0:05", "1:00", "2:05", "59:59", "1h00", "1h02", "36h00"]
 
 
 @pytest.mark.parametrize("disable", [True, False])

@@ -1,5 +1,6 @@
 """The folder of a run: what is refused, what is kept, what starts again, which one is the best."""
 
+import dataclasses
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from tinygrad import Tensor
 
 from pico_tg import load
 from pico_tg.checkpoint import checkpoint_path, list_checkpoints, save_checkpoint, weights_of
-from pico_tg.config import Config
+from pico_tg.config import Config, TrainSettings
 from pico_tg.data import DataSpec, Windows, load_data, stored_spec
 from pico_tg.files import PicoError, differences
 from pico_tg.model import Pico
@@ -41,6 +42,7 @@ from pico_tg.tools.terminal import StopSignals
 from pico_tg.training import TrainStep, train
 
 FORMER = Path(__file__).parent / "golden" / "run_5601c96"
+GAP = "validation_routing_gap"
 QUICK = WINDOWS | {"warmup_steps": 2, "learning_rate": 1e-2, "epochs": 99, "optimizer": "adamw"}
 
 
@@ -57,7 +59,7 @@ def quick_steps(monkeypatch):
 
     def step(self, batches, lr, events, router_warmup=False):
         for done in range(1, len(batches) + (len(batches) > 1)):
-            events.micro_batch(done, len(batches))
+            events.part(done, len(batches))
             if done < len(batches) and events.stop():
                 return None
         weight = self.model.norm.weight
@@ -66,12 +68,15 @@ def quick_steps(monkeypatch):
 
     class Validation:
         bits = iter([3.0, 2.0, 2.5, 2.6, 2.7, 2.8])
+        bytes = 1000
 
         def __init__(self, *args):
             pass
 
-        def __call__(self):
-            return {BITS: next(self.bits)}
+        def __call__(self, events, top_k=False):
+            if events.stop():
+                return None
+            return {BITS: next(self.bits)} | ({GAP: 0.5} if top_k else {})
 
     monkeypatch.setattr(TrainStep, "__call__", step)
     monkeypatch.setattr("pico_tg.training.Validation", Validation)
@@ -173,6 +178,10 @@ def test_the_name_of_the_model_that_comes_with_the_package(tmp_path, monkeypatch
 def test_a_model_without_weights(former, tmp_path):
     shutil.rmtree(former / "run")
     with pytest.raises(PicoError, match=r"no run of .*model has a checkpoint; .* train .* RUN"):
+        load(former)
+    shutil.copytree(FORMER / "run", former / "sub" / "live")
+    (former / "sub" / "live" / "00000006.safetensors").unlink()
+    with pytest.raises(PicoError, match=r"sub/live is in training"):
         load(former)
     with pytest.raises(PicoError, match=r"nowhere is no model: there is no such folder; make one"):
         load(tmp_path / "nowhere")
@@ -305,9 +314,9 @@ def test_more_epochs_continue_a_run(text, tmp_path, quick_steps):
 
 def test_a_stop_leaves_out_the_validation_of_its_step(text, tmp_path, quick_steps):
     """The resumed run makes up for it."""
-    run, stops = tmp_path / "run", iter([False, False, False, True])
+    run, watch = tmp_path / "run", Watch(lambda: len(watch.phases) >= 4)
     settings = {"max_steps": 9, "validation_interval": 4}
-    assert steps(start(text, run, events=Watch(lambda: next(stops)), **settings)) == [1, 2, 3, 4]
+    assert steps(start(text, run, events=watch, **settings)) == [1, 2, 3, 4]
     assert [record.get(BITS) for record in read_metrics(run)] == [None] * 4
     assert steps_of(checkpoint_path(run, 4)) == 4
     assert next(train(Pico(TINY, 1), None, run, resume=True))["step"] == 5
@@ -433,10 +442,53 @@ def test_nothing_is_left(limit, value, text, tmp_path, quick_steps):
     """The message names the setting that ended the run."""
     run = tmp_path / "run"
     assert list(start(text, run, **{"max_steps": 99, limit: value}))
-    watch = Watch()
-    assert list(train(Pico(TINY, 1), None, run, resume=True, events=watch)) == []
+    watch, before = Watch(), (run / "training.json").read_bytes()
+    changed = {} if limit == "max_steps" else {"max_steps": 50}
+    records = train(Pico(TINY, 1), None, run, resume=True, events=watch, **changed)
+    assert list(records) == watch.phases == []
     expected = f"a larger --{limit.replace('_', '-')} continues the run"
     assert f"nothing left to train; {expected}" in watch.said
+    assert (run / "training.json").read_bytes() == before  # nothing was trained with the change
+
+
+def test_validations(text, tmp_path, quick_steps):
+    """Each interval and after the last step, not shortly before it; the gap is measured once."""
+    for last, expected in ((9, [4, 8, 9]), (8, [4, 8]), (24, [10, 20, 24]), (22, [10, 22])):
+        quick_steps.bits, interval = iter([3.0] * 9), expected[0]
+        settings = {"max_steps": last, "validation_interval": interval}
+        records = list(start(text, tmp_path / f"{last}", **settings))
+        assert [r["step"] for r in records if BITS in r] == expected
+        assert [r["step"] for r in records if GAP in r] == [last]
+
+
+def test_the_time_that_is_left(monkeypatch):
+    """By the medians of steps and validations; the ones that compile do not count."""
+    progress = Progress(steps=100)
+    settings = TrainSettings(validation_interval=10, batch_size=1, context_len=100)
+    for seconds in (60, 50, 2, 2, 9, 2):
+        progress.took(seconds, 1, 1)
+        assert progress.seconds_left(settings, 1000) is None
+    progress.took(2, 1, 1)  # 93 steps; validations of 1000 bytes at 10, 20, … 90, and 100
+    assert progress.seconds_left(settings, 1000) == pytest.approx(93 * 2 + 10 * 4 * 2)
+    progress.validation_times += [70]  # it compiled
+    assert progress.seconds_left(settings, 1000) == pytest.approx(93 * 2 + 10 * 4 * 2)
+    progress.validation_times += [5, 5, 11]
+    assert progress.seconds_left(settings, 1000) == pytest.approx(93 * 2 + 10 * 5)
+    timed = dataclasses.replace(settings, max_minutes=1.0)  # of which 21 s are used
+    assert progress.seconds == pytest.approx(17)
+    assert progress.seconds_left(timed, 1000) == pytest.approx(43 + 3 * 5)
+    for _ in range(93):
+        progress.took(2, 1, 1)
+    assert progress.seconds_left(settings, 1000) == 0
+    assert progress.seconds_left(timed, 1000) == 0
+
+
+def test_records_tell_the_time_that_is_left(text, tmp_path, quick_steps):
+    """From the fifth step on after two that compile; with max_minutes, that time too."""
+    records = list(start(text, tmp_path / "run", max_steps=12, max_minutes=5.0))
+    assert [r["step"] for r in records if "seconds_left" in r] == [7, 8, 9, 10, 11, 12]
+    assert records[-1]["seconds_left"] == 0
+    assert records[-1]["max_minutes"] == 5
 
 
 # Which checkpoints are kept, and found -----------------------------------------------------------
@@ -459,6 +511,10 @@ def test_finding_checkpoints(tmp_path):
     run.mkdir(parents=True)
     with pytest.raises(PicoError, match=r"pico_tg train .*model run"):
         find_checkpoint(run)
+    shutil.copy(FORMER / "run" / "training.json", run)
+    with pytest.raises(PicoError, match=r"is in training .* after step 500; .*model run --resume"):
+        find_checkpoint(run)
+    (run / "training.json").unlink()
     for step in (5, 100, 20):
         write_safetensors(run / f"{step:08d}.safetensors", {})
     (run / ".00000900.safetensors.x.tmp").write_bytes(b"")

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 from helpers import record, records
@@ -235,74 +236,133 @@ def test_an_ignored_signal_stays_ignored(number, monkeypatch):
         signal.signal(number, before)
 
 
-def step_record(step: int, steps: int, **more: object) -> dict:
+def step_record(step: int, steps: int = 1200, **more: object) -> dict:
     return {
-        "step": step, "steps": steps, "bits_per_byte": 2.0, "loss": 1.4, "lr": 1e-3,
-        "router_rate": 0.5, "bytes_per_second": 1e5, "checkpoint": f"{step}",
+        "step": step, "steps": steps, "bits_per_byte": 2.0, "router_rate": 0.24,
+        "checkpoint": f"{step}",
     } | more  # fmt: skip
 
 
-@pytest.mark.parametrize("first", [0, 1500])
-def test_time_left(first, monkeypatch, capsys):
-    """The bar's rate is that of the steps after compilation, also where a run is resumed."""
-    now = 1000.0
-    monkeypatch.setattr("tqdm.std.time", lambda: now)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    display, last, seen = TrainingDisplay(), first + 100, []
-
-    def made():
-        nonlocal now
-        for step in range(first + 1, first + 51):
-            now += 30 if step <= first + 2 else 0.125
-            yield step_record(step, last)
-            seen.append((step, display.bar.format_dict, str(display.bar)))
-
-    assert display.show(made()) == f"{first + 50}"
-    assert [state["n"] for _, state, _ in seen] == [step for step, _, _ in seen]
-    assert [text.split(":")[0] for _, _, text in seen[:3]] == ["compiling", "training", "training"]
-    for _, state, text in seen[:2]:
-        assert state["elapsed"] == 0
-        assert "[00:00<?" in text  # nothing is known yet
-    for step, state, _ in seen[2:]:
-        assert state["elapsed"] == pytest.approx((step - first - 2) / 8)
-        rate = state["rate"] or (state["n"] - state["initial"]) / state["elapsed"]
-        assert rate == pytest.approx(8)
-    assert f"{first + 50}/{last} [00:06<00:06,  8.00" in seen[-1][2]
-    assert f"{first + 50}/{last} [00:06<00:06,  8.00" in capsys.readouterr().err
-
-
+TIMED = {"minutes": 13 / 6, "max_minutes": 5.0, "seconds_left": 181.0}
+LONG = {"minutes": 70 * 60.0, "max_minutes": 72 * 60.0, "seconds_left": 7200.0}
 MEASURED = {
-    "validation_bits_per_byte": 2.5, "validation_bits_per_byte_top_k": 2.4,
-    "validation_routing_gap": 0.06,
+    "validation_bits_per_byte": 2.5, "validation_routing_gap": 0.06,
     "validation_router_rate": 0.3, "validation_seconds": 1.0,
 }  # fmt: skip
 
 
-def test_training_in_a_log(capsys):
-    """A line for each validation, the sample after it, one line at the end, and no bar."""
-    made = [step_record(1, 3), step_record(2, 3, **MEASURED), step_record(3, 3)]
-    TrainingDisplay(lambda: "The text").show(made)
-    validation, sample, last = capsys.readouterr().err.splitlines()
-    expected = "step 2: validation 2.500 bits/byte with causal routing, +0.060 relative to top-k"
-    assert validation.startswith(expected)
-    assert sample == "  sample: The text"
-    assert last.startswith("training: 3/3 step [")
-    assert "loss 1.400" in last
+@pytest.fixture
+def clock(monkeypatch):
+    """The seconds of the display's clock."""
+    now = [1000.0]
+    fake = SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr("pico_tg.tools.terminal.time", fake)
+    return now
 
 
-def test_micro_batches_move_the_bar(monkeypatch, capsys):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    display = TrainingDisplay()
-    display.micro_batch(1, 2)  # before the bar: nothing
-    assert capsys.readouterr().err == ""
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({}, "training, step 260 of 1200, 2.00 bits/byte, 24% routed"),
+        (
+            {"seconds_left": 181.0},
+            "training, step 260 of 1200, 2.00 bits/byte, 24% routed, 3:01 left",
+        ),
+        (TIMED, "training 2:10 of 5:00, step 260, 2.00 bits/byte, 24% routed, 3:01 left"),
+        (
+            LONG | {"step": 1_260_000},
+            "training 70h00 of 72h00, step 1260000, 2.00 bits/byte, 24% routed, 2h00 left",
+        ),
+    ],
+)
+def test_the_line_of_training(record, expected, clock, capsys):
+    """One number of bits, and the time; on 80 columns."""
+    display, seen = TrainingDisplay(), []
 
     def made():
-        for step in range(1, 4):
-            for done in range(1, 41):
-                display.micro_batch(done, 40)
-            yield step_record(step, 3)
+        display.phase("training")
+        yield step_record(260) | record
+        seen.append(display.text())
 
     display.show(made())
-    err = capsys.readouterr().err
-    for shown in ("compiling, micro-batch 1/40", "training, micro-batch 40/40"):
-        assert shown in err
+    assert seen == [expected]
+    assert len(expected) <= 80
+
+
+def test_the_line_names_what_is_done(clock, capsys):
+    """The time that is left passes meanwhile; the last line is true."""
+    display, seen = TrainingDisplay(lambda: seen.append(display.text()) or "The text"), []
+
+    def lasts(seconds: float) -> None:
+        clock[0] += seconds
+        seen.append(display.text())
+
+    def made():
+        display.phase("compiling")
+        lasts(20)
+        yield step_record(1, bits_per_byte=8.0)
+        lasts(4)
+        display.phase("training")
+        display.part(3, 40)
+        lasts(1)
+        display.phase("validating")
+        lasts(3)
+        display.part(1, 16)
+        lasts(2)
+        yield step_record(300, bits_per_byte=2.0, seconds_left=60.0, **MEASURED)
+        display.phase("training")
+        lasts(5)
+
+    assert display.show(made()) == "300"
+    first, last = "step 1 of 1200, 8.00 bits/byte", "step 300 of 1200, 7.40 bits/byte"
+    assert seen == [
+        "compiling 0:20",
+        f"compiling 0:24, {first}, 24% routed",
+        f"training 3/40, {first}, 24% routed",
+        f"validating 0:03, {first}, 24% routed",
+        f"validating 1/16, {first}, 24% routed",
+        f"writing the sample 0:00, {last}, 24% routed, 1:00 left",
+        f"training, {last}, 24% routed, 0:55 left",
+    ]
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[-1] == f"trained, {last}, 24% routed, 0:35 in all"
+
+
+def test_training_in_a_log(capsys):
+    """A line for each validation, a sample after a quarter of the run, one line at the end."""
+    display = TrainingDisplay(lambda: "sample: The text")
+
+    def made():
+        for step in range(1, 9):
+            display.phase("training")
+            yield step_record(step, 8, **(MEASURED if step in (1, 2) else {}))
+
+    display.show(made())
+    early, validation, sample, last = capsys.readouterr().err.splitlines()
+    assert early == "step 1: held out 2.500 bits/byte, 30% routed; +0.060 relative to top-k routing"
+    assert validation.startswith("step 2: held out")
+    assert sample == "  sample: The text"
+    assert last.startswith("trained, step 8 of 8, 2.00 bits/byte, 24% routed, 0:0")
+
+
+def test_nothing_left_shows_nothing(capsys):
+    assert TrainingDisplay().show(iter(())) == ""
+    assert capsys.readouterr().err == ""
+
+
+def test_training_on_a_terminal(monkeypatch, capsys):
+    """The line is there from the start, and below the messages."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    display = TrainingDisplay()
+
+    def made():
+        display.phase("compiling")
+        display.say("a message")
+        yield step_record(1, 1)
+
+    display.show(made())
+    shown = capsys.readouterr().err
+    assert (
+        shown.index("compiling 0:00") < shown.index("a message\n") < shown.index("trained, step 1")
+    )
+    assert shown.endswith(" in all\n")

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import itertools
 import json
 import os
 import re
@@ -158,12 +159,13 @@ def command_train(args: argparse.Namespace) -> int:
         completed, remarks = complete(
             config, len(data.train.bytes), (devices or (Device.DEFAULT,))[0], settings,
             published=args.settings == "published", trained=args.base_weights is not None,
+            held_out=len(data.validation.bytes), progress=True,
         )  # fmt: skip
         settings = dataclasses.asdict(completed)
-    model, sample = Pico(config, seed), None
+    model, display = Pico(config, seed), TrainingDisplay()
     if args.sample_prompt != "" and len(devices) < 2:
-        sample = sample_writer(model, os.fsencode(args.sample_prompt or ""))
-    display = TrainingDisplay(sample)
+        prompt = os.fsencode(args.sample_prompt or "")
+        display.sample = sample_writer(model, prompt, display.stop)
     records = train(
         model, data, run_dir, devices=devices, resume=args.resume, force=args.force,
         base_weights=args.base_weights, events=display, **settings,
@@ -187,12 +189,15 @@ def command_train(args: argparse.Namespace) -> int:
     return 0
 
 
-def sample_writer(model: Pico, prompt: bytes) -> Callable[[], str]:
-    """A function: the prompt and SAMPLE_BYTES that the model now writes after it, in one line.
+def sample_writer(model: Pico, prompt: bytes, stop: Callable[[], bool]) -> Callable[[], str]:
+    """A function: the SAMPLE_BYTES that the model now writes after the prompt, in one line.
 
-    The function keeps its decoder, since making one takes seconds.
+    `stop` is asked after each byte. The function keeps its decoder, since making one takes seconds.
     """
     decoder: Decoder | None = None
+
+    def one_line(text: bytes) -> str:
+        return visible(text.decode(errors="replace")).replace("\n", "\\n")
 
     def write() -> str:
         nonlocal decoder
@@ -201,10 +206,11 @@ def sample_writer(model: Pico, prompt: bytes) -> Callable[[], str]:
         options = {"max_bytes": SAMPLE_BYTES, "seed": 0, "speculative": False}
         try:
             written = generate(model, prompt, decoder=decoder, **options)
-            text = (prompt + bytes(record.byte for record in written)).decode(errors="replace")
+            written = itertools.takewhile(lambda _: not stop(), written)
+            text = one_line(bytes(record.byte for record in written))
         except PicoError as error:  # logits that overflow need not end training
             text = str(error)
-        return visible(text).replace("\n", "\\n")
+        return f'sample after "{one_line(prompt)}": {text}' if prompt else f"sample: {text}"
 
     return write
 

@@ -20,7 +20,7 @@ from ..evaluation import EvalSettings
 from ..generation import SampleSettings
 from ..progress import visible
 
-SAMPLE_BYTES = 80  # of a sample at each validation
+SAMPLE_BYTES = 200  # of a sample at each validation
 PASSAGE = 4000  # bytes of text on the page of eval --html
 BENCH_TRAIN = (
     "batch_size", "grad_accumulation_steps", "optimizer", "precision", "checkpoint_activations",
@@ -161,8 +161,9 @@ def add_train_options(parser: Parser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--sample-prompt", metavar="TEXT", type=plain_text,
-        help=f"at each validation, print TEXT and the {SAMPLE_BYTES} bytes that the model writes "
-        "after it; '' prints none, several devices none either (default: the start of a document)",
+        help="at each validation after a quarter of the run, print the "
+        f"{SAMPLE_BYTES} bytes that the model writes after TEXT; '' prints none, several devices "
+        "none either (default: the start of a document)",
     )  # fmt: skip
     parser.add_argument(
         "--resume", action="store_true",

@@ -9,6 +9,7 @@ from ..evaluation import Evaluation
 from ..generation import GeneratedByte, Stats
 from .router_report import RouterReport, most_routed, routed_kinds
 
+GAP = 0.02  # bits per byte of causal minus top-k routing, above which it is shown
 BOUNDARIES = {
     "word_end": "last byte of a word",
     "space": "last byte of whitespace",
@@ -39,13 +40,12 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 def describe_validation(record: Mapping[str, Any]) -> str:
     """The line of a record of training that holds a validation."""
-    gap = record.get("validation_routing_gap")
-    relative = "" if gap is None else f"{gap:+.3f} relative to top-k, "
+    gap, lost = record.get("validation_routing_gap", 0), record.get("router_overflow", 0)
     return (
-        f"step {record['step']}: validation "
-        f"{record['validation_bits_per_byte']:.3f} bits/byte with causal routing, {relative}"
-        f"{record['validation_router_rate']:.0%} of the bytes routed "
-        f"({record['validation_seconds']:.1f} s)"
+        f"step {record['step']}: held out {record['validation_bits_per_byte']:.3f} bits/byte, "
+        f"{record['validation_router_rate']:.0%} routed"
+        + (f"; {gap:+.3f} relative to top-k routing" if abs(gap) > GAP else "")
+        + (f"; in training {lost:.0%} have no slot" if lost >= 0.005 else "")
     )
 
 

@@ -14,10 +14,10 @@ from typing import TextIO
 
 from ..files import PicoError
 from ..generation import GeneratedByte
-from ..progress import Bar, drop_output, say, visible
-from ..training import Events
+from ..progress import Events, Status, drop_output, duration, say, visible
 from .report import describe_validation
 
+SAMPLES_FROM = 0.25  # share of a run, before which a sample would be noise
 BAD = "\ufffd"  # shown for bytes that are not UTF-8
 RESET = "\x1b[0m"
 # 256-color codes (background, text) by eighths of the router weight: grays up to 0.5, oranges
@@ -286,53 +286,83 @@ class StopSignals(Events):
 
 
 class TrainingDisplay(StopSignals):
-    """The progress of training on stderr, a line for each validation, and a sample after it."""
+    """A line on stderr that says how training goes; a line for each validation, and a sample.
+
+    What the line says is at most 80 characters long.
+    """
 
     bars = True
 
     def __init__(self, sample: Callable[[], str] | None = None) -> None:
-        """`sample` generates a short text with the current weights."""
+        """`sample` generates a short text with the current weights, and names its prompt."""
         super().__init__()
         self.sample = sample
-        self.bar: Bar | None = None
+        self.status: Status | None = None  # from the first phase to the end of `show`
+        self.record: dict = {}  # the last one
+        self.bits = 0.0  # bits per byte in training, averaged
+        self.name, self.parts = "", ""  # of the phase
+        self.begun = self.since = self.received = time.monotonic()
 
     def say(self, text: str) -> None:
-        say(text)
+        (say if self.status is None else self.status.say)(text)
 
-    def micro_batch(self, done: int, total: int) -> None:
-        if self.bar is not None:
-            name = self.bar.desc.split(",")[0]
-            self.bar.set_description_str(f"{name}, micro-batch {done}/{total}")
+    def phase(self, name: str) -> None:
+        self.parts = ""
+        if name != self.name:
+            self.name, self.since = name, time.monotonic()
+            if self.status is None:
+                self.status = Status(self.text)
+            self.status.refresh()
+
+    def part(self, done: int, total: int) -> None:
+        self.parts = f"{done}/{total}"
 
     def show(self, records: Iterable[dict]) -> str:
         """Show the records of training; returns the path of the last checkpoint, or ""."""
-        checkpoint, smoothed = "", None
-        with Bar(unit="step", desc="compiling") as self.bar:
-            for shown, record in enumerate(records, 1):
+        checkpoint, self.begun = "", time.monotonic()
+        try:
+            for record in records:
                 bits = record["bits_per_byte"]
-                smoothed = bits if smoothed is None else 0.9 * smoothed + 0.1 * bits
-                self._advance(shown, record)
-                overflow = record.get("router_overflow", 0)
-                lost = f" ({overflow:.0%} without a slot)" if overflow else ""
-                self.bar.set_postfix_str(
-                    f"loss {record['loss']:.3f}, {smoothed:.3f} bits/byte with tags, "
-                    f"{record['router_rate']:.0%} routed{lost}, lr {record['lr']:.1e}, "
-                    f"{record['bytes_per_second']:,.0f} bytes/s"
-                )
+                self.bits = 0.9 * self.bits + 0.1 * bits if self.record else bits
+                self.record, self.received = record, time.monotonic()
                 checkpoint = record.get("checkpoint", checkpoint)
                 if "validation_bits_per_byte" in record:
-                    self.bar.say(describe_validation(record))
-                    if self.sample:
-                        self.bar.say(f"  sample: {self.sample()}")
+                    self.say(describe_validation(record))
+                    if self.sample and progress_of(record) >= SAMPLES_FROM and not self.stop():
+                        self.phase("writing the sample")
+                        self.say(f"  {self.sample()}")
+            if self.record:
+                self.phase("trained")
+        finally:
+            if self.status is not None:
+                self.status.close()
+            self.status = None
         return checkpoint
 
-    def _advance(self, shown: int, record: dict) -> None:
-        """Move the bar to the step of a record, the `shown`th of this process."""
-        self.bar.set_description_str("compiling" if shown < 2 else "training", refresh=False)
-        if shown > 2:
-            self.bar.update(1)
-            return
-        # estimate the remaining time from the second step on: the first two steps compile, and the
-        # steps before resuming took no time in this process
-        self.bar.reset(record["steps"])
-        self.bar.n = self.bar.last_print_n = self.bar.initial = record["step"]
+    def text(self) -> str:
+        """The line: what is done now, how far training is, and the time that is left."""
+        now, record = time.monotonic(), self.record
+        if self.name in ("training", "trained"):
+            done = ""
+            if limit := 60 * record.get("max_minutes", 0):
+                done = f" {duration(60 * record['minutes'])} of {duration(limit)}"
+        else:
+            done = " " + duration(now - self.since)
+        facts = [self.name + (" " + self.parts if self.parts else done)]
+        if record:
+            facts.append(f"step {record['step']}")
+            if "max_minutes" not in record:
+                facts[-1] += f" of {record['steps']}"
+            facts += [f"{self.bits:.2f} bits/byte", f"{record['router_rate']:.0%} routed"]
+        if self.name == "trained":
+            facts.append(f"{duration(now - self.begun)} in all")
+        elif (left := record.get("seconds_left")) is not None:
+            facts.append(f"{duration(max(0, left - (now - self.received)))} left")
+        return ", ".join(facts)
+
+
+def progress_of(record: dict) -> float:
+    """The share of a run that is trained after the step of a record."""
+    if "max_minutes" in record:
+        return record["minutes"] / record["max_minutes"]
+    return record["step"] / record["steps"]
