@@ -27,11 +27,21 @@ OPTIMIZERS = ("soap", "adamw")
 PRECISIONS = ("auto", "fp32", "bf16")
 MAX_PARAMETERS = 10**11  # a larger model is rejected as a mistake
 
-SMALL = {"next_tokens": 1, "att_q_heads": 8, "att_kv_heads": 2, "position": "rope"}
 # What each preset is for, and its sizes that differ from Config's defaults, the original's sizes
 PRESETS: dict[str, tuple[str, dict[str, int | float | str]]] = {
-    "minutes": ("for some minutes on a CPU", SMALL | {"latent_num_blocks": 4}),
-    "hour": ("for an hour on a CPU", SMALL | {"dim": 192, "latent_num_blocks": 6}),
+    # the best of ten shapes after five minutes on one core (examples/studies/README.md)
+    "minutes": (
+        "for minutes to an hour on a CPU",
+        {
+            "dim": 144,
+            "next_tokens": 1,
+            "att_q_heads": 4,
+            "att_kv_heads": 1,
+            "fb_num_blocks": 1,
+            "latent_num_blocks": 6,
+            "position": "rope",
+        },
+    ),
     "published": (
         "the original README's, for an hour on a GPU",
         {"dim": 372, "latent_num_blocks": 8, "fb_att_window_size": 32},

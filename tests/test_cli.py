@@ -183,7 +183,7 @@ MISTAKES = {  # a command line, and what its error names
     "init {new} --depth 3": "unrecognized arguments: --depth 3 (see pico_tg init --help)",
     "init {new} --router all --latent-capacity-factor 1": "--latent-capacity-factor has no effect",
     "init {new} --preset large": "invalid choice: 'large' (choose from",
-    "init {new} --preset hour --att-q-heads 0": "att_q_heads must be",
+    "init {new} --preset published --att-q-heads 0": "att_q_heads must be",
     "init {model}": "exists and is not an empty folder",
     "init {text}": "exists and is not an empty folder",
     "init ''": "the path is empty",  # as an unset variable of the shell gives
@@ -305,10 +305,10 @@ def test_init_describes_the_model(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "expected", "words"),
     [
-        ([], Config.preset("minutes"), "preset minutes (for some minutes"),
+        ([], Config.preset("minutes"), "preset minutes (for minutes"),
         (["--router", "space"], Config.preset("minutes", router="space"), "with router space"),
         (["--dim", "96"], Config(dim=96), "preset xs (the original's defaults, "),
-        (["--preset", "hour", "--dim", "96"], Config.preset("hour", dim=96), "with dim 96"),
+        (["--preset", "xs", "--dim", "99"], Config.preset("xs", dim=99), "with dim 99"),
         (["--preset", "published"], Config.preset("published"), "10,243,208 parameters, preset"),
     ],
 )
