@@ -117,7 +117,7 @@ def stored_spec(stored: dict[str, Any], run: Path) -> DataSpec:
     """The data of a run, from its training.json. Raises PicoError if the entry is broken."""
     try:
         return DataSpec(**stored["dataset"])
-    except TypeError as error:
+    except (TypeError, PicoError) as error:
         raise PicoError(f"{run}/training.json is broken: dataset: {error}") from error
 
 
