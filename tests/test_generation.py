@@ -552,7 +552,9 @@ def test_logits_that_are_not_finite(value, temperature, decoder):
     """Finite weights may give infinite logits. The first byte and a later one are both checked."""
     weight = decoder.packed.unembedding.weight.numpy()
     try:
-        records = generate(decoder.model, b"a", max_bytes=9, temperature=temperature, decoder=decoder)
+        records = generate(
+            decoder.model, b"a", max_bytes=9, temperature=temperature, decoder=decoder
+        )
         next(records)
         write_into(decoder.packed.unembedding.weight, np.full_like(weight, value))
         with pytest.raises(PicoError, match=r"^the model's logits are not finite"):
