@@ -39,6 +39,7 @@ PRESETS: dict[str, tuple[str, dict[str, int | float | str]]] = {
             "att_kv_heads": 1,
             "fb_num_blocks": 1,
             "latent_num_blocks": 6,
+            "latent_att_window_size": 128,  # what training routes of 512 bytes
             "position": "rope",
         },
     ),

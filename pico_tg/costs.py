@@ -231,6 +231,14 @@ def complete(
             f"{read / config.parameters:.1f} bytes each; with fewer than {LEAST_READ}, a smaller "
             "model learns more (init PATH --preset minutes); or give this one more time"
         )
+    seen = config.capacity(settings.context_len)
+    if config.position == "rope" and config.latent_att_window_size > seen and not trained:
+        lines.append(
+            f"warning: the deep blocks attend to {config.latent_att_window_size} routed bytes, but "
+            f"context_len {settings.context_len} routes {seen}, and rope does not extrapolate; in "
+            "longer texts the model predicts badly; take more context, or init with "
+            f"--latent-att-window-size {seen}"
+        )
     return settings, lines
 
 

@@ -202,3 +202,18 @@ def test_the_lines_of_a_choice(minutes, monkeypatch):
         given = {"max_minutes": minutes}
         assert "warning" not in "".join(complete(XS, 10**8, "CPU", given, trained=True)[1])
     assert complete(XS, 10**8, "CPU", {})[1][1].startswith("chosen length: epochs ")
+
+
+def test_rotary_positions_that_training_does_not_show(monkeypatch):
+    """A warning: the deep blocks' window is longer than what a training window routes."""
+    monkeypatch.setattr(costs, "gemm_rate", lambda *_: 1e6)
+    config = Config.preset("minutes")
+    for changes, length, warned in [
+        ({}, 512, False),
+        ({}, 508, True),
+        ({"latent_att_window_size": 512}, 1024, True),
+        ({"latent_att_window_size": 512, "position": "alibi"}, 1024, False),
+    ]:
+        changed = dataclasses.replace(config, **changes)
+        lines = complete(changed, 10**8, "CPU", {"context_len": length})[1]
+        assert any("take more context" in line for line in lines) == warned

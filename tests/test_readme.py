@@ -125,7 +125,7 @@ def test_script_of_the_readme(tmp_path):
     (script,) = blocks("python")
     (tmp_path / "script.py").write_text(script)
     said, *scores = run("python script.py", tmp_path).splitlines()
-    assert said.startswith("The dog said")
+    assert re.match(r" \w+ ", said)
     right, wrong = (float(line.split(" bits: ")[0]) for line in scores[-2:])
     assert right < wrong
 
