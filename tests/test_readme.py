@@ -18,6 +18,7 @@ from pico_tg.tools import cli
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
+CODE = (ROOT / "pico_tg" / "README.md").read_text("utf-8")
 STUDIES = (ROOT / "examples" / "studies" / "README.md").read_text("utf-8")
 
 
@@ -261,7 +262,10 @@ def test_an_error_of_sample(trained):
     assert "no run b" in line
 
 
-@pytest.mark.parametrize(("text", "folder"), [(README, ROOT), (STUDIES, ROOT / "examples/studies")])
+@pytest.mark.parametrize(
+    ("text", "folder"),
+    [(README, ROOT), (STUDIES, ROOT / "examples/studies"), (CODE, ROOT / "pico_tg")],
+)
 def test_files_and_links_exist(text, folder):
     for name in re.findall(r"`([\w/]+\.py|[a-z_/]+/)`", text):
         assert any((base / name).exists() for base in (ROOT, ROOT / "pico_tg", folder)), name
