@@ -29,7 +29,7 @@ MAX_PARAMETERS = 10**11  # a larger model is rejected as a mistake
 
 # What each preset is for, and its sizes that differ from Config's defaults, the original's sizes
 PRESETS: dict[str, tuple[str, dict[str, int | float | str]]] = {
-    # the best of ten shapes after five minutes on one core (examples/studies/README.md)
+    # the best of five shapes after five minutes on one core (examples/studies/README.md)
     "minutes": (
         "for minutes to an hour on a CPU",
         {
@@ -47,7 +47,7 @@ PRESETS: dict[str, tuple[str, dict[str, int | float | str]]] = {
         "the original README's, for an hour on a GPU",
         {"dim": 372, "latent_num_blocks": 8, "fb_att_window_size": 32},
     ),
-    "xs": ("the original's defaults, to compare with it", {}),
+    "xs": ("the default sizes of the original code", {}),
 }
 
 
@@ -172,7 +172,9 @@ class Config:
     fb_num_blocks: int = setting(
         "narrow blocks before the deep ones, and again after them; they run on every byte", 2
     )
-    fb_att_window_size: int = setting("bytes before its own that a narrow block attends to", 16)
+    fb_att_window_size: int = setting(
+        "number of preceding bytes that each byte attends to in a narrow block", 16
+    )
     latent_capacity_factor: float = setting(
         "share of bytes routed in training",
         0.25,
@@ -181,7 +183,7 @@ class Config:
     )
     latent_num_blocks: int = setting("deep blocks, which run on the routed bytes only", 12)
     latent_att_window_size: int = setting(
-        "routed bytes before its own that a deep block attends to", 512
+        "number of preceding routed bytes that each routed byte attends to in a deep block", 512
     )
     router: str = setting(
         "which bytes are routed: learned, by top-k in training; or a rule "
@@ -340,8 +342,8 @@ class TrainSettings:
     epochs: int = setting("passes over the data; training ends earlier if max_steps is reached", 1)
     max_steps: int = setting("number of steps after which training ends", 3600)
     max_minutes: float = setting(
-        "end training after this many minutes, without compiling and validations, and let the "
-        "learning rate follow that time; 0: no limit",
+        "end training after this many minutes, not counting compilation and validation; the "
+        "learning-rate schedule follows this time; 0: no limit",
         0.0,
         minimum=0,
     )
@@ -362,15 +364,15 @@ class TrainSettings:
     )
     optimizer: str = setting("soap or adamw", "soap", choices=OPTIMIZERS)
     extra_heads_weight: float = setting(
-        "loss weight of the extra heads together, where head 0 has 1; 0: the published weights, "
-        "which fall by 1.618 from head to head",
+        "total loss weight of the extra prediction heads; the first head has weight 1; 0: the "
+        "original's weights, each the one before divided by 1.618",
         0.0,
         minimum=0,
     )
     router_warmup_steps: int = setting(
-        "first steps, in which the router learns to select the bytes whose next byte is hardest to "
-        "predict (entropy); after them it learns from its own choices, as published; only for the "
-        "router learned",
+        "number of first steps in which the router is trained to select the bytes whose next byte "
+        "is hardest to predict (highest entropy); afterwards it is trained on its own selection, "
+        "as in the original; only with --router learned",
         0,
         minimum=0,
     )

@@ -227,9 +227,10 @@ def complete(
     read = steps * _step_bytes(settings)
     if not trained and read < LEAST_READ * config.parameters:
         lines.append(
-            f"warning: {read / 1e6:,.1f} MB to read for {config.parameters:,} parameters, "
-            f"{read / config.parameters:.1f} bytes each; with fewer than {LEAST_READ}, a smaller "
-            "model learns more (init PATH --preset minutes); or give this one more time"
+            f"warning: the run trains on {read / config.parameters:.1f} bytes per parameter "
+            f"({read / 1e6:,.1f} MB, {config.parameters:,} parameters); below {LEAST_READ}, a "
+            "smaller model usually learns more; train longer, or choose smaller sizes (init PATH "
+            "--preset minutes)"
         )
     seen = config.capacity(settings.context_len)
     if config.position == "rope" and config.latent_att_window_size > seen and not trained:

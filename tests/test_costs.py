@@ -196,7 +196,7 @@ def test_the_lines_of_a_choice(minutes, monkeypatch):
     else:
         (warning,) = lines[5:]
         assert warning.startswith(
-            "warning: 1.5 MB to read for 1,775,872 parameters, 0.8 bytes each"
+            "warning: the run trains on 0.8 bytes per parameter (1.5 MB, 1,775,872 parameters)"
         )
         assert "init PATH --preset minutes" in warning
         given = {"max_minutes": minutes}

@@ -220,7 +220,7 @@ def test_signals_ask_first(number, monkeypatch, capfd):
         os.kill(os.getpid(), number)
         assert left == [130]
     assert signal.getsignal(number) is before
-    assert "stopping with a checkpoint of the last complete step" in capfd.readouterr().err
+    assert "stopping: saving the last complete step" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("number", SIGNALS)

@@ -67,15 +67,15 @@ def build_parser(functions: dict[str, Callable]) -> Parser:
     as_json = shared("--json", action="store_true", help="print JSON instead of text")
     checkpoint = shared(
         "--checkpoint", type=checkpoint_name, default=-1, metavar="N",
-        help="step of the checkpoint, or best for the best validation; negative numbers count from "
-        "the newest checkpoint, -1 (default: -1)",
+        help="step of the checkpoint; or best, the one with the best validation; or a negative "
+        "number: -1 the newest, -2 the one before (default: -1)",
     )  # fmt: skip
 
     init = add("init", "describe a new model in PATH/model.json", path)
     init.add_argument(
         "--preset", choices=PRESETS,
-        help="start from these sizes; the other flags change single ones (default: minutes, or xs, "
-        "the original's, where other flags than --router and --position are given)\n"
+        help="start from these sizes; the other flags change single sizes. Default: minutes; xs, "
+        "if a flag other than --router or --position is given\n"
         + "\n".join(map(describe_preset, PRESETS)),
     )  # fmt: skip
     add_fields(init, Config)
@@ -144,8 +144,8 @@ def add_train_options(parser: Parser) -> None:
     add_fields(parser, DataSpec, without=("dataset",), prefix="dataset_")
     parser.add_argument(
         "--base-weights", type=path_name, metavar="FILE",
-        help="start from these weights (.safetensors) instead of fresh ones; unless given, there "
-        "is no router warm-up, and the learning rate is a quarter of the one for fresh weights",
+        help="start from these weights (.safetensors) instead of fresh ones. Defaults then change: "
+        "--router-warmup-steps is 0, and --learning-rate a quarter of that for fresh weights",
     )  # fmt: skip
     parser.add_argument(
         "--from", dest="source", nargs=2, metavar=("PATH", "RUN"),
@@ -161,9 +161,9 @@ def add_train_options(parser: Parser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--sample-prompt", metavar="TEXT", type=plain_text,
-        help="at each validation after a quarter of the run, print the "
-        f"{SAMPLE_BYTES} bytes that the model writes after TEXT; '' prints none, several devices "
-        "none either (default: the start of a document)",
+        help=f"at each validation after a quarter of the run, print {SAMPLE_BYTES} bytes that "
+        "continue TEXT (default: the start of a document); '' turns this off; not available with "
+        "several devices",
     )  # fmt: skip
     parser.add_argument(
         "--resume", action="store_true",

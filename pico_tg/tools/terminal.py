@@ -270,7 +270,7 @@ class StopSignals(Events):
         now = time.monotonic()
         if self.asked_at is None:
             self.asked_at = now
-            text = "stopping with a checkpoint of the last complete step (again: without one)"
+            text = "stopping: saving the last complete step (Ctrl-C again: exit without saving)"
             # print() raises RuntimeError if the signal interrupts another print()
             with contextlib.suppress(OSError):
                 os.write(2, f"\n{text}\n".encode())
