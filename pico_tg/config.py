@@ -146,7 +146,7 @@ def settings_class(cls: type) -> type:
     init = cls.__init__
 
     @functools.wraps(init)
-    def checked(self: Any, *values: Any, **keywords: Any) -> None:
+    def checked(self: Any, /, *values: Any, **keywords: Any) -> None:
         check_known(cls, keywords)
         init(self, *values, **keywords)
 
@@ -352,8 +352,8 @@ class TrainSettings:
         "micro-batches whose gradients are averaged for one step", 1
     )
     validation_interval: int = setting(
-        "steps between measurements on the held-out data; the last step always measures, the steps "
-        "shortly before it do not",
+        "steps between measurements on the held-out data; the last step always measures, and "
+        "no other step in the last quarter of an interval before it",
         100,
     )
     checkpoint_interval: int = setting(

@@ -101,9 +101,9 @@ def decoding_flops(config: Config, position: int, router_rate: float) -> float:
 def _flops(
     config: Config, bytes_: float, selected: float, pairs: float, latent_pairs: float
 ) -> float:
-    """FLOPs of a pass over `bytes_` bytes, `selected` of which pass through the latent blocks.
+    """FLOPs of a pass over `bytes_` bytes, `selected` of which pass through the deep blocks.
 
-    pairs, latent_pairs: pairs of a query and a visible key in a full-bandwidth or a latent block.
+    pairs, latent_pairs: pairs of a query and a visible key in a narrow or a deep block.
     """
     byte_blocks, latent_blocks = 2 * config.fb_num_blocks, config.latent_num_blocks
     weights = byte_blocks * config.block_weights * bytes_
@@ -226,19 +226,20 @@ def complete(
     lines += describe_cost(config, settings, steps, *machine, held_out)
     read = steps * _step_bytes(settings)
     if not trained and read < LEAST_READ * config.parameters:
+        preset = Config.preset("minutes").parameters < config.parameters
+        smaller = " (init PATH --preset minutes)" if preset else ""
         lines.append(
             f"warning: the run trains on {read / config.parameters:.1f} bytes per parameter "
             f"({read / 1e6:,.1f} MB, {config.parameters:,} parameters); below {LEAST_READ}, a "
-            "smaller model usually learns more; train longer, or choose smaller sizes (init PATH "
-            "--preset minutes)"
+            f"smaller model usually learns more; train longer, or choose smaller sizes{smaller}"
         )
     seen = config.capacity(settings.context_len)
-    if config.position == "rope" and config.latent_att_window_size > seen and not trained:
+    if config.position == "rope" and 0 < seen < config.latent_att_window_size and not trained:
         lines.append(
             f"warning: the deep blocks attend to {config.latent_att_window_size} routed bytes, but "
             f"context_len {settings.context_len} routes {seen}, and rope does not extrapolate; in "
-            "longer texts the model predicts badly; take more context, or init with "
-            f"--latent-att-window-size {seen}"
+            "longer texts the model predicts badly; take more context, or add "
+            f"--latent-att-window-size {seen} to the flags of init"
         )
     return settings, lines
 
@@ -349,10 +350,11 @@ def describe_cost(
     parts = {name: size / 1e6 for name, size in memory_bytes(config, settings).items()}
     named = ", ".join(f"{name} {size:,.0f}" for name, size in parts.items())
     validations = f"{count} validations" if count > 1 else "1 validation"
+    # the last validation measures top-k routing, too
+    total = duration(step * (steps + (count + 1) * validation))
     return [
-        f"training will take about {duration(step * (steps + count * validation))}, and up to "
-        f"{duration(compiling)} to compile: {steps:,} steps of {step:.2g} s, "
-        f"{validations} of {step * validation:.2g} s",
+        f"training will take about {total}, and up to {duration(compiling)} to compile: "
+        f"{steps:,} steps of {step:.2g} s, {validations} of {step * validation:.2g} s",
         f"memory: about {sum(parts.values()):,.0f} MB ({named})",
     ]
 

@@ -1,10 +1,10 @@
 """Decoding: a model with KV caches of fixed size, and compiled passes over a few bytes each.
 
 A pass reads R bytes and returns their logits. A pass runs three compiled graphs: the first blocks
-and the router on all R rows; the latent blocks on the rows that the router selects, if any; the
+and the router on all R rows; the deep blocks on the rows that the router selects, if any; the
 last blocks and the heads on all rows. The first graph also makes the router's decisions, so that
 the CPU's launcher can run all three in one call. On other devices a pass is one graph that always
-runs the latent blocks, with a slot for every row: skipping them would make the host wait for the
+runs the deep blocks, with a slot for every row: skipping them would make the host wait for the
 router. Each graph is compiled for a few numbers of rows only; other numbers are padded to the
 next compiled one:
 
@@ -99,13 +99,13 @@ class Decoder:
     """A model with KV caches: feed bytes, get the logits after each of them.
 
     Memory and time of a pass do not depend on the number of bytes fed. The decoder copies the
-    weights. `reset` copies them again if the model has been trained or loaded since, which the
-    weights of its last norm show; after other changes, call `refresh`. All methods may be called
+    weights. `reset` copies them again if the model's last norm has changed since, as training
+    changes it; after any other change, call `refresh`. All methods may be called
     from any thread, one at a time.
 
     - position: bytes fed; selected: how many of them were routed
     - last_decisions: bool [n], which bytes of the last pass were routed
-    - use_latent: False skips the latent blocks
+    - use_latent: False skips the deep blocks
     - changes: number of state changes, by which a generator detects another user of the decoder
     """
 
@@ -274,7 +274,7 @@ class Decoder:
             return self.graphs[key]()
 
     def _whole_pass(self, rows: int, slots: int) -> Tensor:
-        """A pass with `slots` slots for the latent blocks -> the outputs of a pass, flat.
+        """A pass with `slots` slots for the deep blocks -> the outputs of a pass, flat.
 
         Unused slots write keys and values after those of the selected bytes. Like those of rejected
         drafts, they are overwritten before any query sees them (see `KVCache`).
@@ -288,7 +288,7 @@ class Decoder:
     def _encode(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
         """Write what the other graphs read -> (router logits [R], decisions [R], choice [1]).
 
-        decisions: int32, 0 or 1. choice: int32, n if the latent blocks need SIZES[n - 1] slots, 0
+        decisions: int32, 0 or 1. choice: int32, n if the deep blocks need SIZES[n - 1] slots, 0
         if no byte is selected.
         """
         start, _, routable, data = self.inputs.split(INPUTS)
@@ -311,7 +311,7 @@ class Decoder:
         return router_logits, decisions, choice
 
     def _deepen(self, count: int) -> Tensor:
-        """Run the latent blocks on the selected rows, in `count` slots, and update `hidden`."""
+        """Run the deep blocks on the selected rows, in `count` slots, and update `hidden`."""
         start, index = self.inputs[1:2].contiguous(), self.index[:count].contiguous()
         attends = _attends(self.latent, start)
         deep = self.packed.deepen(self.hidden, self.router_logits, index, self.slot, attends)

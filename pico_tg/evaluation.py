@@ -29,7 +29,7 @@ from .data import MAX_BATCH_BYTES, Corpus, Data, DataSpec, load_data, load_whole
 from .files import PicoError
 from .model import Pico, inputs_and_targets
 from .ops import cross_entropy
-from .progress import Bar, Events
+from .progress import Bar, Events, Status
 from .routing import RULES
 
 SPLITS = ("validation", "train", "all")
@@ -39,11 +39,11 @@ BATCH_POSITIONS = 1 << 14  # positions of one pass of `evaluate` unless batch_si
 class CausalPass:
     """One compiled pass over a batch of windows, with causal routing; returns the figures `wanted`.
 
-    The latent blocks have slots for twice the capacity, which keeps them cheap. If a window routes
+    The deep blocks have slots for twice the capacity, which keeps them cheap. If a window routes
     more bytes than that, its batch is computed again with one slot for each byte.
 
     - nats float32 [B, N]: cross-entropy of head 0; nats_top_k: the same with top-k routing;
-      nats_without: the same without the latent blocks
+      nats_without: the same without the deep blocks
     - guesses uint8 [B, N, T]: the likeliest byte of each head
     - router_logits float32 [B, N], decisions bool [B, N]
     """
@@ -289,7 +289,8 @@ def evaluate(
         precision=chosen.precision,
     )
     validation = Validation(model, corpus, training)
-    gap = validation(top_k=True).get("validation_routing_gap")
+    with Status(lambda: "measuring the routing gap", leave=False, disable=not progress):
+        gap = validation(top_k=True).get("validation_routing_gap")
     T = model.config.next_tokens
     figures = {
         "nats": np.zeros(total, np.float32),  # at position i, of byte i + 1

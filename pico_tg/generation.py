@@ -304,7 +304,7 @@ class DraftPolicy:
     estimate depends on the text alone.
     """
 
-    ROW_COST = 0.25  # time of an additional row, latent blocks included, in passes of one row
+    ROW_COST = 0.25  # time of an additional row, deep blocks included, in passes of one row
     WEIGHT = 0.05  # of a new observation in the running average
 
     def __init__(self, limit: int, transitions: Transitions | None) -> None:

@@ -269,7 +269,7 @@ class Pico:
         slot: Tensor,
         attends: Attends | None = None,
     ) -> Tensor:
-        """h [..., N, D] plus weight * (latent blocks(h) - h) where a byte has a slot.
+        """h [..., N, D] plus weight * (deep blocks(h) - h) where a byte has a slot.
 
         router_logits [..., N]; index int32 [..., S] and slot int32 [..., N]: see `routing.slots`.
         """
@@ -289,7 +289,7 @@ class Pico:
         """x [B, N] of uint8 or int -> (logits, router_logits, router_decisions).
 
         logits float32 [B, N, T, 256], router_logits float32 [B, N], router_decisions bool [B, N].
-        `causal` routes as decoding does, by default routing is that of training. The latent blocks
+        `causal` routes as decoding does, by default routing is that of training. The deep blocks
         process the first `count` selected bytes of each sequence: by default all if `causal`, at
         the cost of N slots, else the capacity.
         """

@@ -129,7 +129,7 @@ class Bar(tqdm):
 
 
 class Status(Bar):
-    """A line of what `text` returns, which a thread asks for every second, until `close`.
+    """A line that shows what `text` returns. A thread calls `text` every second until `close`.
 
     If stderr is not a terminal, it is printed after FIRST_SECONDS, and then every LINE_SECONDS.
     """

@@ -123,7 +123,9 @@ class Progress:
         validation = median(validations or [step * validation_steps(settings, held_out)])
         if not steps:
             return 0.0
-        return step * steps + validation * validations_left(settings, self.step, self.step + steps)
+        # the last one measures top-k routing, too
+        count = 1 + validations_left(settings, self.step, self.step + steps)
+        return step * steps + validation * count
 
 
 class Run:
@@ -238,8 +240,9 @@ class Run:
 
 
 def model_folder(path: str | os.PathLike) -> Path:
-    """The folder of the model PATH; `stories` is SHIPPED where no folder `stories` exists."""
-    return SHIPPED if os.fspath(path) == "stories" and not os.path.exists(path) else Path(path)
+    """The folder of the model PATH; `stories` is SHIPPED unless a model `stories` exists here."""
+    own = os.path.exists(os.path.join(path, "model.json"))
+    return SHIPPED if os.fspath(path) == "stories" and not own else Path(path)
 
 
 def load_config(path: str | os.PathLike, remedy: str = "") -> Config:

@@ -237,6 +237,7 @@ MISTAKES = {  # a command line, and what its error names
     "eval {trained} run --text a --full": "leave --full out",
     "info {new}": "make one with: python -m pico_tg init {new}",
     "plot {trained} missing": "metrics.jsonl",
+    "plot stories first": "metrics.jsonl",
     "plot {new} run": "make one with: python -m pico_tg init {new}",
     "run {model} nothing": "make one with: python -m pico_tg train {model} nothing",
     "run {trained} rum": "{trained} has no run rum; its runs are: run",
@@ -307,7 +308,7 @@ def test_init_describes_the_model(tmp_path, capsys):
     [
         ([], Config.preset("minutes"), "preset minutes (for minutes"),
         (["--router", "space"], Config.preset("minutes", router="space"), "with router space"),
-        (["--dim", "96"], Config(dim=96), "preset xs (the original's defaults, "),
+        (["--dim", "96"], Config(dim=96), "preset xs (the default sizes"),
         (["--preset", "xs", "--dim", "99"], Config.preset("xs", dim=99), "with dim 99"),
         (["--preset", "published"], Config.preset("published"), "10,243,208 parameters, preset"),
     ],

@@ -321,7 +321,7 @@ def test_the_line_names_what_is_done(clock, capsys):
         f"training 3/40, {first}, 24% routed",
         f"validating 0:03, {first}, 24% routed",
         f"validating 1/16, {first}, 24% routed",
-        f"writing the sample 0:00, {last}, 24% routed, 1:00 left",
+        f"sampling 0:00, {last}, 24% routed, 1:00 left",
         f"training, {last}, 24% routed, 0:55 left",
     ]
     shown = capsys.readouterr().err.splitlines()

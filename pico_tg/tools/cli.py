@@ -40,6 +40,7 @@ from ..generation import GeneratedByte, SampleSettings, Stats, generate
 from ..model import Pico
 from ..progress import drop_output, say, visible
 from ..runs import (
+    SHIPPED,
     best_validations,
     check_startable,
     existing_run,
@@ -47,6 +48,7 @@ from ..runs import (
     find_description,
     load,
     load_config,
+    model_folder,
     newest_run,
     read_description,
     read_metrics,
@@ -459,7 +461,7 @@ def write_page(path: Path, page: str) -> None:
 
 def command_web(args: argparse.Namespace) -> int:
     """Serve a page that shows text as the model writes it. Only this machine can open the page."""
-    path = args.path or "stories"
+    path = args.path or Path("stories")
     run = args.run or newest_run(path)
     with Server(load(path, run), f"{model_name(path)}, run {run}", args.port) as server:
         show(f"{server.url}  (Ctrl-C ends)")
@@ -502,7 +504,8 @@ def command_plot(args: argparse.Namespace) -> int:
         say(*notes)
     # a run's name may contain a folder: sub/a
     names = [re.sub(r"[/\\]+", "-", name).strip("-.") for name in pairs]
-    output = args.output or next(iter(pairs.values()))[0] / f"{'-'.join(names)}.svg"
+    folder = next(iter(pairs.values()))[0]
+    output = args.output or (Path() if folder == SHIPPED else folder) / f"{'-'.join(names)}.svg"
     write_page(output, training_chart(runs, ", ".join(sorted(filter(None, data))), notes))
     show(str(output))
     return 0
@@ -517,7 +520,7 @@ def runs_to_plot(path: Path, names: list[str]) -> dict[str, tuple[Path, Path]]:
     """
     chosen: dict[Path, list[Path]] = {}
     model = None
-    for name in (path, *map(Path, names)):
+    for name in (model_folder(path), *map(Path, names)):
         above = [folder for folder in (name, *name.parents) if (folder / "model.json").is_file()]
         own = model and not name.is_absolute() and (model / name / "metrics.jsonl").is_file()
         if own or not above:

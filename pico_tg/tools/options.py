@@ -100,7 +100,11 @@ def build_parser(functions: dict[str, Callable]) -> Parser:
     )  # fmt: skip
     serving.add_argument("run", metavar="RUN", nargs="?", help="training run (default: the newest)")
     serving.add_argument(
-        "--port", type=int, default=8000, metavar="N", help="of this machine; 0: any free one"
+        "--port",
+        type=int,
+        default=8000,
+        metavar="N",
+        help="port of this machine; 0: any free one (default: 8000)",
     )
 
     informing = add("info", "sizes and costs of a model, checkpoints of a run", path, as_json)

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from html import escape
 from unicodedata import east_asian_width
 
+from .report import GAP
+
 # distinguishable on white, also with the common color deficiencies (Okabe and Ito, 2008)
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 DASHES = ("", "6 4", "2 3", "9 3 2 3")  # stroke-dasharray, for more lines than colors
@@ -17,7 +19,6 @@ MAX_NAME = 270  # width of a name, px
 POINTS = 1500  # of a line, at most: about two for each pixel
 PEAK = 1.0  # bits per byte above the average, at which a step of training is drawn as it is
 EARLY = 0.25  # part of each run whose bits per byte, which fall from 8, need not be in the picture
-GAP = 0.02  # bits per byte; a smaller routing gap shows nothing
 
 
 @dataclass(frozen=True)

@@ -329,7 +329,7 @@ class TrainingDisplay(StopSignals):
                 if "validation_bits_per_byte" in record:
                     self.say(describe_validation(record))
                     if self.sample and progress_of(record) >= SAMPLES_FROM and not self.stop():
-                        self.phase("writing the sample")
+                        self.phase("sampling")
                         self.say(f"  {self.sample()}")
             if self.record:
                 self.phase("trained")
