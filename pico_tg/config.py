@@ -27,27 +27,20 @@ OPTIMIZERS = ("soap", "adamw")
 PRECISIONS = ("auto", "fp32", "bf16")
 MAX_PARAMETERS = 10**11  # a larger model is rejected as a mistake
 
-# What each preset is for, and its sizes that differ from Config's defaults, the original's sizes
-PRESETS: dict[str, tuple[str, dict[str, int | float | str]]] = {
-    # the best of five shapes after five minutes on one core (examples/studies/README.md)
-    "minutes": (
-        "for minutes to an hour on a CPU",
-        {
-            "dim": 144,
-            "next_tokens": 1,
-            "att_q_heads": 4,
-            "att_kv_heads": 1,
-            "fb_num_blocks": 1,
-            "latent_num_blocks": 6,
-            "latent_att_window_size": 128,  # what training routes of 512 bytes
-            "position": "rope",
-        },
-    ),
-    "published": (
-        "the original README's, for an hour on a GPU",
-        {"dim": 372, "latent_num_blocks": 8, "fb_att_window_size": 32},
-    ),
-    "xs": ("the default sizes of the original code", {}),
+PRESETS: dict[str, dict[str, int | float | str]] = {  # sizes that differ from Config's defaults
+    "minutes": {  # the best of five shapes after five minutes on one core (examples/studies)
+        "dim": 144, "next_tokens": 1, "att_q_heads": 4, "att_kv_heads": 1, "fb_num_blocks": 1,
+        "latent_num_blocks": 6,
+        "latent_att_window_size": 128,  # what training routes of 512 bytes
+        "position": "rope",
+    },
+    "published": {"dim": 372, "latent_num_blocks": 8, "fb_att_window_size": 32},
+    "xs": {},
+}  # fmt: skip
+PURPOSES = {
+    "minutes": "for minutes to an hour on a CPU",
+    "published": "the original README's, for an hour on a GPU",
+    "xs": "the default sizes of the original code",
 }
 
 
@@ -268,7 +261,7 @@ class Config:
         """The sizes of PRESETS, with changes. Raises PicoError if there is no such preset."""
         if name not in PRESETS:
             raise PicoError(f"there is no preset {name!r}; there are: {', '.join(PRESETS)}")
-        return cls(**PRESETS[name][1] | changes)
+        return cls(**PRESETS[name] | changes)
 
     @classmethod
     def from_json(cls, path: str | os.PathLike) -> "Config":

@@ -22,7 +22,7 @@ from ..backend.device import (
     parse_devices,
 )
 from ..checkpoint import list_checkpoints
-from ..config import PRESETS, Config, TrainSettings
+from ..config import PURPOSES, Config, TrainSettings
 from ..costs import complete, gemm_rate
 from ..data import (
     DataSpec,
@@ -111,7 +111,7 @@ def command_init(args: argparse.Namespace) -> int:
         raise PicoError(f"cannot create {path}: {error.strerror}") from error
     config.to_json(path / "model.json")
     changed = ", ".join(f"{name} {value}" for name, value in sizes.items())
-    preset += f" ({PRESETS[preset][0]})" + (f" with {changed}" if changed else "")
+    preset += f" ({PURPOSES[preset]})" + (f" with {changed}" if changed else "")
     show(f"{path / 'model.json'}: {config.parameters:,} parameters, preset {preset}")
     show(f"next: {command('train', path)} RUN DATASET")
     return 0

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import costs
-from ..config import PRESETS, Config, TrainSettings, field_help, types_of
+from ..config import PRESETS, PURPOSES, Config, TrainSettings, field_help, types_of
 from ..data import DataSpec
 from ..evaluation import EvalSettings
 from ..generation import SampleSettings
@@ -130,7 +130,7 @@ def describe_preset(name: str) -> str:
     config, length = Config.preset(name), costs.CPU.context_len
     flops = costs.training_flops(config, length) / length
     parts = f"{config.parameters:,} parameters, {flops / 1e6:.1f} MFLOPs a byte in training"
-    return f"{name}: {parts}, {PRESETS[name][0]}"
+    return f"{name}: {parts}, {PURPOSES[name]}"
 
 
 def shared(*names: str, **options: Any) -> Parser:
