@@ -1,6 +1,6 @@
 """Train a small Pico on the documentation that comes with Python, then generate text with it.
 
-python examples/quickstart.py        (about two minutes on two CPU cores, compiling included)
+python examples/quickstart.py        (two to four minutes on two CPU cores, compiling included)
 """
 
 import time

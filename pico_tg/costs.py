@@ -331,14 +331,6 @@ def step_seconds(config: Config, settings: TrainSettings, device: str, gflops: f
     return seconds
 
 
-def run_seconds(
-    config: Config, settings: TrainSettings, steps: int, device: str, gflops: float
-) -> float:
-    """An estimate of the seconds of `steps` train steps, at most max_minutes."""
-    limit = 60 * settings.max_minutes or math.inf
-    return min(steps * step_seconds(config, settings, device, gflops), limit)
-
-
 def describe_cost(
     config: Config, settings: TrainSettings, steps: int, device: str, gflops: float, held_out: int
 ) -> list[str]:

@@ -238,6 +238,7 @@ MISTAKES = {  # a command line, and what its error names
     "info {new}": "make one with: python -m pico_tg init {new}",
     "plot {trained} missing": "metrics.jsonl",
     "plot stories first": "metrics.jsonl",
+    "init stories": "stories is the model that comes with pico_tg",
     "plot {new} run": "make one with: python -m pico_tg init {new}",
     "run {model} nothing": "make one with: python -m pico_tg train {model} nothing",
     "run {trained} rum": "{trained} has no run rum; its runs are: run",
@@ -1161,3 +1162,12 @@ def test_a_name_in_an_ascii_locale(trained, tmp_path):
     err = process.communicate()[1]
     assert process.returncode == 0, err
     assert ">läufe</text>" in (tmp_path / "modell-ü" / "läufe.svg").read_text("utf-8")
+
+
+@pytest.mark.slow
+def test_a_better_checkpoint_is_named(model, text, capsys, monkeypatch):
+    """Where an earlier validation was better than the last, as when a text is learned by heart."""
+    monkeypatch.setattr(cli, "best_validations", lambda run: [2, 4])
+    options = ["--max-steps", "4", "--validation-interval", "2", "--checkpoint-interval", "2"]
+    assert status(["train", str(model), "r", str(text), *SHORT, *options]) == 0
+    assert "step 2 predicted the held-out text better; --checkpoint best" in capsys.readouterr().err

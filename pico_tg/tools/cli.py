@@ -101,6 +101,8 @@ def command_init(args: argparse.Namespace) -> int:
     sizes, path = given_sizes(args), args.path
     preset = args.preset or ("xs" if sizes.keys() - {"router", "position"} else "minutes")
     config = Config.preset(preset, **sizes)
+    if path == Path("stories"):
+        raise PicoError("stories is the model that comes with pico_tg; choose another PATH")
     try:
         if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
             raise PicoError(
@@ -188,6 +190,10 @@ def command_train(args: argparse.Namespace) -> int:
         return 0
     write = command("run", args.path, args.run, "--prompt", args.sample_prompt or "The")
     say(f"wrote {checkpoint}; write text with: {write}")
+    steps = [step for step, _ in list_checkpoints(run_dir)]
+    best = next(iter(best_validations(run_dir)), None) if steps else None
+    if best in steps[:-1]:
+        say(f"step {best} predicted the held-out text better; --checkpoint best takes its weights")
     return 0
 
 

@@ -14,7 +14,6 @@ from ..costs import (
     decoding_flops,
     forward_flops,
     memory_bytes,
-    run_seconds,
     step_seconds,
     training_flops,
 )
@@ -99,9 +98,9 @@ def _training(
         chosen = choose(config, AMPLE_BYTES, device, gflops, {})
         steps = chosen.max_steps
     total = {}
-    if steps is not None:
-        seconds = run_seconds(config, chosen, steps, device, gflops)
-        total = {"steps": steps, "seconds": seconds}
+    if steps is not None and not chosen.max_minutes:  # which ends training before max_steps
+        step = step_seconds(config, chosen, device, gflops)
+        total = {"steps": steps, "seconds": steps * step}
     return {
         "context_len": chosen.context_len,
         "batch_size": chosen.batch_size * chosen.grad_accumulation_steps,
