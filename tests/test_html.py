@@ -66,7 +66,7 @@ def test_html_page():
     less, newline, accented, bad, escape = (attributes for _, attributes in page.samples[0][1:])
     assert less == {
         "style": "--w:.25;--s:.12",
-        "data-tip": "“<” 0x3c · router weight 0.25 · 50 %, 1.0 bits",
+        "data-tip": "“<” 0x3c · router weight 0.25 · probability 50 %, 1.0 bits",
     }
     assert newline["class"].split() == ["d", "n"]
     assert "line feed 0x0a · router weight 0.75, routed" in newline["data-tip"]

@@ -89,7 +89,7 @@ def test_characters_of_a_continuation():
     assert [part["text"] for part in found] == ["a", "é", "\n", "\\x1b", "\\xff"]
     assert [part["weight"] for part in found] == [0.1, 0.75, 0.1, 0.1, 0.1]
     assert [part["surprisal"] for part in found] == [0.18, 0.361, 0.18, 0.18, 0.18]
-    assert found[0]["tip"] == "“a” 0x61 · router weight 0.10 · 36.8 %, 1.4 bits"
+    assert found[0]["tip"] == "“a” 0x61 · router weight 0.10 · probability 36.8 %, 1.4 bits"
 
 
 @pytest.mark.parametrize(

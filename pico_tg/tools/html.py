@@ -122,6 +122,6 @@ def tips(character: Character) -> Iterator[str]:
         drafted = " · accepted draft" if record.drafted else ""
         yield (
             f"{name}{place} 0x{record.byte:02x} · router weight {record.router_weight:.2f}{routed} "
-            f"· {100 * math.exp(record.logprob):.3g} %, "
+            f"· probability {100 * math.exp(record.logprob):.3g} %, "
             f"{abs(record.logprob) / math.log(2):.1f} bits{drafted}"
         )
