@@ -5,7 +5,7 @@ the progress, is written first; NNNNNNNN.safetensors, the weights alone, complet
 file holds a digest of the other's tensors, so a pair of files from different saves is invalid.
 
 The state is several times as large as the weights, and only resuming reads it. So the two newest
-checkpoints keep their states: one to resume from, and one in case that it is damaged.
+checkpoints keep their states: one to resume from, and one in case the first is damaged.
 """
 
 import contextlib

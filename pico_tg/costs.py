@@ -65,7 +65,7 @@ CLOSE = 0.25  # of an interval before the last step, in which no other validatio
 EFFICIENCY = 0.6  # rate of a train step as a fraction of a plain matmul's
 SECONDS_PER_BLOCK = 0.01  # time to launch the kernels of a block on a CPU
 VALIDATION_BYTE = 0.4  # time to validate a byte as a fraction of the time to train on it
-# to compile with no kernel cached: of any model, and per block; the published one's 12 take 36 s
+# time to compile with no kernel cached: for any model, and for each block; estimated, not measured
 COMPILE_SECONDS = (10, 3)
 LEAST_READ = 2  # bytes per parameter; a model that reads fewer is said to be too large
 FLOATS_PER_BLOCK = 18  # saved for the backward, per block, byte and channel

@@ -239,14 +239,14 @@ def training_chart(runs: dict[str, list[dict]], data: str = "", notes: Sequence[
     title = f"Bits per byte{data and f' of {data}'}, held out (thick) and in training (thin)"
     seen, y_range = "bytes trained on", settled(averages + thick)
     panels = [Panel(thin + thick, title, seen, "bits per byte", y_range)]
-    others = [
+    if any(gap > GAP for gap in _heights(gaps)):
+        title = "Causal routing minus top-k, held out"
+        panels.append(Panel(gaps, title, seen, "bits per byte", height=250))
+    for lines, title, unit in (
         (shares, "Share of bytes routed, averages", "share"),
         (rates, "Learning rate", "rate"),
-    ]
-    if any(gap > GAP for gap in _heights(gaps)):
-        others.insert(0, (gaps, "Causal routing minus top-k, held out", "bits per byte"))
-    for lines, title, unit in others:
-        if lines is gaps or len({f"{y:.2g}" for y in _heights(lines)}) > 1:
+    ):
+        if len({f"{y:.2g}" for y in _heights(lines)}) > 1:
             panels.append(Panel(lines, title, seen, unit, height=250))
     return svg(panels, ["In training: averages and peaks, with the tags of documents.", *notes])
 
