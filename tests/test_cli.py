@@ -357,11 +357,12 @@ def test_train_writes_a_run(trained):
     assert lines[-1]["validation_bits_per_byte"] > 0
 
 
-def test_python_chooses_as_the_command_line_does(trained, tmp_path):
+def test_python_chooses_as_the_command_line_does(trained, tmp_path, capsys):
     text, watch, asked = trained.parent / "text.txt", Watch(), {"max_steps": 2, "context_len": 40}
     assert cli.main(["init", str(tmp_path / "line"), *FLAGS]) == 0
     arguments = ["train", str(tmp_path / "line"), "r", str(text), "--sample-prompt", ""]
     assert cli.main([*arguments, *helpers.flags(asked)]) == 0
+    shown = [line for line in capsys.readouterr().err.splitlines() if line.startswith("chosen ")]
     run = tmp_path / "python" / "r"
     first, second = train(Pico(helpers.TINY), str(text), run, events=watch, **asked)
     stored, expected = (
@@ -374,12 +375,14 @@ def test_python_chooses_as_the_command_line_does(trained, tmp_path):
     assert chosen == {name: stored[name] for name in CHOSEN if name not in asked}
     assert first.keys() | {"chosen"} <= second.keys() | {"chosen"}
     listed = [line for line in watch.said if line.startswith("chosen ")]
+    assert listed == shown
+    assert "max_steps" not in "".join(listed)
     assert all(f" {name} {value}" in "".join(listed) for name, value in chosen.items())
     assert any(line.startswith("training will take about") for line in watch.said)
     assert "chosen" in json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
 
 
-def test_python_may_ask_for_the_published_settings(trained, tmp_path):
+def test_published_settings(trained, tmp_path):
     text, watch = str(trained.parent / "text.txt"), Watch()
     asked = {"context_len": 40, "batch_size": 2, "warmup_steps": 1}
     records = train(
@@ -388,8 +391,13 @@ def test_python_may_ask_for_the_published_settings(trained, tmp_path):
     first = next(records)
     records.close()
     assert "chosen" not in first
-    stored = json.loads((tmp_path / "r" / "training.json").read_text())["settings"]
-    assert stored | {"precision": "auto"} == dataclasses.asdict(TrainSettings(**asked))
+    assert cli.main(["init", str(tmp_path / "line"), *FLAGS]) == 0
+    line = ["train", str(tmp_path / "line"), "r", text, "--settings", "published"]
+    assert cli.main([*line, *SHORT]) == 0
+    for folder, steps in ((tmp_path, 3600), (tmp_path / "line", 3)):
+        stored = json.loads((folder / "r" / "training.json").read_text())["settings"]
+        published = dataclasses.asdict(TrainSettings(max_steps=steps, **asked))
+        assert stored | {"precision": "auto"} == published
     assert f"{first['steps']} steps, not max_steps (3600): the data end after 1 epoch; " in "".join(
         watch.said
     )
@@ -483,23 +491,6 @@ def faked(model, text, monkeypatch):
         return seen
 
     return run
-
-
-def test_settings_are_chosen(faked, capsys):
-    """For the device and the data, apart from those given; or they are the published ones."""
-    options = faked("--max-steps", "20")
-    err = capsys.readouterr().err
-    assert options["max_steps"] == 20
-    assert options["context_len"] < TrainSettings.context_len
-    assert options["router_warmup_steps"] == 4
-    lines = [line for line in err.splitlines() if line.startswith("chosen ")]
-    assert f"context_len {options['context_len']}, " in lines[0]
-    assert "max_steps" not in "".join(lines)
-    assert "training will take about" in err
-    options = faked("--settings", "published", "--max-steps", "7")
-    published = dataclasses.asdict(TrainSettings(max_steps=7))
-    assert published.items() <= options.items()
-    assert "chosen " not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

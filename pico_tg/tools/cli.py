@@ -23,7 +23,7 @@ from ..backend.device import (
 )
 from ..checkpoint import list_checkpoints
 from ..config import PURPOSES, Config, TrainSettings
-from ..costs import complete, gemm_rate
+from ..costs import check_memory, gemm_rate
 from ..data import (
     DataSpec,
     describe_data,
@@ -42,7 +42,6 @@ from ..progress import drop_output, say, visible
 from ..runs import (
     SHIPPED,
     best_validations,
-    check_startable,
     existing_run,
     find_checkpoint,
     find_description,
@@ -150,34 +149,23 @@ def command_train(args: argparse.Namespace) -> int:
     devices = () if args.devices is None else parse_devices(args.devices)
     if args.sample_prompt and len(devices) > 1:
         raise PicoError("--sample-prompt needs one device: several devices print no samples")
-    remarks: list[str] = []
-    # settings and data are checked before the model is built
+    stored = {}
     if args.resume:
-        existing_run(args.path, args.run)
-        data, stored = spec, read_description(run_dir)["settings"]
-        seed = settings.get("seed", stored.get("seed", 0))
-    else:
-        check_startable(run_dir)
-        seed = TrainSettings(**settings).seed
-        data = load_data(spec)
-        completed, remarks = complete(
-            config, len(data.train.bytes), (devices or (Device.DEFAULT,))[0], settings,
-            published=args.settings == "published", trained=args.base_weights is not None,
-            held_out=len(data.validation.bytes), progress=True,
-        )  # fmt: skip
-        settings = dataclasses.asdict(completed)
+        stored = read_description(existing_run(args.path, args.run))["settings"]
+    seed = TrainSettings(**stored | settings).seed
+    # before the model takes memory; `train` knows the batch
+    check_memory(config, TrainSettings(context_len=1, batch_size=1), Device.DEFAULT)
     model, display = Pico(config, seed), TrainingDisplay()
     if args.sample_prompt != "" and len(devices) < 2:
         prompt = os.fsencode(args.sample_prompt or "")
         display.sample = sample_writer(model, prompt, display.stop)
     records = train(
-        model, data, run_dir, devices=devices, resume=args.resume, force=args.force,
-        base_weights=args.base_weights, events=display, **settings,
+        model, spec, run_dir, devices=devices, resume=args.resume, force=args.force,
+        base_weights=args.base_weights, events=display, settings=args.settings, **settings,
     )  # fmt: skip
     if not config.exists(args.path / "model.json"):  # --from
         config.to_json(args.path / "model.json")
-    for line in (*remarks, f"{describe_backend()}; {config.parameters:,} parameters"):
-        say(line)
+    say(f"{describe_backend()}; {config.parameters:,} parameters")
     # catch signals only from here on: before the first step, Ctrl-C exits immediately
     with display, contextlib.closing(records):  # an error saves the last step
         checkpoint = display.show(records)
