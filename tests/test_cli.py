@@ -253,7 +253,6 @@ MISTAKES = {  # a command line, and what its error names
     "run {trained} run --prompt-file nowhere.txt": "nowhere.txt",
     "run {trained} run --prompt-file .": "cannot read",
     "run {trained} run --output pdf": "pdf",
-    "run {trained} run --output raw --color": "--color",
     "run {trained} run --output raw --show-router-decisions": "--show-router-decisions",
     "run {trained} run --output raw --num-samples 2": "--num-samples",
     "run {trained} run --html ''": "the path is empty",
@@ -992,16 +991,13 @@ def test_html(written, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("error", "expected"), [(KeyboardInterrupt(), 130), (PicoError("broken"), 2)]
 )
-def test_an_interrupted_sample_is_kept(error, expected, written, tmp_path, monkeypatch, capsys):
-    """An interrupt ends the line, leaves no color behind, and page and figures are written."""
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+def test_an_interrupted_sample_is_kept(error, expected, written, tmp_path, capsys):
+    """An interrupt ends the line, and page and figures are written."""
     written.add(b"ab")
     written.append(error)
-    assert run_it("--html", str(tmp_path / "page.html"), "--stats", "--color") == expected
+    assert run_it("--html", str(tmp_path / "page.html"), "--stats") == expected
     out, err = capsys.readouterr()
-    assert out == "ab\x1b[0m\n"
+    assert out == "ab\n"
     assert "bytes: 2\n" in err
     assert (tmp_path / "page.html").read_text().count("data-tip=") == 2
     written[:] = [error]  # before the first byte: the page of last time stays
@@ -1071,7 +1067,7 @@ def test_main_in_a_notebook(written, monkeypatch):
     written.add("é\n".encode())
     out, err, text = NotebookStream(), NotebookStream(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        assert run_it("--prompt", "a", "--color") == 0
+        assert run_it("--prompt", "a") == 0
         assert run_it("--output", "raw") == 2
     assert out.text == "aé\n\n"
     assert "--output raw cannot write to this standard output" in err.text

@@ -32,10 +32,9 @@ DOCUMENTS = ["the cat; sat", "on a mât, 1_2 €!\n\n And then a\tdog,", "ran\n"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def short_blocks():
+def two_windows():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(router_report, "MIN_BLOCK", 4)  # the text is short
-        patch.setattr("pico_tg.evaluation.BATCH_POSITIONS", 4 * CONTEXT)  # two windows
+        patch.setattr("pico_tg.evaluation.BATCH_POSITIONS", 4 * CONTEXT)  # of a pass
         yield
 
 
@@ -166,8 +165,6 @@ def test_router(found, report, read):
         assert place.share_of_bytes == pytest.approx(len(at) / count), name
         assert place.share_of_decisions == pytest.approx(routed[at].sum() / routed.sum()), name
         assert place.rate == pytest.approx(routed[at].mean()), name
-        low, high = place.interval
-        assert 0 <= low <= place.share_of_decisions <= high <= 1, name
 
 
 def places_of(read) -> tuple[dict[str, list[int]], list[range]]:
@@ -231,34 +228,13 @@ def test_surprisal(report, read):
     nats = np.logaddexp.reduce(rows, axis=1) - rows[np.arange(len(at)), read.data[at + 1]]
     expected = nats[read.router[at] > 0].mean() / nats.mean()
     assert report.surprisal_ratio == pytest.approx(expected, rel=1e-5)
-    low, high = report.surprisal_interval
-    assert low <= report.surprisal_ratio <= high
 
 
 def test_a_text_that_is_certain_has_no_surprisal(found):
     """As after training on one repeated byte: NaN would be no JSON."""
     certain = found.figures | {"nats": np.zeros_like(found.figures["nats"])}
     of_nothing = router_report.router_report(dataclasses.replace(found, figures=certain))
-    assert of_nothing.surprisal_ratio is of_nothing.surprisal_interval is None
-
-
-def test_a_confidence_interval():
-    """95 % of the intervals of a share hold the true share; bytes in blocks widen the interval."""
-    rng = np.random.default_rng(1)
-    whole, inside, widths = np.ones(12_800), 0, []
-    for _ in range(100):
-        low, high = router_report._interval(np.divide, rng.random(len(whole)) < 0.3, whole)
-        inside += low <= 0.3 <= high
-        widths.append(high - low)
-    assert 88 <= inside <= 99
-    assert np.mean(widths) == pytest.approx(2 * 1.96 * math.sqrt(0.3 * 0.7 / 12_800), rel=0.1)
-    clumped = np.repeat(rng.random(200) < 0.3, 64)
-    low, high = router_report._interval(np.divide, clumped, whole)
-    assert high - low > 4 * np.mean(widths)
-    assert router_report._interval(np.divide, 0 * whole, 0 * whole) is None  # undefined
-    few = router_report.MIN_BLOCKS * router_report.MIN_BLOCK
-    assert router_report._interval(np.divide, clumped[:few], whole[:few])
-    assert router_report._interval(np.divide, clumped[: few - 1], whole[: few - 1]) is None
+    assert of_nothing.surprisal_ratio is None
 
 
 def test_the_gap(found, read, model):
@@ -299,7 +275,7 @@ def test_a_rule_has_no_top_k_and_no_routed_byte_no_surprisal(data):
     assert not {key for key in measured if "top_k" in key or "gap" in key}
     found = evaluate(model, data, **OPTIONS)
     report = router_report.router_report(found)
-    assert found.routing_gap is report.surprisal_ratio is report.surprisal_interval is None
+    assert found.routing_gap is report.surprisal_ratio is None
     lines = describe_evaluation(found, report).splitlines()
     assert lines[0].startswith("bytes of text")
     assert not [line for line in lines if "top-k" in line or "surprisal" in line]

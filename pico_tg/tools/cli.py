@@ -359,7 +359,6 @@ def command_run(args: argparse.Namespace) -> int:
     """Write text with the model PATH as trained in RUN, and print each byte immediately."""
     raw, settings = args.output == "raw", SampleSettings(**given(args, SampleSettings))
     for wrong, reason in (
-        (args.color, "go with --color, which adds escape sequences"),
         (args.show_router_decisions, "go with --show-router-decisions, which adds marks"),
         (settings.num_samples > 1, "go with --num-samples: nothing would separate the samples"),
         (not hasattr(results(), "buffer"), "write to this standard output, which takes text only"),
@@ -387,8 +386,7 @@ def command_run(args: argparse.Namespace) -> int:
             for record in records:
                 put(bytes([record.byte]))
         else:
-            marks = args.color, args.show_router_decisions
-            show_samples(records, prompt, settings.num_samples, *marks)
+            show_samples(records, prompt, settings.num_samples, args.show_router_decisions)
         complete = True
     finally:  # also after an interrupt or a closed pipe: write the page of the bytes so far
         if args.html and (kept or complete):

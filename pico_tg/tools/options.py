@@ -238,11 +238,6 @@ def add_run_options(parser: Parser) -> None:
         help="put _ before each byte that the router sent through the deep blocks",
     )  # fmt: skip
     showing.add_argument(
-        "--color", action="store_true",
-        help="shade each character by the highest router weight of its bytes (gray, above 0.5 "
-        "orange) and underline accepted drafts; only on a terminal, and not if NO_COLOR is set",
-    )  # fmt: skip
-    showing.add_argument(
         "--html", type=page_name(".html", ".htm"), metavar="FILE",
         help="also write a page: the text, shaded by router weight or surprisal",
     )  # fmt: skip

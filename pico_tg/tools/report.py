@@ -92,13 +92,11 @@ def describe_evaluation(measured: Evaluation, report: RouterReport) -> str:
     if measured.routing_gap is not None:
         head.append(("causal routing minus top-k, bits per byte", f"{measured.routing_gap:+.4f}"))
     if report.surprisal_ratio is not None:
-        limits = interval(report.surprisal_interval, ".2f")
-        ratio = f"{report.surprisal_ratio:.2f}" + (f" ({limits})" if limits else "")
-        head.append(("surprisal after routed bytes / mean", ratio))
+        head.append(("surprisal after routed bytes / mean", f"{report.surprisal_ratio:.2f}"))
     for k, right in enumerate(measured.head_accuracy, 1):
         ahead = f"{k} bytes ahead" if k > 1 else "next byte"
         head.append((f"{ahead} guessed right", f"{right:.1%}"))
-    places = [("kind of byte", "of all bytes", "of routed bytes", "95 % interval", "share routed")]
+    places = [("kind of byte", "of all bytes", "of routed bytes", "share routed")]
     for name, place in report.places.items():
         if place.share_of_bytes < 0.0005:  # it would be shown as 0.0%
             continue
@@ -107,7 +105,6 @@ def describe_evaluation(measured: Evaluation, report: RouterReport) -> str:
                 _words(name),
                 f"{place.share_of_bytes:.1%}",
                 f"{place.share_of_decisions:.1%}",
-                interval(place.interval, ".1%") or "-",
                 f"{place.rate:.1%}",
             )
         )
@@ -120,11 +117,6 @@ def describe_evaluation(measured: Evaluation, report: RouterReport) -> str:
         pair = f"{chr(byte)!r} after {chr(before)!r}"
         often.append((pair, f"{times:,}", f"{share:.0%}"))
     return "\n\n".join(map(table, (head, places, often, found)))
-
-
-def interval(limits: list[float] | None, style: str) -> str:
-    """The limits of a confidence interval; empty if there is none."""
-    return f"{limits[0]:{style}} to {limits[1]:{style}}" if limits else ""
 
 
 def describe_model(facts: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ text is hard to predict.
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,8 +18,6 @@ from ..generation import GeneratedByte
 WHITESPACE = np.isin(np.arange(256), list(b" \t\n\v\f\r"))
 CONTINUATION = (np.arange(256) & 0xC0) == 0x80  # bytes 2 to 4 of a UTF-8 character
 WORD = np.array([chr(b).isalnum() or b == ord("_") if b < 128 else True for b in range(256)])
-# of the bootstrap, see `_interval`
-BLOCKS, MIN_BLOCKS, MIN_BLOCK, RESAMPLES = 100, 20, 64, 1000
 
 
 @dataclass(frozen=True)
@@ -28,13 +26,11 @@ class ByteKind:
 
     - share_of_bytes: the share of all bytes that are of this kind
     - share_of_decisions: the share of all routed bytes that are of this kind
-    - interval: 95 % confidence interval of share_of_decisions, see `_interval`
     - rate: the share of the bytes of this kind that are routed
     """
 
     share_of_bytes: float
     share_of_decisions: float
-    interval: list[float] | None
     rate: float
 
 
@@ -64,8 +60,7 @@ class RouterReport:
 
     - surprisal_ratio: mean cross-entropy of the byte after a routed byte, divided by that of all
       bytes; above 1 the router selects where the text is hard to predict; None if no byte is
-      routed, or if every byte is certain. surprisal_interval: its 95 % confidence interval, see
-      `_interval`
+      routed, or if every byte is certain
     - places: router decisions by kind of byte. The kinds are: word_start, the first byte of a
       word (ASCII letters, digits, _ and all characters beyond ASCII); word_inside, the first byte
       of a later character of a word; whitespace; punctuation (other ASCII); continuation (byte 2 to
@@ -78,7 +73,6 @@ class RouterReport:
     """
 
     surprisal_ratio: float | None
-    surprisal_interval: list[float] | None
     places: dict[str, ByteKind]
     boundaries: dict[str, Boundary]
 
@@ -90,7 +84,7 @@ class RouterReport:
 def router_report(evaluation: Evaluation) -> RouterReport:
     """The report of an evaluation."""
     return RouterReport(
-        *_surprisal(evaluation), dict(_places(evaluation)), dict(_boundaries(evaluation))
+        _surprisal(evaluation), dict(_places(evaluation)), dict(_boundaries(evaluation))
     )
 
 
@@ -133,8 +127,7 @@ def _places(evaluation: Evaluation) -> Iterator[tuple[str, ByteKind]]:
     count, routed = int(text.sum()), int((text & decisions).sum())
     for name, kind in _kinds(evaluation.data, text):
         size, hits = int(kind.sum()), int((kind & decisions).sum())
-        interval = _interval(np.divide, kind & decisions, text & decisions)
-        yield name, ByteKind(size / count, _ratio(hits, routed), interval, _ratio(hits, size))
+        yield name, ByteKind(size / count, _ratio(hits, routed), _ratio(hits, size))
 
 
 def _kinds(data: np.ndarray, text: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
@@ -154,16 +147,14 @@ def _kinds(data: np.ndarray, text: np.ndarray) -> Iterator[tuple[str, np.ndarray
     yield "after_whitespace", text & ~space & follows & WHITESPACE[before]
 
 
-def _surprisal(evaluation: Evaluation) -> tuple[float | None, list[float] | None]:
-    """RouterReport.surprisal_ratio and surprisal_interval."""
+def _surprisal(evaluation: Evaluation) -> float | None:
+    """RouterReport.surprisal_ratio."""
     text, nats = evaluation.text, evaluation.figures["nats"]
     measured = text & np.append(text[1:], False)  # the next byte is text as well
     routed = measured & evaluation.figures["decisions"]
-    arrays = nats * routed, routed, nats * measured, measured
     if not routed.any() or not nats[measured].any():  # a text that is certain surprises nowhere
-        return None, None
-    ratio = _ratio_of_means(*(array.sum(dtype=np.float64) for array in arrays))
-    return float(ratio), _interval(_ratio_of_means, *arrays)
+        return None
+    return float(nats[routed].mean(dtype=np.float64) / nats[measured].mean(dtype=np.float64))
 
 
 def _boundaries(evaluation: Evaluation) -> Iterator[tuple[str, Boundary]]:
@@ -207,31 +198,6 @@ def _before(x: np.ndarray) -> np.ndarray:
 
 def _after(x: np.ndarray) -> np.ndarray:
     return np.append(x[1:], False)
-
-
-def _interval(statistic: Callable[..., np.ndarray], *arrays: np.ndarray) -> list[float] | None:
-    """[low, high], 95 % confidence interval of statistic(*sums of the arrays [N]): block bootstrap.
-
-    Neighboring bytes depend on each other, so whole blocks of the text are drawn with replacement:
-    BLOCKS blocks, of at least MIN_BLOCK bytes each. None if the statistic is undefined, or the text
-    shorter than MIN_BLOCKS blocks: of 5 blocks, such an interval would cover the truth in 83 % of
-    the cases.
-    """
-    N = len(arrays[0])
-    blocks = min(BLOCKS, N // MIN_BLOCK)
-    if blocks < MIN_BLOCKS:
-        return None
-    starts = np.arange(blocks) * N // blocks
-    drawn = np.random.default_rng(0).multinomial(blocks, np.full(blocks, 1 / blocks), RESAMPLES)
-    sums = [drawn @ np.add.reduceat(array.astype(np.float64), starts) for array in arrays]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        values = statistic(*sums)
-    values = values[np.isfinite(values)]
-    return np.quantile(values, [0.025, 0.975]).tolist() if len(values) else None
-
-
-def _ratio_of_means(a: np.ndarray, m: np.ndarray, b: np.ndarray, n: np.ndarray) -> np.ndarray:
-    return (a / m) / (b / n)
 
 
 def _ratio(part: float, whole: float) -> float:
