@@ -23,7 +23,7 @@ from ..backend.device import (
 )
 from ..checkpoint import list_checkpoints
 from ..config import PURPOSES, Config, TrainSettings
-from ..costs import check_memory, gemm_rate
+from ..costs import check_memory
 from ..data import (
     DataSpec,
     describe_data,
@@ -93,6 +93,13 @@ from .web import Server
 def model_name(path: Path) -> str:
     """The name of the model in PATH, for titles."""
     return path.resolve().name
+
+
+def choose_run(args: argparse.Namespace) -> None:
+    """Without a RUN, take the newest one, and say so."""
+    if args.run is None:
+        args.run = newest_run(args.path)
+        say(f"run {args.run}")
 
 
 def command_init(args: argparse.Namespace) -> int:
@@ -224,6 +231,7 @@ def data_to_train_on(args: argparse.Namespace) -> DataSpec | None:
 def command_eval(args: argparse.Namespace) -> int:
     """Measure the model PATH as trained in RUN on a split: bits per byte, and what is routed."""
     load_config(args.path)
+    choose_run(args)
     run_dir = existing_run(args.path, args.run)
     checkpoint = find_checkpoint(run_dir, args.checkpoint)
     if args.text is not None:
@@ -368,9 +376,7 @@ def command_run(args: argparse.Namespace) -> int:
     prompt = read_prompt(args)
     if args.html:
         check_writable(args.html)
-    if args.run is None:
-        args.run = newest_run(args.path)
-        say(f"run {args.run}")
+    choose_run(args)
     model = load(args.path, args.run, args.checkpoint)
     say_which_is_best(args)
     stats = Stats()
@@ -453,9 +459,8 @@ def write_page(path: Path, page: str) -> None:
 
 def command_web(args: argparse.Namespace) -> int:
     """Serve a page that shows text as the model writes it. Only this machine can open the page."""
-    path = args.path or Path("stories")
-    run = args.run or newest_run(path)
-    with Server(load(path, run), f"{model_name(path)}, run {run}", args.port) as server:
+    run = args.run or newest_run(args.path)
+    with Server(load(args.path, run), f"{model_name(args.path)}, run {run}", args.port) as server:
         show(f"{server.url}  (Ctrl-C ends)")
         with contextlib.suppress(KeyboardInterrupt):
             server.serve_forever()
@@ -463,14 +468,8 @@ def command_web(args: argparse.Namespace) -> int:
 
 
 def command_info(args: argparse.Namespace) -> int:
-    """Print the parameters and costs of the model PATH, and the checkpoints of its RUN.
-
-    Memory and time of training are estimates for this machine, from the measured rate of a matmul.
-    """
-    load_config(args.path)  # errors come before the measurement
-    if args.run is not None:
-        existing_run(args.path, args.run)
-    facts = describe(args.path, args.run, gemm_rate("auto", Device.DEFAULT))
+    """Print the parameters and costs of the model PATH, and the checkpoints of its RUN."""
+    facts = describe(args.path, args.run)
     show(json.dumps(facts, indent=2) if args.json else describe_model(facts))
     return 0
 

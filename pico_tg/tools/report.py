@@ -136,17 +136,6 @@ def describe_model(facts: Mapping[str, Any]) -> str:
     kernels = facts["kernel_cache"]
     kept = f"compiled kernels: {kernels['bytes'] / 1e6:,.0f} MB in {kernels['file']}"
     parts = [sizes, parameters, costs, kept]
-    if training := facts.get("training"):
-        windows = f"{training['batch_size']} windows of {training['context_len']:,} bytes"
-        rows = [
-            ("training on this machine, estimated", ""),
-            (f"memory, a step of {windows}", f"{training['memory_bytes'] / 1e6:,.0f} MB"),
-            ("time of a step", f"{training['seconds_a_step']:.2g} s"),
-        ]
-        if "steps" in training:
-            minutes = f"{training['seconds'] / 60:.2g} minutes"
-            rows.append((f"time of {training['steps']:,} steps", minutes))
-        parts.append(rows)
     if run := facts.get("run"):
         data = [("data " + name, str(v)) for name, v in run["dataset"].items() if v is not None]
         own = [(name, str(value)) for name, value in run["settings"].items()]
