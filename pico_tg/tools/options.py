@@ -226,8 +226,8 @@ def add_run_options(parser: Parser) -> None:
     prompting = parser.add_argument_group("prompt (default: the beginning of a new document)")
     prompting.add_argument(
         "--prompt", default="", metavar="TEXT", type=plain_text,
-        help="text to continue; - reads standard input, as in --prompt - < FILE. The tags <pico:seq> "
-        "and </pico:seq> in it begin and end a document",
+        help="text to continue; - reads standard input, as in --prompt - < FILE. The tags "
+        "<pico:seq> and </pico:seq> in it begin and end a document",
     )  # fmt: skip
     add_fields(prompting, SampleSettings, ("raw_prompt",))
     sampling = parser.add_argument_group("sampling")
