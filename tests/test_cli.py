@@ -246,8 +246,12 @@ MISTAKES = {  # a command line, and what its error names
     "run {trained} run --raw-prompt": "raw prompt must hold",
     "run {trained} run --checkpoint 77": "checkpoints exist of steps 3",
     "run {trained} run --checkpoint last": "neither a step nor best",
+    "run {trained} run --prompt a --prompt-file b": "--prompt-file",
+    "run {trained} run --prompt-file /dev/null": "/dev/null is empty; leave --prompt-file out",
     "run {text}": "give the folder of a model",
     "run nowhere": "nowhere is no model: there is no such folder; make one with",
+    "run {trained} run --prompt-file nowhere.txt": "nowhere.txt",
+    "run {trained} run --prompt-file .": "cannot read",
     "run {trained} run --output pdf": "pdf",
     "run {trained} run --output raw --show-router-decisions": "--show-router-decisions",
     "run {trained} run --output raw --num-samples 2": "--num-samples",
@@ -918,11 +922,16 @@ def stdin_of(data: bytes) -> io.TextIOWrapper:
     return io.TextIOWrapper(io.BytesIO(data))
 
 
-def test_prompts_are_bytes(written, monkeypatch, capsys):
+def test_prompts_are_bytes(written, tmp_path, monkeypatch, capsys):
     data = b"\xff\xfe caf\xc3\xa9\r\n"
+    (tmp_path / "prompt").write_bytes(data)
     written.add(b"x")
     monkeypatch.setattr(sys, "stdin", stdin_of(data))
-    for flags in (["--prompt", os.fsdecode(data)], ["--prompt", "-"]):
+    for flags in (
+        ["--prompt", os.fsdecode(data)],
+        ["--prompt", "-"],
+        ["--prompt-file", str(tmp_path / "prompt")],
+    ):
         assert run_it(*flags) == 0
         assert written.prompt == data
         assert capsys.readouterr().out == "\ufffd\ufffd café\r\nx\n"

@@ -405,11 +405,20 @@ def command_run(args: argparse.Namespace) -> int:
 
 def read_prompt(args: argparse.Namespace) -> bytes:
     """The bytes to continue; none for a new document."""
-    if args.prompt != "-":
-        return os.fsencode(args.prompt)
-    stream = getattr(sys.stdin, "buffer", sys.stdin)  # a notebook's stdin is text only
-    if not (prompt := stream.read() if stream else b""):
-        raise PicoError("standard input is empty; leave --prompt out to start a new document")
+    name, option = args.prompt_file, "--prompt-file"
+    try:
+        if args.prompt_file is not None:
+            prompt = args.prompt_file.read_bytes()
+        elif args.prompt == "-":
+            name, option = "standard input", "--prompt"
+            stream = getattr(sys.stdin, "buffer", sys.stdin)  # a notebook's stdin is text only
+            prompt = stream.read() if stream else b""
+        else:
+            prompt, option = args.prompt, None
+    except OSError as error:
+        raise PicoError(f"cannot read {name}: {error.strerror}") from error
+    if not prompt and option:
+        raise PicoError(f"{name} is empty; leave {option} out to start a new document")
     return os.fsencode(prompt)
 
 

@@ -224,11 +224,15 @@ def add_eval_options(parser: Parser) -> None:
 
 def add_run_options(parser: Parser) -> None:
     prompting = parser.add_argument_group("prompt (default: the beginning of a new document)")
-    prompting.add_argument(
+    source = prompting.add_mutually_exclusive_group()
+    source.add_argument(
         "--prompt", default="", metavar="TEXT", type=plain_text,
-        help="text to continue; - reads standard input, as in --prompt - < FILE. The tags "
-        "<pico:seq> and </pico:seq> in it begin and end a document",
+        help="text to continue; - reads standard input. The tags <pico:seq> and </pico:seq> in it "
+        "begin and end a document",
     )  # fmt: skip
+    source.add_argument(
+        "--prompt-file", type=path_name, metavar="FILE", help="file with the bytes to continue"
+    )
     add_fields(prompting, SampleSettings, ("raw_prompt",))
     sampling = parser.add_argument_group("sampling")
     add_fields(sampling, SampleSettings, without=("raw_prompt",))
