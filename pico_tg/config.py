@@ -273,10 +273,6 @@ class Config:
     @classmethod
     def from_dict(cls, values: dict, where: str) -> "Config":
         """The inverse of `to_dict`. Raises PicoError with a message that starts with `where`."""
-        if values.get("router") in ("threshold", "ratio"):
-            raise PicoError(
-                f"{where}: the router {values['router']} has been removed; commit 44c7730 reads it"
-            )
         try:
             config = cls(**values)
             for field in dataclasses.fields(cls):

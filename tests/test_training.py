@@ -332,24 +332,6 @@ def test_validation_when_the_router_takes_every_byte(text):
     )
 
 
-@pytest.mark.parametrize(
-    ("settings", "named"),
-    [
-        ({"context_len": 3}, "context_len"),
-        ({"batch_size": 0}, "batch_size"),
-        ({"depth": 3}, "depth"),
-        ({"context_len": 10**6}, "window"),
-    ],
-)
-def test_bad_settings(settings, named, text, tmp_path):
-    """And bad data: before the run's folder is made."""
-    with pytest.raises(PicoError, match=named):
-        train(make(), text, tmp_path / "run", settings="published", **settings)
-    with pytest.raises(PicoError, match="missing"):
-        train(make(), tmp_path / "missing.txt", tmp_path / "run", **QUICK)
-    assert not (tmp_path / "run").exists()
-
-
 TWO = ("CPU", "CPU:1")
 
 
