@@ -552,7 +552,7 @@ def test_eval(trained, measured, tmp_path, capsys):
         ("share of bytes routed", f"{found['router_rate']:.1%}"),
         ("next byte guessed right", f"{found['head_accuracy'][0]:.1%}"),
         ("3 bytes ahead guessed right", f"{found['head_accuracy'][2]:.1%}"),
-        ("after whitespace", f"{found['places']['after_whitespace']['share_of_bytes']:.1%}"),
+        ("word start", f"{found['places']['word_start']['share_of_bytes']:.1%}"),
         ("space", f"{found['places']['space']['share_of_bytes']:.1%}"),
         ("causal routing minus top-k, bits per byte", f"{found['routing_gap']:+.4f}"),
         ("surprisal after routed bytes / mean", f"{found['surprisal_ratio']:.2f}"),

@@ -153,10 +153,6 @@ def test_router(found, report, read):
             kinds["word_inside" if word else "word_start"].append(p)
         else:
             kinds["punctuation"].append(p)
-        if before.isspace() and not byte.isspace():
-            kinds["after_whitespace"].append(p)
-        if before == b"\n":
-            kinds["after_newline"].append(p)
         if byte == b" ":
             kinds["space"].append(p)
     for name, at in kinds.items():
@@ -175,15 +171,10 @@ def places_of(read) -> tuple[dict[str, list[int]], list[range]]:
         word = letter.isalnum() or letter == b"_" or byte > 127
         kinds.append(("w" if word else " " if letter.isspace() else ".") if own else "")
     kinds.append("")
-    places = {"word_end": [], "space": [], "word_start": []}
-    for p, (kind, after) in enumerate(itertools.pairwise(kinds)):
-        before = kinds[p - 1] if p else ""
-        if kind == "w" and after in (" ", ".") and after:
-            places["word_end"].append(p)
+    places = {"word_start": []}
+    for p, (before, kind) in enumerate(itertools.pairwise(["", *kinds])):
         if kind == "w" and before != "w":
             places["word_start"].append(p)
-        if kind == " " and after in ("w", ".") and after:
-            places["space"].append(p)
     runs, p = [], 0
     while p < len(read.data):
         end = p
@@ -280,20 +271,6 @@ def test_a_rule_has_no_top_k_and_no_routed_byte_no_surprisal(data):
     assert lines[0].startswith("bytes of text")
     assert not [line for line in lines if "top-k" in line or "surprisal" in line]
     assert conclusion(found, report).endswith("none of the bytes through the deep blocks.")
-
-
-def test_most_routed_bytes(found, read):
-    """Each pair but spaces against the oracle's decisions, the most frequent first."""
-    pairs = {}
-    for at in np.flatnonzero(read.own):
-        if read.data[at] != ord(" "):
-            pairs.setdefault((read.data[at - 1], read.data[at]), []).append(read.router[at] > 0)
-    rows = list(router_report.most_routed(found, 5))
-    assert len(rows) == 5
-    for before, byte, times, share in rows:
-        decisions = pairs[before, byte]
-        assert (times, share) == (sum(decisions), pytest.approx(np.mean(decisions)))
-    assert [row[2] for row in rows] == sorted(map(sum, pairs.values()), reverse=True)[:5]
 
 
 def test_passage(found, read):

@@ -7,12 +7,10 @@ from typing import Any
 
 from ..evaluation import Evaluation
 from ..generation import GeneratedByte, Stats
-from .router_report import RouterReport, most_routed, routed_kinds
+from .router_report import RouterReport, routed_kinds
 
 GAP = 0.02  # bits per byte of causal minus top-k routing, above which it is shown
 BOUNDARIES = {
-    "word_end": "last byte of a word",
-    "space": "last byte of whitespace",
     "word_start": "first byte of a word",
     "near": "within one byte of a boundary",
 }
@@ -112,11 +110,7 @@ def describe_evaluation(measured: Evaluation, report: RouterReport) -> str:
     for name, boundary in report.boundaries.items():
         pairs = zip(astuple(boundary.router), astuple(boundary.random), strict=True)
         found.append((BOUNDARIES[name], *(f"{a:.3f} ({b:.3f})" for a, b in pairs)))
-    often = [("most often routed, apart from spaces", "times", "share routed")]
-    for before, byte, times, share in most_routed(measured):
-        pair = f"{chr(byte)!r} after {chr(before)!r}"
-        often.append((pair, f"{times:,}", f"{share:.0%}"))
-    return "\n\n".join(map(table, (head, places, often, found)))
+    return "\n\n".join(map(table, (head, places, found)))
 
 
 def describe_model(facts: Mapping[str, Any]) -> str:

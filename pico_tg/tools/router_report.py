@@ -5,8 +5,6 @@ text is hard to predict.
 """
 
 import dataclasses
-import functools
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -64,12 +62,10 @@ class RouterReport:
     - places: router decisions by kind of byte. The kinds are: word_start, the first byte of a
       word (ASCII letters, digits, _ and all characters beyond ASCII); word_inside, the first byte
       of a later character of a word; whitespace; punctuation (other ASCII); continuation (byte 2 to
-      4 of a UTF-8 character). space (0x20 alone), after_newline and after_whitespace (not
-      whitespace itself) overlap these kinds
-    - boundaries: routed bytes as predictions of word_end, the last byte of a word; space, the last
-      byte of a run of whitespace; word_start, the first byte of a word; and near, within one byte
-      of a boundary. A boundary is a run of bytes between words; it is found if one of its bytes, or
-      the byte before or after them, is routed
+      4 of a UTF-8 character). space is the whitespace 0x20 alone
+    - boundaries: routed bytes as predictions of word_start, the first byte of a word; and near,
+      within one byte of a boundary. A boundary is a run of bytes between words; it is found if one
+      of its bytes, or the byte before or after them, is routed
     """
 
     surprisal_ratio: float | None
@@ -110,18 +106,6 @@ def routed_kinds(records: Sequence[GeneratedByte]) -> dict[str, float]:
     return {name: float(decisions[kind].mean()) for name, kind in kinds if kind.any()}
 
 
-def most_routed(evaluation: Evaluation, count: int = 10) -> Iterator[tuple[int, int, int, float]]:
-    """(byte before, byte, times routed, share routed) of the pairs of bytes most often routed.
-
-    Without spaces, which the router usually selects, whatever is before them.
-    """
-    data, decisions = evaluation.data.astype(int), evaluation.figures["decisions"]
-    pairs, where = np.append(0, data[:-1]) * 256 + data, evaluation.text & (data != ord(" "))
-    occur, routed = Counter(pairs[where].tolist()), Counter(pairs[where & decisions].tolist())
-    for pair, times in routed.most_common(count):
-        yield *divmod(pair, 256), times, times / occur[pair]
-
-
 def _places(evaluation: Evaluation) -> Iterator[tuple[str, ByteKind]]:
     text, decisions = evaluation.text, evaluation.figures["decisions"]
     count, routed = int(text.sum()), int((text & decisions).sum())
@@ -143,8 +127,6 @@ def _kinds(data: np.ndarray, text: np.ndarray) -> Iterator[tuple[str, np.ndarray
     yield "punctuation", first & ~word
     yield "continuation", text & later
     yield "space", text & (data == ord(" "))
-    yield "after_newline", text & follows & (before == ord("\n"))
-    yield "after_whitespace", text & ~space & follows & WHITESPACE[before]
 
 
 def _surprisal(evaluation: Evaluation) -> float | None:
@@ -159,18 +141,13 @@ def _surprisal(evaluation: Evaluation) -> float | None:
 
 def _boundaries(evaluation: Evaluation) -> Iterator[tuple[str, Boundary]]:
     """Each place of a boundary: its name, and how well the routed bytes find it."""
-    data, text, rate = evaluation.data, evaluation.text, evaluation.router_rate
+    text, rate = evaluation.text, evaluation.router_rate
     routed = text & evaluation.figures["decisions"]
-    word, space = text & WORD[data], text & WHITESPACE[data]
+    word = text & WORD[evaluation.data]
     between = text & ~word  # bytes between words
-    rated = functools.partial(_boundary, text, routed)
-    for name, place in (
-        ("word_end", word & _after(between)),
-        ("space", space & _after(text & ~space)),
-        ("word_start", word & ~_before(word)),
-    ):
-        found = _ratio(int((place & routed).sum()), int(place.sum()))
-        yield name, rated(place, found, rate if place.any() else 0.0)
+    start = word & ~_before(word)
+    found = _ratio(int((start & routed).sum()), int(start.sum()))
+    yield "word_start", _boundary(text, routed, start, found, rate if start.any() else 0.0)
     # runs of bytes between words, each extended by the bytes of text beside it
     starts = np.flatnonzero(between & ~_before(between))
     ends = np.flatnonzero(between & ~_after(between)) + 1
@@ -179,7 +156,8 @@ def _boundaries(evaluation: Evaluation) -> Iterator[tuple[str, Boundary]]:
     found = routed_before[ends] > routed_before[starts]
     expected = 1 - (1 - rate) ** (ends - starts)
     recalls = [float(x.mean()) if len(x) else 0.0 for x in (found, expected)]
-    yield "near", rated(text & (between | _before(between) | _after(between)), *recalls)
+    near = text & (between | _before(between) | _after(between))
+    yield "near", _boundary(text, routed, near, *recalls)
 
 
 def _boundary(
