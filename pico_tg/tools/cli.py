@@ -90,9 +90,9 @@ from .terminal import (
 from .web import Server
 
 
-def model_name(path: Path) -> str:
-    """The name of the model in PATH, for titles."""
-    return path.resolve().name
+def title_of(args: argparse.Namespace) -> str:
+    """The model and its run, for a heading."""
+    return f"{args.path.resolve().name}, run {args.run}"
 
 
 def choose_run(args: argparse.Namespace) -> None:
@@ -256,22 +256,19 @@ def command_eval(args: argparse.Namespace) -> int:
             say(line)
     measured = evaluate(model, data, progress=True, **chosen)
     report = router_report(measured)
-    title = f"{model_name(args.path)}, run {args.run}"
     facts = {"step": int(checkpoint.stem), "data": spec.dataset, "split": settings.split}
-    try:
-        if args.json:
-            show(json.dumps(facts | measured.as_dict() | report.as_dict(), indent=2))
-        else:
-            part = "all" if facts["split"] == "all" else f"{facts['split']} data"
-            show(f"{title}, step {facts['step']}: {part} of {spec.dataset}\n")
-            show(conclusion(measured, report))
-            if args.full:
-                show(f"\n{describe_evaluation(measured, report)}")
-    finally:  # write the page even if standard output cannot be written
-        if args.html:
-            shown, told = passage(measured, PASSAGE), conclusion(measured, report)
-            write_page(args.html, html_page(b"", shown, title, facts, "Passage", told))
-            say(f"wrote {args.html}")
+    told = conclusion(measured, report)
+    if args.html:  # first: standard output may fail
+        shown = passage(measured, PASSAGE)
+        write_page(args.html, html_page(b"", shown, title_of(args), facts, "Passage", told))
+        say(f"wrote {args.html}")
+    if args.json:
+        show(json.dumps(facts | measured.as_dict() | report.as_dict(), indent=2))
+        return 0
+    part = "all" if settings.split == "all" else f"{settings.split} data"
+    show(f"{title_of(args)}, step {facts['step']}: {part} of {spec.dataset}\n\n{told}")
+    if args.full:
+        show(f"\n{describe_evaluation(measured, report)}")
     return 0
 
 
@@ -289,26 +286,18 @@ def score_text(args: argparse.Namespace, step: int) -> int:
     text = os.fsencode(args.text)
     scored = score(load(args.path, args.run, args.checkpoint), text)
     say(describe_backend())
-    figures = {"step": step, "bits": scored.bits, "bits_per_byte": scored.bits_per_byte}
-    try:
-        if args.json:
-            put(
-                json.dumps(figures | {"bytes": [*map(dataclasses.asdict, scored)]}, indent=2) + "\n"
-            )
-        else:
-            show_samples(scored, b"", marks=True)
-            routed = sum(record.router_decision for record in scored)
-            put(
-                f"{scored.bits:.2f} bits, {scored.bits_per_byte:.3f} bits per byte; "
-                f"{routed} of {len(scored)} bytes routed\n"
-            )
-    finally:
-        if args.html:
-            title = f"{model_name(args.path)}, run {args.run}"
-            shown = {"step": step, "bits": f"{scored.bits:.2f}"}
-            shown["bits per byte"] = f"{scored.bits_per_byte:.3f}"
-            write_page(args.html, html_page(b"", [scored], title, shown, "Text"))
-            say(f"wrote {args.html}")
+    bits, mean = f"{scored.bits:.2f}", f"{scored.bits_per_byte:.3f}"
+    if args.html:  # first: standard output may fail
+        facts = {"step": step, "bits": bits, "bits per byte": mean}
+        write_page(args.html, html_page(b"", [scored], title_of(args), facts, "Text"))
+        say(f"wrote {args.html}")
+    if args.json:
+        figures = {"step": step, "bits": scored.bits, "bits_per_byte": scored.bits_per_byte}
+        show(json.dumps(figures | {"bytes": [*map(dataclasses.asdict, scored)]}, indent=2))
+        return 0
+    show_samples(scored, b"", marks=True)
+    routed = sum(record.router_decision for record in scored)
+    show(f"{bits} bits, {mean} bits per byte; {routed} of {len(scored)} bytes routed")
     return 0
 
 
@@ -442,7 +431,7 @@ def sample_page(
     if not settings.latent:
         facts["deep blocks"] = "left out"
     samples = [list(sample) for sample in split_samples(kept, settings.num_samples)]
-    return html_page(prompt, samples, f"{model_name(args.path)}, run {args.run}", facts)
+    return html_page(prompt, samples, title_of(args), facts)
 
 
 def check_writable(path: Path) -> None:
@@ -459,8 +448,8 @@ def write_page(path: Path, page: str) -> None:
 
 def command_web(args: argparse.Namespace) -> int:
     """Serve a page that shows text as the model writes it. Only this machine can open the page."""
-    run = args.run or newest_run(args.path)
-    with Server(load(args.path, run), f"{model_name(args.path)}, run {run}", args.port) as server:
+    args.run = args.run or newest_run(args.path)
+    with Server(load(args.path, args.run), title_of(args), args.port) as server:
         show(f"{server.url}  (Ctrl-C ends)")
         with contextlib.suppress(KeyboardInterrupt):
             server.serve_forever()
