@@ -330,6 +330,13 @@ def test_train_writes_a_run(trained):
     assert lines[-1]["validation_bits_per_byte"] > 0
 
 
+def test_memory_is_checked_before_the_model_takes_it(model, text, monkeypatch, capsys):
+    monkeypatch.setattr("pico_tg.backend.machine.available_memory", lambda: 1000)
+    monkeypatch.setattr(cli, "Pico", None)  # not callable
+    assert status(["train", str(model), "r", str(text)]) == 2
+    assert "take a smaller context_len, batch_size or model" in error_line(capsys)
+
+
 def test_python_chooses_as_the_command_line_does(trained, tmp_path, capsys):
     text, watch, asked = trained.parent / "text.txt", Watch(), {"max_steps": 2, "context_len": 40}
     assert cli.main(["init", str(tmp_path / "line"), *FLAGS]) == 0

@@ -182,9 +182,8 @@ def add_train_options(parser: Parser) -> None:
         add_fields(group, TrainSettings, names, defaults=defaults)
     group.add_argument(
         "--sample-prompt", metavar="TEXT", type=plain_text,
-        help=f"at each validation after a quarter of the run, print {SAMPLE_BYTES} bytes that "
-        "continue TEXT (default: the start of a document); '' turns this off; not available with "
-        "several devices",
+        help=f"at each validation, print {SAMPLE_BYTES} bytes that continue TEXT (default: the "
+        "start of a document); '' turns this off; not available with several devices",
     )  # fmt: skip
     advanced = parser.add_argument_group("advanced")
     grouped = sum(TRAIN_GROUPS.values(), ())

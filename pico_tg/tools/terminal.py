@@ -16,7 +16,6 @@ from ..generation import GeneratedByte
 from ..progress import Events, Status, drop_output, duration, say, visible
 from .report import describe_validation
 
-SAMPLES_FROM = 0.25  # share of a run, before which a sample would be noise
 BAD = "\ufffd"  # shown for bytes that are not UTF-8
 
 
@@ -288,7 +287,7 @@ class TrainingDisplay(StopSignals):
                 checkpoint = record.get("checkpoint", checkpoint)
                 if "validation_bits_per_byte" in record:
                     self.say(describe_validation(record))
-                    if self.sample and progress_of(record) >= SAMPLES_FROM and not self.stop():
+                    if self.sample and not self.stop():
                         self.phase("sampling")
                         self.say(f"  {self.sample()}")
             if self.record:
@@ -317,10 +316,3 @@ class TrainingDisplay(StopSignals):
         if self.name != "trained" and (left := record.get("seconds_left")) is not None:
             facts.append(f"{duration(max(0, left - (now - self.received)))} left")
         return ", ".join(facts)
-
-
-def progress_of(record: dict) -> float:
-    """The share of a run that is trained after the step of a record."""
-    if "max_minutes" in record:
-        return record["minutes"] / record["max_minutes"]
-    return record["step"] / record["steps"]
