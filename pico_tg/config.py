@@ -125,22 +125,16 @@ def field_help(cls: type) -> dict[str, str]:
     return {field.name: field.metadata["help"] for field in dataclasses.fields(cls)}
 
 
-def check_known(cls: type, keywords: dict[str, Any]) -> None:
-    """Raise PicoError, naming the nearest field, unless all keywords are fields of `cls`."""
-    known = sorted(field_help(cls))
-    for name in sorted(keywords.keys() - known):
-        near = difflib.get_close_matches(name, known, 1, cutoff=0.7)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise PicoError(f"unknown setting {name}{hint}; there are: {', '.join(known)}")
-
-
 def settings_class(cls: type) -> type:
     """Class decorator: refuse unknown keywords; append the help of each field to the docstring."""
-    init = cls.__init__
+    init, known = cls.__init__, sorted(field_help(cls))
 
     @functools.wraps(init)
     def checked(self: Any, /, *values: Any, **keywords: Any) -> None:
-        check_known(cls, keywords)
+        for name in sorted(keywords.keys() - known):
+            near = difflib.get_close_matches(name, known, 1, cutoff=0.7)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise PicoError(f"unknown setting {name}{hint}; there are: {', '.join(known)}")
         init(self, *values, **keywords)
 
     cls.__init__ = checked
@@ -279,16 +273,12 @@ class Config:
     @classmethod
     def from_dict(cls, values: dict, where: str) -> "Config":
         """The inverse of `to_dict`. Raises PicoError with a message that starts with `where`."""
-        if values.get("router") in ("threshold", "ratio"):
-            raise PicoError(
-                f"{where}: the router {values['router']} has been removed; commit 44c7730 reads it"
-            )
         try:
-            check_known(cls, values)
+            config = cls(**values)
             for field in dataclasses.fields(cls):
                 if field.name not in values and "optional" not in field.metadata:
                     raise PicoError(f"the key {field.name!r} is missing")
-            return cls(**values)
+            return config
         except PicoError as error:
             raise PicoError(f"{where}: {error}") from None
 

@@ -35,15 +35,16 @@ CHOSEN = {  # the settings that `choose` chooses, and the line in which each is 
 
 @dataclass(frozen=True)
 class Scale:
-    """The largest step, and the duration of a run, on one kind of device."""
+    """The largest step, the duration of a run and the size of a validation on a kind of device."""
 
     context_len: int
     batch_size: int
     minutes: float
+    validation_bytes: int
 
 
-CPU = Scale(context_len=512, batch_size=4, minutes=4)
-GPU = Scale(context_len=6144, batch_size=32, minutes=60)
+CPU = Scale(context_len=512, batch_size=4, minutes=4, validation_bytes=1 << 16)
+GPU = Scale(context_len=6144, batch_size=32, minutes=60, validation_bytes=1 << 18)
 STEPS = (300, 3600)  # fewest and most steps of a run; with fewer a model learns little
 MIN_WINDOWS = 32  # least number of windows in the training data
 MAX_EPOCHS = 20
@@ -59,14 +60,10 @@ TRAINED_FACTOR = 0.25
 
 VALIDATIONS = 10  # of a run, about, if they take at most VALIDATION_SHARE of the training time
 VALIDATION_SHARE = 0.1
-SHORT_VALIDATION = 1 << 16  # held-out bytes for a run too short for TrainSettings' number of them
 CLOSE = 0.25  # of an interval before the last step, in which no other validation is made
 
 EFFICIENCY = 0.6  # rate of a train step as a fraction of a plain matmul's
 SECONDS_PER_BLOCK = 0.01  # time to launch the kernels of a block on a CPU
-VALIDATION_BYTE = 0.4  # time to validate a byte as a fraction of the time to train on it
-# time to compile with no kernel cached: for any model, and for each block; estimated, not measured
-COMPILE_SECONDS = (10, 3)
 LEAST_READ = 2  # bytes per parameter; a model that reads fewer is said to be too large
 FLOATS_PER_BLOCK = 18  # saved for the backward, per block, byte and channel
 
@@ -144,9 +141,9 @@ def choose(
       the steps that are estimated to fit; 0 for `trained` weights, whose router is trained
     - learning_rate: PEAK's up to PEAK's steps, then a power law of the steps through PUBLISHED;
       times ADAMW_FACTOR for adamw, times TRAINED_FACTOR for `trained` weights
+    - validation_bytes: the Scale's
     - validation_interval: for VALIDATIONS in a run, or as many as take VALIDATION_SHARE of the
       training time
-    - validation_bytes: the default, or SHORT_VALIDATION if VALIDATIONS would take more than that
     - checkpoint_interval: the chosen validation_interval
 
     held_out: number of held-out bytes. gflops: `gemm_rate` of the device. Raises PicoError if a
@@ -179,9 +176,8 @@ def choose(
     pick("warmup_steps", round(WARMUP * steps))
     if config.router == "learned":
         pick("router_warmup_steps", 0 if trained else round(ROUTER_WARMUP * expected))
+    settings = pick("validation_bytes", scale.validation_bytes)
     most = VALIDATION_SHARE * expected  # steps that take as long as all validations may
-    long = VALIDATIONS * validation_steps(settings, held_out) <= most
-    settings = pick("validation_bytes", settings.validation_bytes if long else SHORT_VALIDATION)
     count = min(VALIDATIONS, int(most / validation_steps(settings, held_out)))
     interval = max(1, math.ceil(expected / max(1, count)))
     pick("validation_interval", interval)
@@ -194,33 +190,31 @@ def choose(
     return pick("learning_rate", float(f"{peak * factor:.2g}"))
 
 
-def complete(
+def plan(
     config: Config,
     train_bytes: int,
     device: str,
     given: dict[str, object],
-    published: bool = False,
     trained: bool = False,
     held_out: int = TrainSettings.validation_bytes,
     progress: bool = False,
 ) -> tuple[TrainSettings, list[str]]:
-    """`choose`, or the published settings, and lines about the choice and the cost.
+    """What `choose` chooses, and lines about the choice and the cost.
 
     progress: say on stderr that the machine is measured. Raises PicoError if a given setting is out
     of its bounds, or if there is too little memory.
     """
-    settings, lines = TrainSettings(**given), []
+    precision, lines = TrainSettings(**given).precision, []
     with Status(lambda: "measuring this machine", leave=False, disable=not progress):
-        machine = (device, gemm_rate(settings.precision, device))
-    if not published:
-        settings = choose(config, train_bytes, *machine, given, trained, held_out)
-        shown = CHOSEN.keys() - given.keys()
-        if settings.max_minutes:  # the others are only guards, and the warm-up follows the time
-            shown -= {"max_steps", "epochs", "warmup_steps"}
-        for kind in dict.fromkeys(CHOSEN.values()):
-            names = [name for name in CHOSEN if name in shown and CHOSEN[name] == kind]
-            values = ", ".join(f"{name} {getattr(settings, name)}" for name in names)
-            lines += [f"chosen {kind}: {values}"] if values else []
+        machine = (device, gemm_rate(precision, device))
+    settings = choose(config, train_bytes, *machine, given, trained, held_out)
+    shown = CHOSEN.keys() - given.keys()
+    if settings.max_minutes:  # the others are only guards, and the warm-up follows the time
+        shown -= {"max_steps", "epochs", "warmup_steps"}
+    for kind in dict.fromkeys(CHOSEN.values()):
+        names = [name for name in CHOSEN if name in shown and CHOSEN[name] == kind]
+        values = ", ".join(f"{name} {getattr(settings, name)}" for name in names)
+        lines += [f"chosen {kind}: {values}"] if values else []
     check_memory(config, settings, device)
     steps = expected_steps(config, settings, train_bytes, *machine)
     lines += describe_cost(config, settings, steps, *machine, held_out)
@@ -261,9 +255,11 @@ def expected_steps(
 
 
 def validation_steps(settings: TrainSettings, held_out: int) -> float:
-    """An estimate of the number of train steps that take as long as a validation."""
-    measured = min(settings.validation_bytes, held_out)
-    return VALIDATION_BYTE * measured / _step_bytes(settings)
+    """An estimate of the number of train steps that take as long as a validation.
+
+    A validation is a forward pass, a third of the FLOPs of a step.
+    """
+    return min(settings.validation_bytes, held_out) / (3 * _step_bytes(settings))
 
 
 def validations_left(settings: TrainSettings, step: int, last: float) -> int:
@@ -337,16 +333,14 @@ def describe_cost(
     """Lines: the time and the memory that `steps` train steps will take, all estimates."""
     step = step_seconds(config, settings, device, gflops)
     count, validation = validations_left(settings, 0, steps), validation_steps(settings, held_out)
-    blocks = 2 * config.fb_num_blocks + config.latent_num_blocks
-    compiling = COMPILE_SECONDS[0] + COMPILE_SECONDS[1] * blocks
     parts = {name: size / 1e6 for name, size in memory_bytes(config, settings).items()}
     named = ", ".join(f"{name} {size:,.0f}" for name, size in parts.items())
     validations = f"{count} validations" if count > 1 else "1 validation"
     # the last validation measures top-k routing, too
     total = duration(step * (steps + (count + 1) * validation))
     return [
-        f"training will take about {total}, and up to {duration(compiling)} to compile: "
-        f"{steps:,} steps of {step:.2g} s, {validations} of {step * validation:.2g} s",
+        f"training will take about {total} and the time to compile: {steps:,} steps of {step:.2g} "
+        f"s, {validations} of {step * validation:.2g} s",
         f"memory: about {sum(parts.values()):,.0f} MB ({named})",
     ]
 

@@ -4,10 +4,10 @@
 over windows of the text, so that every byte is predicted once. All sums are NumPy's.
 
 - `Validation` cuts the text into windows that do not overlap, as training does.
-- `evaluate` takes overlapping windows of context_len + stride bytes. Each window after the first
-  scores its last `stride` positions, so that every position has at least context_len bytes before
-  it, or the whole text before it. More context still changes the figures a little (blocks stack
-  their windows); less would measure each window's cold start.
+- `evaluate` takes windows of twice context_len, each of which overlaps half of the one before. Each
+  window after the first scores its second half, so that every position has at least context_len
+  bytes before it, or the whole text before it. More context still changes the figures a little
+  (blocks stack their windows); less would measure each window's cold start.
 
 `pico_tg.tools.router_report` tells which kinds of bytes the router selects.
 """
@@ -29,11 +29,11 @@ from .data import MAX_BATCH_BYTES, Corpus, Data, DataSpec, load_data, load_whole
 from .files import PicoError
 from .model import Pico, inputs_and_targets
 from .ops import cross_entropy
-from .progress import Bar, Events, Status
+from .progress import Bar, Events
 from .routing import RULES
 
 SPLITS = ("validation", "train", "all")
-BATCH_POSITIONS = 1 << 14  # positions of one pass of `evaluate` unless batch_size is given
+BATCH_POSITIONS = 1 << 14  # positions of one pass of `evaluate`
 
 
 class CausalPass:
@@ -183,13 +183,13 @@ class Evaluation:
     """The result of `evaluate`. Only the text of the documents counts, never a wrapper tag.
 
     - bytes: number of bytes of the text, each predicted once
-    - context_len, stride: of the windows, see `pico_tg.evaluation`
+    - context_len: of the windows, see `pico_tg.evaluation`
     - bits_per_byte: of head 0, with causal routing; bits_per_byte_without_latent: the same without
       the deep blocks
     - head_accuracy [T]: how often the likeliest byte of head k at position i is byte i + 1 + k
     - router_rate: share of bytes routed, through the deep blocks
-    - routing_gap: bits per byte of causal routing minus that of top-k, which looks ahead; over
-      windows of context_len bytes, as in `Validation`; None under a rule
+    - routing_gap: bits per byte of causal routing minus that of top-k, which looks ahead over the
+      window; None under a rule
     - data uint8 [N]: the bytes that were read, wrapper tags included; text bool [N]: which of them
       are text; offsets int64: where documents begin, see `Corpus`
     - figures: what `CausalPass` found at each of these bytes, by name
@@ -197,7 +197,6 @@ class Evaluation:
 
     bytes: int
     context_len: int
-    stride: int
     bits_per_byte: float
     bits_per_byte_without_latent: float
     head_accuracy: list[float]
@@ -231,14 +230,6 @@ class EvalSettings:
     context_len: int = setting(
         "bytes of context before each predicted byte, where the text has them", 1024
     )
-    stride: int | None = setting(
-        "bytes that each window predicts, after context_len bytes of context (default: "
-        "context_len, so that every byte is computed twice)",
-        None,
-    )
-    batch_size: int | None = setting(
-        f"windows of one pass (default: as many as hold {BATCH_POSITIONS:,} bytes)", None
-    )
     precision: str = setting(field_help(TrainSettings)["precision"], "auto", choices=PRECISIONS)
 
     def __post_init__(self) -> None:
@@ -259,48 +250,35 @@ def evaluate(
     - progress: show a bar on stderr
     - settings: the fields of `EvalSettings`, such as split="train", max_bytes=10_000
 
-    Memory: about 25 + T bytes for each byte of the split. Raises PicoError on a bad or unknown
+    Memory: about 30 + T bytes for each byte of the split. Raises PicoError on a bad or unknown
     setting, and on data with no byte to predict.
     """
     chosen = EvalSettings(**settings)
     split, context_len = chosen.split, chosen.context_len
-    stride = chosen.stride or context_len
     corpus = _corpus(dataset, split, progress)
     total = min(len(corpus.bytes), chosen.max_bytes or len(corpus.bytes))
     data, text = corpus.bytes[:total], ~corpus.wrapper_mask(0, total)
-    if not text[1:].any():
+    target = text[1:]  # which positions predict a byte of text
+    if not target.any():
         part = "data" if split == "all" or corpus is dataset else f"{split} data"
         raise PicoError(
             f"the first {total:,} bytes of the {part} hold no byte to predict; take more of them, "
             "or other data"
         )
-    length = min(context_len + stride, total)
-    windows = list(_windows(total, length, min(stride, length)))
-    batch_size = min(chosen.batch_size or max(1, BATCH_POSITIONS // length), len(windows))
-    if batch_size * length > MAX_BATCH_BYTES:
+    length = min(2 * context_len, total)
+    if length > MAX_BATCH_BYTES:
         raise PicoError(
-            f"{batch_size} windows of {length:,} bytes are more than the {MAX_BATCH_BYTES:,} bytes "
-            "that are taken for a mistake; take a smaller context_len, stride or batch_size"
+            f"a window of {length:,} bytes is more than the {MAX_BATCH_BYTES:,} bytes that are "
+            "taken for a mistake; take a smaller context_len"
         )
-    training = TrainSettings(
-        context_len=context_len,
-        batch_size=batch_size,
-        validation_bytes=total,
-        precision=chosen.precision,
-    )
-    validation = Validation(model, corpus, training)
-    with Status(lambda: "measuring the routing gap", leave=False, disable=not progress):
-        gap = validation(top_k=True).get("validation_routing_gap")
-    T = model.config.next_tokens
-    figures = {
-        "nats": np.zeros(total, np.float32),  # at position i, of byte i + 1
-        "nats_without": np.zeros(total, np.float32),
-        "guesses": np.zeros((total, T), np.uint8),
-        "router_logits": np.zeros(total, np.float32),
-        "decisions": np.zeros(total, bool),
-    }
-    measure = CausalPass(model, length, training, tuple(figures))
-    bar = Bar(total=total, desc="evaluating", unit="B", unit_scale=True, disable=not progress)
+    windows = list(_windows(total, length, min(context_len, length)))
+    batch_size = min(max(1, BATCH_POSITIONS // length), len(windows))
+    top_k = () if model.config.router in RULES else ("nats_top_k",)
+    wanted = ("nats", "nats_without", "guesses", "router_logits", "decisions", *top_k)
+    measure = CausalPass(model, length, TrainSettings(precision=chosen.precision), wanted)
+    figures: dict[str, np.ndarray] = {}
+    whole = np.zeros(total, bool)  # in a window without padding, see `Validation`
+    bar = Bar(total=total, desc="compiling", unit="B", unit_scale=True, disable=not progress)
     with bar:
         for first in range(0, len(windows), batch_size):
             rows = windows[first : first + batch_size]
@@ -308,25 +286,33 @@ def evaluate(
             starts = np.array([start for start, _, _ in rows] + [total] * (batch_size - len(rows)))
             lengths = np.clip(total - starts, 0, length)
             found = measure(_windows_at(data, starts, length), lengths)
-            for row, (start, begin, end) in enumerate(rows):
-                for name, array in figures.items():
-                    array[begin:end] = found[name][row, begin - start : end - start]
+            for name, array in found.items():
+                if not first:
+                    figures[name] = np.zeros((total, *array.shape[2:]), array.dtype)
+                for row, (start, begin, end) in enumerate(rows):
+                    figures[name][begin:end] = array[row, begin - start : end - start]
+            bar.set_description("evaluating", refresh=False)
+            for start, begin, end in rows:
+                whole[begin:end] = start + length <= total
                 bar.update(end - begin)
-    count, target = int(text.sum()), text[1:]  # which positions predict a byte of text
-    bits, bits_without = (
-        float(figures[name][:-1][target].sum(dtype=np.float64) / (count * math.log(2)))
-        for name in ("nats", "nats_without")
-    )
-    if not np.isfinite([bits, bits_without, gap or 0.0]).all():
+
+    def bits(name: str, where: np.ndarray = target) -> float:
+        return float(figures[name][:-1][where].mean(dtype=np.float64) / math.log(2))
+
+    gap = None
+    if top_k:
+        where = target & whole[:-1] if (target & whole[:-1]).any() else target
+        gap = bits("nats", where) - bits("nats_top_k", where)
+    if not np.isfinite([bits("nats"), bits("nats_without"), gap or 0.0]).all():
         raise PicoError("the model's loss on these data is not finite; try --precision fp32")
     accuracy = []
-    for k in range(T):
+    for k in range(model.config.next_tokens):
         right = figures["guesses"][: max(0, total - 1 - k), k] == data[1 + k :]
         scored = text[1 + k :]
         accuracy.append(float(right[scored].mean()) if scored.any() else 0.0)
     rate = float(figures["decisions"][text].mean())
     return Evaluation(
-        count, context_len, stride, bits, bits_without, accuracy, rate, gap,
+        int(text.sum()), context_len, bits("nats"), bits("nats_without"), accuracy, rate, gap,
         data, text, corpus.offsets, figures,
     )  # fmt: skip
 

@@ -30,8 +30,8 @@ from .checkpoint import (
     load_weights,
     weights_of,
 )
-from .config import Config, TrainSettings, check_known
-from .costs import CHOSEN, check_memory, complete
+from .config import Config, TrainSettings
+from .costs import CHOSEN, check_memory, plan
 from .data import Data, DataSpec, Windows, describe_data, open_data
 from .evaluation import Validation
 from .files import PicoError, differences
@@ -329,12 +329,11 @@ def train(
     data = open_data(dataset, stored, folder, events.bars)
     device = (devices or (Device.DEFAULT,))[0]
     picked, lines = {}, []
-    if not resume and settings != "published" and not {*CHOSEN} <= given.keys():
-        given = given | {"precision": chosen.precision}
-        trained = base_weights is not None
-        chosen, lines = complete(
-            model.config, len(data.train.bytes), device, given, trained=trained,
-            held_out=len(data.validation.bytes), progress=events.bars,
+    if not resume and settings != "published":
+        chosen, lines = plan(
+            model.config, len(data.train.bytes), device, given | {"precision": chosen.precision},
+            trained=base_weights is not None, held_out=len(data.validation.bytes),
+            progress=events.bars,
         )  # fmt: skip
         picked = {name: getattr(chosen, name) for name in CHOSEN if name not in given}
         _check_for_model(chosen, model.config)
@@ -409,7 +408,6 @@ def _chosen_settings(
     force: bool,
 ) -> TrainSettings:
     """The settings of a new run, or of one to resume; precision is never `auto`."""
-    check_known(TrainSettings, given)
     if "precision" in given or not stored:
         precision = given.get("precision", TrainSettings.precision)
         given = given | {"precision": choose_precision(precision, devices)}

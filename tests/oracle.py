@@ -11,13 +11,10 @@ H query heads, K key/value heads, G = H // K, C head_dim, P next_tokens (heads o
 """
 
 import itertools
-import json
 import math
-import os
 import string
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -30,24 +27,9 @@ Backward = Callable[[np.ndarray, Weights], np.ndarray]
 
 RMS_EPS = 2.0**-23
 PHI = 1.618
-STORED = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "u1"}
 
 
 # --- weights
-
-
-def read_safetensors(path: str | os.PathLike) -> Weights:
-    """All tensors of a safetensors file: 8 bytes of header length, a JSON header, the data."""
-    blob = Path(path).read_bytes()
-    start = 8 + int.from_bytes(blob[:8], "little")
-    header = json.loads(blob[8:start])
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        first, last = entry["data_offsets"]
-        flat = np.frombuffer(blob[start + first : start + last], STORED[entry["dtype"]])
-        tensors[name] = flat.reshape(entry["shape"])
-    return tensors
 
 
 def shapes(config: Config) -> dict[str, tuple[int, ...]]:
@@ -360,11 +342,9 @@ def _sequence(
     x: np.ndarray,
     causal: bool,
     decisions: np.ndarray | None,
-    positions: Alibi | None,
 ) -> _Sequence:
     """One sequence of bytes x [N]. backward takes (d_logits, d_router_logits, grads)."""
-    N = len(x)
-    positions = positions or POSITIONS[config.position]
+    N, positions = len(x), POSITIONS[config.position]
     h = weights["embedding.weight"][x]  # (N, D)
     h, fb_in_backward = blocks(weights, "fb_in", config, positions, h)
 
@@ -414,7 +394,6 @@ def forward(
     x: np.ndarray,
     causal: bool = False,
     decisions: np.ndarray | None = None,
-    positions: Alibi | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Bytes x [B, N] -> (logits [B, N, P, 256], router_logits [B, N], decisions bool [B, N]).
 
@@ -422,9 +401,7 @@ def forward(
     """
     weights = _float64(weights)
     sequences = [
-        _sequence(
-            weights, config, x[b], causal, None if decisions is None else decisions[b], positions
-        )
+        _sequence(weights, config, x[b], causal, None if decisions is None else decisions[b])
         for b in range(len(x))
     ]
     return (
@@ -470,7 +447,6 @@ def loss_and_grads(
     x: np.ndarray,
     targets: np.ndarray,
     decisions: np.ndarray | None = None,
-    positions: Alibi | None = None,
 ) -> tuple[tuple[float, float, float], Weights]:
     """The training losses, as `loss` returns them, and the float64 gradients of the first one.
 
@@ -480,9 +456,7 @@ def loss_and_grads(
     weights = _float64(weights)
     B, N = x.shape
     sequences = [
-        _sequence(
-            weights, config, x[b], False, None if decisions is None else decisions[b], positions
-        )
+        _sequence(weights, config, x[b], False, None if decisions is None else decisions[b])
         for b in range(B)
     ]
     grads = {name: np.zeros_like(value) for name, value in weights.items()}
@@ -509,9 +483,7 @@ def loss_and_grads(
 # --- decoding
 
 
-def decode(
-    weights: Weights, config: Config, data: bytes, positions: Alibi | None = None
-) -> np.ndarray:
+def decode(weights: Weights, config: Config, data: bytes) -> np.ndarray:
     """The logits after each byte of `data`, computed one byte at a time: [N, P, 256].
 
     Each block keeps lists of its keys and values. A latent block receives only selected bytes, and
@@ -520,34 +492,31 @@ def decode(
     weights = _float64(weights)
     keys: dict[str, list[np.ndarray]] = defaultdict(list)
     values: dict[str, list[np.ndarray]] = defaultdict(list)
-    positions = positions or POSITIONS[config.position]
     before = [None, *data[:-1]]
-    return np.array(
-        [
-            _step(weights, config, n, byte, before[n], keys, values, positions)
-            for n, byte in enumerate(data)
-        ]
+    steps = (
+        _step(weights, config, n, byte, before[n], keys, values) for n, byte in enumerate(data)
     )
+    return np.array(list(steps))
 
 
-def _step(weights, config, position, byte, before, keys, values, positions) -> np.ndarray:
+def _step(weights, config, position, byte, before, keys, values) -> np.ndarray:
     """The logits [P, 256] after one more byte."""
     h = weights["embedding.weight"][byte]  # (D,)
-    h = _step_blocks(weights, "fb_in", config, h, keys, values, positions)
+    h = _step_blocks(weights, "fb_in", config, h, keys, values)
     z = float(weights["latent.router.weight"][0] @ h)
     if select(config, position, byte, before, z):
-        deep = _step_blocks(weights, "latent", config, h, keys, values, positions)
+        deep = _step_blocks(weights, "latent", config, h, keys, values)
         h = h + (deep - h) / (1 + math.exp(-z))
-    h = _step_blocks(weights, "fb_out", config, h, keys, values, positions)
+    h = _step_blocks(weights, "fb_out", config, h, keys, values)
     h = _rms(h, weights["norm.weight"])
     logits = weights["unembedding.weight"] @ h + weights["unembedding.bias"]  # (P * 256,)
     return logits.reshape(config.next_tokens, 256)
 
 
-def _step_blocks(weights, stack, config, h, keys, values, positions) -> np.ndarray:
+def _step_blocks(weights, stack, config, h, keys, values) -> np.ndarray:
     """h [D] through all blocks of a stack, each of which appends one key and value: [D]."""
     H, K, C = config.att_q_heads, config.att_kv_heads, config.dim // config.att_q_heads
-    window = _window(config, stack)
+    window, positions = _window(config, stack), POSITIONS[config.position]
     for n in range(_count(config, stack)):
         name = f"{stack}.blocks.{n}"
         fused = weights[f"{name}.att.fused_qkv.weight"] @ _rms(h, weights[f"{name}.norm1.weight"])

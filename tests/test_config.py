@@ -101,8 +101,6 @@ IMPOSSIBLE = {  # the field, the value, and what it must be
     EvalSettings: [
         ("split", "test", "one of validation, train, all, not 'test'"),
         ("context_len", 0, "a whole number of at least 1"),
-        ("stride", 0, "a whole number of at least 1"),
-        ("batch_size", True, "a whole number of at least 1"),
         ("max_bytes", 1, "a whole number of at least 2"),
         ("max_bytes", 5.0, "a whole number of at least 2"),
         ("precision", None, "one of auto, fp32, bf16"),
@@ -140,7 +138,7 @@ def test_sizes_that_do_not_fit_together(sizes, words):
 
 def test_keywords():
     """Generation and evaluation take the fields as keywords, and name those that there are."""
-    for call, known in ((generate, "top_k, top_p"), (evaluate, "split, stride")):
+    for call, known in ((generate, "top_k, top_p"), (evaluate, "precision, split")):
         with pytest.raises(PicoError, match=rf"unknown setting topk.*; there are: .*{known}"):
             call(None, topk=3)
         with pytest.raises(PicoError, match="max_bytes must be a whole number"):

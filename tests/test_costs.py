@@ -14,10 +14,10 @@ from pico_tg.costs import (
     _matrices,
     check_memory,
     choose,
-    complete,
     describe_cost,
     expected_steps,
     memory_bytes,
+    plan,
     step_seconds,
     total_steps,
     validation_steps,
@@ -151,7 +151,7 @@ def test_validations_take_a_tenth_of_the_time_at_most(given, config):
     assert share <= 0.1 or count == 1
     assert chosen.checkpoint_interval == chosen.validation_interval
     if given.get("max_minutes") == 60 and config == XS:
-        assert (count, chosen.validation_bytes) == (10, TrainSettings.validation_bytes)
+        assert count == 10
     asked = {"validation_interval": 7, "validation_bytes": 9, "checkpoint_interval": 11}
     kept = choose(config, SHAKESPEARE, "CPU", 150, given | asked, held_out=HELD_OUT)
     assert asked.items() <= dataclasses.asdict(kept).items()
@@ -168,9 +168,9 @@ def test_the_cost_is_told():
     time, memory = describe_cost(XS, settings, steps, "CPU", 150, HELD_OUT)
     count, share = validations(settings)
     seconds = 240 * (1 + share * (count + 1) / count)  # the last one measures top-k, too
-    told = re.match(r"training will take about 4:(\d\d), and up to 0:", time)
+    told = re.match(r"training will take about 4:(\d\d) and the time to compile: ", time)
     assert int(told[1]) == pytest.approx(seconds - 240, abs=1)
-    assert f" to compile: {steps:,} steps of 0.42 s, " in time
+    assert f": {steps:,} steps of 0.42 s, " in time
     assert f" s, {count} validations of " in time
     assert memory == "memory: about 272 MB (parameters 14, optimizer 75, activations 182)"
     timed = dataclasses.replace(settings, max_minutes=1200, max_steps=10**7, epochs=10**6)
@@ -182,7 +182,7 @@ def test_the_cost_is_told():
 def test_the_lines_of_a_choice(minutes, monkeypatch):
     """Short ones; a warning if the time is too short for so many parameters."""
     monkeypatch.setattr(costs, "gemm_rate", lambda precision, device: 150)
-    chosen, lines = complete(XS, 10**8, "CPU", {"max_minutes": minutes, "warmup_steps": 3})
+    chosen, lines = plan(XS, 10**8, "CPU", {"max_minutes": minutes, "warmup_steps": 3})
     steps = expected_steps(XS, chosen, 10**8, "CPU", 150)
     assert lines[:5] == [
         f"chosen windows: context_len {chosen.context_len}, batch_size {chosen.batch_size}",
@@ -202,8 +202,8 @@ def test_the_lines_of_a_choice(minutes, monkeypatch):
         )
         assert "init PATH --preset minutes" in warning
         given = {"max_minutes": minutes}
-        assert "warning" not in "".join(complete(XS, 10**8, "CPU", given, trained=True)[1])
-    assert complete(XS, 10**8, "CPU", {})[1][1].startswith("chosen length: epochs ")
+        assert "warning" not in "".join(plan(XS, 10**8, "CPU", given, trained=True)[1])
+    assert plan(XS, 10**8, "CPU", {})[1][1].startswith("chosen length: epochs ")
 
 
 def test_rotary_positions_that_training_does_not_show(monkeypatch):
@@ -217,5 +217,5 @@ def test_rotary_positions_that_training_does_not_show(monkeypatch):
         ({"latent_att_window_size": 512, "position": "alibi"}, 1024, False),
     ]:
         changed = dataclasses.replace(config, **changes)
-        lines = complete(changed, 10**8, "CPU", {"context_len": length})[1]
+        lines = plan(changed, 10**8, "CPU", {"context_len": length})[1]
         assert any("take more context" in line for line in lines) == warned

@@ -181,6 +181,7 @@ def test_stops(stop, text, speculative):
     ("script", "length"),
     [
         ("a" * 900 + ". More. End", 901),
+        ("a" * 799 + ". b? More", 800),
         ("a" * 798 + ". b? More", 802),  # a sentence that ends before 800 bytes does not count
         ("a" * 800 + " 3.14\n\nis pi.) More.", 814),
         ("“" + "a" * 900 + "!”\nMore.", 907),

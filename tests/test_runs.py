@@ -471,9 +471,9 @@ def test_the_time_that_is_left(monkeypatch):
         progress.took(seconds, 1, 1)
         assert progress.seconds_left(settings, 1000) is None
     progress.took(2, 1, 1)  # 93 steps; validations of 1000 bytes at 10, 20, … 90, and 100
-    assert progress.seconds_left(settings, 1000) == pytest.approx(93 * 2 + 11 * 4 * 2)
+    assert progress.seconds_left(settings, 1000) == pytest.approx(93 * 2 + 11 * 10 / 3 * 2)
     progress.validation_times += [70]  # it compiled
-    assert progress.seconds_left(settings, 1000) == pytest.approx(93 * 2 + 11 * 4 * 2)
+    assert progress.seconds_left(settings, 1000) == pytest.approx(93 * 2 + 11 * 10 / 3 * 2)
     progress.validation_times += [5, 5, 11]
     assert progress.seconds_left(settings, 1000) == pytest.approx(93 * 2 + 11 * 5)
     timed = dataclasses.replace(settings, max_minutes=1.0)  # of which 21 s are used

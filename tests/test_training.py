@@ -257,14 +257,6 @@ def test_records_and_learning(text, tmp_path):
 
 
 @SLOW
-def test_epochs_end_training(text):
-    data = load_data(DataSpec(text), progress=False)
-    count = (len(data.train.bytes) - CONFIG.next_tokens) // 40
-    records = list(train(make(), data, epochs=2, settings="published", **QUICK))
-    assert len(records) == math.ceil(2 * count / 2)
-
-
-@SLOW
 def test_validation_is_bits_per_byte_of_the_text(text):
     """Against the oracle, byte by byte: causal routing, wrapper bytes left out, padding too."""
     model = make()
@@ -307,47 +299,6 @@ def test_validation_is_bits_per_byte_of_the_text(text):
     assert found["validation_routing_gap"] == pytest.approx(gap, abs=1e-5)
     again = Validation(model, corpus, settings)()
     assert again["validation_bits_per_byte"] == found["validation_bits_per_byte"]
-
-
-@SLOW
-def test_validation_when_the_router_takes_every_byte(text):
-    """More bytes than slots: measured all the same, with a slot for each."""
-    model = make()
-    model.embedding.weight.assign(Tensor(np.ones((256, CONFIG.dim), np.float32))).realize()
-    row = np.full((1, CONFIG.dim), 10.0, np.float32)
-    model.latent.router.weight.assign(Tensor(row)).realize()
-    for block in model.fb_in.blocks:  # without the blocks before, the router sees the embedding
-        for layer in (block.att.proj, block.glu.fc2):
-            layer.weight.assign(Tensor.zeros(*layer.weight.shape).contiguous()).realize()
-    corpus = load_data(DataSpec(text), progress=False).validation
-    settings = TrainSettings(context_len=35, batch_size=3)
-    found = Validation(model, corpus, settings)()
-    assert found["validation_router_rate"] == 1
-    one_graph = Validation(model, corpus, settings)
-    measure = one_graph.causal
-    assert measure.slots < 35
-    measure.few_slots = measure.all_slots
-    assert one_graph()["validation_bits_per_byte"] == pytest.approx(
-        found["validation_bits_per_byte"]
-    )
-
-
-@pytest.mark.parametrize(
-    ("settings", "named"),
-    [
-        ({"context_len": 3}, "context_len"),
-        ({"batch_size": 0}, "batch_size"),
-        ({"depth": 3}, "depth"),
-        ({"context_len": 10**6}, "window"),
-    ],
-)
-def test_bad_settings(settings, named, text, tmp_path):
-    """And bad data: before the run's folder is made."""
-    with pytest.raises(PicoError, match=named):
-        train(make(), text, tmp_path / "run", settings="published", **settings)
-    with pytest.raises(PicoError, match="missing"):
-        train(make(), tmp_path / "missing.txt", tmp_path / "run", **QUICK)
-    assert not (tmp_path / "run").exists()
 
 
 TWO = ("CPU", "CPU:1")

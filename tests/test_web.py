@@ -12,7 +12,7 @@ import threading
 import time
 
 import pytest
-from helpers import TINY, error_line, record, records, status
+from helpers import TINY, error_line, record, status
 
 from pico_tg import Decoder, Pico, PicoError, generate, save_weights
 from pico_tg.generation import to_sentence
@@ -92,23 +92,6 @@ def test_characters_of_a_continuation():
     assert found[0]["tip"] == "“a” 0x61 · router weight 0.10 · probability 36.8 %, 1.4 bits"
 
 
-@pytest.mark.parametrize(
-    ("text", "size", "shown"),
-    [
-        ("One. Two! Three", 2, "One."),
-        ("One. Two! Three", 4, "One."),
-        ("One. Two! Three", 5, "One. Two!"),
-        ('He said: "Go?" They', 9, 'He said: "Go?"'),
-        ("1.5 and e.g. so", 1, "1.5 and e.g."),  # a full stop, and a space after it
-        ("no end", 2, "no end"),
-        ("One.\nTwo", 2, "One."),
-    ],
-)
-def test_a_text_ends_with_a_sentence(text, size, shown):
-    found = to_sentence(iter(records(text.encode())), size)
-    assert bytes(record.byte for record in found).decode() == shown
-
-
 def test_page(server):
     for host in server.hosts:
         status, headers, body = ask(server, b"", "GET", "/", Host=host, Origin=None)
@@ -181,11 +164,10 @@ def test_other_gets_are_refused(server):
         (b"[" * 60_000, "JSON"),
         (b"\xff", "JSON"),
         ([], "object"),
-        ({"prompt": "A"}, "object"),
-        (ASKED | {"more": 1}, "object"),
+        ({"prompt": "A"}, "max_bytes"),
+        (ASKED | {"more": 1}, "unknown setting more"),
         (ASKED | {"prompt": 1}, "prompt"),
         (ASKED | {"prompt": "\ud800"}, "prompt"),
-        (ASKED | {"prompt": "é" * 4097}, "prompt"),
         (ASKED | {"temperature": "1"}, "temperature"),
         (ASKED | {"temperature": float("nan")}, "temperature"),
         (ASKED | {"temperature": float("inf")}, "temperature"),
@@ -194,7 +176,6 @@ def test_other_gets_are_refused(server):
         (ASKED | {"top_p": 1.1}, "top_p"),
         (ASKED | {"seed": 1.5}, "seed"),
         (ASKED | {"seed": True}, "seed"),
-        (ASKED | {"seed": 10**400}, "seed"),
         (ASKED | {"max_bytes": 0}, "max_bytes"),
         (ASKED | {"max_bytes": 4097}, "max_bytes"),
     ],

@@ -23,7 +23,7 @@ from ..backend.device import (
 )
 from ..checkpoint import list_checkpoints
 from ..config import PURPOSES, Config, TrainSettings
-from ..costs import complete, gemm_rate
+from ..costs import check_memory
 from ..data import (
     DataSpec,
     describe_data,
@@ -42,7 +42,6 @@ from ..progress import drop_output, say, visible
 from ..runs import (
     SHIPPED,
     best_validations,
-    check_startable,
     existing_run,
     find_checkpoint,
     find_description,
@@ -91,9 +90,16 @@ from .terminal import (
 from .web import Server
 
 
-def model_name(path: Path) -> str:
-    """The name of the model in PATH, for titles."""
-    return path.resolve().name
+def title_of(args: argparse.Namespace) -> str:
+    """The model and its run, for a heading."""
+    return f"{args.path.resolve().name}, run {args.run}"
+
+
+def choose_run(args: argparse.Namespace) -> None:
+    """Without a RUN, take the newest one, and say so."""
+    if args.run is None:
+        args.run = newest_run(args.path)
+        say(f"run {args.run}")
 
 
 def command_init(args: argparse.Namespace) -> int:
@@ -150,34 +156,23 @@ def command_train(args: argparse.Namespace) -> int:
     devices = () if args.devices is None else parse_devices(args.devices)
     if args.sample_prompt and len(devices) > 1:
         raise PicoError("--sample-prompt needs one device: several devices print no samples")
-    remarks: list[str] = []
-    # settings and data are checked before the model is built
+    stored = {}
     if args.resume:
-        existing_run(args.path, args.run)
-        data, stored = spec, read_description(run_dir)["settings"]
-        seed = settings.get("seed", stored.get("seed", 0))
-    else:
-        check_startable(run_dir)
-        seed = TrainSettings(**settings).seed
-        data = load_data(spec)
-        completed, remarks = complete(
-            config, len(data.train.bytes), (devices or (Device.DEFAULT,))[0], settings,
-            published=args.settings == "published", trained=args.base_weights is not None,
-            held_out=len(data.validation.bytes), progress=True,
-        )  # fmt: skip
-        settings = dataclasses.asdict(completed)
+        stored = read_description(existing_run(args.path, args.run))["settings"]
+    seed = TrainSettings(**stored | settings).seed
+    # before the model takes memory; `train` knows the batch
+    check_memory(config, TrainSettings(context_len=1, batch_size=1), Device.DEFAULT)
     model, display = Pico(config, seed), TrainingDisplay()
     if args.sample_prompt != "" and len(devices) < 2:
         prompt = os.fsencode(args.sample_prompt or "")
         display.sample = sample_writer(model, prompt, display.stop)
     records = train(
-        model, data, run_dir, devices=devices, resume=args.resume, force=args.force,
-        base_weights=args.base_weights, events=display, **settings,
+        model, spec, run_dir, devices=devices, resume=args.resume, force=args.force,
+        base_weights=args.base_weights, events=display, settings=args.settings, **settings,
     )  # fmt: skip
     if not config.exists(args.path / "model.json"):  # --from
         config.to_json(args.path / "model.json")
-    for line in (*remarks, f"{describe_backend()}; {config.parameters:,} parameters"):
-        say(line)
+    say(f"{describe_backend()}; {config.parameters:,} parameters")
     # catch signals only from here on: before the first step, Ctrl-C exits immediately
     with display, contextlib.closing(records):  # an error saves the last step
         checkpoint = display.show(records)
@@ -236,6 +231,7 @@ def data_to_train_on(args: argparse.Namespace) -> DataSpec | None:
 def command_eval(args: argparse.Namespace) -> int:
     """Measure the model PATH as trained in RUN on a split: bits per byte, and what is routed."""
     load_config(args.path)
+    choose_run(args)
     run_dir = existing_run(args.path, args.run)
     checkpoint = find_checkpoint(run_dir, args.checkpoint)
     if args.text is not None:
@@ -260,22 +256,19 @@ def command_eval(args: argparse.Namespace) -> int:
             say(line)
     measured = evaluate(model, data, progress=True, **chosen)
     report = router_report(measured)
-    title = f"{model_name(args.path)}, run {args.run}"
     facts = {"step": int(checkpoint.stem), "data": spec.dataset, "split": settings.split}
-    try:
-        if args.json:
-            show(json.dumps(facts | measured.as_dict() | report.as_dict(), indent=2))
-        else:
-            part = "all" if facts["split"] == "all" else f"{facts['split']} data"
-            show(f"{title}, step {facts['step']}: {part} of {spec.dataset}\n")
-            show(conclusion(measured, report))
-            if args.full:
-                show(f"\n{describe_evaluation(measured, report)}")
-    finally:  # write the page even if standard output cannot be written
-        if args.html:
-            shown, told = passage(measured, PASSAGE), conclusion(measured, report)
-            write_page(args.html, html_page(b"", shown, title, facts, "Passage", told))
-            say(f"wrote {args.html}")
+    told = conclusion(measured, report)
+    if args.html:  # first: standard output may fail
+        shown = passage(measured, PASSAGE)
+        write_page(args.html, html_page(b"", shown, title_of(args), facts, "Passage", told))
+        say(f"wrote {args.html}")
+    if args.json:
+        show(json.dumps(facts | measured.as_dict() | report.as_dict(), indent=2))
+        return 0
+    part = "all" if settings.split == "all" else f"{settings.split} data"
+    show(f"{title_of(args)}, step {facts['step']}: {part} of {spec.dataset}\n\n{told}")
+    if args.full:
+        show(f"\n{describe_evaluation(measured, report)}")
     return 0
 
 
@@ -293,26 +286,18 @@ def score_text(args: argparse.Namespace, step: int) -> int:
     text = os.fsencode(args.text)
     scored = score(load(args.path, args.run, args.checkpoint), text)
     say(describe_backend())
-    figures = {"step": step, "bits": scored.bits, "bits_per_byte": scored.bits_per_byte}
-    try:
-        if args.json:
-            put(
-                json.dumps(figures | {"bytes": [*map(dataclasses.asdict, scored)]}, indent=2) + "\n"
-            )
-        else:
-            show_samples(scored, b"", marks=True)
-            routed = sum(record.router_decision for record in scored)
-            put(
-                f"{scored.bits:.2f} bits, {scored.bits_per_byte:.3f} bits per byte; "
-                f"{routed} of {len(scored)} bytes routed\n"
-            )
-    finally:
-        if args.html:
-            title = f"{model_name(args.path)}, run {args.run}"
-            shown = {"step": step, "bits": f"{scored.bits:.2f}"}
-            shown["bits per byte"] = f"{scored.bits_per_byte:.3f}"
-            write_page(args.html, html_page(b"", [scored], title, shown, "Text"))
-            say(f"wrote {args.html}")
+    bits, mean = f"{scored.bits:.2f}", f"{scored.bits_per_byte:.3f}"
+    if args.html:  # first: standard output may fail
+        facts = {"step": step, "bits": bits, "bits per byte": mean}
+        write_page(args.html, html_page(b"", [scored], title_of(args), facts, "Text"))
+        say(f"wrote {args.html}")
+    if args.json:
+        figures = {"step": step, "bits": scored.bits, "bits_per_byte": scored.bits_per_byte}
+        show(json.dumps(figures | {"bytes": [*map(dataclasses.asdict, scored)]}, indent=2))
+        return 0
+    show_samples(scored, b"", marks=True)
+    routed = sum(record.router_decision for record in scored)
+    show(f"{bits} bits, {mean} bits per byte; {routed} of {len(scored)} bytes routed")
     return 0
 
 
@@ -371,7 +356,6 @@ def command_run(args: argparse.Namespace) -> int:
     """Write text with the model PATH as trained in RUN, and print each byte immediately."""
     raw, settings = args.output == "raw", SampleSettings(**given(args, SampleSettings))
     for wrong, reason in (
-        (args.color, "go with --color, which adds escape sequences"),
         (args.show_router_decisions, "go with --show-router-decisions, which adds marks"),
         (settings.num_samples > 1, "go with --num-samples: nothing would separate the samples"),
         (not hasattr(results(), "buffer"), "write to this standard output, which takes text only"),
@@ -381,9 +365,7 @@ def command_run(args: argparse.Namespace) -> int:
     prompt = read_prompt(args)
     if args.html:
         check_writable(args.html)
-    if args.run is None:
-        args.run = newest_run(args.path)
-        say(f"run {args.run}")
+    choose_run(args)
     model = load(args.path, args.run, args.checkpoint)
     say_which_is_best(args)
     stats = Stats()
@@ -399,8 +381,7 @@ def command_run(args: argparse.Namespace) -> int:
             for record in records:
                 put(bytes([record.byte]))
         else:
-            marks = args.color, args.show_router_decisions
-            show_samples(records, prompt, settings.num_samples, *marks)
+            show_samples(records, prompt, settings.num_samples, args.show_router_decisions)
         complete = True
     finally:  # also after an interrupt or a closed pipe: write the page of the bytes so far
         if args.html and (kept or complete):
@@ -450,7 +431,7 @@ def sample_page(
     if not settings.latent:
         facts["deep blocks"] = "left out"
     samples = [list(sample) for sample in split_samples(kept, settings.num_samples)]
-    return html_page(prompt, samples, f"{model_name(args.path)}, run {args.run}", facts)
+    return html_page(prompt, samples, title_of(args), facts)
 
 
 def check_writable(path: Path) -> None:
@@ -467,9 +448,8 @@ def write_page(path: Path, page: str) -> None:
 
 def command_web(args: argparse.Namespace) -> int:
     """Serve a page that shows text as the model writes it. Only this machine can open the page."""
-    path = args.path or Path("stories")
-    run = args.run or newest_run(path)
-    with Server(load(path, run), f"{model_name(path)}, run {run}", args.port) as server:
+    args.run = args.run or newest_run(args.path)
+    with Server(load(args.path, args.run), title_of(args), args.port) as server:
         show(f"{server.url}  (Ctrl-C ends)")
         with contextlib.suppress(KeyboardInterrupt):
             server.serve_forever()
@@ -477,14 +457,8 @@ def command_web(args: argparse.Namespace) -> int:
 
 
 def command_info(args: argparse.Namespace) -> int:
-    """Print the parameters and costs of the model PATH, and the checkpoints of its RUN.
-
-    Memory and time of training are estimates for this machine, from the measured rate of a matmul.
-    """
-    load_config(args.path)  # errors come before the measurement
-    if args.run is not None:
-        existing_run(args.path, args.run)
-    facts = describe(args.path, args.run, gemm_rate("auto", Device.DEFAULT))
+    """Print the parameters and costs of the model PATH, and the checkpoints of its RUN."""
+    facts = describe(args.path, args.run)
     show(json.dumps(facts, indent=2) if args.json else describe_model(facts))
     return 0
 

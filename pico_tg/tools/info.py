@@ -4,19 +4,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tinygrad import Device
-
 from ..backend.cache_file import cache_file
 from ..checkpoint import check, list_checkpoints
 from ..config import Config, TrainSettings
-from ..costs import (
-    choose,
-    decoding_flops,
-    forward_flops,
-    memory_bytes,
-    step_seconds,
-    training_flops,
-)
+from ..costs import decoding_flops, forward_flops, training_flops
 from ..files import PicoError
 from ..kv_cache import cache_bytes
 from ..runs import (
@@ -30,13 +21,10 @@ from ..runs import (
     stored_settings,
 )
 
-AMPLE_BYTES = 10**9  # of training data: enough for any choice of settings
 FIGURES = ("bits_per_byte", "validation_bits_per_byte", "router_rate")
 
 
-def describe(
-    path: str | os.PathLike, run: str | None = None, gflops: float | None = None
-) -> dict[str, Any]:
+def describe(path: str | os.PathLike, run: str | None = None) -> dict[str, Any]:
     """Everything that `info` shows about the model PATH, and about RUN if given; valid JSON.
 
     - model: the sizes; parameters: of each part, and total
@@ -54,24 +42,16 @@ def describe(
       `defect` if a file of the checkpoint is truncated or broken (headers and sizes are checked,
       not digests). Weights from elsewhere, without a training.json of pico_tg, have neither
       settings nor dataset
-    - training, if gflops (the rate of a plain matmul on this machine) is given: estimates of
-      memory_bytes, seconds_a_step, and seconds without compiling, for `steps` steps of batch_size
-      windows of context_len bytes. These settings are the run's, or those that `train` chooses for
-      ample data. steps and seconds are left out before the run's first step
 
     context_len is the run's, or the default. Raises PicoError on a missing or broken model or run.
     """
     config = load_config(path)
-    described = {}
+    described, length, checkpoints = {}, TrainSettings.context_len, []
     if run is not None:
-        described["run"] = {"name": run} | _describe_run(existing_run(path, run), config)
-    settings, planned, checkpoints = None, None, []
-    if described:
-        facts = described["run"]
-        planned, checkpoints = facts["planned_steps"], facts["checkpoints"]
+        facts = {"name": run} | _describe_run(existing_run(path, run), config)
+        described, checkpoints = {"run": facts}, facts["checkpoints"]
         if facts["settings"]:
-            settings = stored_settings(facts, run_folder(path, run))
-    length = settings.context_len if settings else TrainSettings.context_len
+            length = stored_settings(facts, run_folder(path, run)).context_len
     rate = _decoding_rate(config, checkpoints)
     return {
         "model": config.to_dict(),
@@ -85,28 +65,7 @@ def describe(
         },
         "cache_bytes": cache_bytes(config),
         "kernel_cache": cache_file(),
-        **({} if gflops is None else {"training": _training(config, settings, planned, gflops)}),
         **described,
-    }
-
-
-def _training(
-    config: Config, chosen: TrainSettings | None, steps: int | None, gflops: float
-) -> dict[str, Any]:
-    device = Device.DEFAULT
-    if chosen is None:
-        chosen = choose(config, AMPLE_BYTES, device, gflops, {})
-        steps = chosen.max_steps
-    total = {}
-    if steps is not None and not chosen.max_minutes:  # which ends training before max_steps
-        step = step_seconds(config, chosen, device, gflops)
-        total = {"steps": steps, "seconds": steps * step}
-    return {
-        "context_len": chosen.context_len,
-        "batch_size": chosen.batch_size * chosen.grad_accumulation_steps,
-        "memory_bytes": sum(memory_bytes(config, chosen).values()),
-        "seconds_a_step": step_seconds(config, chosen, device, gflops),
-        **total,
     }
 
 

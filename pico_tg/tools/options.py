@@ -27,6 +27,14 @@ BENCH_TRAIN = (
 )  # fmt: skip
 TEXTS = ("--prompt", "--sample-prompt", "--text", "--stop")  # may begin with a dash
 TEXT = "\0"  # before such a text: no argument of a process holds it
+TRAIN_GROUPS = {  # of `train --help`; the group "advanced" has all other settings
+    "length": ("max_minutes", "max_steps", "epochs"),
+    "batch and rate": ("context_len", "batch_size", "learning_rate", "warmup_steps"),
+    "validations and checkpoints": (
+        "validation_interval", "validation_bytes", "checkpoint_interval", "keep_checkpoints",
+        "keep_best",
+    ),
+}  # fmt: skip
 BENCH_DEFAULTS = {"batch_size": 1, "context_len": 1024}
 
 
@@ -38,7 +46,10 @@ class Parser(argparse.ArgumentParser):
 
 
 class Formatter(argparse.HelpFormatter):
-    """Keeps the line breaks of a help text."""
+    """Keeps the line breaks of a help text; the usage leaves out the options listed below it."""
+
+    def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: str | None = None) -> None:
+        super().add_usage(usage, [a for a in actions if not a.option_strings], [], prefix)
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         split = super()._split_lines
@@ -64,6 +75,10 @@ def build_parser(functions: dict[str, Callable]) -> Parser:
 
     path = shared("path", metavar="PATH", type=path_name, help="folder of the model")
     run = shared("run", metavar="RUN", help="name of the training run")
+    newest = shared(
+        "run", metavar="RUN", nargs="?",
+        help="name of the training run (default: the one with the newest checkpoint)",
+    )  # fmt: skip
     as_json = shared("--json", action="store_true", help="print JSON instead of text")
     checkpoint = shared(
         "--checkpoint", type=checkpoint_name, default=-1, metavar="N",
@@ -83,29 +98,21 @@ def build_parser(functions: dict[str, Callable]) -> Parser:
     training = add("train", "train a model on text", path, run)
     add_train_options(training)
 
-    evaluating = add("eval", "measure a trained model on text", path, run, checkpoint, as_json)
+    evaluating = add("eval", "measure a trained model on text", path, newest, checkpoint, as_json)
     add_eval_options(evaluating)
 
-    running = add("run", "write text with a trained model", path, checkpoint)
-    running.add_argument(
-        "run", metavar="RUN", nargs="?",
-        help="name of the training run (default: the one with the newest checkpoint)",
-    )  # fmt: skip
+    running = add("run", "write text with a trained model", path, newest, checkpoint)
     add_run_options(running)
 
-    serving = add("web", "serve a page that shows text as the model writes it")
-    serving.add_argument(
-        "path", metavar="PATH", type=path_name, nargs="?",
-        help="folder of the model (default: the model that comes with pico_tg)",
+    either = shared(
+        "path", metavar="PATH", type=path_name, nargs="?", default=Path("stories"),
+        help="folder of the model (default: stories, which comes with pico_tg)",
     )  # fmt: skip
-    serving.add_argument("run", metavar="RUN", nargs="?", help="training run (default: the newest)")
+    serving = add("web", "serve a page that shows text as the model writes it", either, newest)
     serving.add_argument(
-        "--port",
-        type=int,
-        default=8000,
-        metavar="N",
+        "--port", type=int, default=8000, metavar="N",
         help="port of this machine; 0: any free one (default: 8000)",
-    )
+    )  # fmt: skip
 
     informing = add("info", "sizes and costs of a model, checkpoints of a run", path, as_json)
     informing.add_argument("run", metavar="RUN", nargs="?", help="name of a training run")
@@ -145,36 +152,43 @@ def add_train_options(parser: Parser) -> None:
         "dataset", metavar="DATASET", nargs="?",
         help=f"{field_help(DataSpec)['dataset']} (default: python-docs)",
     )  # fmt: skip
-    add_fields(parser, DataSpec, without=("dataset",), prefix="dataset_")
-    parser.add_argument(
+    data = parser.add_argument_group("data")
+    add_fields(data, DataSpec, without=("dataset",), prefix="dataset_")
+    start = parser.add_argument_group("start")
+    start.add_argument(
+        "--resume", action="store_true",
+        help="continue RUN from its newest valid checkpoint, with its settings",
+    )  # fmt: skip
+    start.add_argument("--force", action="store_true", help="resume with another --batch-size")
+    start.add_argument(
         "--base-weights", type=path_name, metavar="FILE",
         help="start from these weights (.safetensors) instead of fresh ones. Defaults then change: "
         "--router-warmup-steps is 0, and --learning-rate a quarter of that for fresh weights",
     )  # fmt: skip
-    parser.add_argument(
+    start.add_argument(
         "--from", dest="source", nargs=2, metavar=("PATH", "RUN"),
         help="fine-tune: start from the newest checkpoint of another model's RUN; this model's "
         "folder, if new, takes over the sizes; router warm-up and learning rate as for "
         "--base-weights",
     )  # fmt: skip
-    add_fields(parser, TrainSettings, defaults=dict.fromkeys(costs.CHOSEN, "see --settings"))
-    parser.add_argument(
+    start.add_argument(
         "--settings", choices=["chosen", "published"],
         help="source of the settings that the command line leaves out: chosen for the device, the "
         "model and the data, or published, for a GPU and hundreds of megabytes (default: chosen)",
     )  # fmt: skip
-    parser.add_argument(
+    defaults = dict.fromkeys(costs.CHOSEN, "see --settings")
+    for title, names in TRAIN_GROUPS.items():
+        group = parser.add_argument_group(title)
+        add_fields(group, TrainSettings, names, defaults=defaults)
+    group.add_argument(
         "--sample-prompt", metavar="TEXT", type=plain_text,
-        help=f"at each validation after a quarter of the run, print {SAMPLE_BYTES} bytes that "
-        "continue TEXT (default: the start of a document); '' turns this off; not available with "
-        "several devices",
+        help=f"at each validation, print {SAMPLE_BYTES} bytes that continue TEXT (default: the "
+        "start of a document); '' turns this off; not available with several devices",
     )  # fmt: skip
-    parser.add_argument(
-        "--resume", action="store_true",
-        help="continue RUN from its newest valid checkpoint, with its settings",
-    )  # fmt: skip
-    parser.add_argument("--force", action="store_true", help="resume with another --batch-size")
-    parser.add_argument(
+    advanced = parser.add_argument_group("advanced")
+    grouped = sum(TRAIN_GROUPS.values(), ())
+    add_fields(advanced, TrainSettings, without=grouped, defaults=defaults)
+    advanced.add_argument(
         "--devices", metavar="N",
         help="share each batch among N devices, or among named ones: CUDA:0,CUDA:1",
     )  # fmt: skip
@@ -236,11 +250,6 @@ def add_run_options(parser: Parser) -> None:
     showing.add_argument(
         "--show-router-decisions", action="store_true",
         help="put _ before each byte that the router sent through the deep blocks",
-    )  # fmt: skip
-    showing.add_argument(
-        "--color", action="store_true",
-        help="shade each character by the highest router weight of its bytes (gray, above 0.5 "
-        "orange) and underline accepted drafts; only on a terminal, and not if NO_COLOR is set",
     )  # fmt: skip
     showing.add_argument(
         "--html", type=page_name(".html", ".htm"), metavar="FILE",

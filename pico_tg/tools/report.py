@@ -7,12 +7,10 @@ from typing import Any
 
 from ..evaluation import Evaluation
 from ..generation import GeneratedByte, Stats
-from .router_report import RouterReport, most_routed, routed_kinds
+from .router_report import RouterReport, routed_kinds
 
 GAP = 0.02  # bits per byte of causal minus top-k routing, above which it is shown
 BOUNDARIES = {
-    "word_end": "last byte of a word",
-    "space": "last byte of whitespace",
     "word_start": "first byte of a word",
     "near": "within one byte of a boundary",
 }
@@ -92,13 +90,11 @@ def describe_evaluation(measured: Evaluation, report: RouterReport) -> str:
     if measured.routing_gap is not None:
         head.append(("causal routing minus top-k, bits per byte", f"{measured.routing_gap:+.4f}"))
     if report.surprisal_ratio is not None:
-        limits = interval(report.surprisal_interval, ".2f")
-        ratio = f"{report.surprisal_ratio:.2f}" + (f" ({limits})" if limits else "")
-        head.append(("surprisal after routed bytes / mean", ratio))
+        head.append(("surprisal after routed bytes / mean", f"{report.surprisal_ratio:.2f}"))
     for k, right in enumerate(measured.head_accuracy, 1):
         ahead = f"{k} bytes ahead" if k > 1 else "next byte"
         head.append((f"{ahead} guessed right", f"{right:.1%}"))
-    places = [("kind of byte", "of all bytes", "of routed bytes", "95 % interval", "share routed")]
+    places = [("kind of byte", "of all bytes", "of routed bytes", "share routed")]
     for name, place in report.places.items():
         if place.share_of_bytes < 0.0005:  # it would be shown as 0.0%
             continue
@@ -107,7 +103,6 @@ def describe_evaluation(measured: Evaluation, report: RouterReport) -> str:
                 _words(name),
                 f"{place.share_of_bytes:.1%}",
                 f"{place.share_of_decisions:.1%}",
-                interval(place.interval, ".1%") or "-",
                 f"{place.rate:.1%}",
             )
         )
@@ -115,16 +110,7 @@ def describe_evaluation(measured: Evaluation, report: RouterReport) -> str:
     for name, boundary in report.boundaries.items():
         pairs = zip(astuple(boundary.router), astuple(boundary.random), strict=True)
         found.append((BOUNDARIES[name], *(f"{a:.3f} ({b:.3f})" for a, b in pairs)))
-    often = [("most often routed, apart from spaces", "times", "share routed")]
-    for before, byte, times, share in most_routed(measured):
-        pair = f"{chr(byte)!r} after {chr(before)!r}"
-        often.append((pair, f"{times:,}", f"{share:.0%}"))
-    return "\n\n".join(map(table, (head, places, often, found)))
-
-
-def interval(limits: list[float] | None, style: str) -> str:
-    """The limits of a confidence interval; empty if there is none."""
-    return f"{limits[0]:{style}} to {limits[1]:{style}}" if limits else ""
+    return "\n\n".join(map(table, (head, places, found)))
 
 
 def describe_model(facts: Mapping[str, Any]) -> str:
@@ -144,17 +130,6 @@ def describe_model(facts: Mapping[str, Any]) -> str:
     kernels = facts["kernel_cache"]
     kept = f"compiled kernels: {kernels['bytes'] / 1e6:,.0f} MB in {kernels['file']}"
     parts = [sizes, parameters, costs, kept]
-    if training := facts.get("training"):
-        windows = f"{training['batch_size']} windows of {training['context_len']:,} bytes"
-        rows = [
-            ("training on this machine, estimated", ""),
-            (f"memory, a step of {windows}", f"{training['memory_bytes'] / 1e6:,.0f} MB"),
-            ("time of a step", f"{training['seconds_a_step']:.2g} s"),
-        ]
-        if "steps" in training:
-            minutes = f"{training['seconds'] / 60:.2g} minutes"
-            rows.append((f"time of {training['steps']:,} steps", minutes))
-        parts.append(rows)
     if run := facts.get("run"):
         data = [("data " + name, str(v)) for name, v in run["dataset"].items() if v is not None]
         own = [(name, str(value)) for name, value in run["settings"].items()]

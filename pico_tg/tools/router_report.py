@@ -5,9 +5,7 @@ text is hard to predict.
 """
 
 import dataclasses
-import functools
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,8 +16,6 @@ from ..generation import GeneratedByte
 WHITESPACE = np.isin(np.arange(256), list(b" \t\n\v\f\r"))
 CONTINUATION = (np.arange(256) & 0xC0) == 0x80  # bytes 2 to 4 of a UTF-8 character
 WORD = np.array([chr(b).isalnum() or b == ord("_") if b < 128 else True for b in range(256)])
-# of the bootstrap, see `_interval`
-BLOCKS, MIN_BLOCKS, MIN_BLOCK, RESAMPLES = 100, 20, 64, 1000
 
 
 @dataclass(frozen=True)
@@ -28,13 +24,11 @@ class ByteKind:
 
     - share_of_bytes: the share of all bytes that are of this kind
     - share_of_decisions: the share of all routed bytes that are of this kind
-    - interval: 95 % confidence interval of share_of_decisions, see `_interval`
     - rate: the share of the bytes of this kind that are routed
     """
 
     share_of_bytes: float
     share_of_decisions: float
-    interval: list[float] | None
     rate: float
 
 
@@ -64,21 +58,17 @@ class RouterReport:
 
     - surprisal_ratio: mean cross-entropy of the byte after a routed byte, divided by that of all
       bytes; above 1 the router selects where the text is hard to predict; None if no byte is
-      routed, or if every byte is certain. surprisal_interval: its 95 % confidence interval, see
-      `_interval`
+      routed, or if every byte is certain
     - places: router decisions by kind of byte. The kinds are: word_start, the first byte of a
       word (ASCII letters, digits, _ and all characters beyond ASCII); word_inside, the first byte
       of a later character of a word; whitespace; punctuation (other ASCII); continuation (byte 2 to
-      4 of a UTF-8 character). space (0x20 alone), after_newline and after_whitespace (not
-      whitespace itself) overlap these kinds
-    - boundaries: routed bytes as predictions of word_end, the last byte of a word; space, the last
-      byte of a run of whitespace; word_start, the first byte of a word; and near, within one byte
-      of a boundary. A boundary is a run of bytes between words; it is found if one of its bytes, or
-      the byte before or after them, is routed
+      4 of a UTF-8 character). space is the whitespace 0x20 alone
+    - boundaries: routed bytes as predictions of word_start, the first byte of a word; and near,
+      within one byte of a boundary. A boundary is a run of bytes between words; it is found if one
+      of its bytes, or the byte before or after them, is routed
     """
 
     surprisal_ratio: float | None
-    surprisal_interval: list[float] | None
     places: dict[str, ByteKind]
     boundaries: dict[str, Boundary]
 
@@ -90,7 +80,7 @@ class RouterReport:
 def router_report(evaluation: Evaluation) -> RouterReport:
     """The report of an evaluation."""
     return RouterReport(
-        *_surprisal(evaluation), dict(_places(evaluation)), dict(_boundaries(evaluation))
+        _surprisal(evaluation), dict(_places(evaluation)), dict(_boundaries(evaluation))
     )
 
 
@@ -116,25 +106,12 @@ def routed_kinds(records: Sequence[GeneratedByte]) -> dict[str, float]:
     return {name: float(decisions[kind].mean()) for name, kind in kinds if kind.any()}
 
 
-def most_routed(evaluation: Evaluation, count: int = 10) -> Iterator[tuple[int, int, int, float]]:
-    """(byte before, byte, times routed, share routed) of the pairs of bytes most often routed.
-
-    Without spaces, which the router usually selects, whatever is before them.
-    """
-    data, decisions = evaluation.data.astype(int), evaluation.figures["decisions"]
-    pairs, where = np.append(0, data[:-1]) * 256 + data, evaluation.text & (data != ord(" "))
-    occur, routed = Counter(pairs[where].tolist()), Counter(pairs[where & decisions].tolist())
-    for pair, times in routed.most_common(count):
-        yield *divmod(pair, 256), times, times / occur[pair]
-
-
 def _places(evaluation: Evaluation) -> Iterator[tuple[str, ByteKind]]:
     text, decisions = evaluation.text, evaluation.figures["decisions"]
     count, routed = int(text.sum()), int((text & decisions).sum())
     for name, kind in _kinds(evaluation.data, text):
         size, hits = int(kind.sum()), int((kind & decisions).sum())
-        interval = _interval(np.divide, kind & decisions, text & decisions)
-        yield name, ByteKind(size / count, _ratio(hits, routed), interval, _ratio(hits, size))
+        yield name, ByteKind(size / count, _ratio(hits, routed), _ratio(hits, size))
 
 
 def _kinds(data: np.ndarray, text: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
@@ -150,36 +127,27 @@ def _kinds(data: np.ndarray, text: np.ndarray) -> Iterator[tuple[str, np.ndarray
     yield "punctuation", first & ~word
     yield "continuation", text & later
     yield "space", text & (data == ord(" "))
-    yield "after_newline", text & follows & (before == ord("\n"))
-    yield "after_whitespace", text & ~space & follows & WHITESPACE[before]
 
 
-def _surprisal(evaluation: Evaluation) -> tuple[float | None, list[float] | None]:
-    """RouterReport.surprisal_ratio and surprisal_interval."""
+def _surprisal(evaluation: Evaluation) -> float | None:
+    """RouterReport.surprisal_ratio."""
     text, nats = evaluation.text, evaluation.figures["nats"]
     measured = text & np.append(text[1:], False)  # the next byte is text as well
     routed = measured & evaluation.figures["decisions"]
-    arrays = nats * routed, routed, nats * measured, measured
     if not routed.any() or not nats[measured].any():  # a text that is certain surprises nowhere
-        return None, None
-    ratio = _ratio_of_means(*(array.sum(dtype=np.float64) for array in arrays))
-    return float(ratio), _interval(_ratio_of_means, *arrays)
+        return None
+    return float(nats[routed].mean(dtype=np.float64) / nats[measured].mean(dtype=np.float64))
 
 
 def _boundaries(evaluation: Evaluation) -> Iterator[tuple[str, Boundary]]:
     """Each place of a boundary: its name, and how well the routed bytes find it."""
-    data, text, rate = evaluation.data, evaluation.text, evaluation.router_rate
+    text, rate = evaluation.text, evaluation.router_rate
     routed = text & evaluation.figures["decisions"]
-    word, space = text & WORD[data], text & WHITESPACE[data]
+    word = text & WORD[evaluation.data]
     between = text & ~word  # bytes between words
-    rated = functools.partial(_boundary, text, routed)
-    for name, place in (
-        ("word_end", word & _after(between)),
-        ("space", space & _after(text & ~space)),
-        ("word_start", word & ~_before(word)),
-    ):
-        found = _ratio(int((place & routed).sum()), int(place.sum()))
-        yield name, rated(place, found, rate if place.any() else 0.0)
+    start = word & ~_before(word)
+    found = _ratio(int((start & routed).sum()), int(start.sum()))
+    yield "word_start", _boundary(text, routed, start, found, rate if start.any() else 0.0)
     # runs of bytes between words, each extended by the bytes of text beside it
     starts = np.flatnonzero(between & ~_before(between))
     ends = np.flatnonzero(between & ~_after(between)) + 1
@@ -188,7 +156,8 @@ def _boundaries(evaluation: Evaluation) -> Iterator[tuple[str, Boundary]]:
     found = routed_before[ends] > routed_before[starts]
     expected = 1 - (1 - rate) ** (ends - starts)
     recalls = [float(x.mean()) if len(x) else 0.0 for x in (found, expected)]
-    yield "near", rated(text & (between | _before(between) | _after(between)), *recalls)
+    near = text & (between | _before(between) | _after(between))
+    yield "near", _boundary(text, routed, near, *recalls)
 
 
 def _boundary(
@@ -207,31 +176,6 @@ def _before(x: np.ndarray) -> np.ndarray:
 
 def _after(x: np.ndarray) -> np.ndarray:
     return np.append(x[1:], False)
-
-
-def _interval(statistic: Callable[..., np.ndarray], *arrays: np.ndarray) -> list[float] | None:
-    """[low, high], 95 % confidence interval of statistic(*sums of the arrays [N]): block bootstrap.
-
-    Neighboring bytes depend on each other, so whole blocks of the text are drawn with replacement:
-    BLOCKS blocks, of at least MIN_BLOCK bytes each. None if the statistic is undefined, or the text
-    shorter than MIN_BLOCKS blocks: of 5 blocks, such an interval would cover the truth in 83 % of
-    the cases.
-    """
-    N = len(arrays[0])
-    blocks = min(BLOCKS, N // MIN_BLOCK)
-    if blocks < MIN_BLOCKS:
-        return None
-    starts = np.arange(blocks) * N // blocks
-    drawn = np.random.default_rng(0).multinomial(blocks, np.full(blocks, 1 / blocks), RESAMPLES)
-    sums = [drawn @ np.add.reduceat(array.astype(np.float64), starts) for array in arrays]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        values = statistic(*sums)
-    values = values[np.isfinite(values)]
-    return np.quantile(values, [0.025, 0.975]).tolist() if len(values) else None
-
-
-def _ratio_of_means(a: np.ndarray, m: np.ndarray, b: np.ndarray, n: np.ndarray) -> np.ndarray:
-    return (a / m) / (b / n)
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -1,8 +1,7 @@
-"""Text on a terminal: samples as characters, plain or colored; progress of training; signals."""
+"""Text on a terminal: samples as characters; progress of training; signals."""
 
 import codecs
 import contextlib
-import math
 import os
 import signal
 import sys
@@ -17,21 +16,7 @@ from ..generation import GeneratedByte
 from ..progress import Events, Status, drop_output, duration, say, visible
 from .report import describe_validation
 
-SAMPLES_FROM = 0.25  # share of a run, before which a sample would be noise
 BAD = "\ufffd"  # shown for bytes that are not UTF-8
-RESET = "\x1b[0m"
-# 256-color codes (background, text) by eighths of the router weight: grays up to 0.5, oranges
-# above, where bytes are routed; each pair is legible on dark and on light terminals
-SHADES = (
-    None,
-    (238, 231),
-    (240, 231),
-    (242, 231),
-    (94, 231),
-    (130, 231),
-    (166, 16),
-    (208, 16),
-)
 
 
 @dataclass(frozen=True)
@@ -149,53 +134,27 @@ def decode_text(
         yield mark * character.routed + character.text
 
 
-def colored_text(
-    records: Iterable[GeneratedByte], mark: str = "", begun: bytes = b""
-) -> Iterator[str]:
-    """`decode_text` with ANSI colors: background by router weight, accepted drafts underlined.
-
-    Each piece ends with a reset, so that an interrupt never leaves the terminal colored. A
-    space before each line break has the shade of the line break. Control characters become escapes.
-    """
-    for character in line_breaks(characters(records, begun)):
-        shade = SHADES[max(0, math.ceil(character.weight * len(SHADES)) - 1)]
-        codes = ["4"] if character.drafted else []
-        if shade:
-            codes += [f"48;5;{shade[0]}", f"38;5;{shade[1]}"]
-        # many terminals extend the color of a line break to the rest of the line
-        text, after = visible(character.text), ""
-        if text == "\n":
-            text, after = " ", "\n"
-        shown = f"\x1b[{';'.join(codes)}m{text}{RESET}" if codes else text
-        yield mark * character.routed + shown + after
-
-
 def show_samples(
     records: Iterable[GeneratedByte],
     prompt: bytes,
     num_samples: int = 1,
-    color: bool = False,
     marks: bool = False,
 ) -> None:
     """Print the prompt and each of its continuations, byte by byte, on standard output.
 
-    color: shade the text, if standard output is a terminal that has colors; marks: `_` before
-    routed bytes.
+    marks: put `_` before routed bytes.
     """
     terminal = results().isatty()
-    dumb = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    color = color and terminal and not dumb
     text, begun = split_prompt(prompt)
     for number, sample in enumerate(split_samples(records, num_samples), 1):
         if num_samples > 1:
             put(f"--- sample {number} of {num_samples} ---\n")
         put(visible(text) if terminal else text)
         try:
-            decode = colored_text if color else decode_text
-            for piece in decode(sample, "_" if marks else "", begun):
-                put(visible(piece) if terminal and not color else piece)
-        finally:  # an interrupt may have cut a piece
-            put(f"{RESET if color else ''}\n")
+            for piece in decode_text(sample, "_" if marks else "", begun):
+                put(visible(piece) if terminal else piece)
+        finally:  # also after an interrupt
+            put("\n")
 
 
 _results: TextIO | None = None  # standard output, within `results_alone`
@@ -301,7 +260,7 @@ class TrainingDisplay(StopSignals):
         self.record: dict = {}  # the last one
         self.bits = 0.0  # bits per byte in training, averaged
         self.name, self.parts = "", ""  # of the phase
-        self.begun = self.since = self.received = time.monotonic()
+        self.since = self.received = time.monotonic()
 
     def say(self, text: str) -> None:
         (say if self.status is None else self.status.say)(text)
@@ -319,7 +278,7 @@ class TrainingDisplay(StopSignals):
 
     def show(self, records: Iterable[dict]) -> str:
         """Show the records of training; returns the path of the last checkpoint, or ""."""
-        checkpoint, self.begun = "", time.monotonic()
+        checkpoint = ""
         try:
             for record in records:
                 bits = record["bits_per_byte"]
@@ -328,7 +287,7 @@ class TrainingDisplay(StopSignals):
                 checkpoint = record.get("checkpoint", checkpoint)
                 if "validation_bits_per_byte" in record:
                     self.say(describe_validation(record))
-                    if self.sample and progress_of(record) >= SAMPLES_FROM and not self.stop():
+                    if self.sample and not self.stop():
                         self.phase("sampling")
                         self.say(f"  {self.sample()}")
             if self.record:
@@ -354,15 +313,6 @@ class TrainingDisplay(StopSignals):
             if "max_minutes" not in record:
                 facts[-1] += f" of {record['steps']}"
             facts += [f"{self.bits:.2f} bits/byte", f"{record['router_rate']:.0%} routed"]
-        if self.name == "trained":
-            facts.append(f"{duration(now - self.begun)} in all")
-        elif (left := record.get("seconds_left")) is not None:
+        if self.name != "trained" and (left := record.get("seconds_left")) is not None:
             facts.append(f"{duration(max(0, left - (now - self.received)))} left")
         return ", ".join(facts)
-
-
-def progress_of(record: dict) -> float:
-    """The share of a run that is trained after the step of a record."""
-    if "max_minutes" in record:
-        return record["minutes"] / record["max_minutes"]
-    return record["step"] / record["steps"]

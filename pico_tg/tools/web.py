@@ -6,6 +6,7 @@ malformed. It generates one continuation at a time; closing the page or pressing
 """
 
 import contextlib
+import dataclasses
 import json
 import secrets
 import threading
@@ -17,7 +18,7 @@ from string import Template
 
 from ..decoder import Decoder
 from ..files import PicoError
-from ..generation import GeneratedByte, Stats, generate, to_sentence
+from ..generation import GeneratedByte, SampleSettings, Stats, generate, to_sentence
 from ..model import Pico
 from ..progress import escape_code
 from .html import STYLE, choices, shades, tips
@@ -27,14 +28,7 @@ from .terminal import Character, characters
 MAX_BODY = 1 << 16  # bytes of a request
 WAIT = 10  # seconds that a request waits for the end of the one before it
 SENTENCE = 200  # bytes after which a text ends, though its sentence does not
-# name of a field, its type, least and greatest value (of text: of its length in UTF-8)
-FIELDS = {
-    "prompt": (str, 0, 8192),
-    "temperature": (float, 0, 5),
-    "top_p": (float, 0.01, 1),
-    "seed": (int, 0, 2**32 - 1),
-    "max_bytes": (int, 1, 4096),
-}
+MAX_BYTES = 4096  # of a continuation, without SENTENCE
 PAGE = Template((Path(__file__).parent / "web.html").read_text("utf-8"))
 
 
@@ -97,14 +91,14 @@ class Handler(BaseHTTPRequestHandler):
                 raise Refused(403, "this request is not from the server's own page")
             if self.path != "/generate":
                 raise Refused(404, "the only address to post to is /generate")
-            options = read_options(body)
+            prompt, settings = read_options(body)
             if not self.server.one_at_a_time.acquire(timeout=WAIT):
                 raise Refused(503, "another continuation is being written")
         except Refused as refused:
             return self.refuse(refused)
         try:
             self.start(200, "application/x-ndjson")
-            for part in continuation(self.server.decoder, options):
+            for part in continuation(self.server.decoder, prompt, settings):
                 self.wfile.write(part)
         finally:
             self.server.one_at_a_time.release()
@@ -161,52 +155,32 @@ def host_names(port: int) -> list[str]:
     return [f"{name}:{port}" for name in names] + names * (port == 80)
 
 
-def read_options(body: bytes) -> dict[str, str | float | int]:
-    """The checked fields of a request. Raises Refused, naming the field."""
+def read_options(body: bytes) -> tuple[bytes, SampleSettings]:
+    """The prompt and the settings of a request. Raises Refused, naming what is wrong."""
     try:
         given = json.loads(body)
-    except (ValueError, RecursionError):
-        raise Refused(400, "the body is not JSON") from None
-    if not isinstance(given, dict) or given.keys() != FIELDS.keys():
-        raise Refused(400, f"the body must be an object of {', '.join(FIELDS)}")
-    for name, (kind, least, most) in FIELDS.items():
-        value = given[name]
-        if kind is str:
-            if not isinstance(value, str) or not is_unicode(value):
-                raise Refused(400, f"{name} must be text")
-            size = len(value.encode())
-        else:
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if not whole and (kind is int or not isinstance(value, float)):
-                raise Refused(400, f"{name} must be a {'whole ' * (kind is int)}number")
-            size = value
-        if not least <= size <= most:  # also NaN
-            unit = " bytes long" if kind is str else ""
-            raise Refused(400, f"{name} must be from {least} to {most}{unit}")
-    return given
+        prompt = given.pop("prompt").encode()
+        settings = SampleSettings(**given)
+    except (ValueError, RecursionError, AttributeError, TypeError, KeyError):
+        # UnicodeEncodeError is a ValueError: JSON may hold half of a surrogate pair
+        raise Refused(400, "the body must be a JSON object of a prompt and settings") from None
+    except PicoError as error:
+        raise Refused(400, str(error)) from None
+    if not 0 < (settings.max_bytes or 0) <= MAX_BYTES:
+        raise Refused(400, f"max_bytes must be from 1 to {MAX_BYTES}")
+    return prompt, settings
 
 
-def is_unicode(text: str) -> bool:
-    """Whether the text can be encoded: JSON may hold half of a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def continuation(decoder: Decoder, options: dict) -> Iterator[bytes]:
+def continuation(decoder: Decoder, prompt: bytes, settings: SampleSettings) -> Iterator[bytes]:
     """Lines of JSON: one for each character as soon as it is complete, then one of statistics.
 
     In place of the statistics, an error is the last line.
     """
     stats, shown = Stats(), []
-    prompt, size = options["prompt"].encode(), options["max_bytes"]
-    given = {name: options[name] for name in ("temperature", "top_p", "seed")}
-    given["max_bytes"] = size + SENTENCE
+    given = dataclasses.asdict(settings) | {"max_bytes": settings.max_bytes + SENTENCE}
     try:
         records = generate(decoder.model, prompt, decoder=decoder, stats=stats, **given)
-        for character in characters(to_sentence(records, size)):
+        for character in characters(to_sentence(records, settings.max_bytes)):
             shown += character.records
             yield describe_character(character)
     except PicoError as error:
