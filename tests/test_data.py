@@ -101,6 +101,9 @@ def test_shared():
     assert shared(text, random.integers(0, 256, 400_000, np.uint8)) == 0
     assert shared(text[: PIECE - 1], text) == 0
     assert shared(text, text[:0]) == 0
+    short = [*map(bytes, text[:40_000].reshape(-1, 40) % 26 + 97)]  # no piece within a line
+    lf, crlf = (np.frombuffer(end.join(short), np.uint8) for end in (b"\n", b"\r\n"))
+    assert shared(lf, crlf) == shared(crlf, lf) == 1
     period = np.tile(text[:1000], 50)  # few pieces, many times
     assert shared(np.append(period, text[1000:2000]), period) > 0.95
 

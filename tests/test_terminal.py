@@ -328,6 +328,21 @@ def test_the_line_names_what_is_done(clock, capsys):
     assert shown[-1] == f"trained, {last}, 24% routed, 0:35 in all"
 
 
+def test_a_resumed_run_names_the_step_that_its_time_is_from(clock, capsys):
+    """Not `in all`: the time trained before is not in it."""
+    display = TrainingDisplay()
+
+    def made():
+        display.phase("training")
+        for step in (105, 106):
+            clock[0] += 60
+            yield step_record(step, minutes=4.0, max_minutes=4.0)
+
+    display.show(made())
+    line = "trained 4:00 of 4:00, step 106, 2.00 bits/byte, 24% routed, 2:00 since step 104\n"
+    assert capsys.readouterr().err == line
+
+
 def test_training_in_a_log(capsys):
     """A line for each validation, a sample after a quarter of the run, one line at the end."""
     display = TrainingDisplay(lambda: "sample: The text")

@@ -15,7 +15,7 @@ WEIGHTS = np.random.default_rng(0).integers(1 << 63, size=PIECE // 8, dtype=np.u
 def shared(text: np.ndarray, other: np.ndarray) -> float:
     """The share of the pieces of `text` (uint8) that are also in `other` (uint8); 0 of no piece.
 
-    A lower bound if `other` is larger than AT_MOST.
+    Carriage returns do not count. A lower bound if `other` is larger than AT_MOST.
     """
     hashes = np.concatenate([np.empty(0, np.uint64), *_pieces(text)])
     if not len(hashes):
@@ -32,6 +32,9 @@ def _pieces(text: np.ndarray, every: int = 1) -> Iterator[np.ndarray]:
     """Hashes of the chosen pieces of every n-th chunk: uint64 [pieces]."""
     for start in range(0, len(text) - PIECE + 1, every * CHUNK):
         block = text[start : start + CHUNK + PIECE - 1]
+        block = block[block != ord("\r")]  # a copy of a text may end its lines otherwise
+        if len(block) < PIECE:
+            continue
         first = block.astype(np.uint32)  # becomes a hash of the first 4 bytes of each piece
         for width in (1, 2):
             first = first[:-width] * np.uint32(0x9E3779B1) + first[width:]

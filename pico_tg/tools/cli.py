@@ -41,6 +41,7 @@ from ..model import Pico
 from ..progress import drop_output, say, visible
 from ..runs import (
     SHIPPED,
+    ancestry,
     best_validations,
     check_startable,
     existing_run,
@@ -157,6 +158,8 @@ def command_train(args: argparse.Namespace) -> int:
         data, stored = spec, read_description(run_dir)["settings"]
         seed = settings.get("seed", stored.get("seed", 0))
     else:
+        if len(Path(args.run).parts) > 1:
+            raise PicoError(f"a new RUN is a name without a folder, not {args.run!r}")
         check_startable(run_dir)
         seed = TrainSettings(**settings).seed
         data = load_data(spec)
@@ -253,10 +256,11 @@ def command_eval(args: argparse.Namespace) -> int:
     data = load_whole(spec) if settings.split == "all" else load_data(spec)
     model = load(args.path, args.run, args.checkpoint)
     say_which_is_best(args)
-    say(describe_backend())
-    if stored:
-        corpus = data if settings.split == "all" else getattr(data, settings.split)
-        if line := trained_on(corpus.bytes[: settings.max_bytes], data, stored, run_dir):
+    for line in (*data.remarks, describe_backend()):
+        say(line)
+    corpus = data if settings.split == "all" else getattr(data, settings.split)
+    for run, known in ancestry(run_dir):
+        if line := trained_on(corpus.bytes[: settings.max_bytes], data, known, run):
             say(line)
     measured = evaluate(model, data, progress=True, **chosen)
     report = router_report(measured)

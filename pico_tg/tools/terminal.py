@@ -299,6 +299,7 @@ class TrainingDisplay(StopSignals):
         self.sample = sample
         self.status: Status | None = None  # from the first phase to the end of `show`
         self.record: dict = {}  # the last one
+        self.resumed = 0  # the step after which this process resumed the run
         self.bits = 0.0  # bits per byte in training, averaged
         self.name, self.parts = "", ""  # of the phase
         self.begun = self.since = self.received = time.monotonic()
@@ -322,6 +323,7 @@ class TrainingDisplay(StopSignals):
         checkpoint, self.begun = "", time.monotonic()
         try:
             for record in records:
+                self.resumed = self.resumed if self.record else record["step"] - 1
                 bits = record["bits_per_byte"]
                 self.bits = 0.9 * self.bits + 0.1 * bits if self.record else bits
                 self.record, self.received = record, time.monotonic()
@@ -355,7 +357,8 @@ class TrainingDisplay(StopSignals):
                 facts[-1] += f" of {record['steps']}"
             facts += [f"{self.bits:.2f} bits/byte", f"{record['router_rate']:.0%} routed"]
         if self.name == "trained":
-            facts.append(f"{duration(now - self.begun)} in all")
+            since = f"since step {self.resumed}" if self.resumed else "in all"
+            facts.append(f"{duration(now - self.begun)} {since}")
         elif (left := record.get("seconds_left")) is not None:
             facts.append(f"{duration(max(0, left - (now - self.received)))} left")
         return ", ".join(facts)

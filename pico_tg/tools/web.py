@@ -22,7 +22,7 @@ from ..model import Pico
 from ..progress import escape_code
 from .html import STYLE, choices, shades, tips
 from .report import describe_routing
-from .terminal import Character, characters
+from .terminal import Character, characters, line_breaks
 
 MAX_BODY = 1 << 16  # bytes of a request
 WAIT = 10  # seconds that a request waits for the end of the one before it
@@ -206,7 +206,7 @@ def continuation(decoder: Decoder, options: dict) -> Iterator[bytes]:
     given["max_bytes"] = size + SENTENCE
     try:
         records = generate(decoder.model, prompt, decoder=decoder, stats=stats, **given)
-        for character in characters(to_sentence(records, size)):
+        for character in line_breaks(characters(to_sentence(records, size))):
             shown += character.records
             yield describe_character(character)
     except PicoError as error:
@@ -228,8 +228,8 @@ def describe_continuation(shown: list[GeneratedByte], stats: Stats) -> str:
 def describe_character(character: Character) -> bytes:
     if not character.valid:
         shown = "".join(f"\\x{byte:02x}" for byte in character.data)
-    elif character.text.isprintable() or character.text in "\n\t":
-        shown = character.text
+    elif character.text.isprintable() or character.text in ("\n", "\r\n", "\t"):
+        shown = character.text.replace("\r\n", "\n")
     else:
         shown = escape_code(character.text)
     weight, surprisal = (round(shade, 3) for shade in shades(character))
