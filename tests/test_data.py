@@ -104,6 +104,8 @@ def test_shared():
     short = [*map(bytes, text[:40_000].reshape(-1, 40) % 26 + 97)]  # no piece within a line
     lf, crlf = (np.frombuffer(end.join(short), np.uint8) for end in (b"\n", b"\r\n"))
     assert shared(lf, crlf) == shared(crlf, lf) == 1
+    for length in range(1, 30):  # a sentence that is repeated has this many pieces
+        assert shared(np.tile(text[:length], 60), np.tile(text[:length], 70)) == 1
     period = np.tile(text[:1000], 50)  # few pieces, many times
     assert shared(np.append(period, text[1000:2000]), period) > 0.95
 
