@@ -957,7 +957,11 @@ def test_prompts_are_bytes(written, tmp_path, monkeypatch, capsys):
     ):
         assert run_it(*flags) == 0
         assert written.prompt == data
-        assert capsys.readouterr().out == "\ufffd\ufffd café\r\nx\n"
+        out, err = capsys.readouterr()
+        assert out == "\ufffd\ufffd café\r\nx\n"
+        # a file of another encoding is likely a mistake
+        said = "is read byte by byte: byte 0xff is not valid UTF-8; convert the file to UTF-8\n"
+        assert (said in err) == (flags[1] != os.fsdecode(data))
 
 
 @pytest.mark.parametrize("stdin", [stdin_of(b""), None], ids=["empty", "closed"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers import all_documents, as_rows, load, split_up, three_splits, write_jsonl
 
-from pico_tg.data import DataSpec, describe_data, load_data, load_whole, open_data, trained_on
+from pico_tg.data import DataSpec, describe_data, load_whole, open_data, trained_on
 from pico_tg.data.overlap import PIECE, shared
 from pico_tg.files import PicoError
 
@@ -221,6 +221,8 @@ def test_data_of_a_run(tmp_path):
     stored = describe_data(load("python-docs")) | {"fingerprints": ["of", "another"]}
     with pytest.raises(PicoError, match=r"\(python-docs are those of the Python that runs, now 3"):
         open_data(None, stored, tmp_path, False)
+    with pytest.raises(PicoError, match="dataset must be a str or a path"):
+        open_data(["a.txt", "b.txt"], {}, None, False)
 
 
 def test_what_a_run_was_trained_on(tmp_path):
@@ -250,6 +252,12 @@ def test_what_a_run_was_trained_on(tmp_path):
     assert "there is no file or folder" in said(data.validation.bytes)
 
 
-def test_python_docs_have_no_columns():
-    with pytest.raises(PicoError, match="python-docs has no column 'foo'"):
-        load_data(DataSpec("python-docs", column_name="foo"))
+def test_options_without_effect_are_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("one<|endoftext|>two")
+    for dataset in ("python-docs", tmp_path, tmp_path / "a.txt"):
+        with pytest.raises(PicoError, match="is plain text, which has no column 'foo'"):
+            load(dataset, column_name="foo")
+    with pytest.raises(PicoError, match=r"a\.txt is a local path, not on the hub"):
+        load(tmp_path / "a.txt", revision="main")
+    (tmp_path / "b.jsonl").write_text('{"foo": "three"}\n')
+    assert all_documents(load(tmp_path, column_name="foo")) == [b"one", b"two", b"three"]

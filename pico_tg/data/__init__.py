@@ -137,7 +137,7 @@ def open_data(
 
     Raises PicoError if that run was trained on other data; the path of the same data may differ.
     """
-    if isinstance(dataset, str | os.PathLike):
+    if dataset is not None and not isinstance(dataset, DataSpec | Data):
         dataset = DataSpec(dataset)
     before = stored_spec(stored, run) if stored else DataSpec()
     if dataset is None:

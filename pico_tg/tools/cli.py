@@ -1,6 +1,7 @@
 """The command line: reads the options, calls the library and prints. One function per command."""
 
 import argparse
+import codecs
 import contextlib
 import dataclasses
 import errno
@@ -33,6 +34,7 @@ from ..data import (
     stored_spec,
     trained_on,
 )
+from ..data.formats import odd
 from ..decoder import Decoder
 from ..evaluation import EvalSettings, evaluate
 from ..files import PicoError, atomic_write, command
@@ -431,6 +433,8 @@ def read_prompt(args: argparse.Namespace) -> bytes:
         raise PicoError(f"cannot read {name}: {error.strerror}") from error
     if not prompt and option:
         raise PicoError(f"{name} is empty; leave {option} out to start a new document")
+    if option and (why := odd(codecs.getincrementaldecoder("utf-8")(), prompt)):
+        say(f"{name} is read byte by byte: {why}")
     return os.fsencode(prompt)
 
 
