@@ -685,8 +685,8 @@ def test_text_that_was_trained_on_is_said(trained, tmp_path, capsys):
         assert cli.main(["eval", str(trained), "run", *flags, *short]) == 0
         out, err = capsys.readouterr()
         assert f": {part}" in out
-        line = f"{trained}/run was trained on at least about 100% of this text"
-        assert (line in err.splitlines()) == said
+        line = f"{trained}/run was trained on at least about "
+        assert any(part.startswith(line) for part in err.splitlines()) == said
 
 
 def test_eval_says_what_it_leaves_out(trained, tmp_path, capsys):

@@ -181,9 +181,8 @@ def trained_on(text: np.ndarray, data: Data | Corpus, stored: dict[str, Any], ru
 
 def describe_data(data: Data) -> dict[str, Any]:
     """The entries of training.json about the data."""
-    fingerprints = [data.train.fingerprint, data.validation.fingerprint]
     return {
         "dataset": dataclasses.asdict(data.spec),
         "data": data.note,
-        "fingerprints": fingerprints,
+        "fingerprints": [data.train.fingerprint, data.validation.fingerprint],
     }

@@ -361,12 +361,9 @@ def default_split(
     """
     if args.dataset is None or has_validation(spec):
         return spec, "validation"
-    known = stored["dataset"].get("dataset", "") if stored else ""
     if stored:
         size = stored["dataset"].get("validation_size")
         cut = dataclasses.replace(spec, validation_size=size)
-        if known and os.path.realpath(known) == os.path.realpath(args.dataset):
-            return cut, "validation"
         with contextlib.suppress(PicoError):  # too small to hold any of it out
             if describe_data(load_data(cut))["fingerprints"] == stored["fingerprints"]:
                 return cut, "validation"
