@@ -323,7 +323,7 @@ def _corpus(
     if isinstance(dataset, Corpus):
         return dataset
     spec = DataSpec() if dataset is None else dataset
-    spec = DataSpec(spec) if isinstance(spec, str | os.PathLike) else spec
+    spec = spec if isinstance(spec, DataSpec | Data) else DataSpec(spec)
     if split == "all":
         return load_whole(spec.spec if isinstance(spec, Data) else spec, progress=progress)
     data = spec if isinstance(spec, Data) else load_data(spec, progress=progress)

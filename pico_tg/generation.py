@@ -47,7 +47,7 @@ class GeneratedByte:
     - router_weight: the sigmoid of the router's logit for this byte
     - router_decision: whether the byte was routed, through the deep blocks
     - logprob: natural log of its probability under the distribution that it was drawn from. At
-      temperature 0 that would always be 0: there it is the model's own, of temperature 1
+      temperature 0 or top_k 1 that would always be 0: there it is the model's own, of temperature 1
     - drafted: whether it was accepted as a draft
     - sample: which of `num_samples`, from 0
     """
@@ -179,7 +179,7 @@ class Sampler:
         p = self.distribution(logits, more)
         total = np.cumsum(p)
         byte = int(np.searchsorted(total, rng.random() * total[-1], side="right"))
-        if self.temperature == 0:
+        if self.temperature == 0 or self.top_k == 1:
             return byte, float(log_softmax(logits)[byte])
         return byte, math.log(p[byte])
 

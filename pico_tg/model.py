@@ -208,6 +208,7 @@ class Pico:
                 values = (2 * rng.random(weight.shape, np.float32) - 1) / math.sqrt(inputs)
             write_into(weight, values)
 
+    @exclusive
     def __reduce__(self) -> tuple:
         """Copies and pickles hold the config and the weights, in buffers of the default device.
 

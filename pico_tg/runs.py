@@ -13,6 +13,7 @@ import math
 import os
 import re
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -385,6 +386,19 @@ def read_description(folder: Path) -> dict[str, Any]:
             f"{folder} is no training run to resume: it has no training.json of pico_tg"
         )
     return description
+
+
+def ancestry(run: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """A run and the runs from whose weights it started, each with its training.json.
+
+    It ends at weights whose run has none. Raises PicoError if a training.json is broken.
+    """
+    seen: set[Path] = set()
+    while run not in seen and (stored := find_description(run)) is not None:
+        yield run, stored
+        seen.add(run)
+        base = stored.get("base_weights")
+        run = Path(base).parent if base else run
 
 
 def read_metrics(folder: Path) -> list[Record]:

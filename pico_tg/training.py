@@ -32,7 +32,7 @@ from .checkpoint import (
 )
 from .config import Config, TrainSettings
 from .costs import CHOSEN, check_memory, plan
-from .data import Data, DataSpec, Windows, describe_data, open_data
+from .data import Data, DataSpec, Windows, describe_data, open_data, trained_on
 from .evaluation import Validation
 from .files import PicoError, differences
 from .model import Pico, inputs_and_targets, loss_fn
@@ -45,6 +45,7 @@ from .runs import (
     Progress,
     Record,
     Run,
+    ancestry,
     check_model,
     check_startable,
     edited,
@@ -345,6 +346,9 @@ def train(
         load_weights(model, base_weights)
         if line := edited(model.config, Path(base_weights).parent):
             events.say(line)
+        for trained, known in ancestry(Path(base_weights).parent):
+            if line := trained_on(data.validation.bytes, data, known, trained):
+                lines.append(f"text to validate on: {line}")
     validate = Validation(model, data.validation, chosen, devices)
     train_step = TrainStep(model, chosen, devices)
     run = None if folder is None else Run(folder, resumed=resume)

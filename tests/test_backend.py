@@ -88,11 +88,12 @@ def test_the_user_is_obeyed(dev):
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
-        ({"CPU": "1"}, "DEV"),
+        ({"CPU": "1"}, "cannot compute.*DEV"),
+        ({"CPU_COUNT": "0"}, "CPU_COUNT=0 leaves no thread"),
         ({"DEV": "FOO"}, "DEV=FOO: tinygrad has no such device"),
         ({"DEV": "A:B:C:D"}, "DEV=A:B:C:D: too many ':'"),  # tinygrad 0.13 raises at its import
         ({"DEV": "NPY"}, "DEV=NPY: NPY stores data"),
-        ({"DEV": "CPU:CLANG"}, "CLANGJIT"),
+        ({"DEV": "CPU:CLANG"}, "cannot compute.*CLANGJIT"),
         ({"DEV": "WEBGPU", "WEBGPU_PATH": "/nowhere"}, "DEV=WEBGPU: .*WEBGPU_PATH"),
     ],
 )
@@ -101,7 +102,7 @@ def test_the_command_line_says_what_cannot_be_used(variables, words, tmp_path):
     done = python("-m", "pico_tg", "info", str(tmp_path), **variables)
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
-    assert re.search(f"cannot compute.*{words}", line)
+    assert re.search(words, line)
 
 
 def test_the_version_needs_no_device():
@@ -144,8 +145,10 @@ def run_script(script: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize(
-    "variable", ["NO_COLOR=true", "NO_COLOR=", "DEBUG=true", "DEBUG=", "PROFILE=default", "VIZ=yes"]
-)
+    "variable",
+    ["NO_COLOR=true", "NO_COLOR=", "DEBUG=true", "DEBUG=", "PROFILE=default", "VIZ=yes",
+     "IMAGE=nginx:1.2", "CCACHE=/usr/bin/ccache"],
+)  # fmt: skip
 def test_words_in_the_environment(variable):
     """tinygrad 0.13 would end the import with a ValueError. The variables keep their values."""
     name, value = variable.split("=")
@@ -154,18 +157,19 @@ def test_words_in_the_environment(variable):
 
 
 FORKED = """
-import os, pico_tg
+import os, pickle, pico_tg
 sizes = dict(dim=8, att_q_heads=1, att_kv_heads=1, fb_num_blocks=1, latent_num_blocks=1)
 config = pico_tg.Config(**sizes, next_tokens=1, fb_att_window_size=4, latent_capacity_factor=0.25,
                         latent_att_window_size=4)
 if {computed}:
-    pico_tg.Pico(config)
+    model = pico_tg.Pico(config)
 if (child := os.fork()) == 0:
-    try:
-        pico_tg.Pico(config)
-        print("computed")
-    except pico_tg.PicoError as error:
-        print(error)
+    for use in [lambda: pico_tg.Pico(config)] + {computed} * [lambda: pickle.dumps(model)]:
+        try:
+            use()
+            print("computed")
+        except pico_tg.PicoError as error:
+            print(error)
     os._exit(0 if os.sys.stdout.flush() is None else 1)
 os.waitpid(child, 0)
 """
@@ -174,7 +178,7 @@ os.waitpid(child, 0)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_forked_child_is_told():
     """At once, if the parent has computed: the child would hang, or share the parent's weights."""
-    assert "spawn" in run_script(FORKED.format(computed=True)).stdout
+    assert run_script(FORKED.format(computed=True)).stdout.count("spawn") == 2
     assert run_script(FORKED.format(computed=False)).stdout == "computed\n"
 
 

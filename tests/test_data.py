@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers import all_documents, as_rows, load, split_up, three_splits, write_jsonl
 
-from pico_tg.data import DataSpec, describe_data, load_data, load_whole, open_data, trained_on
+from pico_tg.data import DataSpec, describe_data, load_whole, open_data, trained_on
 from pico_tg.data.overlap import PIECE, shared
 from pico_tg.files import PicoError
 
@@ -101,6 +101,11 @@ def test_shared():
     assert shared(text, random.integers(0, 256, 400_000, np.uint8)) == 0
     assert shared(text[: PIECE - 1], text) == 0
     assert shared(text, text[:0]) == 0
+    short = [*map(bytes, text[:40_000].reshape(-1, 40) % 26 + 97)]  # no piece within a line
+    lf, crlf = (np.frombuffer(end.join(short), np.uint8) for end in (b"\n", b"\r\n"))
+    assert shared(lf, crlf) == shared(crlf, lf) == 1
+    for length in range(1, 30):  # a sentence that is repeated has this many pieces
+        assert shared(np.tile(text[:length], 60), np.tile(text[:length], 70)) == 1
     period = np.tile(text[:1000], 50)  # few pieces, many times
     assert shared(np.append(period, text[1000:2000]), period) > 0.95
 
@@ -216,6 +221,8 @@ def test_data_of_a_run(tmp_path):
     stored = describe_data(load("python-docs")) | {"fingerprints": ["of", "another"]}
     with pytest.raises(PicoError, match=r"\(python-docs are those of the Python that runs, now 3"):
         open_data(None, stored, tmp_path, False)
+    with pytest.raises(PicoError, match="dataset must be a str or a path"):
+        open_data(["a.txt", "b.txt"], {}, None, False)
 
 
 def test_what_a_run_was_trained_on(tmp_path):
@@ -245,6 +252,12 @@ def test_what_a_run_was_trained_on(tmp_path):
     assert "there is no file or folder" in said(data.validation.bytes)
 
 
-def test_python_docs_have_no_columns():
-    with pytest.raises(PicoError, match="python-docs has no column 'foo'"):
-        load_data(DataSpec("python-docs", column_name="foo"))
+def test_options_without_effect_are_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("one<|endoftext|>two")
+    for dataset in ("python-docs", tmp_path, tmp_path / "a.txt"):
+        with pytest.raises(PicoError, match="is plain text, which has no column 'foo'"):
+            load(dataset, column_name="foo")
+    with pytest.raises(PicoError, match=r"a\.txt is a local path, not on the hub"):
+        load(tmp_path / "a.txt", revision="main")
+    (tmp_path / "b.jsonl").write_text('{"foo": "three"}\n')
+    assert all_documents(load(tmp_path, column_name="foo")) == [b"one", b"two", b"three"]

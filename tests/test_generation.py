@@ -398,6 +398,7 @@ def test_greedy_is_the_likeliest_byte_of_a_full_pass(model, weights, decoder):
         expected = Sampler(1).distribution(row)[record.byte]  # the model's own probability
         assert expected < 0.9
         assert math.exp(record.logprob) == pytest.approx(expected, rel=1e-3)
+    assert list(generate(model, prompt, max_bytes=4, top_k=1, decoder=decoder)) == sample
 
 
 def test_prompts_of_every_length_about_the_windows(model, weights, decoder):

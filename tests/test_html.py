@@ -133,8 +133,14 @@ def test_html_page_without_a_prompt():
 
 
 def test_nothing_is_hidden_in_a_page():
-    """What shows nothing, or could turn the text around, is written as an escape."""
-    text = "a\u202eb\u200dc\u2028d\0e\r\nf\u00a0g\u3000h\ue000i\x85"
+    """What shows nothing, or could turn the text around, is written as an escape.
+
+    A line break of Windows is one, of two bytes.
+    """
+    text = "a\u202eb\u200dc\u2028d\0e\r\nf\u00a0g\u3000h\ue000i\x85\rj"
     page = Page(html_page(text.encode(), [records(text.encode())], "t", {}))
-    shown = "a\\u202eb\\u200dc\\u2028d\\x00e\\r\nf\u00a0g\u3000h\\ue000i\\x85"
+    shown = "a\\u202eb\\u200dc\\u2028d\\x00e\nf\u00a0g\u3000h\\ue000i\\x85\\rj"
     assert page.text() == shown * 2
+    (line_break,) = (a for part, a in page.samples[0] if part == "\n")
+    assert line_break["class"] == "n"
+    assert "\nline break byte 2 of 2 0x0a" in line_break["data-tip"]

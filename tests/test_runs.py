@@ -26,6 +26,7 @@ from pico_tg.runs import (
     SHIPPED,
     Progress,
     Run,
+    ancestry,
     best_validations,
     check_startable,
     find_checkpoint,
@@ -83,7 +84,7 @@ def quick_steps(monkeypatch):
     return Validation
 
 
-def start(text: str, folder: Path, **settings):
+def start(text: str | DataSpec, folder: Path, **settings):
     return train(Pico(TINY, 0), text, folder, **{"settings": "published"} | QUICK | settings)
 
 
@@ -646,6 +647,27 @@ def test_an_edited_model_is_said(edit, run, text, tmp_path, capsys):
     (run / "training.json").unlink()  # weights from elsewhere
     load(model, run.name)
     assert capsys.readouterr().err == ""
+
+
+def test_what_the_weights_to_start_from_have_seen(tmp_path, quick_steps):
+    """Of the text to validate on; also if two runs started from each other, one of them again."""
+    text, other = tmp_path / "text.txt", tmp_path / "other.txt"
+    for seed, path in enumerate((text, other)):
+        path.write_bytes(np.random.default_rng(seed).integers(97, 123, 4000, np.uint8))
+    first, second = tmp_path / "m" / "first", tmp_path / "m" / "second"
+    list(start(text, first, max_steps=1))
+    assert [run for run, _ in ancestry(first)] == [first]
+    for validation, said in ((text, True), (None, False)):
+        spec, watch = DataSpec(other, validation_file=validation), Watch()
+        shutil.rmtree(second, ignore_errors=True)
+        weights = checkpoint_path(first, 1)
+        list(start(spec, second, max_steps=1, base_weights=weights, events=watch))
+        line = f"text to validate on: {first} was trained on at least about "
+        assert any(part.startswith(line) for part in watch.said) == said
+    path = first / "training.json"
+    description = json.loads(path.read_text()) | {"base_weights": f"{second}/00000001.safetensors"}
+    path.write_text(json.dumps(description))
+    assert [run for run, _ in ancestry(second)] == [second, first]
 
 
 def test_bytes_in_no_window_are_said(tmp_path):

@@ -17,7 +17,7 @@ from helpers import TINY, error_line, record, status
 from pico_tg import Decoder, Pico, PicoError, generate, save_weights
 from pico_tg.generation import to_sentence
 from pico_tg.tools import web
-from pico_tg.tools.terminal import characters
+from pico_tg.tools.terminal import characters, line_breaks
 
 ASKED = {"prompt": "A", "temperature": 0.7, "top_p": 0.9, "seed": 3, "max_bytes": 20}
 
@@ -82,13 +82,13 @@ def test_characters_of_a_continuation():
 
     A draft is one whose bytes are all drafts. Shades and tips are those of pages.
     """
-    text = "aé\n\x1b".encode() + b"\xff"
-    weights = [0.1, 0.25, 0.75, 0.1, 0.1, 0.1]
+    text = "aé\n\x1b".encode() + b"\xff\r\n\r"
+    weights = [0.1, 0.25, 0.75, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1]
     bytes_ = [record(b, w, i == 2) for i, (b, w) in enumerate(zip(text, weights, strict=True))]
-    found = [json.loads(web.describe_character(c)) for c in characters(bytes_)]
-    assert [part["text"] for part in found] == ["a", "é", "\n", "\\x1b", "\\xff"]
-    assert [part["weight"] for part in found] == [0.1, 0.75, 0.1, 0.1, 0.1]
-    assert [part["surprisal"] for part in found] == [0.18, 0.361, 0.18, 0.18, 0.18]
+    found = [json.loads(web.describe_character(c)) for c in line_breaks(characters(bytes_))]
+    assert [part["text"] for part in found] == ["a", "é", "\n", "\\x1b", "\\xff", "\n", "\\r"]
+    assert [part["weight"] for part in found] == [0.1, 0.75, 0.1, 0.1, 0.1, 0.1, 0.1]
+    assert [part["surprisal"] for part in found] == [0.18, 0.361, 0.18, 0.18, 0.18, 0.361, 0.18]
     assert found[0]["tip"] == "“a” 0x61 · router weight 0.10 · probability 36.8 %, 1.4 bits"
 
 

@@ -9,7 +9,7 @@ import os
 # (test_backend.test_words_in_the_environment)
 WORDS = {
     name: value
-    for name in ("NO_COLOR", "DEBUG", "PROFILE", "VIZ")
+    for name in ("NO_COLOR", "DEBUG", "PROFILE", "VIZ", "IMAGE", "CCACHE")
     if (value := os.environ.get(name)) is not None and not value.removeprefix("-").isdigit()
 }
 try:

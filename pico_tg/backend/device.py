@@ -105,6 +105,8 @@ def check_backend() -> None:
             f"DEFAULT_FLOAT={given} would change the dtype of the weights; unset it (--precision "
             "bf16 is mixed precision)"
         )
+    if CPU_COUNT.value < 1:
+        raise PicoError(f"CPU_COUNT={CPU_COUNT.value} leaves no thread to compute; take at least 1")
     try:
         _choose()
         if Device.DEFAULT.split(":")[0] in ("DISK", "NPY", "TINYFS"):

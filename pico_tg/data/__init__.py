@@ -20,7 +20,7 @@ import numpy as np
 
 from ..files import PicoError, differences
 from .corpus import SEQ_END, SEQ_START, Corpus, cached
-from .folder import find, listed
+from .folder import Found, find, listed
 from .hold_out import hold_out
 from .overlap import CHANCE, shared
 from .spec import PYTHON_DOCS, DataSpec
@@ -37,15 +37,17 @@ __all__ = [
 class Data:
     """What `load_data` found.
 
-    - note: what is trained on, what is validated on, and what is not used and why; one to few lines
+    - note: what is trained on, what is validated on, and the remarks; one to few lines
     - spec: the given one with absolute paths, so that it means the same in any working directory,
       and with the revision of hub data
+    - remarks: which files are not used and why, and what the user should know about the others
     """
 
     train: Corpus
     validation: Corpus
     note: str
     spec: DataSpec
+    remarks: tuple[str, ...] = ()
 
 
 def load_data(spec: DataSpec, progress: bool = True) -> Data:
@@ -59,7 +61,7 @@ def load_data(spec: DataSpec, progress: bool = True) -> Data:
     found = find(spec)
     found.fetch(progress)
     folder, train = cached(found.train, progress)
-    label, remarks = found.train.label, train.remarks
+    label, remarks = found.train.label, _unused(found) + train.remarks
     if found.validation is None:
         documents = train.documents
         train, validation = hold_out(label, folder, train, spec.validation_size)
@@ -77,27 +79,31 @@ def load_data(spec: DataSpec, progress: bool = True) -> Data:
             f"{label} and the validation data hold the same text; name other data to "
             "validate on, or none to hold out the end"
         )
+    note = [f"training on {_sizes(train)}{_files(train)}; validating on {held_out}", *remarks]
     if (share := shared(validation.bytes, train.bytes)) > CHANCE:
-        remarks += (f"at least about {share:.0%} of the text to validate on is also trained on",)
-    note = [f"training on {_sizes(train)}{_files(train)}; validating on {held_out}"]
-    if found.unused:
-        note.append(f"not used: {'; '.join(found.unused)}")
-    return Data(train, validation, "\n".join([*note, *remarks]), found.spec)
+        note.append(f"at least about {share:.0%} of the text to validate on is also trained on")
+    return Data(train, validation, "\n".join(note), found.spec, remarks)
 
 
 def load_whole(spec: DataSpec, progress: bool = True) -> Corpus:
     """The training data of `load_data`, including the part that `load_data` would hold out.
 
-    One document of one byte is enough. Raises PicoError as `load_data` does.
+    One document of one byte is enough. Its remarks are those of `Data`. Raises PicoError as
+    `load_data` does.
     """
     found = find(spec)
     found.fetch(progress)
-    return cached(found.train, progress)[1]
+    corpus = cached(found.train, progress)[1]
+    return dataclasses.replace(corpus, remarks=_unused(found) + corpus.remarks)
 
 
 def has_validation(spec: DataSpec) -> bool:
     """Whether `spec` gives a validation_size, names validation data or has a validation split."""
     return spec.validation_size is not None or find(spec).validation is not None
+
+
+def _unused(found: Found) -> tuple[str, ...]:
+    return (f"not used: {'; '.join(found.unused)}",) if found.unused else ()
 
 
 def _sizes(corpus: Corpus) -> str:
@@ -131,7 +137,7 @@ def open_data(
 
     Raises PicoError if that run was trained on other data; the path of the same data may differ.
     """
-    if isinstance(dataset, str | os.PathLike):
+    if dataset is not None and not isinstance(dataset, DataSpec | Data):
         dataset = DataSpec(dataset)
     before = stored_spec(stored, run) if stored else DataSpec()
     if dataset is None:
@@ -175,9 +181,8 @@ def trained_on(text: np.ndarray, data: Data | Corpus, stored: dict[str, Any], ru
 
 def describe_data(data: Data) -> dict[str, Any]:
     """The entries of training.json about the data."""
-    fingerprints = [data.train.fingerprint, data.validation.fingerprint]
     return {
         "dataset": dataclasses.asdict(data.spec),
         "data": data.note,
-        "fingerprints": fingerprints,
+        "fingerprints": [data.train.fingerprint, data.validation.fingerprint],
     }

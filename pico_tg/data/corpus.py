@@ -237,7 +237,6 @@ def _write(source: Source, folder: Path, progress: bool) -> None:
             file.flush()
             os.fsync(file.fileno())
     meta = {
-        "source": source.label,
         "bytes": total,
         "documents": sum(counts),
         "documents_of_files": counts,

@@ -65,6 +65,12 @@ def find(spec: DataSpec) -> Found:
                     "end of the data instead, give no validation file or split"
                 )
         used = [file for source in (train, validation) if source for file in source.files]
+        plain = all(format_of(file.name) in (".txt", None) for file in used)  # None: python-docs
+        if spec.column_name is not None and plain:
+            raise PicoError(
+                f"{spec.dataset} is plain text, which has no column {spec.column_name!r}; leave "
+                "column_name out"
+            )
         unused = folder.unused | {
             file.name: f"split {name}"
             for name in folder.splits
@@ -170,6 +176,8 @@ def _open(spec: DataSpec) -> Folder:
         raise PicoError(f"there is no {spec.dataset}; a folder of {name} is written {name}/{part}")
     looks_local = spec.dataset.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local or format_of(spec.dataset) or spec.dataset.lower().endswith(".zip"):
+        if spec.path.exists():
+            raise PicoError(f"{spec.dataset} is a local path, not on the hub; leave revision out")
         raise PicoError(f"there is no file or folder {spec.dataset}")
     return _hub_folder(spec, name, part)
 
@@ -178,8 +186,6 @@ def _python_docs(spec: DataSpec) -> Folder:
     """The topics of Python's built-in help, one document each, as a file in the cache."""
     from pydoc_data.topics import topics
 
-    if spec.column_name is not None:
-        raise PicoError(f"python-docs has no column {spec.column_name!r}; leave column_name out")
     rows = "".join(json.dumps({"text": topics[name]}) + "\n" for name in sorted(topics))
     path = cache_root() / f"python-docs-{digest(rows)}.jsonl"
 

@@ -84,10 +84,10 @@ def read_text(file: BinaryIO, label: str, column: str | None, remark: Remark) ->
     split = file.read(1) in (b"\r", b"\n") and _has_marker(file)
     file.seek(0)
     started = False  # has a piece of the current document been yielded?
-    rest, odd, foreign = b"", "", None
+    rest, strange, foreign = b"", "", None
     decoder = codecs.getincrementaldecoder("utf-8")()
     while block := file.read(CHUNK):
-        odd = odd or _odd(decoder, block)
+        strange = strange or odd(decoder, block)
         foreign = foreign or FOREIGN.search(block)
         *ended, rest = (rest + block).split(MARKER)
         for text in ended:
@@ -109,8 +109,8 @@ def read_text(file: BinaryIO, label: str, column: str | None, remark: Remark) ->
         rest = rest.rstrip(NEWLINES) if started else rest.strip(NEWLINES)
     if started or rest:
         yield rest, True
-    if odd := odd or _odd(decoder, b""):
-        remark(f"{label} is read byte by byte: {odd}")
+    if strange := strange or odd(decoder, b""):
+        remark(f"{label} is read byte by byte: {strange}")
     if foreign:
         mark = foreign[0].decode().replace("\ufeff", "a byte order mark (U+FEFF)")
         remark(
@@ -119,7 +119,7 @@ def read_text(file: BinaryIO, label: str, column: str | None, remark: Remark) ->
         )
 
 
-def _odd(decoder: codecs.IncrementalDecoder, block: bytes) -> str:
+def odd(decoder: codecs.IncrementalDecoder, block: bytes) -> str:
     """Why a block is no UTF-8 text, or ""; the empty block is the end of the file."""
     try:
         text = decoder.decode(block, final=not block)

@@ -1,6 +1,7 @@
 """The command line: reads the options, calls the library and prints. One function per command."""
 
 import argparse
+import codecs
 import contextlib
 import dataclasses
 import errno
@@ -33,6 +34,7 @@ from ..data import (
     stored_spec,
     trained_on,
 )
+from ..data.formats import odd
 from ..decoder import Decoder
 from ..evaluation import EvalSettings, evaluate
 from ..files import PicoError, atomic_write, command
@@ -41,6 +43,7 @@ from ..model import Pico
 from ..progress import drop_output, say, visible
 from ..runs import (
     SHIPPED,
+    ancestry,
     best_validations,
     existing_run,
     find_checkpoint,
@@ -159,6 +162,8 @@ def command_train(args: argparse.Namespace) -> int:
     stored = {}
     if args.resume:
         stored = read_description(existing_run(args.path, args.run))["settings"]
+    elif len(Path(args.run).parts) > 1:
+        raise PicoError(f"a new RUN is a name without a folder, not {args.run!r}")
     seed = TrainSettings(**stored | settings).seed
     # before the model takes memory; `train` knows the batch
     check_memory(config, TrainSettings(context_len=1, batch_size=1), Device.DEFAULT)
@@ -249,10 +254,11 @@ def command_eval(args: argparse.Namespace) -> int:
     data = load_whole(spec) if settings.split == "all" else load_data(spec)
     model = load(args.path, args.run, args.checkpoint)
     say_which_is_best(args)
-    say(describe_backend())
-    if stored:
-        corpus = data if settings.split == "all" else getattr(data, settings.split)
-        if line := trained_on(corpus.bytes[: settings.max_bytes], data, stored, run_dir):
+    for line in (*data.remarks, describe_backend()):
+        say(line)
+    corpus = data if settings.split == "all" else getattr(data, settings.split)
+    for run, known in ancestry(run_dir):
+        if line := trained_on(corpus.bytes[: settings.max_bytes], data, known, run):
             say(line)
     measured = evaluate(model, data, progress=True, **chosen)
     report = router_report(measured)
@@ -340,12 +346,9 @@ def default_split(
     """
     if args.dataset is None or has_validation(spec):
         return spec, "validation"
-    known = stored["dataset"].get("dataset", "") if stored else ""
     if stored:
         size = stored["dataset"].get("validation_size")
         cut = dataclasses.replace(spec, validation_size=size)
-        if known and os.path.realpath(known) == os.path.realpath(args.dataset):
-            return cut, "validation"
         with contextlib.suppress(PicoError):  # too small to hold any of it out
             if describe_data(load_data(cut))["fingerprints"] == stored["fingerprints"]:
                 return cut, "validation"
@@ -408,6 +411,8 @@ def read_prompt(args: argparse.Namespace) -> bytes:
         raise PicoError(f"cannot read {name}: {error.strerror}") from error
     if not prompt and option:
         raise PicoError(f"{name} is empty; leave {option} out to start a new document")
+    if option and (why := odd(codecs.getincrementaldecoder("utf-8")(), prompt)):
+        say(f"{name} is read byte by byte: {why}")
     return os.fsencode(prompt)
 
 

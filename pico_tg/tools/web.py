@@ -23,7 +23,7 @@ from ..model import Pico
 from ..progress import escape_code
 from .html import STYLE, choices, shades, tips
 from .report import describe_routing
-from .terminal import Character, characters
+from .terminal import Character, characters, line_breaks
 
 MAX_BODY = 1 << 16  # bytes of a request
 WAIT = 10  # seconds that a request waits for the end of the one before it
@@ -180,7 +180,7 @@ def continuation(decoder: Decoder, prompt: bytes, settings: SampleSettings) -> I
     given = dataclasses.asdict(settings) | {"max_bytes": settings.max_bytes + SENTENCE}
     try:
         records = generate(decoder.model, prompt, decoder=decoder, stats=stats, **given)
-        for character in characters(to_sentence(records, settings.max_bytes)):
+        for character in line_breaks(characters(to_sentence(records, settings.max_bytes))):
             shown += character.records
             yield describe_character(character)
     except PicoError as error:
@@ -202,8 +202,8 @@ def describe_continuation(shown: list[GeneratedByte], stats: Stats) -> str:
 def describe_character(character: Character) -> bytes:
     if not character.valid:
         shown = "".join(f"\\x{byte:02x}" for byte in character.data)
-    elif character.text.isprintable() or character.text in "\n\t":
-        shown = character.text
+    elif character.text.isprintable() or character.text in ("\n", "\r\n", "\t"):
+        shown = character.text.replace("\r\n", "\n")
     else:
         shown = escape_code(character.text)
     weight, surprisal = (round(shade, 3) for shade in shades(character))
