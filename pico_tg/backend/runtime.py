@@ -134,19 +134,28 @@ def jit_method(method: Callable, *constants: int) -> MethodJit:
 
 
 def link_graphs(
-    first: MethodJit, choice: Tensor, variants: list[MethodJit | None], last: MethodJit
-) -> Callable[[], bool] | None:
-    """A function that runs the captured graphs of three functions in one native call.
+    first: MethodJit, choice: Tensor, variants: list[MethodJit], last: MethodJit
+) -> Callable[[], None]:
+    """A function that runs captured graphs: `first`, one of the variants or none, and `last`.
 
-    It replays `first`, then variants[n - 1] if `first` wrote n > 0 to `choice` (int32, realized),
-    then `last`. It returns False if that variant is None; then `last` has not run. `link_graphs`
-    returns None unless the launcher of cpu/ can replay all these graphs; none may have inputs.
+    `first` writes its choice to `choice` (int32, realized): n > 0 for variants[n - 1], 0 for none.
+    None of the graphs has inputs. If the launcher of cpu/ can replay all of them, the function is
+    one native call, which halves the time of a decoding pass of a small model.
     """
-    jits = first, *variants, last
-    if cpu is None or any(jit is not None and jit.replay is None for jit in jits):
-        return None
-    captured = [None if jit is None else jit.captured for jit in jits]
-    return cpu.link_graphs(captured[0], _buffers(choice)[0], captured[1:-1], captured[-1])
+    graphs = first, *variants, last
+    if cpu is not None and all(graph.replay is not None for graph in graphs):
+        captured = [graph.captured for graph in graphs]
+        linked = cpu.link_graphs(captured[0], _buffers(choice)[0], captured[1:-1], captured[-1])
+        if linked is not None:
+            return lambda: linked() and None
+
+    def run() -> None:
+        first()
+        if number := read(choice)[0]:
+            variants[number - 1]()
+        last()
+
+    return run
 
 
 def is_capturing() -> bool:
