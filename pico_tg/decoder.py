@@ -21,6 +21,7 @@ from tinygrad import Context, Tensor, dtypes, nn
 from .backend.runtime import (
     MethodJit,
     exclusive,
+    from_host,
     in_host_memory,
     jit_method,
     link_graphs,
@@ -58,12 +59,13 @@ def pack(model: Pico) -> Pico:
     Embedding and router are padded to the rows of a PackedLinear. Later changes of the model do not
     change the copy.
     """
-    width = padded_width(model.config.dim, model.norm.weight.device)
+    device = model.norm.weight.device
+    width = padded_width(model.config.dim, device)
 
     def padded(part: Embedding | Router) -> Embedding | Router:
         part = copy.copy(part)
         padding = (0, width - part.weight.shape[1])
-        part.weight = part.weight.detach().pad((None, padding)).clone().realize()
+        part.weight = from_host(np.pad(read(part.weight), ((0, 0), padding)), device)
         return part
 
     def packed(block: Block) -> Block:
@@ -123,11 +125,10 @@ class Decoder:
         # The captured graphs refer to these buffers: as arguments they would cost 0.1 ms per pass.
         # The first graph writes, for the others, hidden states, router logits, index and slot (see
         # `routing.slots`).
-        self.hidden = Tensor.zeros(rows, dim, device=device).contiguous().realize()
-        self.router_logits = Tensor.zeros(rows, device=device).contiguous().realize()
+        self.hidden = from_host(np.zeros((rows, dim), np.float32), device)
+        self.router_logits = from_host(np.zeros(rows, np.float32), device)
         self.index, self.slot, self.inputs = (
-            Tensor.zeros(n, dtype=dtypes.int32, device=device).contiguous().realize()
-            for n in (rows, rows, sum(INPUTS))
+            from_host(np.zeros(n, np.int32), device) for n in (rows, rows, sum(INPUTS))
         )
         self.single_graph = not device.startswith("CPU")
         self.shared_inputs = in_host_memory(self.inputs)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from tinygrad import Context, Tensor, TinyJit, getenv
 from tinygrad.codegen.opt import Opt, OptOps  # noqa: F401  # for ops.py
-from tinygrad.dtype import DType, _to_np_dtype  # noqa: F401  # DType: for matmul.py
+from tinygrad.dtype import DType, _from_np_dtype, _to_np_dtype  # noqa: F401  # DType: for matmul.py
 from tinygrad.engine import realize
 from tinygrad.helpers import BEAM, round_up  # noqa: F401  # for matmul.py and kv_cache.py
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops  # noqa: F401  # for ops.py
@@ -45,6 +45,13 @@ def write_into(x: Tensor, values: np.ndarray) -> None:
     for buffer in _buffers(x):
         memory = memoryview(np.ascontiguousarray(values)).cast("B")
         buffer.ensure_allocated().copyin(memory)
+
+
+def from_host(values: np.ndarray, device: str) -> Tensor:
+    """A realized tensor of a copy of `values`; tinygrad would schedule and run a kernel for it."""
+    x = Tensor.empty(values.shape, dtype=_from_np_dtype(values.dtype), device=device)
+    write_into(x, values)
+    return x
 
 
 def write_all(tensors: dict[str, Tensor], values: dict[str, np.ndarray]) -> None:
