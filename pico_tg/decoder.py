@@ -275,7 +275,10 @@ class Decoder:
         """method(*sizes), compiled at its first call."""
         key = (method.__name__, *sizes)
         if key not in self.graphs:
-            self.graphs[key] = jit_method(method, *sizes)
+            names = ("packed", "fb_in", "latent", "fb_out", "hidden", "router_logits")
+            used = {name: getattr(self, name) for name in (*names, "index", "slot", "inputs")}
+            tensors = nn.state.get_state_dict(used)
+            self.graphs[key] = jit_method(method, *sizes, tensors=tensors)
         return self.graphs[key]
 
     def _whole_pass(self, rows: int) -> Tensor:

@@ -104,8 +104,10 @@ class KVCache:
         self.heads, self.kv_heads = attention.heads, attention.kv_heads
         self.head_dim, self.window = attention.head_dim, attention.window
         self.position, device = attention.position, attention.proj.weight.device
-        slopes = alibi_slopes(self.heads, device) * (self.position == "alibi")
-        self.slopes = slopes.contiguous().realize()  # (H,), zeros for rotary positions
+        if self.position == "alibi":
+            self.slopes = alibi_slopes(self.heads, device).contiguous().realize()  # (H,)
+        else:
+            self.slopes = from_host(np.zeros(self.heads, np.float32), device)
         self.slots, columns = cache_shape(self.head_dim, self.window, max_rows)
         keys = np.zeros((self.kv_heads, self.head_dim, self.slots), np.float32)
         values = np.zeros((self.kv_heads, self.slots, columns), np.float32)

@@ -21,6 +21,8 @@ from tinygrad.uop.ops import AxisType, KernelInfo, Ops  # noqa: F401  # for ops.
 
 from ..files import PicoError
 from ..progress import say
+from . import jit_cache
+from .jit_cache import StoredGraph
 
 try:
     from .. import cpu
@@ -110,17 +112,26 @@ class MethodJit(TinyJit):
     """
 
     replay: Callable[[], Any] | None = None
+    stored: StoredGraph | None = None
 
     def __call__(self, *inputs: Tensor) -> Any:
         if self.replay is not None:
             return self.replay()
+        new = self.captured is None
+        if self.stored and (found := self.stored.load()):
+            self.captured, self.cnt, new = found, 2, False
         result = super().__call__(*inputs)
+        if self.stored and new:
+            self.stored.store(self.captured)
+        self.stored = None
         if cpu is not None and not inputs and self.captured is not None:
             self.replay = cpu.native_replay(self.captured)
         return result
 
 
-def jit_method(method: Callable, *constants: int) -> MethodJit:
+def jit_method(
+    method: Callable, *constants: int, tensors: dict[str, Tensor] | None = None
+) -> MethodJit:
     """TinyJit of a bound method, to be kept in an attribute of the method's own object.
 
     `constants` are the method's first arguments in every call. The first call is already captured;
@@ -131,12 +142,18 @@ def jit_method(method: Callable, *constants: int) -> MethodJit:
     graph to Python's garbage collector, which may run on the CPU device's own thread. Freeing a
     graph there waits for that same thread: a deadlock in tinygrad 0.13
     (test_resume.test_graphs_are_freed_immediately).
+
+    tensors: all that the method reads or writes, if the graph may be kept in the compile cache. The
+    object's `config` and the tensors' shapes then determine what the method computes.
     """
     if cpu is not None:
         cpu.use_launcher()
     reference = weakref.WeakMethod(method)
     method_jit = MethodJit(lambda *inputs: reference()(*constants, *inputs))
     method_jit.cnt = 1
+    if tensors and jit_cache.installed():
+        name = f"{method.__qualname__} {constants} {sorted(tensors)} {method.__self__.config}"
+        method_jit.stored = jit_cache.StoredGraph(name, [tensors[x] for x in sorted(tensors)])
     return method_jit
 
 
