@@ -33,7 +33,7 @@ from .kv_cache import PREFILL_CHUNK, KVCache, PackedLinear, padded_width
 from .model import Attends, Block, Embedding, Pico, Router
 from .routing import causal_decisions, slots
 
-DECODE_ROWS = (1, 4)  # rows of a pass without and with drafts; each size costs seconds to compile
+DECODE_ROWS = (1, 4)  # without and with drafts; few, since a size takes seconds to compile
 SIZES = (*DECODE_ROWS, PREFILL_CHUNK)  # rows, or slots, of the compiled graphs
 # bytes of the shortest prompt that is read in passes of so many rows
 SHORTEST = {PREFILL_CHUNK: 4096, DECODE_ROWS[-1]: 512}
@@ -130,6 +130,7 @@ class Decoder:
         self.index, self.slot, self.inputs = (
             from_host(np.zeros(n, np.int32), device) for n in (rows, rows, sum(INPUTS))
         )
+        self.tensors = nn.state.get_state_dict(vars(self))  # all that the graphs read or write
         self.single_graph = not device.startswith("CPU")
         self.shared_inputs = in_host_memory(self.inputs)
         self.host_inputs = read(self.inputs)
@@ -261,7 +262,7 @@ class Decoder:
         encode, predict = self._graph(self._encode, rows), self._graph(self._predict, rows)
         deepen = [self._graph(self._deepen, count) for count in self._slots(rows)]
         router_logits, decisions, choice = encode()
-        for graph in deepen:  # to compile it: the results are overwritten
+        for graph in deepen:  # only to compile it: the first pass overwrites what it computes
             graph()
         outputs = [read(x) for x in (predict(), router_logits, decisions)]
         run_graphs = link_graphs(encode, choice, deepen, predict)
@@ -275,10 +276,7 @@ class Decoder:
         """method(*sizes), compiled at its first call."""
         key = (method.__name__, *sizes)
         if key not in self.graphs:
-            names = ("packed", "fb_in", "latent", "fb_out", "hidden", "router_logits")
-            used = {name: getattr(self, name) for name in (*names, "index", "slot", "inputs")}
-            tensors = nn.state.get_state_dict(used)
-            self.graphs[key] = jit_method(method, *sizes, tensors=tensors)
+            self.graphs[key] = jit_method(method, *sizes, tensors=self.tensors)
         return self.graphs[key]
 
     def _whole_pass(self, rows: int) -> Tensor:

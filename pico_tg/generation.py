@@ -267,11 +267,12 @@ class Mean:
 class DraftPolicy:
     """Chooses how many drafts a pass reads: the number that gives the most bytes a second.
 
-    - seconds: of a round, for each number of drafts
+    - seconds: the mean time of a round, for each number of drafts
     - right[j]: how often draft j is right if all drafts before it are
 
     The first PERIOD rounds have no drafts, so that a short text compiles no pass for them. Then
-    every number is tried; then the best one serves for PERIOD rounds, one of them a try of another.
+    each number gets some TRIES. From then on, the best number is chosen again every PERIOD rounds;
+    one round of them tries another number.
     """
 
     PERIOD, TRIES = 64, 9
@@ -297,14 +298,16 @@ class DraftPolicy:
         return 1 + sum(itertools.accumulate((r.value for r in self.right[:number]), operator.mul))
 
     def took(self, number: int, seconds: float) -> None:
-        """Learn from the time until the logits of a round are there. Its other times are a byte's,
-        whatever the number of drafts.
+        """Learn from the seconds of a round until its logits are there.
+
+        The sampling after that takes the same time for each byte, whatever the number of drafts.
         """
-        if number not in self.compiled:  # by this round, whose time says nothing
+        if number not in self.compiled:  # this round compiled the pass
             self.compiled.add(number)
             return
         mean = self.seconds[number]
-        mean.add(min(seconds, 4 * mean.value) if mean.count else seconds)  # or it was interrupted
+        # a round that another process interrupts counts as at most four
+        mean.add(min(seconds, 4 * mean.value) if mean.count else seconds)
 
     def read(self, drafts: int, accepted: int) -> None:
         """Learn from a round that read some drafts and accepted the first ones of them."""
