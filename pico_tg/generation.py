@@ -157,10 +157,9 @@ class Sampler:
         """
         if self.temperature == 0 and not more:
             return _certain(logits.argmax())
-        scaled = logits.astype(np.float64)
-        with np.errstate(over="ignore"):  # a tiny temperature sends unlikely bytes to -inf
-            scaled = (scaled - scaled.max()) / (self.temperature or 1)
-        p = np.exp(scaled)
+        scaled, temperature = logits.astype(np.float64), self.temperature or 1
+        # exp(-800) is 0; without a bound, a tiny temperature would overflow
+        p = np.exp(np.maximum(scaled - scaled.max(), -800 * temperature) / temperature)
         p /= p.sum()
         for keep, value in self.filters:
             p = keep(p, value)
@@ -254,7 +253,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 class Mean:
     """The mean of all values so far, or, after MEMORY values, a moving average."""
 
-    MEMORY = 32
+    MEMORY = 64
 
     def __init__(self) -> None:
         self.value, self.count = 0.0, 0
@@ -270,32 +269,36 @@ class DraftPolicy:
     - seconds: the mean time of a round, for each number of drafts
     - right[j]: how often draft j is right if all drafts before it are
 
-    The first PERIOD rounds have no drafts, so that a short text compiles no pass for them. Then
-    each number gets some TRIES. From then on, the best number is chosen again every PERIOD rounds;
-    one round of them tries another number.
+    The first rounds have no drafts, so that a short text compiles no pass for them; then each
+    number gets some tries. From then on, the best number is chosen every HOLD rounds, and every
+    PERIOD rounds one round tries another.
     """
 
-    PERIOD, TRIES = 64, 9
+    FIRST, TRIES, HOLD, PERIOD, MARGIN = 64, 9, 8, 64, 1.1
 
     def __init__(self, numbers: Sequence[int]) -> None:
         """numbers: 0 and those to choose from, in ascending order."""
         self.seconds = {number: Mean() for number in numbers}
         self.right = [Mean() for _ in range(max(numbers))]
         self.plan = [number for number in numbers[1:] for _ in range(self.TRIES)]
-        self.plan += [0] * self.PERIOD  # taken from the end
+        self.plan += [0] * self.FIRST  # taken from the end
         self.compiled: set[int] = set()
         self.tries = itertools.cycle(numbers)
+        self.round = self.best = 0
 
     def number(self) -> int:
         """The number of drafts of the next round."""
-        if not self.plan:
-            best = max(self.seconds, key=lambda k: self.bytes(k) / self.seconds[k].value)
-            self.plan = [next(self.tries)] + [best] * (self.PERIOD - 1)
-        return self.plan.pop()
+        if self.plan:
+            return self.plan.pop()
+        if self.round % self.HOLD == 0:
+            self.best = max(self.seconds, key=self.promise)
+        self.round += 1
+        return self.best if self.round % self.PERIOD else next(self.tries)
 
-    def bytes(self, number: int) -> float:
-        """The expected bytes of a round."""
-        return 1 + sum(itertools.accumulate((r.value for r in self.right[:number]), operator.mul))
+    def promise(self, number: int) -> float:
+        """Expected bytes a second; more than that for no drafts, since estimates err."""
+        right = itertools.accumulate((mean.value for mean in self.right[:number]), operator.mul)
+        return (1 + sum(right) if number else self.MARGIN) / self.seconds[number].value
 
     def took(self, number: int, seconds: float) -> None:
         """Learn from the seconds of a round until its logits are there.

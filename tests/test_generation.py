@@ -303,7 +303,8 @@ def choices(seconds: dict[int, float], accepted: int, policy=None, rounds=0) -> 
         ({0: 1e-3, 1: 1.1e-3, 3: 1.2e-3, 7: 2.5e-3}, 7, 3),  # 8 rows are expensive
         ({0: 1e-3, 1: 1.1e-3, 3: 1.2e-3, 7: 1.3e-3}, 1, 1),
         ({0: 1e-3, 1: 2.1e-3, 3: 4.1e-3, 7: 8.1e-3}, 7, 0),  # drafts do not pay
-        ({0: 1e-3, 1: 2.1e-3, 3: 3.9e-3, 7: 8.1e-3}, 7, 3),
+        ({0: 1e-3, 1: 2.1e-3, 3: 3.9e-3, 7: 8.1e-3}, 7, 0),  # nor by so little
+        ({0: 1e-3, 1: 2.1e-3, 3: 3.6e-3, 7: 8.1e-3}, 7, 3),
     ],
 )
 def test_the_number_of_drafts_follows_the_clock(seconds, accepted, best):
