@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tinygrad import Tensor, nn
+from tinygrad import nn
 
-from .backend.runtime import exclusive
+from .backend.runtime import exclusive, write_into
 from .files import PicoError
 from .model import Pico
 from .safetensors import read_header, read_safetensors, write_safetensors
@@ -39,7 +39,7 @@ def weights_of(model: Pico) -> dict[str, np.ndarray]:
 
 
 def load_weights(model: Pico, path: str | os.PathLike) -> None:
-    """Read weights into the model, in place; F64, F32, F16 and BF16 become the model's dtype.
+    """Read weights into the model, in place; F64, F32, F16 and BF16 become float32.
 
     Raises PicoError, and changes nothing, unless the file holds exactly the model's names and
     shapes, and finite numbers.
@@ -63,9 +63,7 @@ def _set_weights(model: Pico, arrays: dict[str, np.ndarray], path: str | os.Path
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise PicoError(f"{path} does not fit the model: {'; '.join(problems[:3])}{more}")
     for name, tensor in named.items():
-        # in place, since compiled graphs refer to these buffers
-        value = Tensor(arrays[name].astype(np.float32)).to(tensor.device).cast(tensor.dtype)
-        tensor.assign(value.contiguous()).realize()
+        write_into(tensor, arrays[name].astype(np.float32))
 
 
 def save_checkpoint(

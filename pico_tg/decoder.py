@@ -5,11 +5,9 @@ and the router on all R rows; the deep blocks on the rows that the router select
 last blocks and the heads on all rows. The first graph also makes the router's decisions, so that
 the CPU's launcher can run all three in one call. On other devices a pass is one graph that always
 runs the deep blocks, with a slot for every row: skipping them would make the host wait for the
-router. Each graph is compiled for a few numbers of rows only; other numbers are padded to the
-next compiled one:
-
-- decode: 1, 4 or 8 rows, for the newest byte and its drafts, or a short prompt in pieces of 8
-- prefill: PREFILL_CHUNK rows, for prompts of at least MIN_PREFILL bytes, which repay a compilation
+router. Graphs are compiled for SIZES rows, each when it is first needed; other numbers of rows are
+padded. Compiling takes longer than reading a short prompt byte by byte, so `Decoder.passes` chooses
+the size by the length of the prompt.
 """
 
 import copy
@@ -23,6 +21,7 @@ from tinygrad import Context, Tensor, dtypes, nn
 from .backend.runtime import (
     MethodJit,
     exclusive,
+    from_host,
     in_host_memory,
     jit_method,
     link_graphs,
@@ -34,12 +33,13 @@ from .kv_cache import PREFILL_CHUNK, KVCache, PackedLinear, padded_width
 from .model import Attends, Block, Embedding, Pico, Router
 from .routing import causal_decisions, slots
 
-DECODE_ROWS = (1, 4, 8)  # few: a padded row costs little time, another size seconds of compiling
+DECODE_ROWS = (1, 4)  # without and with drafts; few, since a size takes seconds to compile
 SIZES = (*DECODE_ROWS, PREFILL_CHUNK)  # rows, or slots, of the compiled graphs
+# bytes of the shortest prompt that is read in passes of so many rows
+SHORTEST = {PREFILL_CHUNK: 4096, DECODE_ROWS[-1]: 512}
 # lengths of a pass's int32 inputs: position of the first byte, position of the first slot, how many
 # bytes may be routed, the byte before the pass and the bytes of the pass
 INPUTS = (1, 1, 1, 1 + PREFILL_CHUNK)
-MIN_PREFILL = 4096  # bytes of the shortest prompt for which prefill passes are compiled
 
 
 def check_decoder(model: Pico, decoder: "Decoder | None") -> None:
@@ -59,12 +59,13 @@ def pack(model: Pico) -> Pico:
     Embedding and router are padded to the rows of a PackedLinear. Later changes of the model do not
     change the copy.
     """
-    width = padded_width(model.config.dim, model.norm.weight.device)
+    device = model.norm.weight.device
+    width = padded_width(model.config.dim, device)
 
     def padded(part: Embedding | Router) -> Embedding | Router:
         part = copy.copy(part)
         padding = (0, width - part.weight.shape[1])
-        part.weight = part.weight.detach().pad((None, padding)).clone().realize()
+        part.weight = from_host(np.pad(read(part.weight), ((0, 0), padding)), device)
         return part
 
     def packed(block: Block) -> Block:
@@ -124,18 +125,18 @@ class Decoder:
         # The captured graphs refer to these buffers: as arguments they would cost 0.1 ms per pass.
         # The first graph writes, for the others, hidden states, router logits, index and slot (see
         # `routing.slots`).
-        self.hidden = Tensor.zeros(rows, dim, device=device).contiguous().realize()
-        self.router_logits = Tensor.zeros(rows, device=device).contiguous().realize()
+        self.hidden = from_host(np.zeros((rows, dim), np.float32), device)
+        self.router_logits = from_host(np.zeros(rows, np.float32), device)
         self.index, self.slot, self.inputs = (
-            Tensor.zeros(n, dtype=dtypes.int32, device=device).contiguous().realize()
-            for n in (rows, rows, sum(INPUTS))
+            from_host(np.zeros(n, np.int32), device) for n in (rows, rows, sum(INPUTS))
         )
+        self.tensors = nn.state.get_state_dict(vars(self))  # all that the graphs read or write
         self.single_graph = not device.startswith("CPU")
         self.shared_inputs = in_host_memory(self.inputs)
         self.host_inputs = read(self.inputs)
         self.graphs: dict[tuple[str | int, ...], MethodJit] = {}
-        # by number of rows: a pass in one call, and the buffers of its outputs
-        self.linked: dict[int, tuple[Callable[[], bool], list[np.ndarray]]] = {}
+        # by number of rows: a function that runs a pass and returns its outputs
+        self.compiled: dict[int, Callable[[], list[np.ndarray]]] = {}
         self.reset()
 
     def __reduce__(self) -> tuple:
@@ -185,7 +186,7 @@ class Decoder:
 
         Each pass runs when its piece is asked for, so that long data need no more memory.
         """
-        rows = PREFILL_CHUNK if len(data) >= MIN_PREFILL else DECODE_ROWS[-1]
+        rows = next((r for r, shortest in SHORTEST.items() if len(data) >= shortest), 1)
         for start in range(0, len(data), rows):
             piece = data[start : start + rows]
             yield piece, *self._pass(piece)
@@ -230,66 +231,71 @@ class Decoder:
         inputs[3 : 4 + n] = np.frombuffer(self.recent, np.uint8)
         if not self.shared_inputs:
             write_into(self.inputs, inputs)
-        outputs = self._outputs(graph_size(n))
+        rows = graph_size(n)
+        if rows not in self.compiled:
+            with Tensor.train(False):  # also for a caller that trains
+                self.compiled[rows] = self._compile(rows)
+        outputs = self.compiled[rows]()  # the next pass overwrites them
         logits, router_logits, decisions = (output[:n].copy() for output in outputs)
         self.last_decisions = decisions > 0
         self.position += n
         self.selected += int(self.last_decisions.sum())
         return logits, router_logits
 
-    def _outputs(self, rows: int) -> list[np.ndarray]:
-        """Run a pass -> logits [R, T, 256], router logits [R] and decisions [R].
+    def _compile(self, rows: int) -> Callable[[], list[np.ndarray]]:
+        """A function that runs a pass -> logits [R, T, 256], router logits [R] and decisions [R].
 
-        The next pass overwrites them. On a CPU, the graphs run one by one until `link_graphs` has
-        joined those that the pass needs. Elsewhere a pass is one graph, one write of its inputs and
-        one read of its results.
+        On a CPU the outputs are views of memory. Elsewhere a pass is one graph, one write of its
+        inputs and one read of its outputs.
         """
         if self.single_graph:
-            count = rows if self.use_latent and self.config.router != "none" else 0
             with Context(JIT_BATCH_SIZE=0):  # by default, tinygrad's first graph has 32 kernels
-                results = read(self._run(self._whole_pass, rows, count))
-            logits, rest = results[: -2 * rows], results[-2 * rows :]
-            return [logits.reshape(rows, -1, 256), *rest.reshape(2, rows)]
-        if rows in self.linked:
-            run, outputs = self.linked[rows]
-            if run():
-                return outputs
-        router_logits, decisions, choice = self._run(self._encode, rows)
-        if number := read(choice)[0]:
-            self._run(self._deepen, SIZES[number - 1])
-        logits = self._run(self._predict, rows)
-        outputs = [read(logits), read(router_logits), read(decisions)]
-        encode, predict = (self.graphs[name, rows] for name in ("_encode", "_predict"))
-        latent = [self.graphs.get(("_deepen", size)) for size in SIZES]
-        if run := link_graphs(encode, choice, latent, predict):
-            self.linked[rows] = run, outputs
-        return outputs
+                whole = self._graph(self._whole_pass, rows)
+                whole()
 
-    def _run(self, method: Callable[..., Tensor], *sizes: int) -> Tensor:
-        """method(*sizes), compiled at its first call with these sizes."""
+            def run() -> list[np.ndarray]:
+                results = read(whole())
+                logits, rest = results[: -2 * rows], results[-2 * rows :]
+                return [logits.reshape(rows, -1, 256), *rest.reshape(2, rows)]
+
+            return run
+        encode, predict = self._graph(self._encode, rows), self._graph(self._predict, rows)
+        deepen = [self._graph(self._deepen, count) for count in self._slots(rows)]
+        router_logits, decisions, choice = encode()
+        for graph in deepen:  # only to compile it: the first pass overwrites what it computes
+            graph()
+        outputs = [read(x) for x in (predict(), router_logits, decisions)]
+        run_graphs = link_graphs(encode, choice, deepen, predict)
+        return lambda: run_graphs() or outputs
+
+    def _slots(self, rows: int) -> list[int]:
+        """The numbers of slots for which a pass of `rows` rows has a graph of the deep blocks."""
+        return [] if self.config.router == "none" else list(SIZES[: SIZES.index(rows) + 1])
+
+    def _graph(self, method: Callable[..., Tensor], *sizes: int) -> MethodJit:
+        """method(*sizes), compiled at its first call."""
         key = (method.__name__, *sizes)
         if key not in self.graphs:
-            self.graphs[key] = jit_method(method, *sizes)
-        with Tensor.train(False):  # also for a caller that trains
-            return self.graphs[key]()
+            self.graphs[key] = jit_method(method, *sizes, tensors=self.tensors)
+        return self.graphs[key]
 
-    def _whole_pass(self, rows: int, slots: int) -> Tensor:
-        """A pass with `slots` slots for the deep blocks -> the outputs of a pass, flat.
+    def _whole_pass(self, rows: int) -> Tensor:
+        """A pass with a slot for every row -> the outputs of a pass, flat.
 
         Unused slots write keys and values after those of the selected bytes. Like those of rejected
         drafts, they are overwritten before any query sees them (see `KVCache`).
         """
         router_logits, decisions, _ = self._encode(rows)
-        if slots:
-            self._deepen(slots)
+        if self._slots(rows):
+            self._deepen(rows)
         logits = self._predict(rows).flatten()
         return logits.cat(router_logits, decisions.float()).contiguous().realize()
 
     def _encode(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
         """Write what the other graphs read -> (router logits [R], decisions [R], choice [1]).
 
-        decisions: int32, 0 or 1. choice: int32, n if the deep blocks need SIZES[n - 1] slots, 0
-        if no byte is selected.
+        decisions: int32, 0 or 1. choice: int32, 0 if no byte is selected, else n if the deep
+        blocks need `_slots(rows)[n - 1]` slots.
         """
         start, _, routable, data = self.inputs.split(INPUTS)
         start, x, before = start.contiguous(), data[1 : 1 + rows].contiguous(), data[:rows]
@@ -299,7 +305,7 @@ class Decoder:
         decisions = (decisions & (row < routable)).contiguous()
         index, slot = slots(decisions.unsqueeze(0), rows)  # (1, R), (1, R)
         total = decisions.sum(dtype=dtypes.int32)
-        smaller = (0, *SIZES[: SIZES.index(rows)])  # for each size, the next smaller one
+        smaller = [0, *self._slots(rows)[:-1]]  # for each number of slots, the next smaller one
         choice = sum((total > size).cast(dtypes.int32) for size in smaller).reshape(1)
         decisions = decisions.cast(dtypes.int32).contiguous()
         self.hidden[:rows].assign(h)

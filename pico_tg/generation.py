@@ -3,8 +3,7 @@
 Decoding is self-speculative and exact. At each position head 0 predicts the next byte, and the
 extra heads draft the bytes after it at no extra cost. A round is one pass of the model:
 
-1. The pass reads the newest sampled byte, followed by some drafts, each corrected by the byte
-   before it (`Transitions`).
+1. The pass reads the newest sampled byte, followed by some drafts (`DraftPolicy`).
 2. The next byte is sampled from the distribution of head 0 at the newest byte, as without drafts.
 3. If the next byte equals its draft, the draft is accepted. The pass has already read that draft,
    so step 2 repeats with the draft as the newest byte, without another pass.
@@ -12,12 +11,13 @@ extra heads draft the bytes after it at no extra cost. A round is one pass of th
    byte that was sampled.
 
 Every byte is sampled from head 0's distribution and consumes one random number. So drafts change
-the number of passes, never the text.
+the number of passes, never the text; their number may follow the clock.
 """
 
-import copy
 import dataclasses
+import itertools
 import math
+import operator
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ import numpy as np
 from .backend.runtime import tinygrad_lock
 from .config import check_fields, setting, settings_class
 from .data import SEQ_END, SEQ_START
-from .decoder import DECODE_ROWS, Decoder, check_decoder, graph_size
+from .decoder import DECODE_ROWS, Decoder, check_decoder
 from .files import PicoError
 from .model import Pico
 
@@ -156,17 +156,16 @@ class Sampler:
         more: filters that apply after those of the fields.
         """
         if self.temperature == 0 and not more:
-            return np.eye(256)[np.argmax(logits)]
-        scaled = logits.astype(np.float64)
-        with np.errstate(over="ignore"):  # a tiny temperature sends unlikely bytes to -inf
-            scaled = (scaled - scaled.max()) / (self.temperature or 1)
-        p = np.exp(scaled)
+            return _certain(logits.argmax())
+        scaled, temperature = logits.astype(np.float64), self.temperature or 1
+        # exp(-800) is 0; without a bound, a tiny temperature would overflow
+        p = np.exp(np.maximum(scaled - scaled.max(), -800 * temperature) / temperature)
         p /= p.sum()
         for keep, value in self.filters:
             p = keep(p, value)
         for keep in more:
             p = _checked(keep(p))
-        return np.eye(256)[np.argmax(p)] if self.temperature == 0 else p / p.sum()
+        return _certain(p.argmax()) if self.temperature == 0 else p / p.sum()
 
     def __call__(
         self, logits: np.ndarray, rng: np.random.Generator, more: Sequence[Filter] = ()
@@ -177,11 +176,18 @@ class Sampler:
         """
         check_finite(logits)
         p = self.distribution(logits, more)
-        total = np.cumsum(p)
-        byte = int(np.searchsorted(total, rng.random() * total[-1], side="right"))
+        total = p.cumsum()
+        byte = int(total.searchsorted(rng.random() * total[-1], side="right"))
         if self.temperature == 0 or self.top_k == 1:
             return byte, float(log_softmax(logits)[byte])
         return byte, math.log(p[byte])
+
+
+def _certain(byte: int) -> np.ndarray:
+    """The distribution float64 [256] that always draws this byte."""
+    p = np.zeros(256)
+    p[byte] = 1
+    return p
 
 
 def check_finite(logits: np.ndarray) -> None:
@@ -238,119 +244,78 @@ class SampleSettings(Sampler):
     )
 
 
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities over the last axis, in the dtype of the logits."""
-    with np.errstate(invalid="ignore"):  # the sampler rejects logits that are not finite
-        e = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return e / e.sum(axis=-1, keepdims=True)
-
-
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Natural logs of the probabilities over the last axis, float64."""
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
-class Transitions:
-    """An estimate A[y, x] of the probability that byte x follows byte y, which corrects drafts.
+class Mean:
+    """The mean of all values so far, or, after MEMORY values, a moving average."""
 
-    Head k predicts its byte without knowledge of the draft y of head k - 1. To first order, that
-    draft changes the prediction p_k by the factor
-
-        A[y, x] / sum_y' p_{k-1}(y') A[y', x]
-
-    the probability of x after y, relative to that after a byte drawn from head k - 1. Row y of A is
-    a weighted mean: of head 0's distribution after each y in the text so far, with weight 1, and of
-    head 0's mean distribution over the prompt, with weight PRIOR.
-    """
-
-    PRIOR = 3.0
+    MEMORY = 64
 
     def __init__(self) -> None:
-        self.A = np.zeros((256, 256), np.float32)
-        self.counts = [0.0] * 256
+        self.value, self.count = 0.0, 0
 
-    def end_prompt(self) -> None:
-        """Add the mean over the prompt, all of whose bytes have been observed, to each row."""
-        counts = np.array(self.counts)[:, None]  # (256, 1)
-        sums = counts * self.A.astype(np.float64)
-        mean = 0.9 * sums.sum(axis=0) / counts.sum() + 0.1 / 256  # no zeros: `drafts` divides by it
-        self.A = ((self.PRIOR * mean + sums) / (self.PRIOR + counts)).astype(np.float32)
-        self.counts = [self.PRIOR + count for count in self.counts]
-
-    def observe(self, byte: int, p: np.ndarray) -> None:
-        """p [256]: head 0's distribution after `byte`."""
-        self.counts[byte] += 1
-        self.A[byte] += (p - self.A[byte]) / self.counts[byte]
-
-    def drafts(self, byte: int, p: np.ndarray) -> list[int]:
-        """The T - 1 drafts after `byte`, which was drawn from head 0.
-
-        p [T, 256]: the distributions of the heads at the position before `byte`.
-        """
-        chosen = []
-        corrected = p[1:] / (p[:-1] @ self.A)
-        for head in corrected:
-            byte = int((head * self.A[byte]).argmax())
-            chosen.append(byte)
-        return chosen
+    def add(self, value: float) -> None:
+        self.count = min(self.count + 1, self.MEMORY)
+        self.value += (value - self.value) / self.count
 
 
 class DraftPolicy:
-    """Chooses the number of drafts per pass from the recent acceptance rate.
+    """Chooses how many drafts a pass reads: the number that gives the most bytes a second.
 
-    `acceptance[j]` estimates the probability that draft j is right if all drafts before it are: a
-    running average over all drafts of the heads, whether or not a pass read them, so that the
-    estimate depends on the text alone.
+    - seconds: the mean time of a round, for each number of drafts
+    - right[j]: how often draft j is right if all drafts before it are
+
+    The first rounds have no drafts, so that a short text compiles no pass for them; then each
+    number gets some tries. From then on, the best number is chosen every HOLD rounds, and every
+    PERIOD rounds one round tries another.
     """
 
-    ROW_COST = 0.25  # time of an additional row, deep blocks included, in passes of one row
-    WEIGHT = 0.05  # of a new observation in the running average
+    FIRST, TRIES, HOLD, PERIOD, MARGIN = 64, 9, 8, 64, 1.1
 
-    def __init__(self, limit: int, transitions: Transitions | None) -> None:
-        """limit: the largest number of drafts; transitions: corrects them."""
-        self.acceptance = [0.5] * limit
-        self.transitions = transitions
-        self.drafts: list[int] = []  # those being observed
-        self.observed = 0  # how many of them have been right
+    def __init__(self, numbers: Sequence[int]) -> None:
+        """numbers: 0 and those to choose from, in ascending order."""
+        self.seconds = {number: Mean() for number in numbers}
+        self.right = [Mean() for _ in range(max(numbers))]
+        self.plan = [number for number in numbers[1:] for _ in range(self.TRIES)]
+        self.plan += [0] * self.FIRST  # taken from the end
+        self.compiled: set[int] = set()
+        self.tries = itertools.cycle(numbers)
+        self.round = self.best = 0
 
-    def num_drafts(self) -> int:
-        """The number of drafts that maximizes the expected bytes per unit of time."""
-        expected, all_right = [1.0], 1.0
-        for probability in self.acceptance:
-            all_right *= probability
-            expected.append(expected[-1] + all_right)
-        limit = len(self.acceptance)
-        # other numbers of rows would be padded to the next compiled size
-        numbers = [k for k in range(limit + 1) if k + 1 == graph_size(k + 1)] + [limit]
-        return max(numbers, key=lambda k: expected[k] / (1 + self.ROW_COST * k))
+    def number(self) -> int:
+        """The number of drafts of the next round."""
+        if self.plan:
+            return self.plan.pop()
+        if self.round % self.HOLD == 0:
+            self.best = max(self.seconds, key=self.promise)
+        self.round += 1
+        return self.best if self.round % self.PERIOD else next(self.tries)
 
-    def propose(self, byte: int, heads: np.ndarray) -> list[int]:
-        """Drafts of all heads after `byte`; heads: logits [T, 256] at the position before `byte`.
+    def promise(self, number: int) -> float:
+        """Expected bytes a second; more than that for no drafts, since estimates err."""
+        right = itertools.accumulate((mean.value for mean in self.right[:number]), operator.mul)
+        return (1 + sum(right) if number else self.MARGIN) / self.seconds[number].value
 
-        The drafts are observed, unless earlier drafts are still being observed.
+    def took(self, number: int, seconds: float) -> None:
+        """Learn from the seconds of a round until its logits are there.
+
+        The sampling after that takes the same time for each byte, whatever the number of drafts.
         """
-        if not self.acceptance:
-            return []
-        drafts = self.transitions.drafts(byte, softmax(heads[: 1 + len(self.acceptance)]))
-        if not self.drafts:
-            self.drafts, self.observed = drafts, 0
-        return drafts
-
-    def read(self, byte: int, logits: np.ndarray) -> None:
-        """Learn from a byte of the text and head 0's logits [256] after it."""
-        if self.acceptance:
-            self.transitions.observe(byte, softmax(logits))
-
-    def observe(self, byte: int) -> None:
-        """Compare the byte that was sampled next with its draft, if drafts are being observed."""
-        if not self.drafts:
+        if number not in self.compiled:  # this round compiled the pass
+            self.compiled.add(number)
             return
-        right = self.drafts[self.observed] == byte
-        self.acceptance[self.observed] += self.WEIGHT * (right - self.acceptance[self.observed])
-        self.observed += 1
-        if not right or self.observed == len(self.drafts):
-            self.drafts = []
+        mean = self.seconds[number]
+        # a round that another process interrupts counts as at most four
+        mean.add(min(seconds, 4 * mean.value) if mean.count else seconds)
+
+    def read(self, drafts: int, accepted: int) -> None:
+        """Learn from a round that read some drafts and accepted the first ones of them."""
+        for j in range(min(accepted + 1, drafts)):
+            self.right[j].add(j < accepted)
 
 
 class _Session:
@@ -419,8 +384,9 @@ def generate(
     check_decoder(model, decoder)
     sampler = partial(chosen, more=more)
     stats = Stats() if stats is None else stats
-    # a round is one decode pass: the newest byte and its drafts
-    draft_limit = min(model.config.next_tokens, DECODE_ROWS[-1]) - 1 if chosen.speculative else 0
+    # a pass reads the newest byte and its drafts; other numbers of rows would be padded
+    limit = min(model.config.next_tokens, DECODE_ROWS[-1]) - 1 if chosen.speculative else 0
+    policy = DraftPolicy([*(rows - 1 for rows in DECODE_ROWS if rows - 1 < limit), limit])
     max_bytes = MOST_BYTES if chosen.max_bytes is None else chosen.max_bytes
 
     def samples() -> Iterator[GeneratedByte]:
@@ -428,21 +394,14 @@ def generate(
         session = _Session(decoder or Decoder(model))
         with session as claimed:
             claimed.reset(use_latent=chosen.latent)
-            transitions = Transitions() if draft_limit else None
-            for piece, logits, _ in claimed.passes(start):  # all logits of a prompt are large
-                if transitions:
-                    for byte, p in zip(piece, softmax(logits[:, 0]), strict=True):
-                        transitions.observe(byte, p)
-            if transitions:
-                transitions.end_prompt()
+            for _, logits, _ in claimed.passes(start):  # all logits of a prompt are large
+                heads = logits[-1]
             after_prompt = claimed.snapshot() if chosen.num_samples > 1 else None
-        heads = logits[-1].copy()
         for sample in range(chosen.num_samples):
             if sample > 0:
                 with session as claimed:
                     claimed.restore(after_prompt)
             rng = np.random.default_rng(None if chosen.seed is None else (chosen.seed, sample))
-            policy = DraftPolicy(draft_limit, copy.deepcopy(transitions))
             records = _rounds(session, heads, sampler, rng, policy, max_bytes, sample, stats, began)
             text = _before(endings, records)
             yield from text if chosen.max_bytes is not None else to_sentence(text, ENOUGH_BYTES)
@@ -466,12 +425,14 @@ def _rounds(
     drafted = False
     byte, logprob = sampler(heads[0], rng)
     while generated < max_bytes:
-        proposed = policy.propose(byte, heads)
-        drafts = proposed[: min(policy.num_drafts(), max_bytes - generated - 1)]
+        start, number = time.perf_counter(), policy.number()
+        drafts = heads[1 : 1 + number].argmax(axis=1).tolist() if number else []
+        drafts = drafts[: max_bytes - generated - 1]
         with session as decoder:
             decoder.rollback(rejected)
             logits, router_logits = decoder.forward(bytes([byte, *drafts]))
             decisions = decoder.last_decisions
+        policy.took(number, time.perf_counter() - start)
         stats.passes += 1
         stats.drafts += len(drafts)
         for accepted in range(len(drafts) + 1):
@@ -484,13 +445,12 @@ def _rounds(
             yield GeneratedByte(byte, sigmoid(z), decision, logprob, drafted, sample)
             if generated == max_bytes:
                 return
-            policy.read(byte, logits[accepted, 0])
             byte, logprob = sampler(logits[accepted, 0], rng)
-            policy.observe(byte)
             drafted = accepted < len(drafts) and byte == drafts[accepted]
             if not drafted:
                 break
             stats.accepted += 1
+        policy.read(len(drafts), accepted)
         heads = logits[accepted]
         rejected = len(drafts) - accepted
 
@@ -573,7 +533,9 @@ def to_sentence(records: Iterator[GeneratedByte], enough: int) -> Iterator[Gener
 def _begun(ending: bytes, text: bytes) -> bytes:
     """The longest part of `ending`, from its first byte on, with which `text` ends."""
     tail = text[-len(ending) :]
-    return next(tail[i:] for i in range(len(tail) + 1) if ending.startswith(tail[i:]))
+    while not ending.startswith(tail):
+        tail = tail[1:]
+    return tail
 
 
 def sigmoid(z: float) -> float:

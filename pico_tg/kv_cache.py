@@ -11,7 +11,7 @@ from tinygrad import Tensor
 
 from .attention import alibi_slopes, rotate
 from .backend.cpu_kernels import cpu_kernels
-from .backend.runtime import round_up
+from .backend.runtime import from_host, read, round_up
 from .config import Config
 from .model import RMS_EPS, Attention, Linear, RMSNorm
 
@@ -34,19 +34,18 @@ class PackedLinear:
     """
 
     def __init__(self, linear: Linear, norm: RMSNorm | None = None) -> None:
-        weight = linear.weight.detach()
+        weight, device = read(linear.weight), linear.weight.device  # (O, I)
         self.outputs, self.inputs = weight.shape
         if norm is not None:
-            weight = weight * norm.weight.detach()
-        self.width = padded_width(self.outputs, weight.device)
-        if cpu_kernels(weight.device):
-            weight = weight.pad(((0, self.width - self.outputs), None))
-            weight = weight.reshape(-1, PANEL, self.inputs).transpose(1, 2)  # (panels, I, PANEL)
-        self.weight = weight.clone().realize()
-        self.bias = None
+            weight = weight * read(norm.weight)
+        self.width = padded_width(self.outputs, device)
+        padding = (0, self.width - self.outputs)
+        if cpu_kernels(device):
+            weight = np.pad(weight, (padding, (0, 0)))
+            weight = weight.reshape(-1, PANEL, self.inputs).swapaxes(1, 2)  # (panels, I, PANEL)
+        self.weight, self.bias = from_host(weight, device), None
         if linear.bias is not None:
-            padding = (0, self.width - self.outputs)
-            self.bias = linear.bias.detach().pad((padding,)).reshape(1, -1).clone().realize()
+            self.bias = from_host(np.pad(read(linear.bias), padding).reshape(1, -1), device)
 
     def __call__(
         self, x: Tensor, norm: RMSNorm | None = None, residual: Tensor | None = None
@@ -105,14 +104,16 @@ class KVCache:
         self.heads, self.kv_heads = attention.heads, attention.kv_heads
         self.head_dim, self.window = attention.head_dim, attention.window
         self.position, device = attention.position, attention.proj.weight.device
-        slopes = alibi_slopes(self.heads, device) * (self.position == "alibi")
-        self.slopes = slopes.contiguous().realize()  # (H,), zeros for rotary positions
+        if self.position == "alibi":
+            self.slopes = alibi_slopes(self.heads, device).contiguous().realize()  # (H,)
+        else:
+            self.slopes = from_host(np.zeros(self.heads, np.float32), device)
         self.slots, columns = cache_shape(self.head_dim, self.window, max_rows)
         keys = np.zeros((self.kv_heads, self.head_dim, self.slots), np.float32)
         values = np.zeros((self.kv_heads, self.slots, columns), np.float32)
         values[:, :, self.head_dim] = 1  # so that weights @ values also gives the sum of weights
-        self.keys = Tensor(keys, device=device).clone().realize()  # (K, C, S)
-        self.values = Tensor(values, device=device).clone().realize()  # (K, S, P)
+        self.keys = from_host(keys, device)  # (K, C, S)
+        self.values = from_host(values, device)  # (K, S, P)
 
     def attend(self, qkv: Tensor, start: Tensor) -> Tensor:
         """Store the keys and values of R rows, then let each row attend to itself and the window.

@@ -32,8 +32,8 @@ def text() -> bytes:
 
 @pytest.fixture
 def prefill(monkeypatch):
-    """Prefill passes for short prompts as well."""
-    monkeypatch.setattr(decoder_module, "MIN_PREFILL", PREFILL_CHUNK)
+    """Passes of many rows for short prompts as well."""
+    monkeypatch.setattr(decoder_module, "SHORTEST", {PREFILL_CHUNK: PREFILL_CHUNK, 4: 5})
 
 
 def test_pieces_of_every_size(model, weights, text, prefill):
@@ -53,14 +53,14 @@ def test_a_pass_in_one_graph(model, weights, text):
     decoder = Decoder(model)
     decoder.single_graph = True
     found = []
-    for start in range(0, 90, 9):
-        decoder.forward(text[-8:])
-        decoder.rollback(8)
-        found += [decoder.forward(text[a : a + n])[0] for a, n in ((start, 1), (start + 1, 8))]
+    for start in range(0, 90, 5):
+        decoder.forward(text[-4:])
+        decoder.rollback(4)
+        found += [decoder.forward(text[a : a + n])[0] for a, n in ((start, 1), (start + 1, 4))]
     expected = oracle.decode(weights, TINY, text[:90])
     np.testing.assert_allclose(np.concatenate(found), expected, rtol=0, atol=2e-4)
     assert 0 < decoder.selected < 90
-    assert decoder.graphs.keys() == {("_whole_pass", 1, 1), ("_whole_pass", 8, 8)}
+    assert decoder.graphs.keys() == {("_whole_pass", 1), ("_whole_pass", 4)}
 
 
 def test_rollback_and_restore(model, text, prefill):
@@ -69,7 +69,7 @@ def test_rollback_and_restore(model, text, prefill):
     for decoder in (plain, other):
         decoder.forward(text[:150])
     snapshot = other.snapshot()
-    for rejected in (1, 5, PREFILL_CHUNK):
+    for rejected in (1, 3, PREFILL_CHUNK):
         other.forward(text[-rejected:])
         other.rollback(rejected)
         assert (other.position, other.selected) == (plain.position, plain.selected)

@@ -135,9 +135,9 @@ def test_through_torch(published, tmp_path):
         imported(ROOT / name)
         for name in ("examples/studies/bench_torch_peer.py", "examples/interop.py")
     )
-    peer = peers.Pico(pico_tg.Config.from_json(GOLDEN / "small.json"), peers.dense)
     golden = np.load(GOLDEN / "small.npz")
     x = golden["x"]
+    peer = peers.Pico(pico_tg.Config.from_json(GOLDEN / "small.json"), x.shape[1])
     windows = np.concatenate([x, x[:, :4]], axis=1)
     targets = np.lib.stride_tricks.sliding_window_view(windows[:, 1:], 4, axis=1).copy()
 

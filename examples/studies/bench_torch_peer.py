@@ -1,52 +1,42 @@
-"""Compare pico_tg with PyTorch: milliseconds of training and decoding the same model, and ratios.
+"""Compare pico_tg with PyTorch: milliseconds of training the same model.
 
     pip install -e '.[bench]'
-    python examples/studies/bench_torch_peer.py --quick     (a minute on two CPU cores)
-    python examples/studies/bench_torch_peer.py             (ten minutes, 7 GB of memory)
+    python examples/studies/bench_torch_peer.py --quick     (minutes, most of them compiling)
+    python examples/studies/bench_torch_peer.py             (half an hour, 7 GB of memory)
 
-One process measures both implementations in turn: pico_tg, PyTorch, pico_tg, PyTorch, …; then once
-more while another process keeps one core busy. Measured are forward and backward, the train step
-with SOAP (the mean of ten steps, one of which refreshes the eigenbases) and the decoding of one
-byte without drafts. Before that, the script checks that both compute the same loss, the same logits
-in decoding and the same updates with SOAP, and exits if not.
-
-The PyTorch model is written for speed without compiling: `banded` attention cuts the sequence into
-blocks, each of which sees its own keys and those of a window before the block. `--attention dense`
-is scaled_dot_product_attention with an N x N mask, `--compile` adds torch.compile, and on a GPU
-(`--cuda`, untested) `--attention flex` is flex_attention.
-
-PyTorch is measured with one thread and with all, and the better time counts: for small matrices,
-and beside a busy process, one thread is often faster. A ratio above 1 means that pico_tg is faster.
-`without kernels` is the share of pico_tg's time that remains when no kernel is called: handing
-kernels out to threads, sampling, and other Python.
+PyTorch runs eagerly and compiled (torch.compile needs a C++ compiler), in fp32 and, if the
+processor multiplies bf16, with autocast. A round measures each of these and pico_tg in turn, in one
+process, and the table shows the medians of the rounds: of forward and backward, and of the train
+step with SOAP (the mean of ten steps, one of which refreshes the eigenbases). A ratio is the time
+of PyTorch's fastest variant of a precision divided by the time of pico_tg, which computes in fp32.
+Before that, the script checks that both compute the same loss and the same updates with SOAP, and
+exits if not. CPU_COUNT is the number of threads of both; `--busy` measures beside a process that
+keeps one core busy.
 """
 
 import argparse
 import contextlib
-import copy
-import gc
+import functools
 import math
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tinygrad import Device, Tensor
+from tinygrad import Tensor
+from tinygrad.helpers import CPU_COUNT
 from tinygrad.nn.state import get_state_dict
 from torch import nn
-from tqdm import tqdm
 
 import pico_tg
-from pico_tg import SOAP, Config, Decoder, TrainSettings, generate
-from pico_tg.backend.precision import graph_context
+from pico_tg import SOAP, Config, TrainSettings
 from pico_tg.costs import gemm_rate
-from pico_tg.cpu.launcher import NativeGraph, without_kernels
 from pico_tg.tools.bench import ForwardBackward
 from pico_tg.training import TrainStep
 
@@ -61,139 +51,121 @@ CASES = {  # sizes of the model (otherwise the defaults of Config), context, win
     "published-6144": (PUBLISHED, 6144, 1),
     "quickstart-4x512": (SMALL, 512, 4),
 }
-WARM_UP = 1
-DECODED = 32  # bytes of one measurement
 LR = 1e-5  # small: there is nothing to learn in random bytes
 
 
-def slopes(heads, device):
-    return 2.0 ** (-8.0 / heads * (torch.arange(heads, device=device) + 1))
+def blocks_of(N: int, window: int) -> tuple[int, int, int]:
+    """Queries of a block, keys before them that it sees, and number of blocks."""
+    window = min(window, N - 1)
+    step = min(window, max(16, math.ceil(window / 4)))
+    return step, math.ceil(window / step) * step, math.ceil(N / step)
 
 
-def bias(distance, window, heads):
-    """ALiBi's term where a key is visible, -inf elsewhere: [H, *distance.shape]."""
-    visible = (distance >= 0) & (distance <= window)
-    by_head = slopes(heads, distance.device).view(-1, *[1] * distance.ndim)
-    return torch.where(visible, -by_head * distance, -math.inf)
+@functools.cache
+def band(N: int, window: int, heads: int, kv_heads: int) -> torch.Tensor:
+    """ALiBi's term where a key is visible, -inf elsewhere: [K, b, G*q, s] for `banded`."""
+    step, lookback, blocks = blocks_of(N, window)
+    i = torch.arange(blocks * step).view(blocks, 1, step, 1)
+    j = torch.arange(-lookback, step) + step * torch.arange(blocks).view(blocks, 1, 1, 1)
+    distance = i - j
+    slopes = 2.0 ** (-8.0 / heads * torch.arange(1, heads + 1)).view(-1, 1, 1)
+    visible = (distance >= 0) & (distance <= window) & (j >= 0)
+    mask = torch.where(visible, -slopes * distance, -math.inf)  # (b, H, q, s)
+    return mask.view(blocks, kv_heads, -1, lookback + step).transpose(0, 1).contiguous()
 
 
-def dense(q, k, v, window):
-    """q [B, H, N, C], k and v [B, K, N, C]."""
-    N, H = q.shape[2], q.shape[1]
-    i = torch.arange(N, device=q.device)
-    mask = bias(i[:, None] - i[None], window, H).to(q.dtype)
-    k, v = (x.repeat_interleave(H // x.shape[1], 1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+def banded(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, mask: torch.Tensor
+) -> torch.Tensor:
+    """Attention to `window` bytes before each in O(N * window): q [B, H, N, C], k, v [B, K, N, C].
 
-
-def banded(q, k, v, window):
-    """As `dense`, in O(N * window). The G query heads that share keys are rows of one matrix."""
+    Blocks of queries see their own keys and those of a window before them. The G query heads that
+    share keys are rows of one matrix.
+    """
     B, H, N, C = q.shape
     K = k.shape[1]
-    if window >= N - 1:
-        return dense(q, k, v, window)
-    step = min(window, max(16, math.ceil(window / 4)))
-    lookback, blocks = math.ceil(window / step) * step, math.ceil(N / step)
-    pad = blocks * step - N
-    q = F.pad(q, (0, 0, 0, pad)).view(B, K, H // K, blocks, step, C)
+    step, lookback, blocks = blocks_of(N, window)
+    q = F.pad(q, (0, 0, 0, blocks * step - N)).view(B, K, H // K, blocks, step, C)
     q = q.transpose(2, 3).reshape(B, K, blocks, -1, C)  # (B, K, b, G*q, C)
-    k, v = (F.pad(x, (0, 0, lookback, pad)).unfold(2, lookback + step, step) for x in (k, v))
-    i = torch.arange(blocks * step, device=q.device).view(blocks, step, 1)
-    j = torch.arange(blocks, device=q.device).view(blocks, 1, 1) * step - lookback
-    j = j + torch.arange(lookback + step, device=q.device)
-    mask = bias(torch.where(j >= 0, i - j, -1), window, H).to(q.dtype)  # (H, b, q, s)
-    mask = mask.view(K, H // K, blocks, step, -1).transpose(1, 2).reshape(K, blocks, -1, j.shape[2])
-    weights = (q @ k / math.sqrt(C) + mask).softmax(-1)  # unfold left k as (…, C, s)
-    out = weights @ v.transpose(-1, -2)
-    out = out.view(B, K, blocks, H // K, step, C).transpose(2, 3)
+    padding = (0, 0, lookback, blocks * step - N)
+    k, v = (F.pad(x, padding).unfold(2, lookback + step, step) for x in (k, v))  # (…, C, s)
+    weights = (q @ k / math.sqrt(C) + mask.to(q.dtype)).softmax(-1)
+    out = (weights @ v.transpose(-1, -2)).view(B, K, blocks, H // K, step, C).transpose(2, 3)
     return out.reshape(B, H, blocks * step, C)[:, :, :N]
 
 
-def flex(q, k, v, window):
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    N, by_head = q.shape[2], slopes(q.shape[1], q.device)
-
-    def visible(b, h, i, j):
-        return (i >= j) & (i - j <= window)
-
-    mask = create_block_mask(visible, None, None, N, N, device=q.device)
-    return flex_attention(
-        q, k, v, lambda s, b, h, i, j: s - by_head[h] * (i - j), mask, enable_gqa=True
-    )
-
-
 class RMSNorm(nn.Module):
-    def __init__(self, dim):
+    def __init__(self, dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * (x.square().mean(-1, keepdim=True) + EPS).rsqrt() * self.weight
 
 
 class Attention(nn.Module):
-    def __init__(self, c, window, attention):
+    def __init__(self, c: Config, window: int, N: int) -> None:
         super().__init__()
-        self.c, self.window, self.attention = c, window, attention
+        self.c, self.window = c, window
+        self.mask = band(N, window, c.att_q_heads, c.att_kv_heads)
         heads = c.att_q_heads + 2 * c.att_kv_heads
         self.fused_qkv = nn.Linear(c.dim, heads * c.head_dim, bias=False)
         self.proj = nn.Linear(c.att_q_heads * c.head_dim, c.dim, bias=False)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         c, (B, N, _) = self.c, x.shape
         heads = self.fused_qkv(x).view(B, N, -1, c.head_dim).transpose(1, 2)
         q, k, v = heads.split([c.att_q_heads, c.att_kv_heads, c.att_kv_heads], 1)
-        return self.proj(self.attention(q, k, v, self.window).transpose(1, 2).flatten(2))
+        return self.proj(banded(q, k, v, self.window, self.mask).transpose(1, 2).flatten(2))
 
 
 class SwiGLU(nn.Module):
-    def __init__(self, dim):
+    def __init__(self, dim: int) -> None:
         super().__init__()
         self.fc1, self.fc2 = (nn.Linear(dim, n * dim, bias=False) for n in (2, 1))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         value, gate = self.fc1(x).chunk(2, -1)
         return self.fc2(F.silu(gate) * value)
 
 
 class Block(nn.Module):
-    def __init__(self, c, window, attention):
+    def __init__(self, c: Config, window: int, N: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = RMSNorm(c.dim), RMSNorm(c.dim)
-        self.att, self.glu = Attention(c, window, attention), SwiGLU(c.dim)
+        self.att, self.glu = Attention(c, window, N), SwiGLU(c.dim)
 
-    def forward(self, h):
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
         h = h + self.att(self.norm1(h))
         return h + self.glu(self.norm2(h))
 
 
 class Blocks(nn.Module):
-    def __init__(self, c, count, window, attention, router=False):
+    def __init__(self, c: Config, count: int, window: int, N: int, router: bool = False) -> None:
         super().__init__()
         if router:
             self.router = nn.Linear(c.dim, 1, bias=False)
-        self.blocks = nn.ModuleList(Block(c, window, attention) for _ in range(count))
+        self.blocks = nn.Sequential(*[Block(c, window, N) for _ in range(count)])
 
-    def forward(self, h):
-        for block in self.blocks:
-            h = block(h)
-        return h
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return self.blocks(h)
 
 
 class Pico(nn.Module):
-    def __init__(self, c, attention):
+    def __init__(self, c: Config, N: int) -> None:
+        """N: bytes of a window, without the targets after it."""
         super().__init__()
         self.c = c
         self.embedding = nn.Embedding(256, c.dim)
         self.fb_in, self.fb_out = (
-            Blocks(c, c.fb_num_blocks, c.fb_att_window_size, attention) for _ in range(2)
+            Blocks(c, c.fb_num_blocks, c.fb_att_window_size, N) for _ in range(2)
         )
-        self.latent = Blocks(c, c.latent_num_blocks, c.latent_att_window_size, attention, True)
+        window, slots = c.latent_att_window_size, c.capacity(N)
+        self.latent = Blocks(c, c.latent_num_blocks, window, slots, router=True)
         self.norm = RMSNorm(c.dim)
         self.unembedding = nn.Linear(c.dim, c.next_tokens * 256)
 
-    def forward(self, windows):
+    def forward(self, windows: torch.Tensor) -> torch.Tensor:
         """The loss of windows [B, N + T]."""
         c, N = self.c, windows.shape[1] - self.c.next_tokens
         h = self.fb_in(self.embedding(windows[:, :N]))
@@ -204,61 +176,13 @@ class Pico(nn.Module):
         weight = z.gather(1, chosen).sigmoid().unsqueeze(2)
         h = h.scatter_add(1, index, ((self.latent(selected) - selected) * weight).to(h.dtype))
         logits = self.unembedding(self.norm(self.fb_out(h))).float()
-        logits = logits.view(*logits.shape[:2], c.next_tokens, 256)
         targets = windows[:, 1:].unfold(1, c.next_tokens, 1)  # (B, N, T)
-        each = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none")
+        each = F.cross_entropy(logits.view(-1, 256), targets.flatten(), reduction="none")
         each = each.view(-1, c.next_tokens).mean(0)
-        share = PHI ** torch.arange(c.next_tokens - 1, -1, -1, device=z.device)
+        share = PHI ** torch.arange(c.next_tokens - 1, -1, -1)
         wanted = torch.zeros_like(z).scatter(1, chosen, 1.0)
         aux = F.binary_cross_entropy_with_logits(z.float(), wanted.float())
         return 0.9 * (each * share / share.sum()).sum() + 0.1 * aux
-
-
-class TorchDecoder:
-    """Logits of one byte after the other, with a ring buffer of keys and values in each block."""
-
-    def __init__(self, model: Pico) -> None:
-        self.model, c = model, model.c
-        device = model.norm.weight.device
-        self.parts = [model.fb_in, model.latent, model.fb_out]
-        self.counts = [0, 0, 0]  # the bytes that each part has read
-        self.biases, self.caches = [], []
-        for part in self.parts:
-            n = part.blocks[0].att.window + 1
-            # the key in slot j is (position - j) % n bytes old: a slice of the doubled table
-            age = torch.arange(2 * n, 0, -1, device=device) % n
-            table = -slopes(c.att_q_heads, device)[:, None] * age
-            self.biases.append(table.view(c.att_kv_heads, -1, 2 * n))  # (K, G, 2 n)
-            shape = len(part.blocks), 2, c.att_kv_heads, n, c.head_dim
-            self.caches.append(torch.zeros(shape, device=device))
-
-    def run(self, index: int, h: torch.Tensor) -> torch.Tensor:
-        """h [D] through the blocks of one part."""
-        position, cache, c = self.counts[index], self.caches[index], self.model.c
-        self.counts[index] += 1
-        n = cache.shape[3]
-        slot, used = position % n, min(position + 1, n)
-        bias = self.biases[index][:, :, n - slot : n - slot + used]
-        for block, (keys, values) in zip(self.parts[index].blocks, cache, strict=True):
-            heads = block.att.fused_qkv(block.norm1(h)).view(-1, c.head_dim)
-            q, k, v = heads.split([c.att_q_heads, c.att_kv_heads, c.att_kv_heads])
-            keys[:, slot], values[:, slot] = k, v
-            q = q.view(c.att_kv_heads, -1, c.head_dim)  # (K, G, C)
-            keys, values = keys[:, :used], values[:, :used]
-            scores = torch.baddbmm(bias, q, keys.transpose(1, 2), alpha=c.head_dim**-0.5)
-            h = h + block.att.proj((scores.softmax(-1) @ values).flatten())
-            h = h + block.glu(block.norm2(h))
-        return h
-
-    @torch.inference_mode()
-    def forward(self, byte: int) -> torch.Tensor:
-        """The logits [T, 256] after `byte`."""
-        model = self.model
-        h = self.run(0, model.embedding.weight[byte])
-        z = model.latent.router(h)
-        if z.item() > 0:
-            h = h + (self.run(1, h) - h) * z.sigmoid()
-        return model.unembedding(model.norm(self.run(2, h))).view(-1, 256)
 
 
 class TorchSOAP:
@@ -271,11 +195,9 @@ class TorchSOAP:
         self.precondition_frequency = 10
         self.count = 0  # the gradients averaged into GG
         self.exp_avg, self.exp_avg_sq = ([torch.zeros_like(p) for p in params] for _ in range(2))
-        self.GG = [[torch.zeros(s, s, device=p.device) for s in p.shape] for p in params]
+        # plain Adam for vectors
+        self.GG = [[torch.zeros(s, s) for s in p.shape if p.ndim > 1] for p in params]
         self.Q: list[list[torch.Tensor]] = [[] for _ in params]
-        for i, p in enumerate(params):
-            if p.ndim == 1:  # plain Adam
-                self.GG[i] = []
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
@@ -318,124 +240,68 @@ class TorchSOAP:
 
 
 class TorchSide:
-    """What is measured of PyTorch."""
+    """One variant of PyTorch; all variants share the model and the optimizer."""
 
-    def __init__(
-        self, config: Config, weights: dict, data: np.ndarray, args: argparse.Namespace
-    ) -> None:
-        self.device = "cuda" if args.cuda else "cpu"
-        self.bf16 = args.precision == "bf16"
-        attention = {"dense": dense, "banded": banded, "flex": flex}[args.attention]
-        self.model = Pico(config, attention).to(self.device)
-        self.model.load_state_dict({name: torch.tensor(a) for name, a in weights.items()})
-        self.decoder = TorchDecoder(copy.deepcopy(self.model))
-        self.loss = torch.compile(self.model) if args.compile else self.model
-        self.optimizer = TorchSOAP(list(self.model.parameters()), TrainSettings().weight_decay)
-        self.windows = torch.tensor(data, device=self.device).long()
+    def __init__(self, model: Pico, optimizer: TorchSOAP, data: np.ndarray, variant: str) -> None:
+        self.model, self.optimizer = model, optimizer
+        self.bf16 = "bf16" in variant
+        self.loss = torch.compile(model) if "compiled" in variant else model
+        self.windows = torch.tensor(data).long()
 
     def forward_backward(self) -> float:
         self.model.zero_grad()
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
             loss = self.loss(self.windows)
         loss.backward()
-        self.wait()
         return loss.item()
-
-    def wait(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
 
     def step(self) -> None:
         self.forward_backward()
         self.optimizer.step(LR)
-        self.wait()
-
-    def read(self, prompt: bytes) -> np.ndarray:
-        """The logits [T, 256] after the prompt."""
-        for byte in prompt:
-            self.logits = self.decoder.forward(byte)
-        return self.logits.cpu().numpy()
-
-    def decode(self) -> None:
-        for _ in range(DECODED):
-            byte = torch.multinomial(self.logits[0].softmax(-1), 1).item()
-            self.logits = self.decoder.forward(byte)
 
 
 class PicoSide:
-    """What is measured of pico_tg."""
-
-    def __init__(self, config: Config, data: np.ndarray, args: argparse.Namespace) -> None:
+    def __init__(self, config: Config, data: np.ndarray) -> None:
         sizes = {"context_len": data.shape[1] - config.next_tokens, "batch_size": len(data)}
-        self.settings = TrainSettings(**sizes, precision=args.precision)
-        self.data, model = data, pico_tg.Pico(config, seed=0)
-        self.weights = {name: t.numpy() for name, t in get_state_dict(model).items()}
+        self.model, self.data = pico_tg.Pico(config, seed=0), data
         self.windows = Tensor(data).realize()
-        self.decoder = Decoder(model)
-        self.loss_and_gradients = ForwardBackward(model)
-        self.train_step = TrainStep(model, self.settings)
+        self.loss_and_gradients = ForwardBackward(self.model)
+        self.train_step = TrainStep(self.model, TrainSettings(**sizes))
         self.optimizer = self.train_step.optimizer
 
     def forward_backward(self) -> float:
-        with Tensor.train(), graph_context(self.settings, ()):
+        with Tensor.train():
             return self.loss_and_gradients(self.windows)
 
     def step(self) -> None:
         self.train_step(self.data[None], LR)
 
-    def read(self, prompt: bytes) -> np.ndarray:
-        logits = self.decoder.forward(prompt)[0][-1]
-        options = {"max_bytes": 2**40, "speculative": False, "ignore_end": True}
-        self.text = generate(
-            self.decoder.model, prompt, raw_prompt=True, seed=0, decoder=self.decoder, **options
-        )
-        return logits
 
-    def decode(self) -> None:
-        for _ in range(DECODED):
-            next(self.text)
-
-
-def check(
-    name: str, ours: np.ndarray | float, theirs: np.ndarray | float, tolerance: float
-) -> None:
+def check(name: str, ours: np.ndarray | float, theirs: np.ndarray | float, limit: float) -> None:
     error = np.abs(ours - theirs).max() / np.abs(ours).max()
-    tqdm.write(f"{name}: relative difference {error:.0e}", file=sys.stderr)
-    if not error < tolerance:
-        sys.exit(f"{name}: the results of PyTorch and pico_tg differ")
+    if not error < limit:
+        sys.exit(f"{name}: the results of PyTorch and pico_tg differ by {error:.0e}")
 
 
-def check_soap(device: str) -> None:
+def check_soap() -> None:
     """13 steps of a matrix and a vector, with full-rank gradients: no basis is arbitrary."""
     rng = np.random.default_rng(0)
-    shapes = [(16, 16), (16,)]
-    start = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+    start = [rng.standard_normal(shape).astype(np.float32) for shape in ((16, 16), (16,))]
     ours = [Tensor(a).clone().realize() for a in start]
-    theirs = [nn.Parameter(torch.tensor(a, device=device)) for a in start]
+    theirs = [nn.Parameter(torch.tensor(a)) for a in start]
     optimizer, torch_optimizer = SOAP(ours, lr=0.01, weight_decay=0.1), TorchSOAP(theirs, 0.1)
     with Tensor.train():
         for _ in range(13):
             for p, q in zip(ours, theirs, strict=True):
                 gradient = rng.standard_normal(p.shape).astype(np.float32)
-                p.grad, q.grad = Tensor(gradient).realize(), torch.tensor(gradient, device=device)
+                p.grad, q.grad = Tensor(gradient).realize(), torch.tensor(gradient)
             optimizer.step()
             torch_optimizer.step(0.01)
     for p, q, a in zip(ours, theirs, start, strict=True):
-        check("SOAP's updates", p.numpy() - a, q.detach().cpu().numpy() - a, 1e-3)
+        check("SOAP's updates", p.numpy() - a, q.detach().numpy() - a, 1e-3)
 
 
-@contextlib.contextmanager
-def busy_process() -> Iterator[None]:
-    """Another process keeps one core busy."""
-    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    try:
-        yield
-    finally:
-        process.kill()
-        process.wait()
-
-
-def seconds_of(call: Callable[[], None], at_least: float = 0.5) -> float:
+def seconds_of(call: Callable[[], object], at_least: float = 0.5) -> float:
     """Mean seconds of a call, over the calls that `at_least` seconds take."""
     start, calls = time.perf_counter(), 0
     while calls == 0 or time.perf_counter() - start < at_least:
@@ -444,79 +310,57 @@ def seconds_of(call: Callable[[], None], at_least: float = 0.5) -> float:
     return (time.perf_counter() - start) / calls
 
 
-MEASURED = ("forward and backward", "train step", "decoding a byte")
-
-
-def measure(side: PicoSide | TorchSide) -> dict[str, float]:
-    """Seconds of each of MEASURED."""
-    found = {"forward and backward": seconds_of(side.forward_backward)}
-    found["decoding a byte"] = seconds_of(side.decode) / DECODED
+def measure(side: PicoSide | TorchSide) -> tuple[float, float]:
+    """Seconds of forward and backward, and of a train step."""
+    forward_backward = seconds_of(side.forward_backward)
     side.optimizer.precondition_frequency = 1 << 40
     plain = seconds_of(side.step)
     side.optimizer.precondition_frequency = 1
-    found["train step"] = 0.9 * plain + 0.1 * seconds_of(side.step, 0)
-    return found
+    return forward_backward, 0.9 * plain + 0.1 * seconds_of(side.step, 0)
 
 
-def measure_torch(side: TorchSide) -> dict[str, float]:
-    """The least seconds of each of MEASURED, with one thread and with all."""
-    all_threads, found = torch.get_num_threads(), []
-    for threads in (1, all_threads):
-        torch.set_num_threads(threads)
-        found.append(measure(side))
-    return {name: min(seconds[name] for seconds in found) for name in MEASURED}
-
-
-def measure_case(
-    config: Config, context: int, batch: int, args: argparse.Namespace, bar: tqdm
-) -> list[list[str]]:
-    """Check and measure one model; the cells of a row for each of MEASURED."""
-    rng = np.random.default_rng(0)
+def measure_case(name: str, rounds: int) -> None:
+    """Check and measure one model, and print its table."""
+    sizes, context, batch = CASES[name]
+    config, rng = Config(**sizes), np.random.default_rng(0)
     data = rng.integers(0, 256, (batch, context + config.next_tokens)).astype(np.uint8)
-    ours = PicoSide(config, data, args)
-    theirs = TorchSide(config, ours.weights, data, args)
-    sides = [ours, theirs]
-    exact = 1e-4 if args.precision == "fp32" and not args.cuda else 1e-2
-    check("loss", *[side.forward_backward() for side in sides], exact)
-    prompt = rng.bytes(1024)
-    check("logits of decoding", *[side.read(prompt) for side in sides], 10 * exact)
-    for side in sides:
-        for _ in range(WARM_UP):
-            side.forward_backward(), side.step(), side.decode()
-    bar.update()
-    medians = []
-    for context_manager in (contextlib.nullcontext, busy_process):
-        rounds = []
-        with context_manager():
-            for _ in range(args.rounds):
-                rounds.append([measure(ours), measure_torch(theirs)])
-                bar.update()
-        for i in range(2):
-            medians.append({x: statistics.median(pair[i][x] for pair in rounds) for x in MEASURED})
-    launching = None
-    if getattr(Device[Device.DEFAULT], "graph", None) is NativeGraph:
-        with without_kernels():
-            launching = measure(ours)
-    rows = []
-    for name in MEASURED:
-        row = [name]
-        for pair in (medians[:2], medians[2:]):
-            a, b = (side[name] for side in pair)
-            row += [milliseconds(a), milliseconds(b), f"{b / a:.2f}"]
-        rows.append([*row, f"{launching[name] / medians[0][name]:.1%}" if launching else "-"])
-    return rows
+    ours, model = PicoSide(config, data), Pico(config, context)
+    weights = {name: t.numpy() for name, t in get_state_dict(ours.model).items()}
+    model.load_state_dict({name: torch.tensor(a) for name, a in weights.items()})
+    optimizer = TorchSOAP(list(model.parameters()), TrainSettings().weight_decay)
+    variants = ["eager fp32", "compiled fp32", "eager bf16", "compiled bf16"]
+    if "bf16" not in Path("/proc/cpuinfo").read_text():
+        variants = variants[:2]
+    sides = {"pico_tg": ours}
+    sides |= {variant: TorchSide(model, optimizer, data, variant) for variant in variants}
+    loss = ours.forward_backward()
+    for variant in list(sides)[1:]:
+        limit = 1e-2 if "bf16" in variant else 1e-4
+        check(f"loss, {variant}", loss, sides[variant].forward_backward(), limit)
+    for side in sides.values():  # compile, and make the first gradients' bases
+        side.step(), side.step()
+    times = [{name: measure(side) for name, side in sides.items()} for _ in range(rounds)]
+    print(f"\n| {name}, ms | " + " | ".join([*sides, "ratio, fp32", "ratio, bf16"]) + " |")
+    print("|---" * (len(sides) + 3) + "|")
+    for i, measured in enumerate(("forward and backward", "train step")):
+        medians = {name: statistics.median(round[name][i] for round in times) for name in sides}
+        cells = [f"{1000 * medians[name]:.3g}" for name in sides]
+        for precision in ("fp32", "bf16"):
+            theirs = [medians[name] for name in sides if precision in name]
+            cells.append(f"{min(theirs) / medians['pico_tg']:.2f}" if theirs else "-")
+        print(f"| {measured} | " + " | ".join(cells) + " |", flush=True)
 
 
-def milliseconds(seconds: float) -> str:
-    return f"{1000 * seconds:,.0f}" if seconds > 0.1 else f"{1000 * seconds:.3g}"
-
-
-def processor() -> str:
+@contextlib.contextmanager
+def busy_process(wanted: bool):
+    """Another process keeps one core busy, if wanted."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if wanted else None
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return "unknown processor"
+        yield
+    finally:
+        if process:
+            process.kill()
+            process.wait()
 
 
 def main() -> None:
@@ -524,38 +368,21 @@ def main() -> None:
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each side (5)")
     parser.add_argument("--quick", action="store_true", help="the smallest model, two rounds")
-    parser.add_argument("--attention", choices=("banded", "dense", "flex"), default="banded")
-    parser.add_argument("--compile", action="store_true", help="torch.compile for training")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--cuda", action="store_true", help="on a GPU (untested)")
+    parser.add_argument("--busy", action="store_true", help="beside a process that computes")
     args = parser.parse_args()
     if args.quick:
         args.case, args.rounds = ["quickstart-4x512"], 2
+    torch.set_num_threads(CPU_COUNT.value)
     pico_tg.enable_compile_cache()
     gemm = gemm_rate("fp32", "CPU")
     print(
-        f"{processor()}, {os.cpu_count()} cores, matmul in NumPy {gemm:.0f} GFLOPS; "
-        f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads, {args.attention}"
-        f"{', compiled' * args.compile}; {args.precision}{', on the GPU' * args.cuda}"
+        f"{os.cpu_count()} cores, {CPU_COUNT.value} threads, matmul in NumPy {gemm:.0f} GFLOPS; "
+        f"PyTorch {torch.__version__}" + ", beside a busy process" * args.busy
     )
-    with tqdm(total=len(args.case) * (1 + 2 * args.rounds), desc="rounds") as bar:
-        check_soap("cuda" if args.cuda else "cpu")
-        for case in args.case:
-            sizes, context, batch = CASES[case]
-            config = Config(**sizes)
-            rows = measure_case(config, context, batch, args, bar)
-            head = [
-                f"{case}, ms",
-                "pico_tg",
-                "PyTorch",
-                "ratio",
-                "busy: pico_tg",
-                "PyTorch",
-                "ratio",
-            ]
-            for cells in ([*head, "without kernels"], ["---"] * 8, *rows):
-                tqdm.write("| " + " | ".join(cells) + " |")
-            gc.collect()
+    check_soap()
+    for case in args.case:
+        with busy_process(args.busy):
+            measure_case(case, args.rounds)
 
 
 if __name__ == "__main__":

@@ -2,18 +2,21 @@
 
 tinygrad 0.13 caches on disk only the binary that a compiler made of a kernel's source. Each process
 schedules its graphs and generates source code again, which takes many times as long as compiling.
-Here two tables in the same file (CACHEDB) cache the rest:
+Here three tables in the same file (CACHEDB) cache the rest:
 
 - pico_schedules_2: from a graph to its list of kernels, not compiled yet; graphs on several devices
   are left out where `_has_numbered_buffers`;
-- pico_kernels: from a kernel to its program: binary, launch sizes, counts of operations and bytes.
+- pico_kernels: from a kernel to its program: binary, launch sizes, counts of operations and bytes;
+- pico_captured: from a method of an object to the graph that `StoredGraph` captured of it.
 
 The key of a graph or kernel is `UOp.key`, a hash of its operations, shapes, dtypes and constants.
 The key also includes everything else that determines the value: tinygrad's version, all context
 variables, the environment variables that tinygrad's code generation reads, and for a kernel the
 renderer, its target, its compiler and the processor. So no entry becomes invalid: a different
-setting has a different key. A value that cannot be read counts as missing. The file may be
-deleted at any time; cache_file.py empties a large one. CACHELEVEL=0 turns both tables off.
+setting has a different key. The key of a captured method includes the source of this package in
+place of operations, so that a second process builds no graph. A value that cannot be read counts as
+missing. The file may be deleted at any time; cache_file.py empties a large one. CACHELEVEL=0 turns
+all tables off.
 """
 
 import contextlib
@@ -27,13 +30,14 @@ from pathlib import Path
 
 import tinygrad.engine.realize
 import tinygrad.schedule
-from tinygrad import helpers
+from tinygrad import Device, Tensor, helpers
 from tinygrad.codegen import to_program
-from tinygrad.helpers import CACHELEVEL, DEBUG, ContextVar
+from tinygrad.engine.jit import CapturedJit
+from tinygrad.helpers import CACHELEVEL, DEBUG, JIT, ContextVar
 from tinygrad.renderer import Renderer
-from tinygrad.uop.ops import CallInfo, Ops, UOp
+from tinygrad.uop.ops import CallInfo, Ops, UOp, buffers
 
-from .machine import processor
+from .machine import cgroup_limit, processor
 
 VERSION = importlib.metadata.version("tinygrad")
 # context variables that affect what is printed, recorded or cached, but not the result
@@ -47,13 +51,17 @@ INTERPRETERS = ("PYTHON", "NULL", "DSP")
 _programs: dict[str, UOp] = {}  # the kernels that this process has read or compiled, by key
 
 
+def installed() -> bool:
+    return isinstance(tinygrad.schedule.schedule_cache, Schedules)
+
+
 def install() -> None:
     """Make tinygrad use the cache, for the whole process.
 
     Replaces `to_program` in tinygrad.engine.realize, `tinygrad.schedule.schedule_cache` and
     `CallInfo.__repr__`.
     """
-    if isinstance(tinygrad.schedule.schedule_cache, Schedules):
+    if installed():
         return
     tinygrad.schedule.schedule_cache = Schedules()
     tinygrad.engine.realize.to_program = cached_program
@@ -122,7 +130,76 @@ def _without_operations(program: UOp) -> UOp:
     return program.replace(src=(sink.replace(src=kept), device, UOp(Ops.LINEAR), source, binary))
 
 
+class StoredGraph:
+    """What TinyJit captures of a method without inputs, kept in the file.
+
+    The buffers of a captured graph are those of `tensors`, and buffers that the capture makes. In
+    the file each has a number; `load` puts the buffers of this process in their place.
+    """
+
+    def __init__(self, name: str, tensors: list[Tensor]) -> None:
+        """name: with the tensors' shapes, it determines what the method computes."""
+        self.known = dict.fromkeys(tensor.uop.base for tensor in tensors)
+        shapes = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
+        renderer = Device[tensors[0].device].renderer
+        self.key = _key(name, shapes, _source(), JIT.value, _threads(), *_target(renderer))
+        self.before = set(buffers)
+
+    def load(self) -> CapturedJit | None:
+        """The stored graph, for the buffers of this process."""
+        stored = _read("pico_captured", self.key)
+        if stored is None:
+            return None
+        known, new = dict(enumerate(self.known)), {}
+        for uop in stored.toposort():
+            if uop.op is Ops.BUFFER:
+                number, device = (source.arg for source in uop.src)
+                made = number not in known
+                new[uop] = UOp.new_buffer(device, uop.arg, uop.dtype) if made else known[number]
+        linear, *results = _replaced(stored, new).src
+        results = tuple(map(Tensor, results))
+        return CapturedJit(results if len(results) > 1 else results[0], linear, [], [])
+
+    def store(self, captured: CapturedJit) -> None:
+        """Store a graph, unless it has a buffer that is none of `tensors` and was there before."""
+        results = captured.ret if isinstance(captured.ret, tuple) else (captured.ret,)
+        graph = UOp(Ops.TUPLE, src=(captured.linear, *(tensor.uop for tensor in results)))
+        found = [uop for uop in graph.toposort() if uop.op is Ops.BUFFER]
+        made = [uop for uop in found if uop not in self.known]
+        if not self.before.isdisjoint(made):
+            return
+        numbered = {
+            uop: uop.replace(src=(UOp(Ops.LUNIQUE, arg=i), uop.src[1]))
+            for i, uop in enumerate([*self.known, *made])
+        }
+        _write("pico_captured", self.key, _replaced(graph, numbered))
+
+
+def _replaced(graph: UOp, new: dict[UOp, UOp]) -> UOp:
+    """The graph with `new[uop]` in place of each of its operations `uop`."""
+    done: dict[UOp, UOp] = {}
+    for uop in graph.toposort():
+        sources = tuple(done[source] for source in uop.src)
+        done[uop] = new[uop] if uop in new else uop.replace(src=sources)
+    return done[graph]
+
+
 # Keys
+
+
+@functools.cache
+def _source() -> str:
+    """A hash of the source of this package."""
+    root = Path(__file__).parents[1]
+    files = sorted(path for path in root.rglob("*") if path.suffix in (".py", ".in"))
+    parts = [(path.relative_to(root).as_posix(), path.read_bytes()) for path in files]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _threads() -> list[object]:
+    """What determines how many threads a kernel has, and whether cpu/ is used."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    return [cores, cgroup_limit("cpu.max"), os.environ.get("PICO_KERNELS")]
 
 
 def _key(*parts: object) -> str:
@@ -130,9 +207,13 @@ def _key(*parts: object) -> str:
 
 
 def _kernel_key(ast: UOp, renderer: Renderer) -> str:
+    return _key(ast.key, *_target(renderer))
+
+
+def _target(renderer: Renderer) -> list[str]:
     # the target may be just "native": the compiler's key or `processor` identifies the processor
     compiler = str(renderer.compiler.cachekey) if renderer.compiler else ""
-    return _key(ast.key, type(renderer).__name__, str(renderer.target), compiler, processor())
+    return [type(renderer).__name__, str(renderer.target), compiler, processor()]
 
 
 def _options() -> list[tuple[str, object]]:

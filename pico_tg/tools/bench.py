@@ -157,7 +157,7 @@ def bench_decode(
     Random weights predict nothing, so almost no draft is accepted: the worst case of decoding.
 
     Records: `machine`; `start-up` (first_byte_seconds: from the start of the process); `writing`
-    (of one byte; passes_per_second, accepted_per_pass, router_rate); `pass of 1 byte`, `pass of 8
+    (of one byte; passes_per_second, accepted_per_pass, router_rate); `pass of 1 byte`, `pass of 4
     bytes` (of one `Decoder.forward`); `reading` (of the prompt; first_byte_seconds: of reading the
     prompt and sampling a byte); `memory` (see `Memory`).
     """
@@ -214,7 +214,7 @@ def bench_decode(
         "accepted_per_pass": accepted / passes,
         "router_rate": rate,
     }
-    for size in (1, 8):
+    for size in DECODE_ROWS:
         name = f"pass of {size} byte{'s' if size > 1 else ''}"
         runs, routed = [], 0
         for _ in range(repeats):

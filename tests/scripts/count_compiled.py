@@ -1,4 +1,6 @@
-"""Print how many schedules and kernels this process makes, and the results, with the cache on."""
+"""Print how many graphs, schedules and kernels this process makes, and results, with the cache."""
+
+import functools
 
 import numpy as np
 import tinygrad.codegen
@@ -12,7 +14,7 @@ tinygrad.schedule.get_kernel_graph = lambda *args: made.append(args[0]) or sched
 from tinygrad import GlobalCounters, Tensor  # noqa: E402
 
 import pico_tg  # noqa: E402
-from pico_tg import matmul  # noqa: E402
+from pico_tg import Config, Decoder, Pico, matmul  # noqa: E402
 from pico_tg.backend.block_function import run_blocks  # noqa: E402
 
 pico_tg.enable_compile_cache()
@@ -24,4 +26,16 @@ weight = (x * 2).contiguous().realize()
 out = run_blocks(lambda x: matmul.linear(x, weight), [[weight]], x)
 g = out.sum().gradient(x)[0].numpy().sum()
 halves = Tensor(np.arange(8, dtype=np.uint8).reshape(2, 4)).shard(("CPU:0", "CPU:1"), axis=0)
-print(len(made), GlobalCounters.global_ops, y, g, (halves + 1).tolist())
+
+
+def counted(method):
+    return functools.wraps(method)(lambda *args: made.append(args) or method(*args))
+
+
+for name in ("_encode", "_deepen", "_predict"):  # the graphs of a decoding pass
+    setattr(Decoder, name, counted(getattr(Decoder, name)))
+sizes = {"dim": 24, "att_q_heads": 2, "att_kv_heads": 1, "latent_num_blocks": 1}
+decoder = Decoder(Pico(Config(**sizes), seed=0))
+read = [decoder.forward(data) for data in (b"a", b"b", b" cde", b"f", b"gh") * 2]
+decoded = [float(x.sum()) for pair in read for x in pair]
+print(len(made), GlobalCounters.global_ops, y, g, (halves + 1).tolist(), decoded)
