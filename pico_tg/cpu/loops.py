@@ -75,13 +75,13 @@ class LoopNest:
                 yield i
 
     @contextlib.contextmanager
-    def _split(self, n: int) -> Iterator[UOp]:
+    def _split(self, n: UOp | int) -> Iterator[UOp]:
         """The current thread's part of a loop of n iterations."""
         if self.threads == 1:
             with self._whole(n) as i:
                 yield i
             return
-        assert n > 1, "every thread would execute the only iteration"
+        assert not isinstance(n, int) or n > 1, "every thread would execute the only iteration"
         core = UOp.variable("core_id", 0, self.threads - 1, dtypes.int).cast(self.index_dtype)
         ends = ((core + i) * n for i in range(2))
         start, stop = (
