@@ -82,9 +82,10 @@ def _choose_gemm(x: Tensor, M: int, L: int, N: int, dtype: DType) -> Gemm | None
     """The function for a matmul [M, L] @ [L, N] of x, factors of `dtype`; None: tinygrad's `@`.
 
     The matmul sums over L, its two gradients over M and N. A sum of one term has no loop to tile.
+    The CPU's tiles need MIN_ROWS rows: the matmul and one gradient have M, the other gradient N.
     """
     has_loops = M >= MIN_ROWS and min(L, N) > 1
-    if has_loops and M * L * N >= SMALL and (cpu := cpu_kernels(x.device)):
+    if has_loops and N >= MIN_ROWS and M * L * N >= SMALL and (cpu := cpu_kernels(x.device)):
         return Gemm(cpu.gemm, tile=1)
     rounded = dtype == dtypes.bfloat16
     # one kernel on the tensor cores computes all Z matrices, so the threshold counts all of x
