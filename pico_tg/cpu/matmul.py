@@ -72,6 +72,7 @@ def transpose(x: Tensor) -> Tensor:
     """[Z, M, N] -> [Z, N, M + padding] in blocks of TILE_N x 8 registers; N is at least 8."""
     Z, M, N = x.shape
     width, stride = 8, round_up(M, TILE_N)
+    assert width <= N, "the last block would begin before the first column"
     out = Tensor.empty(Z, N, stride, device=x.device)
     sizes = (Z, stride // TILE_N, -(-N // width))
     shared, threads = choose_shared_loop(sizes[:2]) if x.numel() >= PARALLEL else (0, 1)
@@ -124,6 +125,7 @@ def tiled_matmul(
     height = tile_m()
     if accumulate_over and M % height:
         height = 4
+    assert height <= M, "the last tile would begin before the first row"
     # with three vectors in a row, a tile takes 27 of the 32 registers of AVX-512
     wide = next(n for n in ((3, 2, 1) if tile_m() == 8 else (1,)) if N % (n * TILE_N) == 0)
     width = wide * TILE_N
