@@ -82,10 +82,11 @@ def _choose_gemm(x: Tensor, M: int, L: int, N: int, dtype: DType) -> Gemm | None
     """The function for a matmul [M, L] @ [L, N] of x, factors of `dtype`; None: tinygrad's `@`.
 
     The matmul sums over L, its two gradients over M and N. A sum of one term has no loop to tile.
+    The CPU's tiles need MIN_ROWS rows: the matmul and one gradient have M, the other gradient N.
     """
     has_loops = M >= MIN_ROWS and min(L, N) > 1
-    if has_loops and M * L * N >= SMALL and (cpu := cpu_kernels(x.device)):
-        return Gemm(cpu.gemm, TILE)
+    if has_loops and N >= MIN_ROWS and M * L * N >= SMALL and (cpu := cpu_kernels(x.device)):
+        return Gemm(cpu.gemm, tile=1)
     rounded = dtype == dtypes.bfloat16
     # one kernel on the tensor cores computes all Z matrices, so the threshold counts all of x
     if (rounded or (has_loops and x.numel() * N >= SMALL)) and has_tensor_cores(x.device, dtype):
@@ -106,29 +107,30 @@ def _product(gemm: Gemm, a: Tensor, b: Tensor) -> Tensor:
     N = b.shape[1]
     m, l, n = (round_up(size, gemm.tile) for size in (M, L, N))
     a, b = (
-        materialize(rounded_factor(_pad(x.float(), rows, l), bool(BF16)))
+        rounded_factor(_pad(x.float(), rows, l), bool(BF16)).contiguous()
         for x, rows in ((a, m), (b, n))
     )
     if a.uop is b.uop:  # the call below would merge the two arguments and lose one gradient
         raise ValueError("a matmul of a tensor with itself would lose a gradient; clone one factor")
-    product = _product_function(M, N, L, gemm, bool(BF16))
-    return product(a, b)[:, :M, :N].contiguous_backward()
+    return _product_function(M, N, L, gemm, bool(BF16))(a, b).contiguous_backward()
 
 
 @functools.cache
 def _product_function(M: int, N: int, L: int, gemm: Gemm, to_bf16: bool) -> Callable[..., Tensor]:
-    """a, b (padded) -> a @ b.T; the gradients are two more calls of `gemm`."""
+    """a, b (padded) -> a @ b.T [Z, M, N]; the gradients are two more calls of `gemm`."""
 
     def gradient(upstream: UOp, call: UOp) -> tuple[UOp | None, ...]:
         a, b, *buffers = (Tensor(uop) for uop in call.src[1:])
-        g = rounded_factor(Tensor(upstream), to_bf16).contiguous()
-        da, db = gemm.run(g, b, M, L, N), gemm.run(g, a, N, L, M, trans_a=True)
+        (_, m, l), n = a.shape, b.shape[1]
+        g = rounded_factor(_pad(Tensor(upstream), m, n), to_bf16).contiguous()
+        da = gemm.run(g, b, M, L, N)[:, :m, :l]
+        db = gemm.run(g, a, N, L, M, trans_a=True)[:, :n, :l]
         return da.uop, db.uop, *[None for _ in buffers]
 
     # allow_implicit: the kernel's output buffer is an argument as well
     @function(grad_fxn=gradient, allow_implicit=True)
     def product(a: Tensor, b: Tensor) -> Tensor:
-        return gemm.run(a, b, M, N, L, trans_b=True)
+        return gemm.run(a, b, M, N, L, trans_b=True)[:, :M, :N]
 
     return product
 

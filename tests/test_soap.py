@@ -8,6 +8,7 @@ from tinygrad import Device, GlobalCounters, Tensor, TinyJit, nn
 
 from pico_tg import SOAP
 from pico_tg.backend.runtime import has_cpu_kernels, write_into
+from pico_tg.tools.bench import count_kernels
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -281,6 +282,17 @@ def test_refresh_inside_a_jit_is_refused():
         step(Tensor([1.0]).realize())  # the first call is not captured
         with pytest.raises(RuntimeError, match="after the compiled function"):
             step(Tensor([1.0]).realize())
+
+
+@pytest.mark.skipif(not has_cpu_kernels(Device.DEFAULT), reason="counts CPU kernels")
+def test_moving_averages_are_updated_in_place():
+    """Both moments and both Gram matrices: copying them would take four more kernels."""
+    parameter = Tensor.ones(48, 33).contiguous().realize()
+    optimizer = SOAP([parameter])
+    parameter.grad = Tensor.ones(48, 33).contiguous().realize()
+    with Tensor.train(), count_kernels() as count:
+        Tensor.realize(*optimizer.schedule_step())
+    assert count[0] <= 33
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from .band_attention import band_attention
 from .decoding import attend, packed_matmul
+from .loops import fused_multiply_adds
 from .matmul import gemm
 
-__all__ = ["attend", "band_attention", "gemm", "packed_matmul"]
+__all__ = ["attend", "band_attention", "fused_multiply_adds", "gemm", "packed_matmul"]

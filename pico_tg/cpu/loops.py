@@ -3,9 +3,9 @@
 import contextlib
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from tinygrad import Tensor, dtypes
+from tinygrad import Device, Tensor, TinyJit, dtypes
 from tinygrad.dtype import AddrSpace
 from tinygrad.helpers import CPU_COUNT
 from tinygrad.renderer import Estimates
@@ -75,13 +75,13 @@ class LoopNest:
                 yield i
 
     @contextlib.contextmanager
-    def _split(self, n: int) -> Iterator[UOp]:
+    def _split(self, n: UOp | int) -> Iterator[UOp]:
         """The current thread's part of a loop of n iterations."""
         if self.threads == 1:
             with self._whole(n) as i:
                 yield i
             return
-        assert n > 1, "every thread would execute the only iteration"
+        assert not isinstance(n, int) or n > 1, "every thread would execute the only iteration"
         core = UOp.variable("core_id", 0, self.threads - 1, dtypes.int).cast(self.index_dtype)
         ends = ((core + i) * n for i in range(2))
         start, stop = (
@@ -166,6 +166,41 @@ def choose_shared_loop(sizes: tuple[int, ...]) -> tuple[int, int]:
 
     best = min(range(len(sizes)), key=longest_share)
     return best, min(CPU_COUNT.value, sizes[best])
+
+
+def fused_multiply_adds(device: str) -> tuple[Callable[[], None], int]:
+    """(a call that computes independent chains of s * x + x in registers, its operations).
+
+    The chains read memory before their first step and write it after their last.
+    """
+    threads, chains, steps, unroll = CPU_COUNT.value, 12 if tile_m() == 8 else 6, 1 << 18, 8
+    start = Tensor.full((chains * TILE_N,), 0.5, device=device).contiguous().realize()
+    out = Tensor.empty(threads * chains * TILE_N, device=device)
+    nest = LoopNest(out, start, threads=threads)
+    with nest.loops((threads,), 0) as (thread,):
+        x, registers = nest.load(1, nest.const(0)), nest.registers(chains)
+        for c in range(chains):  # separate loads: the compiler would merge equal chains
+            nest.store_reg(registers, c, nest.load(1, nest.const(c * TILE_N)))
+        with nest.loop(steps):
+            sums = [nest.load_reg(registers, c) for c in range(chains)]
+            for _ in range(unroll):
+                sums = [s * x + x for s in sums]
+            for c, s in enumerate(sums):
+                nest.store_reg(registers, c, s)
+        for c in range(chains):
+            nest.store((thread * chains + c) * TILE_N, nest.load_reg(registers, c))
+    operations = 2 * threads * chains * TILE_N * steps * unroll
+    program = nest.program("fused_multiply_adds", operations)
+
+    @TinyJit
+    def call(x: Tensor) -> Tensor:
+        return out.custom_kernel(x, fxn=lambda *_: program)[0].realize()
+
+    def run() -> None:
+        call(start)
+        Device[device].synchronize()
+
+    return run, operations
 
 
 @functools.cache

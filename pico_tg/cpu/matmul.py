@@ -32,10 +32,10 @@ def gemm(
 ) -> Tensor:
     """a [Z, M, L] @ b [Z, L, N] -> [Z, M, N], float32.
 
-    `trans_a`: a is stored as [Z, L, M]; `trans_b`: b is stored as [Z, N, L]. All three buffers are
-    padded to multiples of TILE_N; M, N and L are the sizes without padding. The padding is never
-    part of a sum. If the two factors are one matrix and its transpose, the result is symmetric, and
-    only the tiles on and above its diagonal are computed.
+    `trans_a`: a is stored as [Z, L, M]; `trans_b`: b is stored as [Z, N, L]. The result's columns
+    are padded to a multiple of TILE_N. Padding, also of the factors, is never part of a sum. If the
+    two factors are one matrix and its transpose, the result is symmetric, and only the tiles on and
+    below its diagonal are computed.
 
     Both factors are first copied into the order in which a tile reads them, rows of a and panels of
     b, which takes 1 to 2 % of the time. Without the copy, each term of a sum is in a different
@@ -43,15 +43,17 @@ def gemm(
     """
     symmetric = a.uop is b.uop and trans_a != trans_b
     a = transpose(a) if trans_a else a
-    b = pack_panels(b.transpose(1, 2) if trans_b else b)  # (Z, N / TILE_N, L, TILE_N)
+    b = b.transpose(1, 2) if trans_b else b
+    b = pack_panels(b.pad((None, None, (0, -b.shape[2] % TILE_N))))  # (Z, N / TILE_N, L, TILE_N)
     Z, height, depth = a.shape
-    rows, columns, terms = round_up(M, TILE_N), b.shape[1] * TILE_N, b.shape[2]
+    columns, terms = b.shape[1] * TILE_N, b.shape[2]
+    rows = columns if symmetric else M
     return tiled_matmul(
         Tensor.empty(Z, rows, columns, device=a.device),
         [a, b],
         f"{'gram' if symmetric else 'gemm'}_{Z}_{M}_{N}_{L}",
         (Z,),
-        (rows, columns, L),
+        (M, columns, L),
         a_index=lambda z, m, l: (z * height + m) * depth + l,
         b_index=lambda z, l, n: (z * columns + n) * terms + l * TILE_N,
         c_index=lambda z, m, n: (z * rows + m) * columns + n,
@@ -67,20 +69,26 @@ def pack_panels(x: Tensor) -> Tensor:
 
 
 def transpose(x: Tensor) -> Tensor:
-    """[Z, M, N] -> [Z, N, M] in blocks of TILE_N x 8 registers; TILE_N divides M and N."""
+    """[Z, M, N] -> [Z, N, M + padding] in blocks of TILE_N x 8 registers; N is at least 8."""
     Z, M, N = x.shape
-    out = Tensor.empty(Z, N, M, device=x.device)
-    width = 8
-    sizes = (Z, M // TILE_N, N // width)
+    width, stride = 8, round_up(M, TILE_N)
+    assert width <= N, "the last block would begin before the first column"
+    out = Tensor.empty(Z, N, stride, device=x.device)
+    sizes = (Z, stride // TILE_N, -(-N // width))
     shared, threads = choose_shared_loop(sizes[:2]) if x.numel() >= PARALLEL else (0, 1)
     nest = LoopNest(out, x, threads=threads)
     with nest.loops(sizes, shared) as (z, m, n):
-        m, n = m * TILE_N, n * width
+        m, n = m * TILE_N, at_most(n * width, N - width)
+        rows = [z * M + at_most(m + i, M - 1) for i in range(TILE_N)]
         for j in range(width):
-            column = [nest.load(1, (z * M + m + i) * N + n + j, 1) for i in range(TILE_N)]
-            nest.store((z * N + n + j) * M + m, UOp(Ops.STACK, VECTOR, tuple(column)))
+            column = [nest.load(1, row * N + n + j, 1) for row in rows]
+            nest.store((z * N + n + j) * stride + m, UOp(Ops.STACK, VECTOR, tuple(column)))
     program = nest.program(f"transposed_{Z}_{M}_{N}")
     return out.custom_kernel(x, fxn=lambda *_: program)[0]
+
+
+def at_most(i: UOp, last: int) -> UOp:
+    return (i < last).where(i, i.const_like(last))
 
 
 def tiled_matmul(
@@ -99,7 +107,8 @@ def tiled_matmul(
 ) -> Tensor:
     """c = a @ b, [M, L] @ [L, N], for each iteration of the `outer` loops; `sizes` is (M, N, L).
 
-    inputs: a, b, and the tensors that the epilogue loads. M and N are multiples of TILE_N.
+    inputs: a, b, and the tensors that the epilogue loads. M is at least 8 (with accumulate_over, a
+    multiple of 8); N is a multiple of TILE_N.
 
     - a_index(*outer, m, l): the address of one element of a
     - b_index(*outer, l, n): the address of TILE_N consecutive elements of b
@@ -109,18 +118,21 @@ def tiled_matmul(
       sum of a @ b over these iterations. a_index and b_index receive the counter of this loop after
       the outer ones, c_index does not
     - products: total number of matmuls, if accumulate_over varies
-    - symmetric: c is symmetric; only the tiles on and above the diagonal are computed, and each is
+    - symmetric: c is symmetric; only the tiles on and below the diagonal are computed, and each is
       stored a second time, transposed
     """
     M, N, L = sizes
-    tall = tile_m()
-    # tiles of tile_m() rows, then tiles of 4 rows: either none or at least two, since the threads
-    # may have to share the tiles of 4 rows
-    splits = ((n, M - n * tall) for n in range(M // tall, -1, -1))
-    tall_tiles, rest = next((n, rows) for n, rows in splits if rows % 4 == 0 and rows != 4)
-    elements = M * (N + TILE_N) // 2 if symmetric else M * N
+    height = tile_m()
+    if accumulate_over and M % height:
+        height = 4
+    assert height <= M, "the last tile would begin before the first row"
+    # with three vectors in a row, a tile takes 27 of the 32 registers of AVX-512
+    wide = next(n for n in ((3, 2, 1) if tile_m() == 8 else (1,)) if N % (n * TILE_N) == 0)
+    width = wide * TILE_N
+    tiles_m = -(-M // height)
+    elements = M * (N + width) // 2 if symmetric else M * N
     operations = 2 * elements * L * (products or math.prod(outer))
-    loops = (*outer, max(tall_tiles, rest // 4))
+    loops = (*outer, tiles_m)
     shared, threads = choose_shared_loop(loops)
     if threads > 1 and operations >= LONG and launcher.serves():
         threads = min(SHARES * threads, loops[shared])
@@ -129,62 +141,64 @@ def tiled_matmul(
     # tinygrad 0.13 renders no loop of one iteration (test_cpu.test_products_on_other_processors)
     looped = L - L % UNROLL if L >= 2 * UNROLL else 0
 
-    def add_tiles(first: int, iterations: int, height: int) -> None:
-        """The tiles of `height` rows, from row `first` on."""
+    def vectors(m: UOp, n: UOp) -> list[tuple[UOp, UOp]]:
+        """(row, first column) of each vector of a tile, row by row."""
+        return [(m + i, n + v * TILE_N) for i in range(height) for v in range(wide)]
 
-        @contextlib.contextmanager
-        def tiles() -> Iterator[tuple[UOp, UOp]]:
-            """(first row, first column) of each tile."""
-            with nest.loops((iterations,), shared - len(outer)) as (m,):
-                m = m * height + first
-                start = UOp(Ops.CDIV, m.dtype, (m, nest.const(TILE_N))) if symmetric else 0
-                with nest.loops((N // TILE_N - start,)) as (n,):
-                    yield m, (n + start) * TILE_N
+    @contextlib.contextmanager
+    def tiles() -> Iterator[tuple[UOp, UOp]]:
+        """(first row, first column) of each tile.
 
-        def compute(outer_c: list[UOp], outer_ab: list[UOp]) -> None:
+        Rows are the inner loop, so that a tile finds its panels of b in the cache. The last tile
+        may overlap the one before it, and then computes the same values again.
+        """
+        with nest.loops((N // width,)) as (n,):
+            n = n * width
+            # the first tile that is not above the diagonal
+            start = UOp(Ops.CDIV, n.dtype, (n, nest.const(height))) if symmetric else 0
+            with nest.loops((tiles_m - start,), shared - len(outer)) as (m,):
+                m = (m + start) * height
+                yield at_most(m, M - height) if M % height else m, n
+
+    def compute(outer_c: list[UOp], outer_ab: list[UOp]) -> None:
+        with tiles() as (m, n):
+            c = [c_index(*outer_c, row, column) for row, column in vectors(m, n)]
+
+            def add_term(sums: list[UOp], l: UOp) -> list[UOp]:
+                b = [nest.load(2, b_index(*outer_ab, l, n + v * TILE_N)) for v in range(wide)]
+                a = [nest.load(1, a_index(*outer_ab, m + i, l), 1) for i in range(height)]
+                products = (nest.broadcast(x) * y for x in a for y in b)
+                return [s + product for s, product in zip(sums, products, strict=True)]
+
+            sums = [nest.load_output(address) if accumulate_over else zero for address in c]
+            if looped:
+                registers = nest.registers(len(sums))
+                for i, vector in enumerate(sums):
+                    nest.store_reg(registers, i, vector)
+                with nest.loop(looped // UNROLL) as l:
+                    sums = [nest.load_reg(registers, i) for i in range(len(c))]
+                    for u in range(UNROLL):
+                        sums = add_term(sums, l * UNROLL + u)
+                    for i, vector in enumerate(sums):
+                        nest.store_reg(registers, i, vector)
+                sums = [nest.load_reg(registers, i) for i in range(len(c))]
+            for l in range(looped, L):
+                sums = add_term(sums, nest.const(l))
+            for (row, column), address, result in zip(vectors(m, n), c, sums, strict=True):
+                if epilogue:
+                    result = epilogue(nest, result, *outer_ab, row, column)
+                mirrored = [c_index(*outer_c, column + j, row) for j in range(TILE_N)]
+                before = nest.store_elements(mirrored, result) if symmetric else []
+                nest.store(address, result, *before)
+
+    with nest.loops(outer, shared) as matrix:
+        if accumulate_over:
             with tiles() as (m, n):
-                c = [c_index(*outer_c, m + i, n) for i in range(height)]
-
-                def add_term(sums: list[UOp], l: UOp) -> list[UOp]:
-                    b = nest.load(2, b_index(*outer_ab, l, n))
-                    a = [nest.load(1, a_index(*outer_ab, m + i, l), 1) for i in range(height)]
-                    return [s + nest.broadcast(x) * b for s, x in zip(sums, a, strict=True)]
-
-                sums = [nest.load_output(address) if accumulate_over else zero for address in c]
-                if looped:
-                    registers = nest.registers(height)
-                    for i in range(height):
-                        nest.store_reg(registers, i, sums[i])
-                    with nest.loop(looped // UNROLL) as l:
-                        sums = [nest.load_reg(registers, i) for i in range(height)]
-                        for u in range(UNROLL):
-                            sums = add_term(sums, l * UNROLL + u)
-                        for i in range(height):
-                            nest.store_reg(registers, i, sums[i])
-                    sums = [nest.load_reg(registers, i) for i in range(height)]
-                for l in range(looped, L):
-                    sums = add_term(sums, nest.const(l))
-                for i in range(height):
-                    result = sums[i]
-                    if epilogue:
-                        result = epilogue(nest, result, *outer_ab, m + i, n)
-                    mirrored = [c_index(*outer_c, n + j, m + i) for j in range(TILE_N)]
-                    before = nest.store_elements(mirrored, result) if symmetric else []
-                    nest.store(c[i], result, *before)
-
-        with nest.loops(outer, shared) as matrix:
-            if not accumulate_over:
-                compute(matrix, matrix)
-                return
-            with tiles() as (m, n):
-                for i in range(height):
-                    nest.store(c_index(*matrix, m + i, n), zero)
+                for row, column in vectors(m, n):
+                    nest.store(c_index(*matrix, row, column), zero)
             with nest.loop(accumulate_over(*matrix)) as t:
                 compute(matrix, [*matrix, t])
-
-    if tall_tiles:
-        add_tiles(0, tall_tiles, tall)
-    if rest:
-        add_tiles(tall_tiles * tall, rest // 4, 4)
+        else:
+            compute(matrix, matrix)
     program = nest.program(name, operations)
     return out.custom_kernel(*inputs, fxn=lambda *_: program)[0]

@@ -227,6 +227,11 @@ class Stack:
         projected = gradient  # Q0ᵀ G Q1
         for side, Q in zip(self.sides, self.Q, strict=True):
             projected = _project(projected, side, Q)
+        grams = [_gram(gradient, side) for side in self.sides]
+        # tinygrad 0.13 computes a moving average in place from at most three buffers, and counts
+        # also those that a kernel still to be run reads; else it copies the average
+        # (test_soap.test_moving_averages_are_updated_in_place)
+        Tensor.realize(projected, *grams)
         # M and V: moving averages of projected and projected²
         _lerp(self.exp_avg, projected, 1 - beta1, updating)
         _lerp(self.exp_avg_sq, projected.square(), 1 - beta2, updating)
@@ -235,8 +240,8 @@ class Stack:
         for side, Q in zip(self.sides, self.Q, strict=True):
             update = _project(update, side, Q, back=True)
         # GG: moving averages of G Gᵀ and Gᵀ G
-        for side, GG in zip(self.sides, self.GG, strict=True):
-            _lerp(GG, _gram(gradient, side), 1 - beta2, finite)
+        for GG, gram in zip(self.GG, grams, strict=True):
+            _lerp(GG, gram, 1 - beta2, finite)
         return update.contiguous()
 
     def stacked(self, grads: list[Tensor]) -> Tensor:

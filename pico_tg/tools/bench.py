@@ -11,16 +11,17 @@ A record of a measurement has
   tinygrad
 - model_flops: the FLOPs that the mathematics requires (`pico_tg.costs`), without the optimizer
 - gflops: model_flops / seconds / 1e9
-- mfu (model FLOPs utilization): gflops divided by the rate of a plain matmul on this machine
+- mfu (model FLOPs utilization): gflops divided by the peak of this machine
 - hfu (hardware FLOPs utilization): the same for operations
 
-The first record, `machine`, has the rate of a plain matmul as gemm_gflops (`costs.gemm_rate`).
+The first record, `machine`, has the peak as peak_gflops, and as peak what reached it (`peak`).
 """
 
 import contextlib
 import gc
 import os
 import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -32,6 +33,7 @@ from typing import Any
 import numpy as np
 from tinygrad import Device, GlobalCounters, Tensor, UOp, nn
 
+from ..backend.cpu_kernels import cpu_kernels
 from ..backend.device import describe_backend
 from ..backend.precision import choose_precision, graph_context
 from ..backend.runtime import Ops, jit_method, on_devices, realize
@@ -68,9 +70,9 @@ def bench_train(
         raise PicoError(f"context_len {settings.context_len} is too short: no byte is selected")
     precision = choose_precision(settings.precision, devices)
     before = process_seconds()
-    gemm = gemm_rate(precision, (devices or (Device.DEFAULT,))[0])
+    top = peak(precision, (devices or (Device.DEFAULT,))[0])
     calibrating = process_seconds() - before
-    yield _machine(config, precision, gemm, devices)
+    yield _machine(config, precision, top, devices)
 
     accumulation, batch_size = settings.grad_accumulation_steps, settings.batch_size
     length = settings.context_len
@@ -80,7 +82,7 @@ def bench_train(
 
     def record(name: str, call: Callable[[], Any], times: int = repeats) -> Record:
         runs = [run_once(call) for _ in range(times)]
-        return _measured(name, runs, accumulation * batch_size * length, model_flops, gemm)
+        return _measured(name, runs, accumulation * batch_size * length, model_flops, top)
 
     memory = Memory()
     train_step = TrainStep(Pico(config, seed=0), settings, devices)
@@ -163,9 +165,9 @@ def bench_decode(
     """
     _check(repeats)
     before = process_seconds()
-    gemm = gemm_rate("fp32", Device.DEFAULT)
+    top = peak("fp32", Device.DEFAULT)
     calibrating = process_seconds() - before
-    yield _machine(config, "fp32", gemm, ())
+    yield _machine(config, "fp32", top, ())
     rng = np.random.default_rng(0)
     prompt = rng.bytes(context_len)
     count = 64
@@ -192,7 +194,7 @@ def bench_decode(
     yield {"measured": "start-up", "first_byte_seconds": first_byte}
 
     def measured(name: str, runs: list[Run], rows: int, rate: float, position: int) -> Record:
-        return _measured(name, runs, rows, rows * decoding_flops(config, position, rate), gemm)
+        return _measured(name, runs, rows, rows * decoding_flops(config, position, rate), top)
 
     runs, first, all_stats = [], [], []
     for seed in range(repeats):
@@ -308,18 +310,45 @@ def process_seconds() -> float:
         return time.perf_counter() - IMPORTED
 
 
-def _machine(config: Config, precision: str, gemm: float, devices: tuple[str, ...]) -> Record:
+Peak = tuple[float, str]  # GFLOPS, what reached them
+
+
+def peak(precision: str, device: str) -> Peak:
+    """The most GFLOPS that arithmetic was seen to reach on `device`, and which arithmetic.
+
+    On a CPU, the higher of multiply-adds in registers, by the kernels' own code generator, and of
+    NumPy's matmul in a process without the variables that choose OpenBLAS's kernels, by which some
+    environments make it half as fast. Elsewhere a plain matmul (`costs.gemm_rate`).
+    """
+    if device.split(":")[0] != "CPU":
+        return gemm_rate(precision, device), "a plain matmul"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    for name in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"):
+        environment.pop(name, None)
+    code = "from pico_tg.costs import gemm_rate; print(gemm_rate('fp32', 'CPU'))"
+    command = [sys.executable, "-c", code]
+    printed = subprocess.run(command, env=environment, capture_output=True, check=True).stdout
+    rates = [(float(printed), "NumPy's matmul")]
+    if cpu := cpu_kernels(device):
+        call, operations = cpu.fused_multiply_adds(device)
+        seconds = min(run_once(call)[0] for _ in range(8))
+        rates.append((operations / seconds / 1e9, "a kernel of multiply-adds"))
+    return max(rates)
+
+
+def _machine(config: Config, precision: str, top: Peak, devices: tuple[str, ...]) -> Record:
     return {
         "measured": "machine",
         "backend": describe_backend().split(";")[0],
         "devices": list(devices),
         "precision": precision,
-        "gemm_gflops": gemm,
+        "peak_gflops": top[0],
+        "peak": top[1],
         "parameters": config.parameters,
     }
 
 
-def _measured(name: str, runs: list[Run], bytes_: int, model_flops: float, gemm: float) -> Record:
+def _measured(name: str, runs: list[Run], bytes_: int, model_flops: float, top: Peak) -> Record:
     seconds, kernels, operations = (statistics.median(x) for x in zip(*runs, strict=True))
     gflops = model_flops / seconds / 1e9
     return {
@@ -330,8 +359,8 @@ def _measured(name: str, runs: list[Run], bytes_: int, model_flops: float, gemm:
         "operations": round(operations),
         "model_flops": round(model_flops),
         "gflops": gflops,
-        "mfu": gflops / gemm,
-        "hfu": operations / seconds / 1e9 / gemm,
+        "mfu": gflops / top[0],
+        "hfu": operations / seconds / 1e9 / top[0],
     }
 
 

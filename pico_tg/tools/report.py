@@ -184,8 +184,8 @@ def describe_measured(record: dict) -> str:
     if name == "machine":
         of = f"; {len(record['devices'])} devices" if record["devices"] else ""
         return (
-            f"{record['backend']}{of}; {record['precision']}; a plain matmul reaches "
-            f"{record['gemm_gflops']:,.0f} GFLOPS; {record['parameters']:,} parameters\n"
+            f"{record['backend']}{of}; {record['precision']}; {record['peak']} reaches "
+            f"{record['peak_gflops']:,.0f} GFLOPS; {record['parameters']:,} parameters\n"
             f"{'':20}{'seconds':>10}{'bytes/s':>10}{'kernels':>9}{'executed':>10}{'model':>10}"
             f"{'GFLOPS':>9}{'MFU':>8}{'HFU':>8}"
         )
