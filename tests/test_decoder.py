@@ -6,11 +6,12 @@ import numpy as np
 import oracle
 import pytest
 from helpers import TINY
-from tinygrad import GlobalCounters, Tensor, nn
+from tinygrad import Context, GlobalCounters, Tensor, nn
 
 from pico_tg import decoder as decoder_module
 from pico_tg.backend.runtime import write_into
 from pico_tg.decoder import PREFILL_CHUNK, Decoder
+from pico_tg.files import PicoError
 from pico_tg.generation import generate
 from pico_tg.model import Pico
 
@@ -154,6 +155,12 @@ def test_twenty_thousand_bytes(model):
     tail = Decoder(model)  # 400 bytes are more than all windows together reach
     tail.forward(data[-400:-1])
     np.testing.assert_allclose(last, tail.forward(data[-1:])[0], rtol=0, atol=2e-4)
+
+
+def test_without_captured_graphs(model):
+    """tinygrad's JIT=0, under which a pass would return the logits of the first one."""
+    with Context(JIT=0), pytest.raises(PicoError, match="JIT=0"):
+        Decoder(model).forward(b"a")
 
 
 def test_decoding_while_training(text):

@@ -178,6 +178,7 @@ def test_other_gets_are_refused(server):
         (ASKED | {"seed": True}, "seed"),
         (ASKED | {"max_bytes": 0}, "max_bytes"),
         (ASKED | {"max_bytes": 4097}, "max_bytes"),
+        (ASKED | {"num_samples": 2}, "num_samples"),
     ],
 )
 def test_bad_bodies_are_refused(server, body, named):

@@ -33,7 +33,7 @@ import tinygrad.schedule
 from tinygrad import Device, Tensor, helpers
 from tinygrad.codegen import to_program
 from tinygrad.engine.jit import CapturedJit
-from tinygrad.helpers import CACHELEVEL, DEBUG, JIT, ContextVar
+from tinygrad.helpers import CACHELEVEL, DEBUG, JIT, ContextVar, getenv
 from tinygrad.renderer import Renderer
 from tinygrad.uop.ops import CallInfo, Ops, UOp, buffers
 
@@ -139,10 +139,12 @@ class StoredGraph:
 
     def __init__(self, name: str, tensors: list[Tensor]) -> None:
         """name: with the tensors' shapes, it determines what the method computes."""
-        self.known = dict.fromkeys(tensor.uop.base for tensor in tensors)
-        shapes = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
+        self.known: dict[UOp, int] = {}  # the number of each buffer; tensors may share one
+        numbers = [self.known.setdefault(x.uop.base, len(self.known)) for x in tensors]
+        shapes = [(x.shape, x.dtype, x.device) for x in tensors]
+        settings = JIT.value, getenv("JITBEAM"), _threads()  # tinygrad's TinyJit reads JITBEAM
         renderer = Device[tensors[0].device].renderer
-        self.key = _key(name, shapes, _source(), JIT.value, _threads(), *_target(renderer))
+        self.key = _key(name, shapes, numbers, _source(), settings, *_target(renderer))
         self.before = set(buffers)
 
     def load(self) -> CapturedJit | None:
@@ -150,11 +152,11 @@ class StoredGraph:
         stored = _read("pico_captured", self.key)
         if stored is None:
             return None
-        known, new = dict(enumerate(self.known)), {}
+        known, new = list(self.known), {}
         for uop in stored.toposort():
             if uop.op is Ops.BUFFER:
                 number, device = (source.arg for source in uop.src)
-                made = number not in known
+                made = number >= len(known)
                 new[uop] = UOp.new_buffer(device, uop.arg, uop.dtype) if made else known[number]
         linear, *results = _replaced(stored, new).src
         results = tuple(map(Tensor, results))
@@ -191,8 +193,8 @@ def _replaced(graph: UOp, new: dict[UOp, UOp]) -> UOp:
 def _source() -> str:
     """A hash of the source of this package."""
     root = Path(__file__).parents[1]
-    files = sorted(path for path in root.rglob("*") if path.suffix in (".py", ".in"))
-    parts = [(path.relative_to(root).as_posix(), path.read_bytes()) for path in files]
+    files = [path for path in root.rglob("*") if path.suffix in (".py", ".in") and path.is_file()]
+    parts = [(path.relative_to(root).as_posix(), path.read_bytes()) for path in sorted(files)]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 

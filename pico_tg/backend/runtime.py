@@ -16,7 +16,7 @@ from tinygrad import Context, Tensor, TinyJit, getenv
 from tinygrad.codegen.opt import Opt, OptOps  # noqa: F401  # for ops.py
 from tinygrad.dtype import DType, _from_np_dtype, _to_np_dtype  # noqa: F401  # DType: for matmul.py
 from tinygrad.engine import realize
-from tinygrad.helpers import BEAM, round_up  # noqa: F401  # for matmul.py and kv_cache.py
+from tinygrad.helpers import BEAM, JIT, round_up  # noqa: F401  # for matmul.py and kv_cache.py
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops  # noqa: F401  # for ops.py
 
 from ..files import PicoError
@@ -117,11 +117,11 @@ class MethodJit(TinyJit):
     def __call__(self, *inputs: Tensor) -> Any:
         if self.replay is not None:
             return self.replay()
-        new = self.captured is None
-        if self.stored and (found := self.stored.load()):
-            self.captured, self.cnt, new = found, 2, False
+        found = self.stored and self.stored.load()
+        if found:
+            self.captured, self.cnt = found, 2
         result = super().__call__(*inputs)
-        if self.stored and new:
+        if self.stored and not found:
             self.stored.store(self.captured)
         self.stored = None
         if cpu is not None and not inputs and self.captured is not None:
@@ -144,8 +144,11 @@ def jit_method(
     (test_resume.test_graphs_are_freed_immediately).
 
     tensors: all that the method reads or writes, if the graph may be kept in the compile cache. The
-    object's `config` and the tensors' shapes then determine what the method computes.
+    object's `config` and the tensors' shapes then determine what the method computes. Raises
+    PicoError if tinygrad's JIT=0 turns graphs off: the method's results would be of the first call.
     """
+    if tensors and not JIT:
+        raise PicoError("decoding replays captured graphs, which JIT=0 turns off; unset it")
     if cpu is not None:
         cpu.use_launcher()
     reference = weakref.WeakMethod(method)
@@ -171,7 +174,7 @@ def link_graphs(
         captured = [graph.captured for graph in graphs]
         linked = cpu.link_graphs(captured[0], _buffers(choice)[0], captured[1:-1], captured[-1])
         if linked is not None:
-            return lambda: linked() and None
+            return linked
 
     def run() -> None:
         first()

@@ -45,8 +45,8 @@ def native_replay(captured: CapturedJit) -> Callable[[], Any] | None:
 
 
 def link_graphs(
-    first: CapturedJit, choice: Buffer, variants: list[CapturedJit | None], last: CapturedJit
-) -> Callable[[], bool] | None:
+    first: CapturedJit, choice: Buffer, variants: list[CapturedJit], last: CapturedJit
+) -> Callable[[], None] | None:
     """See `launcher.LinkedGraphs`; None if part of it is not native."""
     if not enabled(Device.DEFAULT):
         return None

@@ -223,18 +223,15 @@ def native_replay(captured: CapturedJit) -> Callable[[], Any] | None:
 class LinkedGraphs:
     """The graphs of `first`, one of `variants` or none, and `last`, run in one native call.
 
-    `choice` is an int32 that `first` writes: 0 for none, n for variants[n - 1]. If that variant is
-    missing (None), the call ends after `first`.
+    `choice` is an int32 that `first` writes: 0 for none, n for variants[n - 1].
     """
 
-    def __init__(
-        self, first: Calls, choice: Buffer, variants: list[Calls | None], last: Calls
-    ) -> None:
+    def __init__(self, first: Calls, choice: Buffer, variants: list[Calls], last: Calls) -> None:
         self.parts = [first, *variants, last]
         self.launcher, self.cpu = first[0][1].launcher, first[0][1].cpu
         self.choice = (ctypes.c_int32 * 1).from_address(choice._buf.va_addr)
         self.zero = np.zeros(1, np.int32)  # the choice of an unconditional jump
-        self.targets = np.full(1 + len(variants), -1)  # -1, read as unsigned: after the last row
+        self.targets = np.zeros(1 + len(variants), np.int64)
 
         def rows(calls: Calls) -> list[np.ndarray]:
             return [row for _, graph in calls for row in graph.rows]
@@ -244,39 +241,29 @@ class LinkedGraphs:
 
         table = rows(first) + jump(choice._buf.va_addr)
         for number, variant in enumerate(variants, 1):
-            if variant is not None:
-                self.targets[number] = len(table)
-                table += rows(variant) + jump(self.zero.ctypes.data)
+            self.targets[number] = len(table)
+            table += rows(variant) + jump(self.zero.ctypes.data)
         self.targets[0] = len(table)
         self.rows = np.array(table + rows(last), np.int64)
         self.table = self.rows.ctypes.data, len(self.rows)
         _tables.add(self)
 
-    def __call__(self) -> bool:
-        """Run the graphs; False if the chosen variant is missing."""
+    def __call__(self) -> None:
         with self.launcher.lock:
             self.cpu.synchronize()
             self.launcher.run(*self.table)
         choice = self.choice[0]
         chosen = self.parts[choice] if choice else []
-        if chosen is None:
-            return False
         for calls in (self.parts[0], chosen, self.parts[-1]):
             count(calls)
-        return True
 
 
 def link_graphs(
-    first: CapturedJit, choice: Buffer, variants: list[CapturedJit | None], last: CapturedJit
+    first: CapturedJit, choice: Buffer, variants: list[CapturedJit], last: CapturedJit
 ) -> LinkedGraphs | None:
     """The linked graphs of captured functions; None unless all their calls are native graphs."""
-    parts = []
-    for captured in (first, *variants, last):
-        calls = None if captured is None else native_calls(captured)
-        if captured is not None and calls is None:
-            return None
-        parts.append(calls)
-    return LinkedGraphs(parts[0], choice, parts[1:-1], parts[-1])
+    parts = [native_calls(captured) for captured in (first, *variants, last)]
+    return None if None in parts else LinkedGraphs(parts[0], choice, parts[1:-1], parts[-1])
 
 
 _tables: weakref.WeakSet = weakref.WeakSet()  # all NativeGraphs and LinkedGraphs

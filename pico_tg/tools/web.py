@@ -168,6 +168,8 @@ def read_options(body: bytes) -> tuple[bytes, SampleSettings]:
         raise Refused(400, str(error)) from None
     if not 0 < (settings.max_bytes or 0) <= MAX_BYTES:
         raise Refused(400, f"max_bytes must be from 1 to {MAX_BYTES}")
+    if settings.num_samples > 1:  # each of up to max_bytes
+        raise Refused(400, "the page shows one sample; leave num_samples out")
     return prompt, settings
 
 
