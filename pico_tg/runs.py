@@ -398,6 +398,8 @@ def ancestry(run: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
         yield run, stored
         seen.add(run)
         base = stored.get("base_weights")
+        if base and not isinstance(base, str):
+            raise PicoError(f"{run}/training.json is broken: base_weights must be a path")
         run = Path(base).parent if base else run
 
 

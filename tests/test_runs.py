@@ -831,3 +831,11 @@ def test_load(tmp_path):
     assert np.array_equal(load(str(tmp_path), "first", 2).embedding.weight.numpy(), expected)
     with pytest.raises(PicoError, match="init"):
         load(tmp_path / "first", "first")
+
+
+def test_a_run_of_broken_base_weights(tmp_path):
+    described = dict.fromkeys(("settings", "dataset", "model"), {}) | {"base_weights": 5}
+    described |= {"devices": [], "fingerprints": []}
+    (tmp_path / "training.json").write_text(json.dumps(described))
+    with pytest.raises(PicoError, match="base_weights must be a path"):
+        list(ancestry(tmp_path))
