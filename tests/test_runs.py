@@ -834,7 +834,7 @@ def test_load(tmp_path):
 
 
 def test_a_run_of_broken_base_weights(tmp_path):
-    described = dict.fromkeys(("settings", "dataset", "model"), {}) | {"base_weights": 5}
+    described = {key: {} for key in ("settings", "dataset", "model")} | {"base_weights": 5}
     described |= {"devices": [], "fingerprints": []}
     (tmp_path / "training.json").write_text(json.dumps(described))
     with pytest.raises(PicoError, match="base_weights must be a path"):

@@ -55,6 +55,7 @@ from ..runs import (
     read_description,
     read_metrics,
     run_folder,
+    stored_settings,
 )
 from ..scoring import score
 from ..training import train
@@ -159,12 +160,12 @@ def command_train(args: argparse.Namespace) -> int:
     devices = () if args.devices is None else parse_devices(args.devices)
     if args.sample_prompt and len(devices) > 1:
         raise PicoError("--sample-prompt needs one device: several devices print no samples")
-    stored = {}
+    stored = TrainSettings()
     if args.resume:
-        stored = read_description(existing_run(args.path, args.run))["settings"]
+        stored = stored_settings(read_description(existing_run(args.path, args.run)), run_dir)
     elif len(Path(args.run).parts) > 1:
         raise PicoError(f"a new RUN is a name without a folder, not {args.run!r}")
-    seed = TrainSettings(**stored | settings).seed
+    seed = dataclasses.replace(stored, **settings).seed
     # before the model takes memory; `train` knows the batch
     check_memory(config, TrainSettings(context_len=1, batch_size=1), Device.DEFAULT)
     model, display = Pico(config, seed), TrainingDisplay()
