@@ -24,12 +24,12 @@ def alibi_slopes(heads: int, device: str | tuple[str, ...] | None = None) -> Ten
     return (-8.0 / heads * (head + 1)).exp2()
 
 
-def rotate(x: Tensor, positions: Tensor) -> Tensor:
+def rotate(x: Tensor, positions: Tensor, same_bits: bool = False) -> Tensor:
     """x [..., N, C] rotated by its positions, int [N]: rotary embeddings (arXiv 2104.09864).
 
     Channels j and j + C // 2 are a pair, rotated by position * 10000^(-2j / C) radians (an odd C
     counts as C - 1, and the last channel is not rotated). The error is at most 2e-6 radians at any
-    position.
+    position. same_bits: give a position the same bits whatever the number of positions.
     """
     half = x.shape[-1] // 2
     if half == 0:
@@ -38,7 +38,12 @@ def rotate(x: Tensor, positions: Tensor) -> Tensor:
     angle = fractional_products(positions, rates) * (2 * math.pi)  # (N, C // 2)
     cos, sin = angle.cos().contiguous(), angle.sin().contiguous()
     a, b = x[..., :half], x[..., half : 2 * half]  # (..., N, C // 2)
-    return Tensor.cat(a * cos - b * sin, a * sin + b * cos, x[..., 2 * half :], dim=-1)
+    products = a * cos, b * sin, a * sin, b * cos
+    if same_bits:  # else a compiler fuses one of two products with the sum, which one varies
+        products = Tensor.stack(*products).contiguous()
+    return Tensor.cat(
+        products[0] - products[1], products[2] + products[3], x[..., 2 * half :], dim=-1
+    )
 
 
 def banded_attention(q: Tensor, k: Tensor, v: Tensor, window: int, alibi: bool = True) -> Tensor:

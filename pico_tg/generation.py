@@ -11,7 +11,10 @@ extra heads draft the bytes after it at no extra cost. A round is one pass of th
    byte that was sampled.
 
 Every byte is sampled from head 0's distribution and consumes one random number. So drafts change
-the number of passes, never the text; their number may follow the clock.
+the number of passes, never the text, as long as a pass of several rows gives the same bits as
+passes of one row. The kernels of cpu/ do for the presets (test_decoder); other backends and sizes
+may round otherwise. There, in rare cases, a byte depends on the number of drafts, which follows
+the clock; speculative=False excludes this.
 """
 
 import dataclasses

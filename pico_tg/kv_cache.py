@@ -136,7 +136,7 @@ class KVCache:
         """qkv [R, H*C | K*C | …] with rotary embeddings of the queries and keys."""
         R, heads, C = qkv.shape[0], self.heads + self.kv_heads, self.head_dim
         rotated = qkv[:, : heads * C].reshape(R, heads, C).transpose(0, 1)  # (H + K, R, C)
-        rotated = rotate(rotated, start + Tensor.arange(R, device=start.device))
+        rotated = rotate(rotated, start + Tensor.arange(R, device=start.device), same_bits=True)
         rotated = rotated.transpose(0, 1).reshape(R, heads * C)
         return rotated.cat(qkv[:, heads * C :], dim=1).contiguous()
 

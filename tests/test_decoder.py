@@ -1,15 +1,18 @@
 """A pass with KV caches gives what a full forward pass gives, in every state of the caches."""
 
+import dataclasses
 import itertools
 
 import numpy as np
 import oracle
 import pytest
 from helpers import TINY
-from tinygrad import Context, GlobalCounters, Tensor, nn
+from tinygrad import Context, Device, GlobalCounters, Tensor, nn
 
 from pico_tg import decoder as decoder_module
+from pico_tg.backend.cpu_kernels import cpu_kernels
 from pico_tg.backend.runtime import write_into
+from pico_tg.config import Config
 from pico_tg.decoder import PREFILL_CHUNK, Decoder
 from pico_tg.files import PicoError
 from pico_tg.generation import generate
@@ -47,6 +50,21 @@ def test_pieces_of_every_size(model, weights, text, prefill):
     np.testing.assert_allclose(np.concatenate(found), expected, rtol=0, atol=2e-4)
     assert decoder.position == len(text)
     assert 0 < decoder.selected < len(text)
+
+
+@pytest.mark.skipif(not cpu_kernels(Device.DEFAULT), reason="only the kernels of cpu/ promise it")
+@pytest.mark.parametrize("preset", ["minutes", "published"])
+def test_passes_of_any_size_give_the_same_bits(preset, text):
+    """So the number of drafts, which follows the clock, cannot change the text."""
+    fewer = {"fb_num_blocks": 1, "latent_num_blocks": 1, "next_tokens": 4}
+    decoder = Decoder(Pico(dataclasses.replace(Config.preset(preset), **fewer), seed=7))
+    found = []
+    for rows in (1, 4):
+        decoder.reset()
+        passes = [decoder.forward(text[i : i + rows]) for i in range(0, 200, rows)]
+        found.append([np.concatenate(outputs) for outputs in zip(*passes, strict=True)])
+    for one, four in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, four)
 
 
 def test_a_pass_in_one_graph(model, weights, text):
