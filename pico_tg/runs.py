@@ -255,6 +255,8 @@ def load_config(path: str | os.PathLike, remedy: str = "") -> Config:
     if folder.is_file():
         raise PicoError(f"{path} is a file; give the folder of a model, which holds model.json")
     if not (folder / "model.json").exists():
+        if (folder.parent / "model.json").exists() and list_checkpoints(folder):
+            raise PicoError(f"{path} is a run, not a model; write {folder.parent} {folder.name}")
         why = "it holds no model.json" if folder.exists() else "there is no such folder"
         remedy = remedy or f"make one with: {command('init', path)}"
         raise PicoError(f"{path} is no model: {why}; {remedy}")
@@ -300,8 +302,8 @@ def find_checkpoint(run_dir: str | os.PathLike, checkpoint: int | str = -1) -> P
         if stored := find_description(Path(run_dir)):
             first = stored["settings"].get("checkpoint_interval", TrainSettings.checkpoint_interval)
             raise PicoError(
-                f"{run_dir} is in training and has no checkpoint yet; the first one comes after "
-                f"step {first}; if training was killed: {command('train', model, run, '--resume')}"
+                f"{run_dir} has no checkpoint; in training the first one comes after step {first}; "
+                f"if training was killed: {command('train', model, run, '--resume')}"
             )
         raise PicoError(
             f"{run_dir} has no checkpoint; make one with: {command('train', model, run)}"

@@ -42,8 +42,8 @@ def test_parameters_by_part(model):
     assert sum(counted.values()) == CONFIG.parameters
 
 
-def test_memory_of_the_caches(model):
-    assert cache_bytes(CONFIG) == sum(t.nbytes() for t in Decoder(model).cache_tensors())
+def test_memory_of_the_caches():
+    assert cache_bytes(CONFIG) == sum(t.nbytes() for t in Decoder(Pico(CONFIG)).cache_tensors())
 
 
 def test_operations_of_decoding():

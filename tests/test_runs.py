@@ -181,7 +181,7 @@ def test_a_model_without_weights(former, tmp_path):
         load(former)
     shutil.copytree(FORMER / "run", former / "sub" / "live")
     (former / "sub" / "live" / "00000006.safetensors").unlink()
-    with pytest.raises(PicoError, match=r"sub/live is in training"):
+    with pytest.raises(PicoError, match=r"sub/live has no checkpoint; in training"):
         load(former)
     with pytest.raises(PicoError, match=r"nowhere is no model: there is no such folder; make one"):
         load(tmp_path / "nowhere")
@@ -515,7 +515,7 @@ def test_finding_checkpoints(tmp_path):
     with pytest.raises(PicoError, match=r"pico_tg train .*model run"):
         find_checkpoint(run)
     shutil.copy(FORMER / "run" / "training.json", run)
-    with pytest.raises(PicoError, match=r"is in training .* after step 500; .*model run --resume"):
+    with pytest.raises(PicoError, match=r"in training .* after step 500; .*model run --resume"):
         find_checkpoint(run)
     (run / "training.json").unlink()
     for step in (5, 100, 20):
@@ -829,7 +829,7 @@ def test_load(tmp_path):
     expected = Pico(TINY, 2).embedding.weight.numpy()
     assert np.array_equal(load(tmp_path, "first").embedding.weight.numpy(), expected)
     assert np.array_equal(load(str(tmp_path), "first", 2).embedding.weight.numpy(), expected)
-    with pytest.raises(PicoError, match="init"):
+    with pytest.raises(PicoError, match=r"first is a run, not a model; write .* first$"):
         load(tmp_path / "first", "first")
 
 

@@ -169,7 +169,7 @@ def test_signals_ask_first(number, monkeypatch, capfd):
         os.kill(os.getpid(), number)
         assert left == [130]
     assert signal.getsignal(number) is before
-    assert "stopping: saving the last complete step" in capfd.readouterr().err
+    assert "stopping after this step" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("number", SIGNALS)

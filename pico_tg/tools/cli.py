@@ -163,6 +163,8 @@ def command_train(args: argparse.Namespace) -> int:
     stored = TrainSettings()
     if args.resume:
         stored = stored_settings(read_description(existing_run(args.path, args.run)), run_dir)
+    elif args.dataset is None and Path(args.run).is_file():
+        raise PicoError(f"{args.run} is a file; a name for the run comes before it")
     elif len(Path(args.run).parts) > 1:
         raise PicoError(f"a new RUN is a name without a folder, not {args.run!r}")
     seed = dataclasses.replace(stored, **settings).seed
@@ -333,7 +335,7 @@ def data_to_measure(args: argparse.Namespace, stored: dict[str, Any] | None) -> 
     if named:
         raise PicoError("give the DATASET too, or leave its options out to use the run's data")
     if stored is None:
-        raise PicoError(f"{run_dir} has no training.json that names its data; give a DATASET")
+        raise PicoError(f"{run_dir} names no data in a training.json; give a DATASET or --text")
     return stored_spec(stored, run_dir)
 
 

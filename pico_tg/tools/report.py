@@ -134,7 +134,8 @@ def describe_model(facts: Mapping[str, Any]) -> str:
         data = [("data " + name, str(v)) for name, v in run["dataset"].items() if v is not None]
         own = [(name, str(value)) for name, value in run["settings"].items()]
         own += [("base_weights", run["base_weights"])] if run["base_weights"] else []
-        parts.append([("run", run["name"]), ("steps", f"{run['steps']:,}"), *data, *own])
+        trained = [("steps", f"{run['steps']:,}")] if run["steps"] else []  # of metrics.jsonl
+        parts.append([("run", run["name"]), *trained, *data, *own])
         parts += [run["data"]] if run["data"] else []
         rows = [("checkpoint", "MB", "bits/byte with tags", "held out", "routed")]
         for checkpoint in run["checkpoints"]:

@@ -229,7 +229,7 @@ class StopSignals(Events):
         now = time.monotonic()
         if self.asked_at is None:
             self.asked_at = now
-            text = "stopping: saving the last complete step (Ctrl-C again: exit without saving)"
+            text = "stopping after this step, which is saved (Ctrl-C again: exit without saving)"
             # print() raises RuntimeError if the signal interrupts another print()
             with contextlib.suppress(OSError):
                 os.write(2, f"\n{text}\n".encode())
