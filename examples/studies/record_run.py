@@ -1,7 +1,7 @@
 """Measure a run that `train` has ended, and append its result to a file of JSON lines.
 
 python examples/studies/record_run.py PATH RUN [--text FILE] [--commit NAME] [--context-len 6144]
-    [--max-bytes 131072] [--machine TEXT] [--results stories.jsonl]
+    [--max-bytes 131072] [--machine TEXT] [--results runs.jsonl]
 
 Without --text, the held-out text of the run is measured.
 """
@@ -26,7 +26,7 @@ parser.add_argument("--commit", help="commit that trained the run (default: the 
 parser.add_argument("--context-len", type=int, default=6144)
 parser.add_argument("--max-bytes", type=int, default=131072)
 parser.add_argument("--machine", default="one core of an Intel Xeon with AVX-512")
-parser.add_argument("--results", type=Path, default=HERE / "stories.jsonl")
+parser.add_argument("--results", type=Path, default=HERE / "runs.jsonl")
 args = parser.parse_args()
 
 run_dir = args.path / args.run
