@@ -255,7 +255,7 @@ def load_config(path: str | os.PathLike, remedy: str = "") -> Config:
     if folder.is_file():
         raise PicoError(f"{path} is a file; give the folder of a model, which holds model.json")
     if not (folder / "model.json").exists():
-        if (folder.parent / "model.json").exists() and list_checkpoints(folder):
+        if not remedy and (folder.parent / "model.json").exists() and list_checkpoints(folder):
             raise PicoError(f"{path} is a run, not a model; write {folder.parent} {folder.name}")
         why = "it holds no model.json" if folder.exists() else "there is no such folder"
         remedy = remedy or f"make one with: {command('init', path)}"

@@ -67,9 +67,7 @@ def test_kernels_of_a_step_and_a_pass_on(device, precision, tensor_cores, share,
     limits = {"NULL_ALLOW_COPYOUT": "1", "MAX_KERNEL_BUFFERS": "31", "JIT": "2"}
     found = json.loads(run_script("gpu_kernels.py", precision, DEV=f"NULL:{device}", **limits))
     assert found["train"] > 100
-    assert found["decode_without_latent"] > 20
-    # nothing is computed, so the router selects nothing; the latent block runs all the same
-    assert found["decode"] >= found["decode_without_latent"] + 10
+    assert found["decode"] > 100
     # four products of a block, forward and twice backward
     assert found["on_tensor_cores"] >= tensor_cores
     # of all operations, the optimizer's and the element-wise ones included
@@ -84,7 +82,7 @@ def test_kernels_of_a_step_and_a_pass_on(device, precision, tensor_cores, share,
 def test_a_pass_on_a_gpu_is_one_graph_and_one_wait():
     found = json.loads(run_script("count_launches.py", DEV="NULL", NULL_ALLOW_COPYOUT="1"))
     once = {"graphs": 1, "reads": 1, "writes": 1}
-    assert found == {"1": once, "8": once}
+    assert found == {"1": once, "4": once}
 
 
 @pytest.mark.slow

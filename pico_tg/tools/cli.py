@@ -414,9 +414,10 @@ def read_prompt(args: argparse.Namespace) -> bytes:
         raise PicoError(f"cannot read {name}: {error.strerror}") from error
     if not prompt and option:
         raise PicoError(f"{name} is empty; leave {option} out to start a new document")
-    if option and (why := odd(codecs.getincrementaldecoder("utf-8")(), prompt)):
+    given = os.fsencode(prompt)
+    if option and (why := odd(codecs.getincrementaldecoder("utf-8")(), given)):
         say(f"{name} is read byte by byte: {why}")
-    return os.fsencode(prompt)
+    return given
 
 
 def keep(records: Iterator[GeneratedByte], kept: list[GeneratedByte]) -> Iterator[GeneratedByte]:
