@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from tinygrad import Context, Tensor, TinyJit, getenv
+from tinygrad import Context, Device, Tensor, TinyJit, getenv
 from tinygrad.codegen.opt import Opt, OptOps  # noqa: F401  # for ops.py
 from tinygrad.dtype import DType, _from_np_dtype, _to_np_dtype  # noqa: F401  # DType: for matmul.py
 from tinygrad.engine import realize
@@ -181,6 +181,7 @@ def link_graphs(
         if number := read(choice)[0]:
             variants[number - 1]()
         last()
+        Device[choice.device].synchronize()  # the caller reads the results where they are
 
     return run
 
