@@ -107,7 +107,7 @@ def _product(gemm: Gemm, a: Tensor, b: Tensor) -> Tensor:
     N = b.shape[1]
     m, l, n = (round_up(size, gemm.tile) for size in (M, L, N))
     a, b = (
-        rounded_factor(_pad(x.float(), rows, l), bool(BF16)).contiguous()
+        materialize(rounded_factor(_pad(x.float(), rows, l), bool(BF16)))
         for x, rows in ((a, m), (b, n))
     )
     if a.uop is b.uop:  # the call below would merge the two arguments and lose one gradient
