@@ -135,8 +135,8 @@ class Decoder:
         self.shared_inputs = in_host_memory(self.inputs)
         self.host_inputs = read(self.inputs)
         self.graphs: dict[tuple[str | int, ...], MethodJit] = {}
-        # by number of rows: a function that runs a pass and returns its outputs
-        self.compiled: dict[int, Callable[[], list[np.ndarray]]] = {}
+        # by number of rows and use_latent: a function that runs a pass and returns its outputs
+        self.compiled: dict[tuple[int, bool], Callable[[], list[np.ndarray]]] = {}
         self.reset()
 
     def __reduce__(self) -> tuple:
@@ -231,26 +231,27 @@ class Decoder:
         inputs[3 : 4 + n] = np.frombuffer(self.recent, np.uint8)
         if not self.shared_inputs:
             write_into(self.inputs, inputs)
-        rows = graph_size(n)
-        if rows not in self.compiled:
+        key = graph_size(n), self.use_latent
+        if key not in self.compiled:
             with Tensor.train(False):  # also for a caller that trains
-                self.compiled[rows] = self._compile(rows)
-        outputs = self.compiled[rows]()  # the next pass overwrites them
+                self.compiled[key] = self._compile(*key)
+        outputs = self.compiled[key]()  # the next pass overwrites them
         logits, router_logits, decisions = (output[:n].copy() for output in outputs)
         self.last_decisions = decisions > 0
         self.position += n
         self.selected += int(self.last_decisions.sum())
         return logits, router_logits
 
-    def _compile(self, rows: int) -> Callable[[], list[np.ndarray]]:
+    def _compile(self, rows: int, use_latent: bool) -> Callable[[], list[np.ndarray]]:
         """A function that runs a pass -> logits [R, T, 256], router logits [R] and decisions [R].
 
         On a CPU the outputs are views of memory. Elsewhere a pass is one graph, one write of its
         inputs and one read of its outputs.
         """
+        counts = self._slots(rows) if use_latent else []
         if self.single_graph:
             with Context(JIT_BATCH_SIZE=0):  # by default, tinygrad's first graph has 32 kernels
-                whole = self._graph(self._whole_pass, rows)
+                whole = self._graph(self._whole_pass, rows, max(counts, default=0))
                 whole()
 
             def run() -> list[np.ndarray]:
@@ -260,7 +261,7 @@ class Decoder:
 
             return run
         encode, predict = self._graph(self._encode, rows), self._graph(self._predict, rows)
-        deepen = [self._graph(self._deepen, count) for count in self._slots(rows)]
+        deepen = [self._graph(self._deepen, count) for count in counts]
         router_logits, decisions, choice = encode()
         for graph in deepen:  # only to compile it: the first pass overwrites what it computes
             graph()
@@ -279,15 +280,15 @@ class Decoder:
             self.graphs[key] = jit_method(method, *sizes, tensors=self.tensors)
         return self.graphs[key]
 
-    def _whole_pass(self, rows: int) -> Tensor:
-        """A pass with a slot for every row -> the outputs of a pass, flat.
+    def _whole_pass(self, rows: int, count: int) -> Tensor:
+        """A pass with `count` slots for the deep blocks -> the outputs of a pass, flat.
 
         Unused slots write keys and values after those of the selected bytes. Like those of rejected
         drafts, they are overwritten before any query sees them (see `KVCache`).
         """
         router_logits, decisions, _ = self._encode(rows)
-        if self._slots(rows):
-            self._deepen(rows)
+        if count:
+            self._deepen(count)
         logits = self._predict(rows).flatten()
         return logits.cat(router_logits, decisions.float()).contiguous().realize()
 

@@ -79,7 +79,7 @@ def test_a_pass_in_one_graph(model, weights, text):
     expected = oracle.decode(weights, TINY, text[:90])
     np.testing.assert_allclose(np.concatenate(found), expected, rtol=0, atol=2e-4)
     assert 0 < decoder.selected < 90
-    assert decoder.graphs.keys() == {("_whole_pass", 1), ("_whole_pass", 4)}
+    assert decoder.graphs.keys() == {("_whole_pass", 1, 1), ("_whole_pass", 4, 4)}
 
 
 def test_rollback_and_restore(model, text, prefill):
