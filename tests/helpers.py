@@ -16,7 +16,7 @@ import pytest
 from pico_tg.config import Config
 from pico_tg.data import SEQ_END, SEQ_START, DataSpec, load_data
 from pico_tg.files import PicoError
-from pico_tg.generation import GeneratedByte
+from pico_tg.generation import DraftPolicy, GeneratedByte
 from pico_tg.tools import cli
 from pico_tg.training import Events
 
@@ -32,6 +32,13 @@ TINY = Config(
     latent_att_window_size=9,
 )
 WINDOWS = {"context_len": 40, "batch_size": 2}
+
+
+class AllDrafts(DraftPolicy):
+    """Always drafts as much as it may, whatever the clock says."""
+
+    def number(self) -> int:
+        return max(self.seconds)
 
 
 def flags(values: dict) -> list[str]:

@@ -28,7 +28,7 @@ from .terminal import Character, characters, line_breaks
 MAX_BODY = 1 << 16  # bytes of a request
 WAIT = 10  # seconds that a request waits for the end of the one before it
 SENTENCE = 200  # bytes after which a text ends, though its sentence does not
-MAX_BYTES = 4096  # of a continuation, without SENTENCE
+MAX_PROMPT, MAX_BYTES = 8192, 4096  # bytes of a prompt, and of a continuation without SENTENCE
 PAGE = Template((Path(__file__).parent / "web.html").read_text("utf-8"))
 
 
@@ -166,6 +166,8 @@ def read_options(body: bytes) -> tuple[bytes, SampleSettings]:
         raise Refused(400, "the body must be a JSON object of a prompt and settings") from None
     except PicoError as error:
         raise Refused(400, str(error)) from None
+    if len(prompt) > MAX_PROMPT:
+        raise Refused(400, f"prompt must be at most {MAX_PROMPT} bytes long")
     if not 0 < (settings.max_bytes or 0) <= MAX_BYTES:
         raise Refused(400, f"max_bytes must be from 1 to {MAX_BYTES}")
     if settings.num_samples > 1:  # each of up to max_bytes
