@@ -1,7 +1,7 @@
 """Measure a run that `train` has ended, and append its result to a file of JSON lines.
 
-python examples/studies/record_run.py PATH RUN [--text FILE] [--commit NAME] [--context-len 6144]
-    [--max-bytes 131072] [--machine TEXT] [--results runs.jsonl]
+python examples/studies/record_run.py PATH RUN --machine TEXT [--text FILE] [--commit NAME]
+    [--context-len 6144] [--max-bytes 131072] [--results runs.jsonl]
 
 Without --text, the held-out text of the run is measured.
 """
@@ -25,14 +25,14 @@ parser.add_argument("--text", help="file to measure")
 parser.add_argument("--commit", help="commit that trained the run (default: the present one)")
 parser.add_argument("--context-len", type=int, default=6144)
 parser.add_argument("--max-bytes", type=int, default=131072)
-parser.add_argument("--machine", default="one core of an Intel Xeon with AVX-512")
+parser.add_argument("--machine", required=True, help="processor and number of its cores")
 parser.add_argument("--results", type=Path, default=HERE / "runs.jsonl")
 args = parser.parse_args()
 
 run_dir = args.path / args.run
 run = json.loads((run_dir / "training.json").read_text())
 settings = run["settings"]
-last = read_metrics(run_dir)[-1]
+metrics = read_metrics(run_dir)
 model = pico_tg.load(args.path, args.run)
 evaluation = pico_tg.evaluate(
     model,
@@ -49,7 +49,7 @@ batch = settings["batch_size"] * settings["grad_accumulation_steps"]
 step_flops = training_flops(model.config, settings["context_len"], batch)
 curve = [
     (record["step"], record["validation_bits_per_byte"])
-    for record in read_metrics(run_dir)
+    for record in metrics
     if "validation_bits_per_byte" in record
 ]
 result = {
@@ -61,9 +61,9 @@ result = {
     "settings": settings,
     "data": run["data"],
     "parameters": model.config.parameters,
-    "steps": last["step"],
-    "flops": last["step"] * step_flops,
-    "minutes": last.get("minutes"),
+    "steps": metrics[-1]["step"],
+    "flops": metrics[-1]["step"] * step_flops,
+    "minutes": metrics[-1].get("minutes"),
     "curve": curve,
     "text": Path(args.text).name if args.text else "validation data of the run",
     "evaluation": evaluation.as_dict() | router_report(evaluation).as_dict(),

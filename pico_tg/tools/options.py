@@ -177,10 +177,10 @@ def add_train_options(parser: Parser) -> None:
         "model and the data, or published, for a GPU and hundreds of megabytes (default: chosen)",
     )  # fmt: skip
     defaults = dict.fromkeys(costs.CHOSEN, "see --settings")
+    groups = {title: parser.add_argument_group(title) for title in TRAIN_GROUPS}
     for title, names in TRAIN_GROUPS.items():
-        group = parser.add_argument_group(title)
-        add_fields(group, TrainSettings, names, defaults=defaults)
-    group.add_argument(
+        add_fields(groups[title], TrainSettings, names, defaults=defaults)
+    groups["validations and checkpoints"].add_argument(
         "--sample-prompt", metavar="TEXT", type=plain_text,
         help=f"at each validation, print {SAMPLE_BYTES} bytes that continue TEXT (default: the "
         "start of a document); '' turns this off; not available with several devices",
