@@ -39,7 +39,7 @@ def rotate(x: Tensor, positions: Tensor, same_bits: bool = False) -> Tensor:
     cos, sin = angle.cos().contiguous(), angle.sin().contiguous()
     a, b = x[..., :half], x[..., half : 2 * half]  # (..., N, C // 2)
     products = a * cos, b * sin, a * sin, b * cos
-    if same_bits:  # else a compiler fuses one of two products with the sum, which one varies
+    if same_bits:  # otherwise a compiler fuses one of the two products with the sum, either one
         products = Tensor.stack(*products).contiguous()
     return Tensor.cat(
         products[0] - products[1], products[2] + products[3], x[..., 2 * half :], dim=-1
