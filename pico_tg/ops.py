@@ -5,12 +5,15 @@ that activation.
 """
 
 import functools
+import math
 
 from tinygrad import Context, Device, Tensor, UOp, dtypes, function
 
+from .backend.cpu_kernels import cpu_kernels
 from .backend.runtime import (
     AxisType,
     KernelInfo,
+    Ops,
     Opt,
     OptOps,
 )
@@ -19,6 +22,14 @@ from .backend.runtime import (
 def materialize(x: Tensor) -> Tensor:
     """Compute `x` and its gradient once each, instead of again inside every consumer."""
     return x.contiguous().contiguous_backward()
+
+
+def stored(x: Tensor) -> Tensor:
+    """x in memory: the whole result of a hand-scheduled kernel, in its own shape, or a copy."""
+    uop = x.uop
+    while uop.op is Ops.RESHAPE:
+        uop = uop.src[0]
+    return Tensor(uop) if uop.op is Ops.AFTER else x.contiguous()
 
 
 def as_index(x: Tensor) -> Tensor:
@@ -166,7 +177,7 @@ def swiglu(x: Tensor, width: int) -> Tensor:
 def _swiglu_gradient(upstream: UOp, call: UOp) -> tuple[UOp | None, ...]:
     x, sigmoid = (Tensor(uop) for uop in call.src[1:])
     value, gate = x.chunk(2, dim=-1)
-    g = Tensor(upstream).contiguous() * sigmoid
+    g = stored(Tensor(upstream)).reshape(value.shape) * sigmoid
     return (g * gate).cat(g * value * (1 + gate * (1 - sigmoid)), dim=-1).uop, None
 
 
@@ -176,20 +187,76 @@ def _swiglu(x: Tensor, sigmoid: Tensor) -> Tensor:
     return gate * sigmoid * value
 
 
-def _log_sum_exp(logits: Tensor) -> Tensor:
-    """log(sum(exp(logits))): logits [..., 256] -> [..., 1]."""
-    # materialize the maximum and the sum, which tinygrad would otherwise recompute for each logit
-    top = logits.max(axis=-1, keepdim=True).detach().contiguous()
-    return (logits - top).exp().sum(axis=-1, keepdim=True).contiguous().log() + top
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight: x [..., D], weight [D] -> [..., D]."""
+    scale = (x.detach().square().mean(axis=-1, keepdim=True) + eps).rsqrt().contiguous()
+    return _scaled(x, scale, weight)
+
+
+def _scaled_gradient(upstream: UOp, call: UOp) -> tuple[UOp | None, ...]:
+    x, scale, weight = (Tensor(uop) for uop in call.src[1:])
+    stored_g = stored(Tensor(upstream))
+    g = stored_g.reshape(x.shape)
+    # not (g * weight) * x: tinygrad would store g * weight, which is used below as well
+    inner = (g * x * weight).mean(axis=-1, keepdim=True).contiguous()
+    dx = (g * weight - x * (scale * scale * inner)) * scale  # `scale` depends on x
+    return dx.uop, None, column_sums(stored_g, x, scale).uop
+
+
+@function(grad_fxn=_scaled_gradient)
+def _scaled(x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
+    return x * scale * weight
+
+
+def _add_bias_gradient(upstream: UOp, call: UOp) -> tuple[UOp | None, ...]:
+    g = Tensor(upstream).contiguous()
+    return g.uop, column_sums(g).uop
+
+
+@function(grad_fxn=_add_bias_gradient)
+def add_bias(x: Tensor, bias: Tensor) -> Tensor:
+    """x [..., D] + bias [D]; not in memory: adding again is cheaper than storing the sum."""
+    return x + bias
+
+
+def column_sums(*factors: Tensor) -> Tensor:
+    """The product of the factors [..., D] or [..., 1], summed over all axes but the last: [D]."""
+    x = factors[0]
+    if x.numel() > x.shape[-1] and (cpu := cpu_kernels(x.device)):
+        return cpu.column_sums(*factors)
+    product = math.prod(factors)
+    return product.reshape(-1, product.shape[-1]).sum(axis=0)
+
+
+def _softmax_parts(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(m, e, s) in memory, without a gradient: m the maximum, e = exp(logits - m), s = sum of e."""
+    logits = logits.detach()
+    top = logits.max(axis=-1, keepdim=True).contiguous()
+    exps = (logits - top).exp().contiguous()
+    return top, exps, exps.sum(axis=-1, keepdim=True).contiguous()
+
+
+def _log_sum_gradient(upstream: UOp, call: UOp) -> tuple[UOp | None, ...]:
+    _, exps, sums = (Tensor(uop) for uop in call.src[1:])
+    return (exps * (Tensor(upstream) / sums)).uop, None, None
+
+
+# tinygrad's gradient would compute the exponentials again
+@function(grad_fxn=_log_sum_gradient)
+def _log_sum(logits: Tensor, exps: Tensor, sums: Tensor) -> Tensor:
+    # 0 * ...: the gradient needs these, and `call.src` holds only tensors that the function reads
+    return sums.log() + 0 * (logits + exps)[..., :1]
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """-log softmax(logits)[target] in nats: logits [..., 256], targets [...] -> [...]."""
     at_target = logits.gather(-1, as_index(targets).unsqueeze(-1))
-    return (_log_sum_exp(logits) - at_target).squeeze(-1)
+    top, exps, sums = _softmax_parts(logits)
+    return (_log_sum(logits, exps, sums) + top - at_target).squeeze(-1)
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """-sum(p * log p) in nats, with p = softmax(logits): logits [..., 256] -> [...]."""
-    log_p = logits - _log_sum_exp(logits)
-    return -(log_p.exp() * log_p).sum(axis=-1)
+    """-sum(p * log p) in nats, p = softmax(logits), without a gradient: [..., 256] -> [...]."""
+    top, exps, sums = _softmax_parts(logits)
+    log_p = logits.detach() - top - sums.log()
+    return -(exps * log_p).sum(axis=-1) / sums.squeeze(-1)
