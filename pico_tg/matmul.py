@@ -32,12 +32,10 @@ class Gemm(NamedTuple):
 
     - run: (a, b, M, N, L, trans_a, trans_b) -> [Z, M, N], see `_plain_gemm`
     - tile: each side of a factor is padded to a multiple of it
-    - packs: whether `run` writes factors to memory itself, in its own order
     """
 
     run: Callable[..., Tensor]
     tile: int
-    packs: bool = False
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -88,7 +86,7 @@ def _choose_gemm(x: Tensor, M: int, L: int, N: int, dtype: DType) -> Gemm | None
     """
     has_loops = M >= MIN_ROWS and min(L, N) > 1
     if has_loops and N >= MIN_ROWS and M * L * N >= SMALL and (cpu := cpu_kernels(x.device)):
-        return Gemm(cpu.gemm, tile=1, packs=True)
+        return Gemm(cpu.gemm, tile=1)
     rounded = dtype == dtypes.bfloat16
     # one kernel on the tensor cores computes all Z matrices, so the threshold counts all of x
     if (rounded or (has_loops and x.numel() * N >= SMALL)) and has_tensor_cores(x.device, dtype):
@@ -108,13 +106,13 @@ def _product(gemm: Gemm, a: Tensor, b: Tensor) -> Tensor:
     _, M, L = a.shape
     N = b.shape[1]
     m, l, n = (round_up(size, gemm.tile) for size in (M, L, N))
-    a, b = (rounded_factor(_pad(x.float(), rows, l), bool(BF16)) for x, rows in ((a, m), (b, n)))
-    if not gemm.packs:
-        a, b = materialize(a), materialize(b)
+    a, b = (
+        materialize(rounded_factor(_pad(x.float(), rows, l), bool(BF16)))
+        for x, rows in ((a, m), (b, n))
+    )
     if a.uop is b.uop:  # the call below would merge the two arguments and lose one gradient
         raise ValueError("a matmul of a tensor with itself would lose a gradient; clone one factor")
-    product = _product_function(M, N, L, gemm, bool(BF16))(a, b)
-    return product if gemm.packs else product.contiguous_backward()
+    return _product_function(M, N, L, gemm, bool(BF16))(a, b).contiguous_backward()
 
 
 @functools.cache
@@ -124,8 +122,7 @@ def _product_function(M: int, N: int, L: int, gemm: Gemm, to_bf16: bool) -> Call
     def gradient(upstream: UOp, call: UOp) -> tuple[UOp | None, ...]:
         a, b, *buffers = (Tensor(uop) for uop in call.src[1:])
         (_, m, l), n = a.shape, b.shape[1]
-        g = rounded_factor(_pad(Tensor(upstream), m, n), to_bf16)
-        g = g if gemm.packs else g.contiguous()
+        g = rounded_factor(_pad(Tensor(upstream), m, n), to_bf16).contiguous()
         da = gemm.run(g, b, M, L, N)[:, :m, :l]
         db = gemm.run(g, a, N, L, M, trans_a=True)[:, :n, :l]
         return da.uop, db.uop, *[None for _ in buffers]

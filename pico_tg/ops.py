@@ -13,7 +13,6 @@ from .backend.cpu_kernels import cpu_kernels
 from .backend.runtime import (
     AxisType,
     KernelInfo,
-    Ops,
     Opt,
     OptOps,
 )
@@ -22,14 +21,6 @@ from .backend.runtime import (
 def materialize(x: Tensor) -> Tensor:
     """Compute `x` and its gradient once each, instead of again inside every consumer."""
     return x.contiguous().contiguous_backward()
-
-
-def stored(x: Tensor) -> Tensor:
-    """x in memory: the whole result of a hand-scheduled kernel, in its own shape, or a copy."""
-    uop = x.uop
-    while uop.op is Ops.RESHAPE:
-        uop = uop.src[0]
-    return Tensor(uop) if uop.op is Ops.AFTER else x.contiguous()
 
 
 def as_index(x: Tensor) -> Tensor:
@@ -177,7 +168,7 @@ def swiglu(x: Tensor, width: int) -> Tensor:
 def _swiglu_gradient(upstream: UOp, call: UOp) -> tuple[UOp | None, ...]:
     x, sigmoid = (Tensor(uop) for uop in call.src[1:])
     value, gate = x.chunk(2, dim=-1)
-    g = stored(Tensor(upstream)).reshape(value.shape) * sigmoid
+    g = Tensor(upstream).contiguous() * sigmoid
     return (g * gate).cat(g * value * (1 + gate * (1 - sigmoid)), dim=-1).uop, None
 
 
@@ -195,12 +186,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _scaled_gradient(upstream: UOp, call: UOp) -> tuple[UOp | None, ...]:
     x, scale, weight = (Tensor(uop) for uop in call.src[1:])
-    stored_g = stored(Tensor(upstream))
-    g = stored_g.reshape(x.shape)
+    g = Tensor(upstream).contiguous()
     # not (g * weight) * x: tinygrad would store g * weight, which is used below as well
     inner = (g * x * weight).mean(axis=-1, keepdim=True).contiguous()
     dx = (g * weight - x * (scale * scale * inner)) * scale  # `scale` depends on x
-    return dx.uop, None, column_sums(stored_g, x, scale).uop
+    return dx.uop, None, column_sums(g, x, scale).uop
 
 
 @function(grad_fxn=_scaled_gradient)

@@ -141,7 +141,7 @@ _inline_functions = PatternMatcher(
 
 
 def _in_memory(uop: UOp) -> bool:
-    if uop.op is Ops.AFTER:
+    while uop.op in (Ops.AFTER, Ops.RESHAPE):
         uop = uop.src[0]
     return uop.op is Ops.CONTIGUOUS or uop.has_buffer_identity()
 

@@ -6,18 +6,19 @@ from collections.abc import Callable, Iterator
 
 from tinygrad import Tensor
 from tinygrad.codegen.opt import Opt, OptOps
+from tinygrad.helpers import round_up
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
 from ..backend.runtime import without_views
 from . import launcher
-from .loops import TILE_N, LoopNest, choose_shared_loop, even_threads, tile_m
+from .loops import TILE_N, VECTOR, LoopNest, choose_shared_loop, even_threads, tile_m
 
+PARALLEL = 1 << 19  # least number of elements for which threads make a copy or a sum faster
 # A kernel of at least LONG operations has SHARES shares per thread: with one share per thread, the
 # slowest or busiest core would delay the kernel. Only with the launcher: without it, tinygrad
 # starts a Python thread for each share.
 SHARES = 8
 LONG = 1 << 25
-PARALLEL = 1 << 19  # least number of elements for which threads make a sum faster
 UNROLL = 4  # terms of a sum that one iteration adds
 
 
@@ -37,47 +38,54 @@ def gemm(
     two factors are one matrix and its transpose, the result is symmetric, and only the tiles on and
     below its diagonal are computed.
 
-    A tile reads b in panels of TILE_N columns, and a in rows, if its rows are in memory, or in the
-    panels of the same matrix, which serve both as a and as b, transposed or not. Packing is fused
-    with the operations that compute a factor. In plain columns, each term of a sum is in a
-    different cache line, and every few terms in a different page: 110 GFLOPS instead of 180.
+    Both factors are first copied into the order in which a tile reads them, rows of a and panels of
+    b, which takes 1 to 2 % of the time. Without the copy, each term of a sum is in a different
+    cache line, and every few terms in a different page: 110 GFLOPS instead of 180.
     """
     symmetric = a.uop is b.uop and trans_a != trans_b
-    in_rows = not trans_a and (a.uop.op is Ops.AFTER or a.uop.has_buffer_identity())
-    b = pack_panels(b.transpose(1, 2) if trans_b else b)  # (Z, N / TILE_N, L, TILE_N)
+    a = transpose(a) if trans_a else a
+    b = b.transpose(1, 2) if trans_b else b
+    b = pack_panels(b.pad((None, None, (0, -b.shape[2] % TILE_N))))  # (Z, N / TILE_N, L, TILE_N)
     Z, height, depth = a.shape
-    a = a if in_rows else pack_panels(a)
-    columns, terms, stride = b.shape[1] * TILE_N, b.shape[2], a.shape[1] * TILE_N
+    columns, terms = b.shape[1] * TILE_N, b.shape[2]
     rows = columns if symmetric else M
-
-    def a_index(z: UOp, m: UOp, l: UOp, lane: UOp | int = 0) -> UOp:
-        if in_rows:
-            return (z * height + m) * depth + l
-        if not trans_a:  # l is the first column of a panel
-            return (z * stride + l) * height + m * TILE_N + lane
-        lane = m & (TILE_N - 1)
-        return (z * stride + m - lane) * height + l * TILE_N + lane
-
     return tiled_matmul(
         Tensor.empty(Z, rows, columns, device=a.device),
         [a, b],
         f"{'gram' if symmetric else 'gemm'}_{Z}_{M}_{N}_{L}",
         (Z,),
         (M, columns, L),
-        a_index,
+        a_index=lambda z, m, l: (z * height + m) * depth + l,
         b_index=lambda z, l, n: (z * columns + n) * terms + l * TILE_N,
         c_index=lambda z, m, n: (z * rows + m) * columns + n,
         symmetric=symmetric,
-        panels=not (in_rows or trans_a),
     )
 
 
 def pack_panels(x: Tensor) -> Tensor:
-    """[Z, L, N] -> [Z, N / TILE_N, L, TILE_N], with zeros in place of missing columns."""
-    x = x.pad((None, None, (0, -x.shape[2] % TILE_N)))
+    """[Z, L, n * TILE_N] -> [Z, n, L, TILE_N]."""
     Z, L, _ = x.shape
     panels = x.reshape(Z, L, -1, TILE_N).transpose(1, 2)  # (Z, n, L, TILE_N)
     return without_views(panels).contiguous()  # a single panel is not copied
+
+
+def transpose(x: Tensor) -> Tensor:
+    """[Z, M, N] -> [Z, N, M + padding] in blocks of TILE_N x 8 registers; N is at least 8."""
+    Z, M, N = x.shape
+    width, stride = 8, round_up(M, TILE_N)
+    assert width <= N, "the last block would begin before the first column"
+    out = Tensor.empty(Z, N, stride, device=x.device)
+    sizes = (Z, stride // TILE_N, -(-N // width))
+    shared, threads = choose_shared_loop(sizes[:2]) if x.numel() >= PARALLEL else (0, 1)
+    nest = LoopNest(out, x, threads=threads)
+    with nest.loops(sizes, shared) as (z, m, n):
+        m, n = m * TILE_N, at_most(n * width, N - width)
+        rows = [z * M + at_most(m + i, M - 1) for i in range(TILE_N)]
+        for j in range(width):
+            column = [nest.load(1, row * N + n + j, 1) for row in rows]
+            nest.store((z * N + n + j) * stride + m, UOp(Ops.STACK, VECTOR, tuple(column)))
+    program = nest.program(f"transposed_{Z}_{M}_{N}")
+    return out.custom_kernel(x, fxn=lambda *_: program)[0]
 
 
 def column_sums(*factors: Tensor) -> Tensor:
@@ -122,7 +130,6 @@ def tiled_matmul(
     accumulate_over: Callable[..., UOp] | None = None,
     products: int | None = None,
     symmetric: bool = False,
-    panels: bool = False,
 ) -> Tensor:
     """c = a @ b, [M, L] @ [L, N], for each iteration of the `outer` loops; `sizes` is (M, N, L).
 
@@ -139,7 +146,6 @@ def tiled_matmul(
     - products: total number of matmuls, if accumulate_over varies
     - symmetric: c is symmetric; only the tiles on and below the diagonal are computed, and each is
       stored a second time, transposed
-    - panels: a_index receives l in two parts, the first a multiple of TILE_N, the second below it
     """
     M, N, L = sizes
     height = tile_m()
@@ -159,8 +165,7 @@ def tiled_matmul(
     nest = LoopNest(out, *inputs, threads=threads)
     zero = nest.broadcast(0.0)
     # tinygrad 0.13 renders no loop of one iteration (test_cpu.test_products_on_other_processors)
-    step = TILE_N if panels else UNROLL
-    looped = L - L % step if 2 * step <= L else 0
+    looped = L - L % UNROLL if L >= 2 * UNROLL else 0
 
     def vectors(m: UOp, n: UOp) -> list[tuple[UOp, UOp]]:
         """(row, first column) of each vector of a tile, row by row."""
@@ -185,11 +190,9 @@ def tiled_matmul(
         with tiles() as (m, n):
             c = [c_index(*outer_c, row, column) for row, column in vectors(m, n)]
 
-            def add_term(sums: list[UOp], start: UOp, rest: UOp | int) -> list[UOp]:
-                l = start + rest
+            def add_term(sums: list[UOp], l: UOp) -> list[UOp]:
                 b = [nest.load(2, b_index(*outer_ab, l, n + v * TILE_N)) for v in range(wide)]
-                parts = (start, rest) if panels else (l,)
-                a = [nest.load(1, a_index(*outer_ab, m + i, *parts), 1) for i in range(height)]
+                a = [nest.load(1, a_index(*outer_ab, m + i, l), 1) for i in range(height)]
                 products = (nest.broadcast(x) * y for x in a for y in b)
                 return [s + product for s, product in zip(sums, products, strict=True)]
 
@@ -198,15 +201,15 @@ def tiled_matmul(
                 registers = nest.registers(len(sums))
                 for i, vector in enumerate(sums):
                     nest.store_reg(registers, i, vector)
-                with nest.loops((looped // step, step // UNROLL)) as (l, part):
+                with nest.loop(looped // UNROLL) as l:
                     sums = [nest.load_reg(registers, i) for i in range(len(c))]
                     for u in range(UNROLL):
-                        sums = add_term(sums, l * step, part * UNROLL + u)
+                        sums = add_term(sums, l * UNROLL + u)
                     for i, vector in enumerate(sums):
                         nest.store_reg(registers, i, vector)
                 sums = [nest.load_reg(registers, i) for i in range(len(c))]
             for l in range(looped, L):
-                sums = add_term(sums, nest.const(l - l % step), l % step)
+                sums = add_term(sums, nest.const(l))
             for (row, column), address, result in zip(vectors(m, n), c, sums, strict=True):
                 if epilogue:
                     result = epilogue(nest, result, *outer_ab, row, column)
