@@ -210,12 +210,15 @@ def add_bias(x: Tensor, bias: Tensor) -> Tensor:
 
 
 def column_sums(*factors: Tensor) -> Tensor:
-    """The product of the factors [..., D] or [..., 1], summed over all axes but the last: [D]."""
+    """The product of the factors [..., D] or [..., 1], summed over all axes but the last: [D].
+
+    In memory: a GPU would compute a kernel of several such sums in a single thread.
+    """
     x = factors[0]
     if x.numel() > x.shape[-1] and (cpu := cpu_kernels(x.device)):
         return cpu.column_sums(*factors)
     product = math.prod(factors)
-    return product.reshape(-1, product.shape[-1]).sum(axis=0)
+    return product.reshape(-1, product.shape[-1]).sum(axis=0).contiguous()
 
 
 def _softmax_parts(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

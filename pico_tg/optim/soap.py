@@ -189,8 +189,8 @@ def all_finite(gradients: list[Tensor]) -> Tensor:
     """Whether all gradients, and the sums of their squares, are finite: one bool."""
     # In stages of many short sums: a GPU would compute one long sum, or one kernel of several sums,
     # in a single thread. The first stage sums matrices over their rows.
-    sums = [column_sums(g, g) if g.ndim > 1 else g.square() for g in gradients]
-    sums = Tensor.cat(*[x.contiguous() for x in sums])
+    sums = [column_sums(g, g) if g.ndim > 1 else g.square().contiguous() for g in gradients]
+    sums = Tensor.cat(*sums)
     width = math.isqrt(len(sums)) + 1
     sums = sums.pad((0, width * width - len(sums))).contiguous().reshape(width, width)
     return sums.sum(axis=0).contiguous().sum().isfinite().contiguous()
