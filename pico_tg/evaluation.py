@@ -291,7 +291,7 @@ def evaluate(
                     figures[name] = np.zeros((total, *array.shape[2:]), array.dtype)
                 for row, (start, begin, end) in enumerate(rows):
                     figures[name][begin:end] = array[row, begin - start : end - start]
-            bar.set_description("evaluating", refresh=False)
+            bar.set_description_str("evaluating", refresh=False)
             for start, begin, end in rows:
                 whole[begin:end] = start + length <= total
                 bar.update(end - begin)
