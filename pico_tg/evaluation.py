@@ -55,15 +55,17 @@ class CausalPass:
         settings: TrainSettings,
         wanted: tuple[str, ...],
         devices: tuple[str, ...] = (),
+        causal: bool = True,
     ) -> None:
         self.model, self.settings, self.wanted, self.devices = model, settings, wanted, devices
+        self.causal = causal
         self.slots = min(length, 2 * max(1, model.config.capacity(length)))
         self.few_slots = jit_method(self._graph, self.slots)
         self.all_slots = jit_method(self._graph, length)
 
     def _graph(self, count: int, windows: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
         x, targets = inputs_and_targets(windows, 1)
-        logits, router_logits, decisions = self.model(x, causal=True, count=count)
+        logits, router_logits, decisions = self.model(x, self.causal, count if self.causal else None)
 
         def nats(logits: Tensor) -> Tensor:
             return cross_entropy(logits[:, :, 0], targets[:, :, 0])
@@ -135,7 +137,7 @@ class Validation:
         self.causal = CausalPass(model, length, settings, ("nats", "decisions"), devices)
         self.top_k: CausalPass | None = None
         if model.config.router not in RULES:
-            self.top_k = CausalPass(model, length, settings, ("nats_top_k",), devices)
+            self.top_k = CausalPass(model, length, settings, ("nats",), devices, causal=False)
 
     def __call__(
         self, events: Events | None = None, top_k: bool = False
@@ -159,7 +161,7 @@ class Validation:
 
         record = {"validation_bits_per_byte": bits(found["nats"], self.scored)}
         if top_k and self.top_k and (ahead := self._measure(self.top_k, events)):
-            record["validation_bits_per_byte_top_k"] = bits(ahead["nats_top_k"], self.whole)
+            record["validation_bits_per_byte_top_k"] = bits(ahead["nats"], self.whole)
             record["validation_routing_gap"] = (
                 bits(found["nats"], self.whole) - record["validation_bits_per_byte_top_k"]
             )
