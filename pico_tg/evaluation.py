@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from tinygrad import Tensor, dtypes
+from tinygrad import Tensor, dtypes, nn
 
 from .backend.precision import graph_context
 from .backend.runtime import exclusive, jit_method, on_devices
@@ -37,8 +37,9 @@ BATCH_POSITIONS = 1 << 14  # positions of one pass of `evaluate`
 
 
 class CausalPass:
-    """One compiled pass over a batch of windows, with causal routing; returns the figures `wanted`.
+    """One compiled pass over a batch of windows; returns the figures `wanted`.
 
+    Routing is causal, unless `causal` is False: then it is top-k, which fills exactly its slots.
     The deep blocks have slots for twice the capacity, which keeps them cheap. If a window routes
     more bytes than that, its batch is computed again with one slot for each byte.
 
@@ -60,12 +61,20 @@ class CausalPass:
         self.model, self.settings, self.wanted, self.devices = model, settings, wanted, devices
         self.causal = causal
         self.slots = min(length, 2 * max(1, model.config.capacity(length)))
-        self.few_slots = jit_method(self._graph, self.slots)
-        self.all_slots = jit_method(self._graph, length)
+        self.few_slots, self.all_slots = (
+            jit_method(
+                self._graph,
+                count,
+                tensors=nn.state.get_parameters(model),
+                determined_by=(model.config, wanted, causal),
+            )
+            for count in (self.slots, length)
+        )
 
     def _graph(self, count: int, windows: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
         x, targets = inputs_and_targets(windows, 1)
-        logits, router_logits, decisions = self.model(x, self.causal, count if self.causal else None)
+        count = count if self.causal else None  # top-k fills exactly its slots
+        logits, router_logits, decisions = self.model(x, self.causal, count)
 
         def nats(logits: Tensor) -> Tensor:
             return cross_entropy(logits[:, :, 0], targets[:, :, 0])
