@@ -39,9 +39,9 @@ BATCH_POSITIONS = 1 << 14  # positions of one pass of `evaluate`
 class CausalPass:
     """One compiled pass over a batch of windows; returns the figures `wanted`.
 
-    Routing is causal, unless `causal` is False: then it is top-k, which fills exactly its slots.
-    The deep blocks have slots for twice the capacity, which keeps them cheap. If a window routes
-    more bytes than that, its batch is computed again with one slot for each byte.
+    Routing is causal, or top-k if `causal` is False. With causal routing, the deep blocks have
+    slots for twice the capacity, which keeps them cheap. If a window routes more bytes than that,
+    its batch is computed again with one slot for each byte.
 
     - nats float32 [B, N]: cross-entropy of head 0; nats_top_k: the same with top-k routing;
       nats_without: the same without the deep blocks

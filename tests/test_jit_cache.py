@@ -35,7 +35,7 @@ def test_a_second_process_makes_nothing_again(tmp_path):
     assert run("count_compiled.py", tmp_path / "a.db", NOOPT="1")[0] > 0
     with sqlite3.connect(tmp_path / "a.db") as file:
         tables = [name for (name,) in file.execute("SELECT name FROM sqlite_master")]
-        expected_tables = {"pico_kernels", "pico_schedules_2", "pico_captured"}
+        expected_tables = {"pico_kernels", "pico_schedules_2", "pico_captured_2"}
         assert expected_tables <= {name.rsplit("_", 1)[0] for name in tables}
         for table in (name for name in tables if not name.startswith("sqlite_")):
             file.execute(f"UPDATE '{table}' SET val = substr(val, 1, 20)")
@@ -52,3 +52,12 @@ def test_buffers_with_a_number_of_this_process_are_not_stored():
             key = os.urandom(16)
             Schedules()[key] = graph
             assert (Schedules().get(key) is graph) == stored
+
+
+@pytest.mark.slow
+def test_a_second_process_builds_no_graph_of_training(tmp_path):
+    """Steps that differ in a constant, and a validation."""
+    first = run("count_traced.py", tmp_path / "a.db")
+    assert first[0] == 3
+    assert run("count_traced.py", tmp_path / "a.db") == (0, first[1])
+    assert run("count_traced.py", tmp_path / "a.db", CACHELEVEL="0") == first
