@@ -67,6 +67,7 @@ class CausalPass:
                 count,
                 tensors=nn.state.get_parameters(model),
                 determined_by=(model.config, wanted, causal),
+                only_by_command=True,
             )
             for count in (self.slots, length)
         )

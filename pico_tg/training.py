@@ -156,6 +156,7 @@ class TrainStep:
                 method,
                 tensors=self._graph_tensors(),
                 determined_by=(model.config, constants),
+                only_by_command=True,
             )
             for method in methods
         )

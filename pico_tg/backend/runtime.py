@@ -134,6 +134,7 @@ def jit_method(
     *constants: int,
     tensors: list[Tensor] | None = None,
     determined_by: object = None,
+    only_by_command: bool = False,
 ) -> MethodJit:
     """TinyJit of a bound method, to be kept in an attribute of the method's own object.
 
@@ -148,7 +149,8 @@ def jit_method(
 
     tensors: all that the method reads or writes besides its inputs, if the graph may be kept in the
     compile cache. `determined_by`, whose repr is a part of the key, and the shapes of tensors and
-    inputs then determine what the method computes. Graphs on several devices are not kept.
+    inputs then determine what the method computes. Graphs on several devices are not kept, nor,
+    with `only_by_command`, those of another process than the command line.
     """
     if cpu is not None:
         cpu.use_launcher()
@@ -156,6 +158,7 @@ def jit_method(
     method_jit = MethodJit(lambda *inputs: reference()(*constants, *inputs))
     method_jit.cnt = 1
     kept = tensors and JIT and jit_cache.installed()
+    kept = kept and (jit_cache.command_line or not only_by_command)
     if kept and all(isinstance(tensor.device, str) for tensor in tensors):
         name = f"{method.__qualname__} {constants} {determined_by!r}"
         method_jit.stored = jit_cache.StoredGraph(name, tensors)

@@ -1,11 +1,13 @@
 """Print how many graphs of steps and validations this process builds, and their results."""
 
 import functools
+import sys
 
 import numpy as np
 
 import pico_tg
 from pico_tg import Config, Pico, TrainSettings
+from pico_tg.backend import jit_cache
 from pico_tg.evaluation import CausalPass
 from pico_tg.training import TrainStep
 
@@ -20,6 +22,7 @@ def count(kind, name):
 count(TrainStep, "_whole_step")
 count(CausalPass, "_graph")
 pico_tg.enable_compile_cache()
+jit_cache.command_line = "script" not in sys.argv
 config = Config(dim=16, att_q_heads=2, att_kv_heads=1, fb_num_blocks=1, latent_num_blocks=1)
 rng, numbers = np.random.default_rng(0), []
 for weight_decay in (0.1, 0.5):
