@@ -98,7 +98,7 @@ def test_a_bar_moves_by_itself(monkeypatch):
     stream = Stream(False)
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setattr(progress, "FIRST_SECONDS", 0.0)
-    with Bar(total=2, desc="compiling") as bar:
+    with Bar(total=2, desc="compiling"):
         deadline = time.monotonic() + 60
         while not stream.getvalue() and time.monotonic() < deadline:
             time.sleep(0.05)
