@@ -19,6 +19,7 @@ import numpy as np
 from tinygrad import Context, Tensor, dtypes, nn
 
 from .backend.runtime import (
+    JIT,
     MethodJit,
     exclusive,
     from_host,
@@ -130,7 +131,7 @@ class Decoder:
         self.index, self.slot, self.inputs = (
             from_host(np.zeros(n, np.int32), device) for n in (rows, rows, sum(INPUTS))
         )
-        self.tensors = nn.state.get_state_dict(vars(self))  # all that the graphs read or write
+        self.tensors = nn.state.get_parameters(vars(self))  # all that the graphs read or write
         self.single_graph = not device.startswith("CPU")
         self.shared_inputs = in_host_memory(self.inputs)
         self.host_inputs = read(self.inputs)
@@ -274,10 +275,16 @@ class Decoder:
         return [] if self.config.router == "none" else list(SIZES[: SIZES.index(rows) + 1])
 
     def _graph(self, method: Callable[..., Tensor], *sizes: int) -> MethodJit:
-        """method(*sizes), compiled at its first call."""
+        """method(*sizes), compiled at its first call.
+
+        Raises PicoError if tinygrad's JIT=0 turns graphs off: the results would be of that call.
+        """
+        if not JIT:
+            raise PicoError("decoding replays captured graphs, which JIT=0 turns off; unset it")
         key = (method.__name__, *sizes)
         if key not in self.graphs:
-            self.graphs[key] = jit_method(method, *sizes, tensors=self.tensors)
+            graph = jit_method(method, *sizes, tensors=self.tensors, determined_by=self.config)
+            self.graphs[key] = graph
         return self.graphs[key]
 
     def _whole_pass(self, rows: int, count: int) -> Tensor:

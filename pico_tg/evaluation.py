@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from tinygrad import Tensor, dtypes
+from tinygrad import Tensor, dtypes, nn
 
 from .backend.precision import graph_context
 from .backend.runtime import exclusive, jit_method, on_devices
@@ -37,10 +37,11 @@ BATCH_POSITIONS = 1 << 14  # positions of one pass of `evaluate`
 
 
 class CausalPass:
-    """One compiled pass over a batch of windows, with causal routing; returns the figures `wanted`.
+    """One compiled pass over a batch of windows; returns the figures `wanted`.
 
-    The deep blocks have slots for twice the capacity, which keeps them cheap. If a window routes
-    more bytes than that, its batch is computed again with one slot for each byte.
+    Routing is causal, or top-k if `causal` is False. With causal routing, the deep blocks have
+    slots for twice the capacity, which keeps them cheap. If a window routes more bytes than that,
+    its batch is computed again with one slot for each byte.
 
     - nats float32 [B, N]: cross-entropy of head 0; nats_top_k: the same with top-k routing;
       nats_without: the same without the deep blocks
@@ -55,15 +56,26 @@ class CausalPass:
         settings: TrainSettings,
         wanted: tuple[str, ...],
         devices: tuple[str, ...] = (),
+        causal: bool = True,
     ) -> None:
         self.model, self.settings, self.wanted, self.devices = model, settings, wanted, devices
+        self.causal = causal
         self.slots = min(length, 2 * max(1, model.config.capacity(length)))
-        self.few_slots = jit_method(self._graph, self.slots)
-        self.all_slots = jit_method(self._graph, length)
+        self.few_slots, self.all_slots = (
+            jit_method(
+                self._graph,
+                count,
+                tensors=nn.state.get_parameters(model),
+                determined_by=(model.config, wanted, causal),
+                only_by_command=True,
+            )
+            for count in (self.slots, length)
+        )
 
     def _graph(self, count: int, windows: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
         x, targets = inputs_and_targets(windows, 1)
-        logits, router_logits, decisions = self.model(x, causal=True, count=count)
+        count = count if self.causal else None  # top-k fills exactly its slots
+        logits, router_logits, decisions = self.model(x, self.causal, count)
 
         def nats(logits: Tensor) -> Tensor:
             return cross_entropy(logits[:, :, 0], targets[:, :, 0])
@@ -135,7 +147,7 @@ class Validation:
         self.causal = CausalPass(model, length, settings, ("nats", "decisions"), devices)
         self.top_k: CausalPass | None = None
         if model.config.router not in RULES:
-            self.top_k = CausalPass(model, length, settings, ("nats_top_k",), devices)
+            self.top_k = CausalPass(model, length, settings, ("nats",), devices, causal=False)
 
     def __call__(
         self, events: Events | None = None, top_k: bool = False
@@ -159,7 +171,7 @@ class Validation:
 
         record = {"validation_bits_per_byte": bits(found["nats"], self.scored)}
         if top_k and self.top_k and (ahead := self._measure(self.top_k, events)):
-            record["validation_bits_per_byte_top_k"] = bits(ahead["nats_top_k"], self.whole)
+            record["validation_bits_per_byte_top_k"] = bits(ahead["nats"], self.whole)
             record["validation_routing_gap"] = (
                 bits(found["nats"], self.whole) - record["validation_bits_per_byte_top_k"]
             )
@@ -291,7 +303,7 @@ def evaluate(
                     figures[name] = np.zeros((total, *array.shape[2:]), array.dtype)
                 for row, (start, begin, end) in enumerate(rows):
                     figures[name][begin:end] = array[row, begin - start : end - start]
-            bar.set_description("evaluating", refresh=False)
+            bar.set_description_str("evaluating", refresh=False)
             for start, begin, end in rows:
                 whole[begin:end] = start + length <= total
                 bar.update(end - begin)

@@ -166,11 +166,8 @@ class Blocks:
                 # realized one by one: blocks then have equal graphs, which are scheduled once
                 h = block(h, attend).realize()
             return h
-        if Tensor.training:  # scheduled once for all blocks
-            return run_blocks(self.blocks[0], [nn.state.get_parameters(b) for b in self.blocks], h)
-        for block in self.blocks:
-            h = block(h)
-        return h
+        # scheduled once for all blocks
+        return run_blocks(self.blocks[0], [nn.state.get_parameters(b) for b in self.blocks], h)
 
 
 class Latent(Blocks):

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 LINE_SECONDS = 10.0  # least time between two plain lines, except for the last line
-FIRST_SECONDS = 3.0  # time to the first plain line of a Status
+FIRST_SECONDS = 3.0  # time to the first plain line
 LINE = "{desc}: {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
 
@@ -93,14 +93,26 @@ def drop_output(*others: TextIO) -> None:
 
 
 class Bar(tqdm):
-    """A tqdm bar; if stderr is not a terminal, a line every LINE_SECONDS and one at the end."""
+    """A tqdm bar, drawn again every second by a thread until `close`.
+
+    If stderr is not a terminal, it is a line: after FIRST_SECONDS, then every LINE_SECONDS, and at
+    the end.
+    """
 
     def __init__(self, desc: str = "", **options: Any) -> None:
         self.has_bar = sys.stderr is not None and sys.stderr.isatty()
-        self.last_line = time.monotonic()
+        self.last_line = time.monotonic() - LINE_SECONDS + FIRST_SECONDS
+        self.closed = threading.Event()
+        self.thread = threading.Thread(target=self._tick, daemon=True)
         plain = {} if self.has_bar else {"bar_format": LINE}
         options |= {"desc": visible(desc), "file": sys.stderr, "dynamic_ncols": True}
         super().__init__(**plain, **options)
+        if not self.disable:
+            self.thread.start()
+
+    def _tick(self) -> None:
+        while not self.closed.wait(1):
+            self.refresh()
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
@@ -121,6 +133,9 @@ class Bar(tqdm):
             super().clear(nolock)
 
     def close(self) -> None:
+        self.closed.set()
+        if self.thread.is_alive():
+            self.thread.join()
         if not self.disable and not self.has_bar:
             if self.leave:
                 say(str(self))
@@ -129,28 +144,11 @@ class Bar(tqdm):
 
 
 class Status(Bar):
-    """A line that shows what `text` returns. A thread calls `text` every second until `close`.
-
-    If stderr is not a terminal, it is printed after FIRST_SECONDS, and then every LINE_SECONDS.
-    """
+    """A line that shows what `text` returns, in place of a bar."""
 
     def __init__(self, text: Callable[[], str], **options: Any) -> None:
-        self.text, self.closed = text, threading.Event()
-        self.thread = threading.Thread(target=self._tick, daemon=True)
+        self.text = text
         super().__init__(**options)
-        self.last_line -= LINE_SECONDS - FIRST_SECONDS
-        if not self.disable:
-            self.thread.start()
-
-    def _tick(self) -> None:
-        while not self.closed.wait(1):
-            self.refresh()
 
     def __str__(self) -> str:
         return visible(self.text())[: self.format_dict["ncols"] or None]  # 0: a width unknown
-
-    def close(self) -> None:
-        self.closed.set()
-        if self.thread.is_alive():
-            self.thread.join()
-        super().close()

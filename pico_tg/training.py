@@ -54,6 +54,12 @@ from .runs import (
 )
 
 UNREAD = 0.03  # share of the data; `train` says so if more of them are in no window
+# settings that are no constant of a compiled step; of router_warmup_steps, a tensor's presence is
+NOT_COMPILED = {
+    *("learning_rate", "epochs", "max_steps", "max_minutes", "warmup_steps", "router_warmup_steps"),
+    *("validation_interval", "checkpoint_interval", "validation_bytes", "keep_checkpoints"),
+    *("keep_best", "seed"),
+}
 ADAMW_STATE = ("b1_t", "b2_t", "m", "v")
 
 
@@ -143,9 +149,17 @@ class TrainStep:
             self.router_warmup = Tensor.zeros(1, dtype=dtypes.int32).contiguous().realize()
             move([self.router_warmup], devices)
         self.consistent = True
-        self.whole_step = jit_method(self._whole_step)
-        self.accumulate = jit_method(self._accumulate)
-        self.update = jit_method(self._update)
+        methods = self._whole_step, self._accumulate, self._update
+        constants = [(k, v) for k, v in vars(settings).items() if k not in NOT_COMPILED]
+        self.whole_step, self.accumulate, self.update = (
+            jit_method(
+                method,
+                tensors=self._graph_tensors(),
+                determined_by=(model.config, constants),
+                only_by_command=True,
+            )
+            for method in methods
+        )
 
     def _gradients(self, windows: Tensor) -> tuple[Tensor, list[Tensor]]:
         config = self.model.config
@@ -242,6 +256,15 @@ class TrainStep:
         if isinstance(self.optimizer, SOAP):
             self.optimizer.refresh()
         return losses
+
+    def _graph_tensors(self) -> list[Tensor]:
+        """All tensors that the compiled methods read or write."""
+        tensors = [*self.tensors, *self._state().values(), *self.rates, *self.sums]
+        if self.router_warmup is not None:
+            tensors.append(self.router_warmup)
+        if isinstance(self.optimizer, SOAP):
+            tensors += [self.optimizer.finite, *self.optimizer.indices]
+        return tensors
 
     def _state(self) -> dict[str, Tensor]:
         if isinstance(self.optimizer, SOAP):

@@ -9,9 +9,16 @@ from pathlib import Path
 
 import pytest
 from tinygrad import Device
+from tinygrad.device import ALL_DEVICES
 from tinygrad.helpers import Target
 
-from pico_tg.backend.device import complete_target, find_clang, find_llvm, parse_devices
+from pico_tg.backend.device import (
+    complete_target,
+    find_clang,
+    find_llvm,
+    parse_devices,
+    without_absent_gpus,
+)
 from pico_tg.files import PicoError
 
 SCRIPT = Path(__file__).parent / "scripts" / "compute.py"
@@ -32,6 +39,26 @@ def test_code_generators_in_their_order():
     assert complete("CPU", "CLANGJIT", "arm64") == "CPU:CLANGJIT:arm64,native,AMX"
     assert complete("CPU:X86", "LLVM X86") == "CPU:X86:x86_64,native"
     assert complete("CPU:LLVM:x86_64,native", "LLVM") == "CPU:LLVM:x86_64,native"
+
+
+@pytest.mark.parametrize(
+    ("maker", "absent"),
+    [
+        ("pci/devices/0/vendor 0x1af4", {"AMD", "NV"}),
+        ("pci/devices/0/vendor 0x1002", {"NV"}),
+        ("pci/devices/0/vendor 0x10de", {"AMD"}),
+        ("usb/devices/1-1/idVendor add1", {"NV"}),
+        ("no/device 0", set()),  # another system, or one that hides its buses
+    ],
+)
+def test_absent_gpus_are_not_tried(maker, absent, tmp_path):
+    path, number = maker.split()
+    (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / path).write_text(number + "\n")
+    before = list(ALL_DEVICES)
+    with without_absent_gpus(tmp_path):
+        assert {*before} - {*ALL_DEVICES} == absent
+    assert before == ALL_DEVICES
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ from pico_tg.backend.jit_cache import Schedules
 SCRIPTS = Path(__file__).parent / "scripts"
 
 
-def run(script, cache, **environment) -> tuple[int, str]:
+def run(script, cache, *arguments, **environment) -> tuple[int, str]:
     """How many graphs, schedules and kernels the process made, and what else it printed."""
-    command = [sys.executable, str(SCRIPTS / script)]
+    command = [sys.executable, str(SCRIPTS / script), *arguments]
     environment = {**os.environ, "CACHEDB": str(cache), **environment}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -35,7 +35,7 @@ def test_a_second_process_makes_nothing_again(tmp_path):
     assert run("count_compiled.py", tmp_path / "a.db", NOOPT="1")[0] > 0
     with sqlite3.connect(tmp_path / "a.db") as file:
         tables = [name for (name,) in file.execute("SELECT name FROM sqlite_master")]
-        expected_tables = {"pico_kernels", "pico_schedules_2", "pico_captured"}
+        expected_tables = {"pico_kernels", "pico_schedules_2", "pico_captured_2"}
         assert expected_tables <= {name.rsplit("_", 1)[0] for name in tables}
         for table in (name for name in tables if not name.startswith("sqlite_")):
             file.execute(f"UPDATE '{table}' SET val = substr(val, 1, 20)")
@@ -52,3 +52,14 @@ def test_buffers_with_a_number_of_this_process_are_not_stored():
             key = os.urandom(16)
             Schedules()[key] = graph
             assert (Schedules().get(key) is graph) == stored
+
+
+@pytest.mark.slow
+def test_a_second_process_builds_no_graph_of_training(tmp_path):
+    """Steps that differ in a constant, and a validation."""
+    first = run("count_traced.py", tmp_path / "a.db")
+    assert first[0] == 3
+    assert run("count_traced.py", tmp_path / "a.db") == (0, first[1])
+    # a script may have replaced functions of the package
+    assert run("count_traced.py", tmp_path / "a.db", "script") == first
+    assert run("count_traced.py", tmp_path / "a.db", CACHELEVEL="0") == first

@@ -4,6 +4,7 @@ import io
 import os
 import sys
 import threading
+import time
 
 import pytest
 
@@ -44,12 +45,12 @@ def work(clock, monkeypatch, terminal: bool) -> str:
 
 
 def test_plain_lines(clock, monkeypatch):
-    """One every ten seconds and one at the end, without control characters."""
+    """One after three seconds, then every ten and at the end, without control characters."""
     lines = work(clock, monkeypatch, False).split("\n")
     assert lines.pop() == ""
     assert lines.pop(3) == "half"
-    assert [line.split()[1] for line in lines] == [f"{n}/60" for n in (10, 20, 30, 40, 50, 60, 60)]
-    assert lines[2] == "evaluating: 30/60 step [00:30<00:30,  1.00step/s]"
+    assert [line.split()[1] for line in lines] == [f"{n}/60" for n in (3, 13, 23, 33, 43, 53, 60)]
+    assert lines[2] == "evaluating: 23/60 step [00:23<00:37,  1.00step/s]"
     assert all(line.isprintable() for line in lines)
 
 
@@ -90,6 +91,18 @@ def test_a_status_that_leaves_nothing(options, monkeypatch):
     with Status(lambda: "measuring", **options):
         pass
     assert stream.getvalue() == ""
+
+
+def test_a_bar_moves_by_itself(monkeypatch):
+    """While the main thread compiles, before the first update."""
+    stream = Stream(False)
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(progress, "FIRST_SECONDS", 0.0)
+    with Bar(total=2, desc="compiling"):
+        deadline = time.monotonic() + 60
+        while not stream.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert stream.getvalue().startswith("compiling: 0/2")
 
 
 def test_a_status_moves_by_itself(monkeypatch):

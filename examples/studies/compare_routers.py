@@ -1,10 +1,10 @@
-"""Compare routers, positions, numbers of heads and sizes at equal training FLOPs, data and seeds.
+"""Compare routers, positions, heads, capacities and sizes at equal training FLOPs, data and seeds.
 
 Prints a table in Markdown and draws the held-out bits per byte.
 
 python examples/studies/compare_routers.py [DATASET] [--steps 200] [--seeds 0,1,2] [--sizes 1M]
     [--routers learned,none] [--positions alibi,rope] [--next-tokens 1,2,4,8]
-    [--router-warmup-steps 0,200]
+    [--capacities 1/8,1/3] [--router-warmup-steps 0,200]
 
 The budget of a size is the FLOPs of --steps steps of its learned router with ALiBi. Each variant is
 trained for as many steps as that budget pays for. Every result is appended to --results, a file of
@@ -17,11 +17,13 @@ import argparse
 import dataclasses
 import itertools
 import json
+import re
 import shlex
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from fractions import Fraction
 from functools import partial, reduce
 from pathlib import Path
 
@@ -34,7 +36,6 @@ from pico_tg.runs import read_metrics
 from pico_tg.tools.plot import COLORS, Line, Panel, settled, svg
 from pico_tg.tools.router_report import router_report
 
-CONTEXT_LEN, BATCH_SIZE = 512, 4
 HERE = Path(__file__).parent
 SIZES = {
     "0.5M": {"dim": 96, "att_q_heads": 6, "att_kv_heads": 2, "latent_num_blocks": 4}
@@ -54,6 +55,10 @@ def integers(text: str) -> list[int]:
     return [int(part) for part in names(text)]
 
 
+def fractions(text: str) -> list[Fraction]:
+    return [Fraction(part) for part in names(text)]
+
+
 parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
 parser.add_argument("dataset", nargs="?", default="python-docs")
 parser.add_argument("--steps", type=int, default=200, help="steps of the learned router")
@@ -68,9 +73,15 @@ parser.add_argument(
     "--next-tokens", type=integers, default=[0], metavar="N,…", help="default: that of the size"
 )
 parser.add_argument(
+    "--capacities", type=fractions, default=[0], metavar="X,…",
+    help="latent capacity factors, such as 1/8 (default: that of the size)",
+)  # fmt: skip
+parser.add_argument(
     "--router-warmup-steps", type=integers, default=[0], metavar="N,…",
     help="of the router learned; see pico_tg.TrainSettings",
 )  # fmt: skip
+parser.add_argument("--context-len", type=int, default=512)
+parser.add_argument("--batch-size", type=int, default=4)
 parser.add_argument("--learning-rate", type=float, default=0.012)
 parser.add_argument("--warmup-steps", type=int, default=50)
 parser.add_argument("--validations", type=int, default=10, help="number for each run")
@@ -99,7 +110,7 @@ class Variant:
     @property
     def path(self) -> Path:
         """The folder of the model."""
-        return folder / f"{self.size} {self.name}".replace(", ", "-").replace(" ", "-")
+        return folder / re.sub(r"[, /]+", "-", f"{self.size} {self.name}")
 
     def run(self, seed: int) -> str:
         return f"{self.steps}-steps-seed-{seed}"
@@ -113,16 +124,22 @@ def all_variants() -> list[Variant]:
         else:
             base = pico_tg.Config.from_json(size)
             size = Path(size).parent.name
-        budget = args.steps * training_flops(base, CONTEXT_LEN, BATCH_SIZE)
+        budget = args.steps * training_flops(base, args.context_len, args.batch_size)
         print(f"{size}: {base.parameters:,} parameters, budget of training: {budget:.3g} FLOPs")
-        for router, position, heads in itertools.product(
-            args.routers, args.positions, args.next_tokens
+        for router, position, heads, capacity in itertools.product(
+            args.routers, args.positions, args.next_tokens, args.capacities
         ):
-            changes = {"router": router, "position": position}
-            config = dataclasses.replace(base, **changes, next_tokens=heads or base.next_tokens)
+            if router == "none" and capacity != args.capacities[0]:
+                continue  # without latent blocks it is the same model
+            config = dataclasses.replace(
+                base, router=router, position=position, next_tokens=heads or base.next_tokens,
+                latent_capacity_factor=float(capacity) or base.latent_capacity_factor,
+            )  # fmt: skip
             name = router + (f", {position}" if position != base.position else "")
             name += f", heads {heads}" if heads not in (0, base.next_tokens) else ""
-            steps = max(1, budget // training_flops(config, CONTEXT_LEN, BATCH_SIZE))
+            if router != "none" and config.latent_capacity_factor != base.latent_capacity_factor:
+                name += f", capacity {capacity}"
+            steps = max(1, budget // training_flops(config, args.context_len, args.batch_size))
             for warmup in args.router_warmup_steps if router == "learned" else [0]:
                 full_name = name + (f", warm-up {warmup}" if warmup else "")
                 variants.append(Variant(size, full_name, config, steps, warmup))
@@ -136,8 +153,8 @@ def train_and_evaluate(variant: Variant, seed: int) -> dict:
     run_dir = variant.path / variant.run(seed)
     model = pico_tg.Pico(variant.config, seed=seed)
     records = pico_tg.train(
-        model, data, run_dir=run_dir, resume=(run_dir / "training.json").exists(),
-        context_len=CONTEXT_LEN, batch_size=BATCH_SIZE, max_steps=variant.steps, epochs=10**6,
+        model, data, run_dir=run_dir, resume=(run_dir / "training.json").exists(), epochs=10**6,
+        context_len=args.context_len, batch_size=args.batch_size, max_steps=variant.steps,
         warmup_steps=min(args.warmup_steps, variant.steps // 2), learning_rate=args.learning_rate,
         validation_interval=max(1, variant.steps // args.validations), checkpoint_interval=250,
         keep_checkpoints=2, seed=seed, router_warmup_steps=variant.router_warmup_steps,
@@ -149,10 +166,12 @@ def train_and_evaluate(variant: Variant, seed: int) -> dict:
     metrics = read_metrics(run_dir)
     measured = [record for record in metrics if "validation_bits_per_byte" in record]
     evaluation = pico_tg.evaluate(
-        model, data, context_len=CONTEXT_LEN, max_bytes=args.evaluation_bytes
+        model, data, context_len=args.context_len, max_bytes=args.evaluation_bytes
     )
-    seconds = sum(CONTEXT_LEN * BATCH_SIZE / record["bytes_per_second"] for record in metrics)
-    flops = variant.steps * training_flops(variant.config, CONTEXT_LEN, BATCH_SIZE)
+    seconds = sum(
+        args.context_len * args.batch_size / record["bytes_per_second"] for record in metrics
+    )
+    flops = variant.steps * training_flops(variant.config, args.context_len, args.batch_size)
     return {
         "command": shlex.join(sys.argv),
         "commit": commit,
@@ -209,7 +228,7 @@ trained: list[tuple[Variant, int, dict, dict]] = []
 for seed, variant in itertools.product(args.seeds, all_variants()):
     # everything that a result depends on, except the machine and the program
     key = {
-        "length": CONTEXT_LEN, "batch": BATCH_SIZE, "rate": args.learning_rate,
+        "length": args.context_len, "batch": args.batch_size, "rate": args.learning_rate,
         "warm_up": args.warmup_steps, "config": variant.config.to_dict(), "seed": seed,
         "steps": variant.steps, "fingerprint": str(data.train.fingerprint),
         "evaluation_bytes": args.evaluation_bytes,

@@ -22,10 +22,11 @@ import shutil
 import site
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tinygrad import Device, Tensor, dtypes, getenv
+from tinygrad.device import ALL_DEVICES
 from tinygrad.helpers import CPU_COUNT, DEV, USE_TC, Target
 from tinygrad.runtime.support.c import DLL
 
@@ -54,7 +55,8 @@ def choose_backend() -> None:
 def _choose() -> None:
     for target in _requested.split(";"):
         Target.parse(target)  # raises RuntimeError
-    device = Device.DEFAULT.split(":")[0]
+    with without_absent_gpus():
+        device = Device.DEFAULT.split(":")[0]
     if device == "CL" and not DEV.device and not _is_gpu():
         device = "CPU"
     if device != "CPU" or DEV.renderer not in ("", "LLVM", "CLANGJIT", "X86"):
@@ -68,6 +70,24 @@ def _choose() -> None:
     os.environ["DEV"] = repr(DEV)
     if "AMX" in target.arch:
         USE_TC.value = 0
+
+
+@contextlib.contextmanager
+def without_absent_gpus(buses: Path = Path("/sys/bus")) -> Iterator[None]:
+    """Inside the `with`, tinygrad tries no GPU of a maker without a device on Linux's buses.
+
+    tinygrad 0.13 imports its drivers of AMD and NVIDIA to find out: 0.3 s in each process
+    (test_backend.test_absent_gpus_are_not_tried).
+    """
+    names = *buses.glob("pci/devices/*/vendor"), *buses.glob("usb/devices/*/idVendor")
+    makers = {path.read_text().strip() for path in names}  # empty on other systems
+    gpus = {"AMD": {"0x1002", "add1"}, "NV": {"0x10de"}}  # add1: an adapter from USB to PCI
+    tried = [name for name in ALL_DEVICES if gpus.get(name, makers) & makers or not makers]
+    before, ALL_DEVICES[:] = list(ALL_DEVICES), tried
+    try:
+        yield
+    finally:
+        ALL_DEVICES[:] = before
 
 
 def complete_target(target: Target, machine: str, usable: dict[str, Callable]) -> Target:
@@ -124,7 +144,7 @@ def check_backend() -> None:
 
 
 def enable_compile_cache() -> None:
-    """Cache schedules and compiled kernels on disk: the next start takes a third of the time.
+    """Cache captured graphs, schedules and kernels on disk, for the next start.
 
     The file is tinygrad's CACHEDB; CACHELEVEL=0 turns the cache off. The command line calls this
     function; a script may call it once, before its first Tensor. The import does not, because the

@@ -7,7 +7,7 @@ Here three tables in the same file (CACHEDB) cache the rest:
 - pico_schedules_2: from a graph to its list of kernels, not compiled yet; graphs on several devices
   are left out where `_has_numbered_buffers`;
 - pico_kernels: from a kernel to its program: binary, launch sizes, counts of operations and bytes;
-- pico_captured: from a method of an object to the graph that `StoredGraph` captured of it.
+- pico_captured_2: from a method of an object to the graph that `StoredGraph` captured of it.
 
 The key of a graph or kernel is `UOp.key`, a hash of its operations, shapes, dtypes and constants.
 The key also includes everything else that determines the value: tinygrad's version, all context
@@ -32,7 +32,7 @@ import tinygrad.engine.realize
 import tinygrad.schedule
 from tinygrad import Device, Tensor, helpers
 from tinygrad.codegen import to_program
-from tinygrad.engine.jit import CapturedJit
+from tinygrad.engine.jit import CapturedJit, _prepare_jit_inputs
 from tinygrad.helpers import CACHELEVEL, DEBUG, JIT, ContextVar, getenv
 from tinygrad.renderer import Renderer
 from tinygrad.uop.ops import CallInfo, Ops, UOp, buffers
@@ -47,6 +47,10 @@ IRRELEVANT = {
 }
 # devices that interpret a kernel's list of operations, which the cache does not store
 INTERPRETERS = ("PYTHON", "NULL", "DSP")
+
+# whether this process is the command line; a script, or a test, may have replaced functions of this
+# package, which the key of a captured method does not show
+command_line = False
 
 _programs: dict[str, UOp] = {}  # the kernels that this process has read or compiled, by key
 
@@ -131,25 +135,27 @@ def _without_operations(program: UOp) -> UOp:
 
 
 class StoredGraph:
-    """What TinyJit captures of a method without inputs, kept in the file.
+    """What TinyJit captures of a method, kept in the file.
 
     The buffers of a captured graph are those of `tensors`, and buffers that the capture makes. In
     the file each has a number; `load` puts the buffers of this process in their place.
     """
 
     def __init__(self, name: str, tensors: list[Tensor]) -> None:
-        """name: with the tensors' shapes, it determines what the method computes."""
-        self.known: dict[UOp, int] = {}  # the number of each buffer; tensors may share one
-        numbers = [self.known.setdefault(x.uop.base, len(self.known)) for x in tensors]
-        shapes = [(x.shape, x.dtype, x.device) for x in tensors]
-        settings = JIT.value, getenv("JITBEAM"), _threads()  # tinygrad's TinyJit reads JITBEAM
-        renderer = Device[tensors[0].device].renderer
-        self.key = _key(name, shapes, numbers, _source(), settings, *_target(renderer))
-        self.before = set(buffers)
+        """name: with the shapes of tensors and inputs, it determines what the method computes."""
+        self.name, self.tensors = name, tensors
 
-    def load(self) -> CapturedJit | None:
-        """The stored graph, for the buffers of this process."""
-        stored = _read("pico_captured", self.key)
+    def load(self, inputs: tuple[Tensor, ...]) -> CapturedJit | None:
+        """The stored graph, for the buffers of this process. Called before the first call."""
+        self.known: dict[UOp, int] = {}  # the number of each buffer; tensors may share one
+        numbers = [self.known.setdefault(x.uop.base, len(self.known)) for x in self.tensors]
+        shapes = [(x.shape, x.dtype, x.device) for x in (*self.tensors, *inputs)]
+        # tinygrad's TinyJit reads JITBEAM
+        settings = JIT.value, getenv("JITBEAM"), Tensor.training, _threads()
+        renderer = Device[self.tensors[0].device].renderer
+        self.key = _key(self.name, shapes, numbers, _source(), settings, *_target(renderer))
+        self.before = set(buffers)
+        stored = _read("pico_captured_2", self.key)
         if stored is None:
             return None
         known, new = list(self.known), {}
@@ -160,7 +166,8 @@ class StoredGraph:
                 new[uop] = UOp.new_buffer(device, uop.arg, uop.dtype) if made else known[number]
         linear, *results = _replaced(stored, new).src
         results = tuple(map(Tensor, results))
-        return CapturedJit(results if len(results) > 1 else results[0], linear, [], [])
+        _, _, names, expected = _prepare_jit_inputs(inputs, {})
+        return CapturedJit(results if len(results) > 1 else results[0], linear, names, expected)
 
     def store(self, captured: CapturedJit) -> None:
         """Store a graph, unless it has a buffer that is none of `tensors` and was there before."""
@@ -174,7 +181,7 @@ class StoredGraph:
             uop: uop.replace(src=(UOp(Ops.LUNIQUE, arg=i), uop.src[1]))
             for i, uop in enumerate([*self.known, *made])
         }
-        _write("pico_captured", self.key, _replaced(graph, numbered))
+        _write("pico_captured_2", self.key, _replaced(graph, numbered))
 
 
 def _replaced(graph: UOp, new: dict[UOp, UOp]) -> UOp:

@@ -117,7 +117,7 @@ class MethodJit(TinyJit):
     def __call__(self, *inputs: Tensor) -> Any:
         if self.replay is not None:
             return self.replay()
-        found = self.stored and self.stored.load()
+        found = self.stored and self.stored.load(inputs)
         if found:
             self.captured, self.cnt = found, 2
         result = super().__call__(*inputs)
@@ -130,7 +130,11 @@ class MethodJit(TinyJit):
 
 
 def jit_method(
-    method: Callable, *constants: int, tensors: dict[str, Tensor] | None = None
+    method: Callable,
+    *constants: int,
+    tensors: list[Tensor] | None = None,
+    determined_by: object = None,
+    only_by_command: bool = False,
 ) -> MethodJit:
     """TinyJit of a bound method, to be kept in an attribute of the method's own object.
 
@@ -143,20 +147,21 @@ def jit_method(
     graph there waits for that same thread: a deadlock in tinygrad 0.13
     (test_resume.test_graphs_are_freed_immediately).
 
-    tensors: all that the method reads or writes, if the graph may be kept in the compile cache. The
-    object's `config` and the tensors' shapes then determine what the method computes. Raises
-    PicoError if tinygrad's JIT=0 turns graphs off: the method's results would be of the first call.
+    tensors: all that the method reads or writes besides its inputs, if the graph may be kept in the
+    compile cache. `determined_by`, whose repr is a part of the key, and the shapes of tensors and
+    inputs then determine what the method computes. Graphs on several devices are not kept, nor,
+    with `only_by_command`, those of another process than the command line.
     """
-    if tensors and not JIT:
-        raise PicoError("decoding replays captured graphs, which JIT=0 turns off; unset it")
     if cpu is not None:
         cpu.use_launcher()
     reference = weakref.WeakMethod(method)
     method_jit = MethodJit(lambda *inputs: reference()(*constants, *inputs))
     method_jit.cnt = 1
-    if tensors and jit_cache.installed():
-        name = f"{method.__qualname__} {constants} {sorted(tensors)} {method.__self__.config}"
-        method_jit.stored = jit_cache.StoredGraph(name, [tensors[x] for x in sorted(tensors)])
+    kept = tensors and JIT and jit_cache.installed()
+    kept = kept and (jit_cache.command_line or not only_by_command)
+    if kept and all(isinstance(tensor.device, str) for tensor in tensors):
+        name = f"{method.__qualname__} {constants} {determined_by!r}"
+        method_jit.stored = jit_cache.StoredGraph(name, tensors)
     return method_jit
 
 

@@ -128,7 +128,7 @@ def band_attention(q: Tensor, k: Tensor, v: Tensor, window: int, slopes: Tensor)
     slopes = (slopes.reshape(1, -1).expand(B, -1) / -math.log(2)).reshape(-1).contiguous()  # (B*H,)
     scores = _scores(q, _key_panels(k, band), slopes, band)
     weights = rounded_factor(exps(scores, even_threads(scores.shape[0])), to_bf16).contiguous()
-    sums = _rows_times_keys(weights, v, band, "weigh")
+    sums = _rows_times_keys(weights, v, band)
     out = _output_function(band, to_bf16)(q, k, v, weights, sums)  # (B*K*blocks*G*Q, C)
     out = out.reshape(B, K, blocks, G, Q, C).permute(0, 1, 3, 2, 4, 5)  # (B, K, G, blocks, Q, C)
     return out.reshape(B, band.heads, blocks * Q, C)[:, :, : band.length]
@@ -148,9 +148,9 @@ def _output_function(band: Band, to_bf16: bool):
         g = rounded_factor((g * inv_l).pad((None, (0, P - C))), to_bf16).contiguous()  # dO / l
         ds = _score_gradient(g, _key_panels(v, band), weights, minus_delta, band)
         ds = rounded_factor(ds, to_bf16).contiguous()
-        dq = _rows_times_keys(ds, k, band, "dq") * math.log(2)
-        dk = _key_gradient(ds, q, band, "dk") * math.log(2)
-        dv = _key_gradient(weights, g, band, "dv")
+        dq = _rows_times_keys(ds, k, band) * math.log(2)
+        dk = _key_gradient(ds, q, band) * math.log(2)
+        dv = _key_gradient(weights, g, band)
         dk, dv = (  # zeros for the rows before the first byte: (B*K*positions, P)
             x.reshape(band.matrices, -1, P).pad((None, (band.lookback, 0), None)).reshape(-1, P)
             for x in (dk, dv)
@@ -218,13 +218,13 @@ def _rows_times_panels(
     )
 
 
-def _rows_times_keys(a: Tensor, x: Tensor, band: Band, name: str) -> Tensor:
+def _rows_times_keys(a: Tensor, x: Tensor, band: Band) -> Tensor:
     """Each block's score rows a @ its visible key rows x -> query rows."""
     Z, b, M, P, s = band.matrices, band.blocks, band.rows, band.width, band.keys
     return tiled_matmul(
         Tensor.empty(Z * b * M, P, device=a.device),
         [a, x],
-        f"{name}_{Z}_{b}_{M}_{P}_{s}",
+        f"weigh_{Z}_{b}_{M}_{P}_{s}",
         (Z, b),
         (M, P, s),
         a_index=lambda z, b, m, l: band.query_row(z, b, m) * s + l,
@@ -233,7 +233,7 @@ def _rows_times_keys(a: Tensor, x: Tensor, band: Band, name: str) -> Tensor:
     )
 
 
-def _key_gradient(a: Tensor, x: Tensor, band: Band, name: str) -> Tensor:
+def _key_gradient(a: Tensor, x: Tensor, band: Band) -> Tensor:
     """a^T x -> key rows. For each key: the sum, over the queries that see the key, of a * x."""
     Z, b, M, Q, P = band.matrices, band.blocks, band.rows, band.queries, band.width
     later = band.lookback // Q  # a key is visible to its own block and to this many later ones
@@ -253,7 +253,7 @@ def _key_gradient(a: Tensor, x: Tensor, band: Band, name: str) -> Tensor:
     return tiled_matmul(
         Tensor.empty(Z * b * Q, P, device=a.device),
         [a, x],
-        f"{name}_{Z}_{b}_{Q}_{P}_{M}_{band.keys}",
+        f"key_gradient_{Z}_{b}_{Q}_{P}_{M}_{band.keys}",
         (Z, b),
         (Q, P, M),
         a_index,

@@ -102,29 +102,14 @@ class LoopNest:
         pointer = self._pointer(self.buffers[tensor], address, width)
         return UOp(Ops.LOAD, dtypes.float32.vec(width), (pointer,))
 
-    def load_output(self, address: UOp) -> UOp:
-        """TILE_N elements of the output, which an earlier loop or iteration has stored."""
-        pointer = self._pointer(self.buffers[0].after(*self.order), address, TILE_N)
-        return UOp(Ops.LOAD, VECTOR, (pointer,))
+    def load_output(self, address: UOp, width: int = TILE_N) -> UOp:
+        """`width` elements of the output, which an earlier loop or iteration has stored."""
+        pointer = self._pointer(self.buffers[0].after(*self.order), address, width)
+        return UOp(Ops.LOAD, dtypes.float32.vec(width), (pointer,))
 
-    def store(self, address: UOp, vector: UOp, *before: UOp) -> None:
-        """Store a vector, after the stores `before`."""
-        buffer = self.buffers[0].after(*before) if before else self.buffers[0]
-        self._add(self._pointer(buffer, address, TILE_N).store(vector))
-
-    def store_elements(self, addresses: list[UOp], vector: UOp) -> list[UOp]:
-        """Stores of a vector's elements at separate addresses, to be passed to `store`.
-
-        tinygrad 0.13 extracts elements only from memory, hence the registers. It groups only stores
-        of equal width, so a vector's store must come after these.
-        """
-        registers = self.registers(1)
-        stored = self._pointer(registers, self.const(0), TILE_N).store(vector)
-        elements = (self._pointer(registers.after(stored), self.const(j), 1) for j in range(TILE_N))
-        return [
-            self._pointer(self.buffers[0], address, 1).store(element.load())
-            for address, element in zip(addresses, elements, strict=True)
-        ]
+    def store(self, address: UOp, vector: UOp, width: int = TILE_N) -> None:
+        """Store a vector of `width` elements; the innermost loop's stores have equal widths."""
+        self._add(self._pointer(self.buffers[0], address, width).store(vector))
 
     def registers(self, vectors: int) -> UOp:
         """An array of vectors in registers, for values that are carried between iterations."""

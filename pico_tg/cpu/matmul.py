@@ -213,9 +213,12 @@ def tiled_matmul(
             for (row, column), address, result in zip(vectors(m, n), c, sums, strict=True):
                 if epilogue:
                     result = epilogue(nest, result, *outer_ab, row, column)
-                mirrored = [c_index(*outer_c, column + j, row) for j in range(TILE_N)]
-                before = nest.store_elements(mirrored, result) if symmetric else []
-                nest.store(address, result, *before)
+                nest.store(address, result)
+            if symmetric:
+                with nest.loop(width) as j:  # unrolled, it would take a second to compile
+                    for i in range(height):
+                        element = nest.load_output(c_index(*outer_c, m + i, n + j), 1)
+                        nest.store(c_index(*outer_c, n + j, m + i), element, 1)
 
     with nest.loops(outer, shared) as matrix:
         if accumulate_over:
