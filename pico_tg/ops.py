@@ -221,35 +221,20 @@ def column_sums(*factors: Tensor) -> Tensor:
     return product.reshape(-1, product.shape[-1]).sum(axis=0).contiguous()
 
 
-def _softmax_parts(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(m, e, s) in memory, without a gradient: m the maximum, e = exp(logits - m), s = sum of e."""
-    logits = logits.detach()
-    top = logits.max(axis=-1, keepdim=True).contiguous()
-    exps = (logits - top).exp().contiguous()
-    return top, exps, exps.sum(axis=-1, keepdim=True).contiguous()
-
-
-def _log_sum_gradient(upstream: UOp, call: UOp) -> tuple[UOp | None, ...]:
-    _, exps, sums = (Tensor(uop) for uop in call.src[1:])
-    return (exps * (Tensor(upstream) / sums)).uop, None, None
-
-
-# tinygrad's gradient would compute the exponentials again
-@function(grad_fxn=_log_sum_gradient)
-def _log_sum(logits: Tensor, exps: Tensor, sums: Tensor) -> Tensor:
-    # 0 * ...: the gradient needs these, and `call.src` holds only tensors that the function reads
-    return sums.log() + 0 * (logits + exps)[..., :1]
+def _log_sum_exp(logits: Tensor) -> Tensor:
+    """log(sum(exp(logits))): logits [..., 256] -> [..., 1]."""
+    # materialize the maximum and the sum, which tinygrad would otherwise recompute for each logit
+    top = logits.max(axis=-1, keepdim=True).detach().contiguous()
+    return (logits - top).exp().sum(axis=-1, keepdim=True).contiguous().log() + top
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """-log softmax(logits)[target] in nats: logits [..., 256], targets [...] -> [...]."""
     at_target = logits.gather(-1, as_index(targets).unsqueeze(-1))
-    top, exps, sums = _softmax_parts(logits)
-    return (_log_sum(logits, exps, sums) + top - at_target).squeeze(-1)
+    return (_log_sum_exp(logits) - at_target).squeeze(-1)
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """-sum(p * log p) in nats, p = softmax(logits), without a gradient: [..., 256] -> [...]."""
-    top, exps, sums = _softmax_parts(logits)
-    log_p = logits.detach() - top - sums.log()
-    return -(exps * log_p).sum(axis=-1) / sums.squeeze(-1)
+    """-sum(p * log p) in nats, with p = softmax(logits): logits [..., 256] -> [...]."""
+    log_p = logits - _log_sum_exp(logits)
+    return -(log_p.exp() * log_p).sum(axis=-1)
