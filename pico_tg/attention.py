@@ -59,6 +59,7 @@ def banded_attention(q: Tensor, k: Tensor, v: Tensor, window: int, alibi: bool =
         slopes = alibi_slopes(H, q.device) * (1.0 if alibi else 2.0**-100)
         return cpu.band_attention(q, k, v, window, slopes)
     queries, lookback, blocks = block_sizes(N, window)
+    k, v = k.contiguous(), v.contiguous()  # several blocks read each
 
     # the G heads that share keys become rows of one matrix, so that each key is read once
     q = q.pad((None, None, (0, blocks * queries - N), None)).reshape(B, K, G, blocks, queries, C)

@@ -28,7 +28,17 @@ from .backend.runtime import exclusive, write_into
 from .config import Config
 from .files import PicoError
 from .matmul import linear
-from .ops import as_index, cross_entropy, gather, lookup, materialize, scatter, swiglu
+from .ops import (
+    add_bias,
+    as_index,
+    cross_entropy,
+    gather,
+    lookup,
+    materialize,
+    rms_norm,
+    scatter,
+    swiglu,
+)
 from .routing import RULES, causal_decisions, slots, top_k_decisions
 from .safetensors import write_safetensors
 
@@ -65,8 +75,7 @@ class Linear:
     ) -> Tensor:
         y = linear(x if norm is None else norm(x), self.weight)
         if self.bias is not None:
-            # not materialized: adding the bias again in each consumer is cheaper than storing it
-            y = (y + self.bias).contiguous_backward()
+            y = add_bias(y, self.bias)
         return y if residual is None else materialize(residual + y)
 
 
@@ -77,7 +86,7 @@ class RMSNorm:
         self.weight = Tensor.empty(dim)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return x * (x.square().mean(axis=-1, keepdim=True) + RMS_EPS).rsqrt() * self.weight
+        return rms_norm(x, self.weight, RMS_EPS)
 
 
 class Router:
@@ -113,11 +122,12 @@ class Attention:
         qkv = qkv.reshape(B, N, -1, self.head_dim).transpose(1, 2)  # (B, H+2K, N, C)
         qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
         if self.position == "rope":  # q and k at once: sines are computed once for both
-            qk = rotate(materialize(qk), Tensor.arange(N, device=qkv.device))
-        # materialize each: the gradient of the split is otherwise a masked sum over all heads
-        q, k, v = map(materialize, (*qk.split([self.heads, self.kv_heads], dim=1), v))
+            qk = rotate(qk.contiguous_backward(), Tensor.arange(N, device=qkv.device))
+        # each gradient in memory: that of the split is otherwise a masked sum over all heads
+        parts = *qk.split([self.heads, self.kv_heads], dim=1), v
+        q, k, v = (x.contiguous_backward() for x in parts)
         out = banded_attention(q, k, v, self.window, self.position == "alibi")  # (B, H, N, C)
-        return materialize(out.transpose(1, 2)).flatten(2)  # (B, N, H*C)
+        return out.transpose(1, 2).flatten(2)  # (B, N, H*C)
 
 
 class SwiGLU:

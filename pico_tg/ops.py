@@ -5,9 +5,11 @@ that activation.
 """
 
 import functools
+import math
 
 from tinygrad import Context, Device, Tensor, UOp, dtypes, function
 
+from .backend.cpu_kernels import cpu_kernels
 from .backend.runtime import (
     AxisType,
     KernelInfo,
@@ -174,6 +176,49 @@ def _swiglu_gradient(upstream: UOp, call: UOp) -> tuple[UOp | None, ...]:
 def _swiglu(x: Tensor, sigmoid: Tensor) -> Tensor:
     value, gate = x.chunk(2, dim=-1)
     return gate * sigmoid * value
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight: x [..., D], weight [D] -> [..., D]."""
+    scale = (x.detach().square().mean(axis=-1, keepdim=True) + eps).rsqrt().contiguous()
+    return _scaled(x, scale, weight)
+
+
+def _scaled_gradient(upstream: UOp, call: UOp) -> tuple[UOp | None, ...]:
+    x, scale, weight = (Tensor(uop) for uop in call.src[1:])
+    g = Tensor(upstream).contiguous()
+    # not (g * weight) * x: tinygrad would store g * weight, which is used below as well
+    inner = (g * x * weight).mean(axis=-1, keepdim=True).contiguous()
+    dx = (g * weight - x * (scale * scale * inner)) * scale  # `scale` depends on x
+    return dx.uop, None, column_sums(g, x, scale).uop
+
+
+@function(grad_fxn=_scaled_gradient)
+def _scaled(x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
+    return x * scale * weight
+
+
+def _add_bias_gradient(upstream: UOp, call: UOp) -> tuple[UOp | None, ...]:
+    g = Tensor(upstream).contiguous()
+    return g.uop, column_sums(g).uop
+
+
+@function(grad_fxn=_add_bias_gradient)
+def add_bias(x: Tensor, bias: Tensor) -> Tensor:
+    """x [..., D] + bias [D]; not in memory: adding again is cheaper than storing the sum."""
+    return x + bias
+
+
+def column_sums(*factors: Tensor) -> Tensor:
+    """The product of the factors [..., D] or [..., 1], summed over all axes but the last: [D].
+
+    In memory: a GPU would compute a kernel of several such sums in a single thread.
+    """
+    x = factors[0]
+    if x.numel() > x.shape[-1] and (cpu := cpu_kernels(x.device)):
+        return cpu.column_sums(*factors)
+    product = math.prod(factors)
+    return product.reshape(-1, product.shape[-1]).sum(axis=0).contiguous()
 
 
 def _log_sum_exp(logits: Tensor) -> Tensor:

@@ -53,6 +53,18 @@ def test_products_with_64_bit_addresses(any_size, monkeypatch):
     check_product("linear", ((2,), 24, 20, 16))
 
 
+@pytest.mark.parametrize("D", [32, 48, 36, 7, 1])
+def test_column_sums(D, monkeypatch):
+    """Whole vectors of columns, parts of one, single columns; shared by threads, or not."""
+    monkeypatch.setattr(matmul, "PARALLEL", 0)
+    rng = np.random.default_rng(0)
+    shapes = (4, 5, D), (20, D), (1, 20, 1)
+    factors = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+    expected = np.prod(np.broadcast_arrays(*(x.reshape(20, -1) for x in factors)), axis=0).sum(0)
+    found = matmul.column_sums(*(Tensor(x).realize() for x in factors)).numpy()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize(("cores", "tile_m"), [(1, 8), (3, 6)])
 @pytest.mark.parametrize("shape", [(2, 2, 2, 20, 4, 18), (1, 2, 1, 300, 5, 130)])
 def test_attention_on_other_processors(shape, tile_m, cores, monkeypatch):

@@ -17,7 +17,7 @@ from tinygrad.uop.ops import Ops, PatternMatcher, UPat, graph_rewrite
 from .precision import RECOMPUTE
 
 # slots of PARAMs while a block is traced: numbers that no function inside the block uses
-UPSTREAM_SLOT, INPUT_SLOT, SAVED_SLOT = 999_999, 1_000_000, 2_000_000
+UPSTREAM_SLOT, INPUT_SLOT, SAVED_SLOT, CONSTANT_SLOT = 999_999, 1_000_000, 2_000_000, 3_000_000
 
 
 def run_blocks(block: Callable[[Tensor], Tensor], weights: list[list[Tensor]], x: Tensor) -> Tensor:
@@ -36,10 +36,11 @@ def run_blocks(block: Callable[[Tensor], Tensor], weights: list[list[Tensor]], x
 class BlockFunction:
     """A block and its gradient, traced into two graphs of PARAMs.
 
-    forward:  x, weights, scratch           -> out, saved
-    backward: upstream, out, x, weights, saved, kernels' buffers, scratch -> gradients
+    forward:  x, weights, constants, scratch -> out, saved
+    backward: upstream, out, x, weights, constants, saved, kernels' buffers, scratch -> gradients
 
-    `saved` are the activations that both graphs need. Hand-scheduled kernels write into buffers
+    `constants` depend on no input, such as RoPE's sines: all calls share them. `saved` are the
+    activations that both graphs need. Hand-scheduled kernels write into buffers
     (scratch), which each call allocates and passes in. The backward receives the forward's scratch
     buffers that the gradient reads ("kernels' buffers").
     """
@@ -57,8 +58,10 @@ class BlockFunction:
         # tinygrad 0.13 numbers constants uniquely: number them from 0 in each trace, so that equal
         # graphs are scheduled once (test_block_function.test_equal_blocks_have_equal_graphs)
         graph = graph_rewrite(graph, pm_transform_unique_const, ctx=(None, itertools.count(0)))
-        out, *gradients = graph.src
-        x, *weights = params.values()
+        self.constants = _constants(graph)
+        constants = {u: u.param_like(CONSTANT_SLOT + i) for i, u in enumerate(self.constants)}
+        out, *gradients = graph.substitute(constants).src
+        x, *weights = *params.values(), *constants.values()
 
         shared = [] if RECOMPUTE else _shared(out, gradients)
         saved = [uop for uop in shared if uop.op is Ops.CONTIGUOUS]
@@ -83,7 +86,7 @@ class BlockFunction:
             # `contiguous` copies nothing here: without it, tinygrad 0.13's memory planner loses
             # track of the buffer of a function's result and reuses that buffer too early
             out, *saved = (call.gettuple(i).contiguous() for i in range(len(call.src[0].src)))
-            x, block_weights = call.src[1], call.src[2 : 2 + len(weights)]
+            x, *block_weights = call.src[1 : 2 + len(weights) + len(self.constants)]
             kept = [scratch[b] for b in self.kept]
             new = [UOp.new_buffer(b.device, b.arg, b.dtype) for b in self.scratch_back]
             # `out` is an argument so that the backward waits until the kernels' buffers are written
@@ -93,11 +96,25 @@ class BlockFunction:
                 precompile=True,
             )
             gradients = (found.gettuple(i).contiguous() for i in range(len(self.backward.src)))
-            return *gradients, *[None for _ in scratch]
+            return *gradients, *[None for _ in (*self.constants, *scratch)]
 
-        inputs = x.uop, *[w.uop for w in weights], *scratch.values()
+        inputs = x.uop, *[w.uop for w in weights], *self.constants, *scratch.values()
         call = self.forward.call(*inputs, grad_fxn=gradient, name="block", precompile=True)
         return Tensor(call.gettuple(0)).contiguous()
+
+
+def _constants(graph: UOp) -> list[UOp]:
+    """The largest parts of the graph that it puts in memory and that depend on no input."""
+    inputs = Ops.PARAM, Ops.BUFFER
+    depends: dict[UOp, bool] = {}
+    for uop in graph.toposort(enter_calls=False):
+        depends[uop] = uop.op in inputs or any(depends.get(s) for s in uop.src)
+
+    def is_constant(uop: UOp) -> bool:
+        return uop.op is Ops.CONTIGUOUS and not depends[uop]
+
+    above = graph.toposort(lambda uop: not is_constant(uop), enter_calls=False)
+    return list(dict.fromkeys(s for uop in above for s in uop.src if is_constant(s)))
 
 
 def _written_buffers(graph: UOp) -> list[UOp]:
@@ -124,7 +141,7 @@ _inline_functions = PatternMatcher(
 
 
 def _in_memory(uop: UOp) -> bool:
-    if uop.op is Ops.AFTER:
+    while uop.op in (Ops.AFTER, Ops.RESHAPE):
         uop = uop.src[0]
     return uop.op is Ops.CONTIGUOUS or uop.has_buffer_identity()
 

@@ -3,6 +3,13 @@
 from .band_attention import band_attention
 from .decoding import attend, packed_matmul
 from .loops import fused_multiply_adds
-from .matmul import gemm
+from .matmul import column_sums, gemm
 
-__all__ = ["attend", "band_attention", "fused_multiply_adds", "gemm", "packed_matmul"]
+__all__ = [
+    "attend",
+    "band_attention",
+    "column_sums",
+    "fused_multiply_adds",
+    "gemm",
+    "packed_matmul",
+]

@@ -5,14 +5,15 @@ import math
 from collections.abc import Callable, Iterator
 
 from tinygrad import Tensor
+from tinygrad.codegen.opt import Opt, OptOps
 from tinygrad.helpers import round_up
-from tinygrad.uop.ops import Ops, UOp
+from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
 from ..backend.runtime import without_views
 from . import launcher
-from .loops import TILE_N, VECTOR, LoopNest, choose_shared_loop, tile_m
+from .loops import TILE_N, VECTOR, LoopNest, choose_shared_loop, even_threads, tile_m
 
-PARALLEL = 1 << 19  # least number of elements for which threads make a copy faster
+PARALLEL = 1 << 19  # least number of elements for which threads make a copy or a sum faster
 # A kernel of at least LONG operations has SHARES shares per thread: with one share per thread, the
 # slowest or busiest core would delay the kernel. Only with the launcher: without it, tinygrad
 # starts a Python thread for each share.
@@ -85,6 +86,31 @@ def transpose(x: Tensor) -> Tensor:
             nest.store((z * N + n + j) * stride + m, UOp(Ops.STACK, VECTOR, tuple(column)))
     program = nest.program(f"transposed_{Z}_{M}_{N}")
     return out.custom_kernel(x, fxn=lambda *_: program)[0]
+
+
+def column_sums(*factors: Tensor) -> Tensor:
+    """The product of the factors [..., D] or [..., 1], summed over all axes but the last: [D].
+
+    A row adds a vector of columns at a time; tinygrad would read a column at a time.
+    """
+    D = max(f.shape[-1] for f in factors)
+    N = max(f.numel() for f in factors) // D
+    width = next(n for n in (TILE_N, 12, 8, 4, 3, 2, 1) if D % n == 0)
+    opts = [Opt(OptOps.UPCAST, 0, width)] if width > 1 else []
+    if N * D >= PARALLEL and (threads := even_threads(D // width)) > 1:
+        opts.append(Opt(OptOps.THREAD, 0, threads))
+
+    def kernel(out: UOp, *factors: UOp) -> UOp:
+        d, n = UOp.range(D, 0), UOp.range(N, 1, AxisType.REDUCE)
+        factors = [f.reshape(N, f.numel() // N) for f in factors]
+        product = math.prod(f[n, d if f.shape[1] > 1 else 0] for f in factors)
+        info = KernelInfo(name=f"column_sums_{N}_{D}_{len(factors)}", opts_to_apply=tuple(opts))
+        return out[0, d].store(product.reduce(n, arg=Ops.ADD)).end(d).sink(arg=info)
+
+    out = Tensor.empty(1, D, device=factors[0].device)
+    # reshaped: tinygrad 0.13 would return a function's result before the kernel has computed it
+    # (test_golden.test_training_step)
+    return out.custom_kernel(*factors, fxn=kernel)[0].reshape(D)
 
 
 def at_most(i: UOp, last: int) -> UOp:

@@ -28,6 +28,7 @@ from ..backend.runtime import (
     write_into,
 )
 from ..matmul import bmm
+from ..ops import column_sums
 from . import linalg
 
 
@@ -188,8 +189,8 @@ def all_finite(gradients: list[Tensor]) -> Tensor:
     """Whether all gradients, and the sums of their squares, are finite: one bool."""
     # In stages of many short sums: a GPU would compute one long sum, or one kernel of several sums,
     # in a single thread. The first stage sums matrices over their rows.
-    sums = [g.square().sum(axis=-2) if g.ndim > 1 else g.square() for g in gradients]
-    sums = Tensor.cat(*[x.flatten().contiguous() for x in sums])
+    sums = [column_sums(g, g) if g.ndim > 1 else g.square().contiguous() for g in gradients]
+    sums = Tensor.cat(*sums)
     width = math.isqrt(len(sums)) + 1
     sums = sums.pad((0, width * width - len(sums))).contiguous().reshape(width, width)
     return sums.sum(axis=0).contiguous().sum().isfinite().contiguous()
@@ -256,8 +257,9 @@ class Stack:
     def member(self, stacked: Tensor, z: int) -> Tensor:
         """Member z of stacked [Z, *shape] -> [*shape], or [1] for a scalar."""
         # an index in memory, unlike a constant, lets all members share one kernel
-        index = self.optimizer.indices[z].reshape(*[1] * stacked.ndim).expand(1, *self.shape)
-        return stacked.gather(0, index).reshape(*(self.shape or (1,)))
+        member = Tensor.arange(len(stacked), device=stacked.device) == self.optimizer.indices[z]
+        member = member.reshape(-1, *[1] * len(self.shape))
+        return member.where(stacked, 0).sum(axis=0).reshape(*(self.shape or (1,)))
 
     def refresh(self, first: bool) -> list[Callable[[], None]]:
         """Tasks, one for each parameter, that refresh its bases and project its moments again."""
