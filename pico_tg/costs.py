@@ -339,8 +339,8 @@ def describe_cost(
     # the last validation measures top-k routing, too
     total = duration(step * (steps + (count + 1) * validation))
     return [
-        f"training will take about {total}, and the first time a minute to compile: {steps:,} "
-        f"steps of {step:.2g} s, {validations} of {step * validation:.2g} s",
+        f"training will take about {total}, plus compiling the first time: {steps:,} steps "
+        f"of {step:.2g} s, {validations} of {step * validation:.2g} s",
         f"memory: about {sum(parts.values()):,.0f} MB ({named})",
     ]
 

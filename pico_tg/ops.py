@@ -210,11 +210,13 @@ def add_bias(x: Tensor, bias: Tensor) -> Tensor:
 
 
 def column_sums(*factors: Tensor) -> Tensor:
-    """The product of the factors [..., D] or [..., 1], summed over all axes but the last: [D].
+    """The product of the factors, summed over all axes but the last: [D].
 
-    In memory: a GPU would compute a kernel of several such sums in a single thread.
+    The first factor is [..., D], the others [..., D] or [..., 1]. In memory: a GPU would compute a
+    kernel of several such sums in a single thread.
     """
     x = factors[0]
+    # a single row would be a loop of one iteration, which tinygrad 0.13 renders as none
     if x.numel() > x.shape[-1] and (cpu := cpu_kernels(x.device)):
         return cpu.column_sums(*factors)
     product = math.prod(factors)

@@ -112,7 +112,8 @@ class Bar(tqdm):
 
     def _tick(self) -> None:
         while not self.closed.wait(1):
-            self.refresh()
+            with self.get_lock():  # tqdm's refresh would keep its lock after an error
+                self.refresh(nolock=True)
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""

@@ -61,6 +61,13 @@ def test_absent_gpus_are_not_tried(maker, absent, tmp_path):
     assert before == ALL_DEVICES
 
 
+def test_unreadable_buses_exclude_no_gpu(tmp_path):
+    (tmp_path / "pci/devices/0/vendor").mkdir(parents=True)
+    before = list(ALL_DEVICES)
+    with without_absent_gpus(tmp_path):
+        assert before == ALL_DEVICES
+
+
 @pytest.mark.parametrize(
     ("dev", "machine", "words"),
     [

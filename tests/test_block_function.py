@@ -2,7 +2,9 @@
 
 import numpy as np
 from tinygrad import Tensor
+from tinygrad.uop.ops import Ops
 
+from pico_tg.attention import rotate
 from pico_tg.backend.block_function import BlockFunction
 
 
@@ -15,3 +17,11 @@ def test_equal_blocks_have_equal_graphs():
     )
     assert first.forward.key == second.forward.key
     assert first.backward.key == second.backward.key
+
+
+def test_blocks_share_what_depends_on_no_input():
+    """RoPE's sines and cosines: each call of a block reads them."""
+    x = Tensor(np.ones((1, 4, 8), np.float32)).realize()
+    function = BlockFunction(lambda x: rotate(x, Tensor.arange(4)) + x, [], x)
+    assert len(function.constants) == 2
+    assert not any(uop.op is Ops.SIN for uop in function.forward.toposort())

@@ -149,6 +149,7 @@ def test_every_field_is_an_option(command, cls, prefix, capsys):
 MISTAKES = {  # a command line, and what its error names
     "init {new} --dim 3": "att_q_heads",
     "init {new} --depth 3": "unrecognized arguments: --depth 3 (see pico_tg init --help)",
+    "train {model} x --routr learned": "--routr learned (see pico_tg train --help)",
     "run {model} --promt=a": "--promt=a; did you mean --prompt? (see pico_tg run --help)",
     "init {new} --router all --latent-capacity-factor 1": "--latent-capacity-factor has no effect",
     "init {new} --preset large": "invalid choice: 'large' (choose from",

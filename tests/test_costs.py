@@ -168,7 +168,7 @@ def test_the_cost_is_told():
     time, memory = describe_cost(XS, settings, steps, "CPU", 150, HELD_OUT)
     count, share = validations(settings)
     seconds = 240 * (1 + share * (count + 1) / count)  # the last one measures top-k, too
-    told = re.match(r"training will take about 4:(\d\d), and the first time ", time)
+    told = re.match(r"training will take about 4:(\d\d), plus compiling the first time: ", time)
     assert int(told[1]) == pytest.approx(seconds - 240, abs=1)
     assert f": {steps:,} steps of 0.42 s, " in time
     assert f" s, {count} validations of " in time

@@ -56,7 +56,10 @@ def integers(text: str) -> list[int]:
 
 
 def fractions(text: str) -> list[Fraction]:
-    return [Fraction(part) for part in names(text)]
+    try:
+        return [Fraction(part) for part in names(text)]
+    except ZeroDivisionError as error:
+        raise ValueError from error
 
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -129,15 +132,17 @@ def all_variants() -> list[Variant]:
         for router, position, heads, capacity in itertools.product(
             args.routers, args.positions, args.next_tokens, args.capacities
         ):
-            if router == "none" and capacity != args.capacities[0]:
-                continue  # without latent blocks it is the same model
+            if router in ("none", "all"):  # they ignore the capacity
+                if capacity != args.capacities[0]:
+                    continue
+                capacity = 0
             config = dataclasses.replace(
                 base, router=router, position=position, next_tokens=heads or base.next_tokens,
                 latent_capacity_factor=float(capacity) or base.latent_capacity_factor,
             )  # fmt: skip
             name = router + (f", {position}" if position != base.position else "")
             name += f", heads {heads}" if heads not in (0, base.next_tokens) else ""
-            if router != "none" and config.latent_capacity_factor != base.latent_capacity_factor:
+            if config.latent_capacity_factor != base.latent_capacity_factor:
                 name += f", capacity {capacity}"
             steps = max(1, budget // training_flops(config, args.context_len, args.batch_size))
             for warmup in args.router_warmup_steps if router == "learned" else [0]:

@@ -61,13 +61,13 @@ class BlockFunction:
         self.constants = _constants(graph)
         constants = {u: u.param_like(CONSTANT_SLOT + i) for i, u in enumerate(self.constants)}
         out, *gradients = graph.substitute(constants).src
-        x, *weights = *params.values(), *constants.values()
+        x, *read = *params.values(), *constants.values()  # read: the weights, then the constants
 
         shared = [] if RECOMPUTE else _shared(out, gradients)
         saved = [uop for uop in shared if uop.op is Ops.CONTIGUOUS]
         forward = UOp.maketuple(out, *saved)
         self.scratch = _written_buffers(forward)
-        self.forward = _as_function(forward, [x, *weights, *self.scratch])
+        self.forward = _as_function(forward, [x, *read, *self.scratch])
 
         # hand-scheduled kernels' results are not returned: the gradient reads the scratch buffers
         in_buffers = {uop: uop.src[0] for uop in shared if uop.op is Ops.AFTER}
@@ -75,7 +75,7 @@ class BlockFunction:
         params = {uop: uop.param_like(SAVED_SLOT + i) for i, uop in enumerate(saved)}
         backward = UOp.maketuple(*gradients).substitute(params | in_buffers)
         self.scratch_back = [uop for uop in _written_buffers(backward) if uop not in self.kept]
-        order = [upstream, out, x, *weights, *params.values(), *self.kept, *self.scratch_back]
+        order = [upstream, out, x, *read, *params.values(), *self.kept, *self.scratch_back]
         self.backward = _as_function(backward, order)
 
     def __call__(self, x: Tensor, weights: list[Tensor]) -> Tensor:
@@ -86,12 +86,12 @@ class BlockFunction:
             # `contiguous` copies nothing here: without it, tinygrad 0.13's memory planner loses
             # track of the buffer of a function's result and reuses that buffer too early
             out, *saved = (call.gettuple(i).contiguous() for i in range(len(call.src[0].src)))
-            x, *block_weights = call.src[1 : 2 + len(weights) + len(self.constants)]
+            x, *read = call.src[1 : 2 + len(weights) + len(self.constants)]
             kept = [scratch[b] for b in self.kept]
             new = [UOp.new_buffer(b.device, b.arg, b.dtype) for b in self.scratch_back]
             # `out` is an argument so that the backward waits until the kernels' buffers are written
             found = self.backward.call(
-                *(upstream, out, x, *block_weights, *saved, *kept, *new),
+                *(upstream, out, x, *read, *saved, *kept, *new),
                 name="block_backward",
                 precompile=True,
             )

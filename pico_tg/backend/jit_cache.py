@@ -67,6 +67,7 @@ def install() -> None:
     """
     if installed():
         return
+    _source()  # now: later the files may no longer be those that were imported
     tinygrad.schedule.schedule_cache = Schedules()
     tinygrad.engine.realize.to_program = cached_program
     # tinygrad's __repr__ includes id(grad_fxn), so UOp.key would differ between processes

@@ -16,7 +16,7 @@ from tinygrad import Context, Device, Tensor, TinyJit, getenv
 from tinygrad.codegen.opt import Opt, OptOps  # noqa: F401  # for ops.py
 from tinygrad.dtype import DType, _from_np_dtype, _to_np_dtype  # noqa: F401  # DType: for matmul.py
 from tinygrad.engine import realize
-from tinygrad.helpers import BEAM, JIT, round_up  # noqa: F401  # for matmul.py and kv_cache.py
+from tinygrad.helpers import BEAM, JIT, round_up  # noqa: F401  # for ring 1
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops  # noqa: F401  # for ops.py
 
 from ..files import PicoError

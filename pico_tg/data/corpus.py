@@ -199,8 +199,12 @@ def _write(source: Source, folder: Path, progress: bool) -> None:
     remarks, missing = [], []
     tagged = 0  # documents whose text holds a tag
     content = hashlib.blake2b(digest_size=16)
-    bar = Bar(desc=f"caching {source.label}", unit="B", unit_scale=True, disable=not progress)
-    with open(folder / "bytes", "wb") as data, open(folder / "offsets", "wb") as offsets, bar:
+    shown = {"unit": "B", "unit_scale": True, "disable": not progress}
+    with (
+        Bar(desc=f"caching {source.label}", **shown) as bar,
+        open(folder / "bytes", "wb") as data,
+        open(folder / "offsets", "wb") as offsets,
+    ):
         offsets.write(struct.pack("<q", 0))
         for file in source.files:
             in_document, count, text, has_tag = False, 0, b"", False

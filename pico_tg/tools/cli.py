@@ -574,8 +574,8 @@ def main(arguments: list[str] | None = None) -> int:
     marked = mark_texts(sys.argv[1:] if arguments is None else arguments)
     args, unknown = build_parser(COMMANDS).parse_known_args(marked)
     if unknown:  # reported by the command's parser, whose help lists the command's options
-        options = re.findall(r"--[\w-]+", args.parser.format_help())
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], options, 1)
+        options = [name for action in args.parser._actions for name in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], options, 1, 0.8)
         meant = f"; did you mean {near[0]}?" if near else ""
         args.parser.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
     try:

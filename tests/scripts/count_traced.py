@@ -2,6 +2,7 @@
 
 import functools
 import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -19,18 +20,26 @@ def count(kind, name):
     setattr(kind, name, functools.wraps(method)(lambda *args: made.append(name) or method(*args)))
 
 
-count(TrainStep, "_whole_step")
+for name in ("_whole_step", "_accumulate", "_update"):
+    count(TrainStep, name)
 count(CausalPass, "_graph")
 pico_tg.enable_compile_cache()
 jit_cache.command_line = "script" not in sys.argv
 config = Config(dim=16, att_q_heads=2, att_kv_heads=1, fb_num_blocks=1, latent_num_blocks=1)
 rng, numbers = np.random.default_rng(0), []
-for weight_decay in (0.1, 0.5):
+for micro_batches, optimizer, weight_decay in (
+    (1, "soap", 0.1),
+    (1, "soap", 0.5),
+    (2, "adamw", 0.1),
+):
     model = Pico(config, seed=0)
-    step = TrainStep(model, TrainSettings(weight_decay=weight_decay, router_warmup_steps=0))
-    for _ in range(4):
-        batches = rng.integers(0, 256, (1, 2, 24 + config.next_tokens), np.uint8)
+    settings = {"optimizer": optimizer, "grad_accumulation_steps": micro_batches}
+    step = TrainStep(model, TrainSettings(weight_decay=weight_decay, **settings))
+    for number in range(4):
+        batches = rng.integers(0, 256, (micro_batches, 2, 24 + config.next_tokens), np.uint8)
         numbers += step(batches, 0.05).tolist()
+        if number == 1:  # as a resumed run does
+            step.load_state(step.state(), Path())
 measure = CausalPass(model, 24, TrainSettings(), ("nats",))
 numbers.append(float(measure(batches[0, :, :25], np.full(2, 24))["nats"].sum()))
 print(len(made), numbers)
