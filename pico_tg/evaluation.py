@@ -18,6 +18,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from tinygrad import Tensor, dtypes, nn
@@ -61,16 +62,14 @@ class CausalPass:
         self.model, self.settings, self.wanted, self.devices = model, settings, wanted, devices
         self.causal = causal
         self.slots = min(length, 2 * max(1, model.config.capacity(length)))
-        self.few_slots, self.all_slots = (
-            jit_method(
-                self._graph,
-                count,
-                tensors=nn.state.get_parameters(model),
-                determined_by=(model.config, wanted, causal),
-                only_by_command=True,
-            )
-            for count in (self.slots, length)
+        compiled = partial(
+            jit_method,
+            self._graph,
+            tensors=nn.state.get_parameters(model),
+            determined_by=(model.config, wanted, causal),
+            only_by_command=True,
         )
+        self.few_slots, self.all_slots = compiled(self.slots), compiled(length)
 
     def _graph(self, count: int, windows: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
         x, targets = inputs_and_targets(windows, 1)

@@ -15,6 +15,7 @@ import os
 import time
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,12 @@ from .runs import (
 )
 
 UNREAD = 0.03  # share of the data; `train` says so if more of them are in no window
-# settings that are no constant of a compiled step; of router_warmup_steps, a tensor's presence is
-NOT_COMPILED = {
-    *("learning_rate", "epochs", "max_steps", "max_minutes", "warmup_steps", "router_warmup_steps"),
-    *("validation_interval", "checkpoint_interval", "validation_bytes", "keep_checkpoints"),
-    *("keep_best", "seed"),
-}
+# settings that are no constants of a compiled step; router_warmup_steps only adds a tensor
+NOT_COMPILED = (
+    "learning_rate", "epochs", "max_steps", "max_minutes", "warmup_steps", "router_warmup_steps",
+    "validation_interval", "checkpoint_interval", "validation_bytes", "keep_checkpoints",
+    "keep_best", "seed",
+)  # fmt: skip
 ADAMW_STATE = ("b1_t", "b2_t", "m", "v")
 
 
@@ -149,17 +150,16 @@ class TrainStep:
             self.router_warmup = Tensor.zeros(1, dtype=dtypes.int32).contiguous().realize()
             move([self.router_warmup], devices)
         self.consistent = True
-        methods = self._whole_step, self._accumulate, self._update
         constants = [(k, v) for k, v in vars(settings).items() if k not in NOT_COMPILED]
-        self.whole_step, self.accumulate, self.update = (
-            jit_method(
-                method,
-                tensors=self._graph_tensors(),
-                determined_by=(model.config, constants),
-                only_by_command=True,
-            )
-            for method in methods
+        compiled = partial(
+            jit_method,
+            tensors=self._graph_tensors(),
+            determined_by=(model.config, constants),
+            only_by_command=True,
         )
+        self.whole_step = compiled(self._whole_step)
+        self.accumulate = compiled(self._accumulate)
+        self.update = compiled(self._update)
 
     def _gradients(self, windows: Tensor) -> tuple[Tensor, list[Tensor]]:
         config = self.model.config

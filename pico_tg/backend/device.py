@@ -147,7 +147,9 @@ def check_backend() -> None:
 
 
 def enable_compile_cache() -> None:
-    """Cache captured graphs, schedules and kernels on disk, for the next start.
+    """Cache schedules, kernels and captured graphs on disk, for the next start.
+
+    In a script, the captured graphs are those of decoding; on the command line, also of training.
 
     The file is tinygrad's CACHEDB; CACHELEVEL=0 turns the cache off. The command line calls this
     function; a script may call it once, before its first Tensor. The import does not, because the
