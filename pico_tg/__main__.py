@@ -13,10 +13,8 @@ def main() -> int:
     # tinygrad creates many objects and few cycles: with Python's default thresholds, garbage
     # collection took 7 % of the CPU time of compiling
     gc.set_threshold(50_000, 20, 100)
-    from .backend import jit_cache
     from .tools.cli import main as run
 
-    jit_cache.command_line = True
     status = run()
     if status == INTERRUPTED:
         # Ctrl-C may have interrupted tinygrad 0.13 while it held the lock of its CPU queue, for

@@ -67,7 +67,7 @@ class CausalPass:
             self._graph,
             tensors=nn.state.get_parameters(model),
             determined_by=(model.config, wanted, causal),
-            only_by_command=True,
+            of_training=True,
         )
         self.few_slots, self.all_slots = compiled(self.slots), compiled(length)
 

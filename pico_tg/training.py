@@ -155,7 +155,7 @@ class TrainStep:
             jit_method,
             tensors=self._graph_tensors(),
             determined_by=(model.config, constants),
-            only_by_command=True,
+            of_training=True,
         )
         self.whole_step = compiled(self._whole_step)
         self.accumulate = compiled(self._accumulate)

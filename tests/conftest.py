@@ -15,11 +15,12 @@ if os.environ.get("PICO_WITHOUT_CPU"):
     sys.modules["pico_tg.cpu"] = None  # its import then raises ImportError
 
 import pico_tg
+from pico_tg.backend import jit_cache
 from pico_tg.backend.runtime import has_cpu_kernels
 
 if os.environ.get("PICO_WITHOUT_CPU"):
     assert not has_cpu_kernels("CPU")
-pico_tg.enable_compile_cache()
+pico_tg.enable_compile_cache(training_graphs=True)
 gc.set_threshold(50_000, 20, 100)  # as pico_tg.__main__ does
 
 
@@ -29,6 +30,12 @@ def cache(tmp_path, monkeypatch):
     path = tmp_path / "cache"
     monkeypatch.setenv("PICO_CACHE", str(path))
     return path
+
+
+@pytest.fixture
+def without_stored_graphs(monkeypatch):
+    """For a test that replaces a function of a training step or of a validation."""
+    monkeypatch.setattr(jit_cache, "training_graphs", False)
 
 
 @pytest.fixture(autouse=True)

@@ -336,6 +336,7 @@ def test_more_routed_bytes_than_slots(read, model):
     assert exceeds
 
 
+@pytest.mark.usefixtures("without_stored_graphs")
 def test_routed_padding_takes_no_slots(model, monkeypatch):
     """A window that is mostly padding, all of which is routed, is computed with few slots."""
     monkeypatch.setattr(model, "decide", lambda x, z, causal=False: (x >= 0).contiguous())

@@ -164,6 +164,7 @@ def test_a_lone_window_is_read_at_every_call(next_tokens):
 
 
 @SLOW
+@pytest.mark.usefixtures("without_stored_graphs")
 @pytest.mark.parametrize(("optimizer", "accumulation"), [("soap", 2), ("adamw", 1)])
 def test_a_loss_that_is_not_finite_changes_nothing(optimizer, accumulation, monkeypatch):
     """Also where the gradients are."""

@@ -25,6 +25,7 @@ parser.add_argument("--steps", type=int, default=600)
 parser.add_argument("--rates", type=int, default=3, help="number of learning rates to try, 1 to 3")
 parser.add_argument("--svg", type=Path, default=Path(__file__).parent / "optimizers.svg")
 args = parser.parse_args()
+pico_tg.enable_compile_cache(training_graphs=True)
 
 config = pico_tg.Config(dim=96, att_q_heads=6, att_kv_heads=2, latent_num_blocks=2, next_tokens=4)
 if args.model:

@@ -93,6 +93,7 @@ parser.add_argument("--evaluation-bytes", type=int, default=4096, help="held out
 parser.add_argument("--results", type=Path, default=HERE / "routers.jsonl")
 parser.add_argument("--svg", type=Path, default=HERE / "routers.svg")
 args = parser.parse_args()
+pico_tg.enable_compile_cache(training_graphs=True)
 
 folder = args.results.with_suffix("")
 commit = subprocess.run(

@@ -35,6 +35,7 @@ parser.add_argument("--rules", type=int, default=len(RULES), help="number of rul
 parser.add_argument("--evaluation-bytes", type=int, default=16384)
 parser.add_argument("--results", type=Path, default=Path(__file__).parent / "settings.jsonl")
 args = parser.parse_args()
+pico_tg.enable_compile_cache(training_graphs=True)
 
 config = pico_tg.Config.from_json(args.model) if args.model else pico_tg.Config()
 

@@ -146,19 +146,23 @@ def check_backend() -> None:
         ) from error
 
 
-def enable_compile_cache() -> None:
+def enable_compile_cache(training_graphs: bool = False) -> None:
     """Cache schedules, kernels and captured graphs on disk, for the next start.
-
-    In a script, the captured graphs are those of decoding; on the command line, also of training.
 
     The file is tinygrad's CACHEDB; CACHELEVEL=0 turns the cache off. The command line calls this
     function; a script may call it once, before its first Tensor. The import does not, because the
     cache replaces functions of tinygrad in the whole process (listed in `jit_cache.install`).
+
+    training_graphs: keep the graphs of training steps and validations too, not only those of
+    decoding, as the command line does. A start then takes a tenth of the time. Not in a script
+    that changes what they compute, by a function that it replaces or a subclass of `Pico`: a
+    graph is found by the config, the settings and the source of this package.
     """
-    from .jit_cache import install
+    from . import jit_cache
 
     share_cache_file()
-    install()
+    jit_cache.install()
+    jit_cache.training_graphs |= training_graphs
 
 
 def parse_devices(text: str) -> tuple[str, ...]:

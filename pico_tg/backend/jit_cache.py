@@ -48,9 +48,8 @@ IRRELEVANT = {
 # devices that interpret a kernel's list of operations, which the cache does not store
 INTERPRETERS = ("PYTHON", "NULL", "DSP")
 
-# whether this process is the command line; a script, or a test, may have replaced functions of this
-# package, which the key of a captured method does not show
-command_line = False
+# whether graphs of training and validation are kept, too (`device.enable_compile_cache`)
+training_graphs = False
 
 _programs: dict[str, UOp] = {}  # the kernels that this process has read or compiled, by key
 

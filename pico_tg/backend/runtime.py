@@ -117,13 +117,16 @@ class MethodJit(TinyJit):
     def __call__(self, *inputs: Tensor) -> Any:
         if self.replay is not None:
             return self.replay()
-        found = self.stored and self.stored.load(inputs)
+        stored, self.stored = self.stored, None
+        # training moves the model to its devices after this object was made
+        if stored and not all(isinstance(tensor.device, str) for tensor in stored.tensors):
+            stored = None
+        found = stored and stored.load(inputs)
         if found:
             self.captured, self.cnt = found, 2
         result = super().__call__(*inputs)
-        if self.stored and not found:
-            self.stored.store(self.captured)
-        self.stored = None
+        if stored and not found:
+            stored.store(self.captured)
         if cpu is not None and not inputs and self.captured is not None:
             self.replay = cpu.native_replay(self.captured)
         return result
@@ -134,7 +137,7 @@ def jit_method(
     *constants: int,
     tensors: list[Tensor] | None = None,
     determined_by: object = None,
-    only_by_command: bool = False,
+    of_training: bool = False,
 ) -> MethodJit:
     """TinyJit of a bound method, to be kept in an attribute of the method's own object.
 
@@ -149,8 +152,8 @@ def jit_method(
 
     tensors: all that the method reads or writes besides its inputs, if the graph may be kept in the
     compile cache. `determined_by`, whose repr is a part of the key, and the shapes of tensors and
-    inputs then determine what the method computes. Graphs on several devices are not kept, nor,
-    with `only_by_command`, those of another process than the command line.
+    inputs then determine what the method computes. Graphs on several devices are not kept, nor
+    those `of_training` where `enable_compile_cache` does not ask for them.
     """
     if cpu is not None:
         cpu.use_launcher()
@@ -158,8 +161,7 @@ def jit_method(
     method_jit = MethodJit(lambda *inputs: reference()(*constants, *inputs))
     method_jit.cnt = 1
     kept = tensors and JIT and jit_cache.installed()
-    kept = kept and (jit_cache.command_line or not only_by_command)
-    if kept and all(isinstance(tensor.device, str) for tensor in tensors):
+    if kept and (jit_cache.training_graphs or not of_training):
         name = f"{method.__qualname__} {constants} {determined_by!r}"
         method_jit.stored = jit_cache.StoredGraph(name, tensors)
     return method_jit

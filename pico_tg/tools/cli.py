@@ -580,7 +580,8 @@ def main(arguments: list[str] | None = None) -> int:
         args.parser.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
     try:
         with results_alone():
-            enable_compile_cache()
+            # a script that calls this function may have replaced others
+            enable_compile_cache(training_graphs=arguments is None)
             check_backend()
             return COMMANDS[args.command](args)
     except BrokenPipeError:  # the reader of the output closed it

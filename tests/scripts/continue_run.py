@@ -15,7 +15,7 @@ from pico_tg.backend.device import describe_backend
 from pico_tg.checkpoint import list_checkpoints
 from pico_tg.safetensors import read_safetensors
 
-pico_tg.enable_compile_cache()
+pico_tg.enable_compile_cache(training_graphs=True)
 path, run, text = sys.argv[1:]
 folder = Path(path, run)
 

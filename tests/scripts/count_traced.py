@@ -1,4 +1,7 @@
-"""Print how many graphs of steps and validations this process builds, and their results."""
+"""Print how many graphs of steps and validations this process builds, and their results.
+
+With the argument "script": as a script whose functions may be replaced; only one kind of step.
+"""
 
 import functools
 import sys
@@ -8,7 +11,6 @@ import numpy as np
 
 import pico_tg
 from pico_tg import Config, Pico, TrainSettings
-from pico_tg.backend import jit_cache
 from pico_tg.evaluation import CausalPass
 from pico_tg.training import TrainStep
 
@@ -23,15 +25,14 @@ def count(kind, name):
 for name in ("_whole_step", "_accumulate", "_update"):
     count(TrainStep, name)
 count(CausalPass, "_graph")
-pico_tg.enable_compile_cache()
-jit_cache.command_line = "script" not in sys.argv
+pico_tg.enable_compile_cache("script" not in sys.argv)
 config = Config(dim=16, att_q_heads=2, att_kv_heads=1, fb_num_blocks=1, latent_num_blocks=1)
 rng, numbers = np.random.default_rng(0), []
 for micro_batches, optimizer, weight_decay in (
     (1, "soap", 0.1),
     (1, "soap", 0.5),
     (2, "adamw", 0.1),
-):
+)[: 1 if "script" in sys.argv else None]:
     model = Pico(config, seed=0)
     settings = {"optimizer": optimizer, "grad_accumulation_steps": micro_batches}
     step = TrainStep(model, TrainSettings(weight_decay=weight_decay, **settings))
