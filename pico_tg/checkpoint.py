@@ -28,14 +28,8 @@ STATES = 2  # how many of the newest checkpoints keep the optimizer's state
 
 
 def save_weights(model: Pico, path: str | os.PathLike) -> None:
-    """Write the model's weights as float32, under the names of the published implementation."""
-    write_safetensors(path, weights_of(model))
-
-
-@exclusive
-def weights_of(model: Pico) -> dict[str, np.ndarray]:
-    """The model's weights, float32, by name."""
-    return {name: tensor.numpy() for name, tensor in nn.state.get_state_dict(model).items()}
+    """Write `model.weights()` as a .safetensors file."""
+    write_safetensors(path, model.weights())
 
 
 def load_weights(model: Pico, path: str | os.PathLike) -> None:

@@ -216,14 +216,17 @@ class Pico:
             write_into(weight, values)
 
     @exclusive
+    def weights(self) -> dict[str, np.ndarray]:
+        """All weights, float32, under the names of the published implementation."""
+        return {name: tensor.numpy() for name, tensor in nn.state.get_state_dict(self).items()}
+
     def __reduce__(self) -> tuple:
         """Copies and pickles hold the config and the weights, in buffers of the default device.
 
         By default, tinygrad 0.13 shares a copied tensor's buffer, and a pickled tensor takes over a
         buffer of the process that reads it (test_model.test_a_copy_is_a_copy).
         """
-        weights = nn.state.get_state_dict(self)
-        return _rebuild, (self.config, {name: t.numpy() for name, t in weights.items()})
+        return _rebuild, (self.config, self.weights())
 
     def __repr__(self) -> str:
         config = self.config
@@ -233,7 +236,6 @@ class Pico:
             f"{config.router}>"
         )
 
-    @exclusive
     def save(self, folder: str | os.PathLike) -> None:
         """Write model.json and the weights to `folder`, from which `pico_tg.load` reads them.
 
@@ -248,9 +250,7 @@ class Pico:
             raise PicoError(f"cannot write to {folder}: {error.strerror or error}") from error
         if not known:
             self.config.to_json(described)
-        weights = nn.state.get_state_dict(self)
-        arrays = {name: tensor.numpy() for name, tensor in weights.items()}
-        write_safetensors(run / "00000000.safetensors", arrays)
+        write_safetensors(run / "00000000.safetensors", self.weights())
 
     def encode(self, x: Tensor, attends: Attends | None = None) -> tuple[Tensor, Tensor]:
         """Bytes x [...] -> (hidden states h [..., D], router logits [...])."""

@@ -24,13 +24,7 @@ from tinygrad import Device, Tensor, dtypes, nn
 
 from .backend.precision import choose_precision, graph_context
 from .backend.runtime import exclusive, jit_method, on_devices, write_all, write_into
-from .checkpoint import (
-    checkpoint_path,
-    list_checkpoints,
-    load_newest,
-    load_weights,
-    weights_of,
-)
+from .checkpoint import checkpoint_path, list_checkpoints, load_newest, load_weights
 from .config import Config, TrainSettings
 from .costs import CHOSEN, check_memory, plan
 from .data import Data, DataSpec, Windows, describe_data, open_data, trained_on
@@ -546,7 +540,7 @@ def _loop(
     settings, stopped, record = train_step.settings, False, {}
 
     def save() -> None:
-        run.save(weights_of(train_step.model), train_step.state(), progress, settings)
+        run.save(train_step.model.weights(), train_step.state(), progress, settings)
 
     def validated(record: Record) -> Record:
         """The record with a validation if one is due and `events` do not stop it.

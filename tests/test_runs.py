@@ -16,7 +16,7 @@ from helpers import TINY, WINDOWS, Watch
 from tinygrad import Tensor
 
 from pico_tg import load
-from pico_tg.checkpoint import checkpoint_path, list_checkpoints, save_checkpoint, weights_of
+from pico_tg.checkpoint import checkpoint_path, list_checkpoints, save_checkpoint
 from pico_tg.config import Config, TrainSettings
 from pico_tg.data import DataSpec, Windows, load_data, stored_spec
 from pico_tg.files import PicoError, differences
@@ -110,7 +110,7 @@ def former(tmp_path):
 def test_a_run_of_the_former_commit_is_read(former):
     weights = read_safetensors(former / "run" / "00000006.safetensors")[0]
     model = load(former, "run")
-    assert all(np.array_equal(value, weights[name]) for name, value in weights_of(model).items())
+    assert all(np.array_equal(value, weights[name]) for name, value in model.weights().items())
     facts = describe(former, "run")["run"]
     assert facts["settings"]["optimizer"] == "adamw"
     assert facts["checkpoints"][0]["bits_per_byte"] == pytest.approx(6.843, abs=1e-3)
@@ -195,8 +195,8 @@ def test_a_model_is_saved(tmp_path):
     assert Config.from_json(folder / "model.json") == TINY
 
     def check(model: Pico) -> None:
-        found = weights_of(load(folder))
-        for name, values in weights_of(model).items():
+        found = load(folder).weights()
+        for name, values in model.weights().items():
             np.testing.assert_array_equal(values, found[name])
 
     check(model)
@@ -338,7 +338,7 @@ def test_a_stop_takes_effect_after_the_micro_batch(text, tmp_path, quick_steps):
 def test_a_run_without_a_checkpoint_starts_again(text, tmp_path, quick_steps):
     run = tmp_path / "run"
     weights = tmp_path / "base.safetensors"
-    write_safetensors(weights, weights_of(Pico(TINY, 9)))
+    write_safetensors(weights, Pico(TINY, 9).weights())
     stopping = Watch(lambda: True)
     records = start(text, run, max_steps=3, events=stopping, grad_accumulation_steps=2)
     assert list(records) == []  # stopped within the first step
@@ -818,14 +818,14 @@ def test_no_valid_checkpoint(run, text):
 def test_weights_stay_those_of_the_model(run):
     """A checkpoint's weights load elsewhere: the optimizer's state is in a file of its own."""
     found = read_safetensors(checkpoint_path(run, 4))[0]
-    assert found.keys() == weights_of(Pico(TINY)).keys()
+    assert found.keys() == Pico(TINY).weights().keys()
 
 
 def test_load(tmp_path):
     TINY.to_json(tmp_path / "model.json")
     (tmp_path / "first").mkdir()
     for seed in (1, 2):
-        save_checkpoint(weights_of(Pico(TINY, seed)), {}, {"step": seed}, tmp_path / "first")
+        save_checkpoint(Pico(TINY, seed).weights(), {}, {"step": seed}, tmp_path / "first")
     expected = Pico(TINY, 2).embedding.weight.numpy()
     assert np.array_equal(load(tmp_path, "first").embedding.weight.numpy(), expected)
     assert np.array_equal(load(str(tmp_path), "first", 2).embedding.weight.numpy(), expected)
