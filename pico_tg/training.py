@@ -454,7 +454,7 @@ def _resume(run: Run, train_step: TrainStep, stored: dict[str, Any], events: Eve
     if list_checkpoints(run.folder):
         path, state, values, refused = load_newest(model, run.folder)
         train_step.load_state(state, path)
-        progress = Progress.from_dict(values)
+        progress = Progress(**values)
         for problem in refused:
             events.say(f"skipped a checkpoint: {problem}")
         events.say(f"resuming after step {progress.step}, from {path}")
