@@ -482,12 +482,8 @@ def _set_steps(
     """
     left = settings.epochs * len(windows) - progress.windows
     total = min(settings.max_steps, progress.step + math.ceil(max(0, left) / windows.batch_size))
-    if progress.steps not in (0, total):
-        events.say(
-            f"{total} steps in all, not {progress.steps}: from step {progress.step + 1} on the "
-            "learning rate follows the curve of the new number"
-        )
-    changed = differences(before, {"max_minutes": settings.max_minutes})
+    now = {"the last step": total, "max_minutes": settings.max_minutes}
+    changed = differences(before | {"the last step": progress.steps}, now)
     if progress.step and changed:
         events.say(
             f"{changed}: from step {progress.step + 1} on the learning rate follows the curve of "

@@ -613,7 +613,7 @@ def test_changed_settings_are_refused_by_name(run, text):
     assert resume(context_len=40) == []  # the same as before; nothing is left to do
     watch = Watch()
     records = resume(events=watch, max_steps=6, batch_size=1, force=True)
-    assert "6 steps in all, not 4: from step 5 on the learning rate" in watch.said[-1]
+    assert "the last step was 4, now 6: from step 5 on the learning rate" in watch.said[-1]
     assert steps(records) == [5, 6]
     assert records[-1]["bytes"] == 4 * 2 * 40 + 2 * 1 * 40
     assert read_description(run)["settings"]["batch_size"] == 1
