@@ -202,7 +202,7 @@ def plan(
     """What `choose` chooses, and lines about the choice and the cost.
 
     progress: say on stderr that the machine is measured. Raises PicoError if a given setting is out
-    of its bounds, or if there is too little memory.
+    of its bounds.
     """
     precision, lines = TrainSettings(**given).precision, []
     with Status(lambda: "measuring this machine", leave=False, disable=not progress):
@@ -215,7 +215,6 @@ def plan(
         names = [name for name in CHOSEN if name in shown and CHOSEN[name] == kind]
         values = ", ".join(f"{name} {getattr(settings, name)}" for name in names)
         lines += [f"chosen {kind}: {values}"] if values else []
-    check_memory(config, settings, device)
     steps = expected_steps(config, settings, train_bytes, *machine)
     lines += describe_cost(config, settings, steps, *machine, held_out)
     read = steps * _step_bytes(settings)

@@ -37,6 +37,7 @@ from .progress import Events
 from .routing import top_k_decisions
 from .runs import (
     BITS,
+    MAY_CHANGE,
     Progress,
     Record,
     Run,
@@ -51,9 +52,7 @@ from .runs import (
 UNREAD = 0.03  # share of the data; `train` says so if more of them are in no window
 # settings that are no constants of a compiled step; router_warmup_steps only adds a tensor
 NOT_COMPILED = (
-    "learning_rate", "epochs", "max_steps", "max_minutes", "warmup_steps", "router_warmup_steps",
-    "validation_interval", "checkpoint_interval", "validation_bytes", "keep_checkpoints",
-    "keep_best", "seed",
+    *MAY_CHANGE, "learning_rate", "warmup_steps", "router_warmup_steps", "validation_bytes", "seed"
 )  # fmt: skip
 ADAMW_STATE = ("b1_t", "b2_t", "m", "v")
 
@@ -602,7 +601,7 @@ def _step(
     events.phase("training" if progress.steps_here >= 2 else "compiling")
     settings, start = train_step.settings, time.perf_counter()
     rate = learning_rate(progress.position(settings), settings, progress.steps)
-    batch = windows.batch_at(progress.windows)  # (A * B, N + T)
+    batch = windows.batch(progress.windows)  # (A * B, N + T)
     batch = batch.reshape(settings.grad_accumulation_steps, settings.batch_size, -1)
     warmup = progress.step < settings.router_warmup_steps
     losses = train_step(batch, rate, events, router_warmup=warmup)

@@ -576,14 +576,14 @@ def test_training_goes_on_from_the_newest_valid_checkpoint(run, text):
 def test_a_forced_batch_size_leaves_no_window_out(text, tmp_path, quick_steps, monkeypatch):
     """11 windows an epoch: three steps of 2, then 1 at a time, and each is seen once."""
     seen = []
-    batch_at = Windows.batch_at
+    batch_of = Windows.batch
 
     def watched(self, position):
-        batch = batch_at(self, position)
+        batch = batch_of(self, position)
         seen.extend(bytes(row) for row in batch)
         return batch
 
-    monkeypatch.setattr(Windows, "batch_at", watched)
+    monkeypatch.setattr(Windows, "batch", watched)
     list(start(text, tmp_path / "run", epochs=1, events=Watch(lambda: len(seen) == 6)))
     resumed = train(Pico(TINY), text, tmp_path / "run", resume=True, batch_size=1, force=True)
     assert steps(resumed) == [4, 5, 6, 7, 8]
