@@ -309,7 +309,7 @@ class Decoder:
         start, x, before = start.contiguous(), data[1 : 1 + rows].contiguous(), data[:rows]
         h, router_logits = self.packed.encode(x, _attends(self.fb_in, start))
         row = Tensor.arange(rows, device=h.device)
-        decisions = causal_decisions(self.config, x, before, start + row, router_logits)
+        decisions = causal_decisions(self.config.router, x, before, router_logits)
         decisions = (decisions & (row < routable)).contiguous()
         index, slot = slots(decisions.unsqueeze(0), rows)  # (1, R), (1, R)
         total = decisions.sum(dtype=dtypes.int32)

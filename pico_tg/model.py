@@ -266,8 +266,7 @@ class Pico:
             return top_k_decisions(router_logits, self.config.capacity(x.shape[1])).contiguous()
         x = as_index(x)
         before = x[:, :-1].pad((None, (1, 0)))
-        position = Tensor.arange(x.shape[1], device=x.device)
-        return causal_decisions(self.config, x, before, position, router_logits).contiguous()
+        return causal_decisions(self.config.router, x, before, router_logits).contiguous()
 
     def deepen(
         self,
