@@ -290,6 +290,12 @@ class Pico:
         logits = self.unembedding(self.fb_out(h, attends), self.norm)  # (..., T*256)
         return logits.reshape(*h.shape[:-1], -1, 256)
 
+    def finish(self, h: Tensor, router_logits: Tensor, decisions: Tensor, count: int) -> Tensor:
+        """`deepen` with slots for `count` of the decisions bool [B, N], then `predict`."""
+        if count > 0 and self.config.router != "none":
+            h = self.deepen(h, router_logits, *slots(decisions, count))
+        return self.predict(h)
+
     def __call__(
         self, x: Tensor, causal: bool = False, count: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -304,9 +310,7 @@ class Pico:
         decisions = self.decide(x, router_logits, causal)
         if count is None:
             count = x.shape[1] if causal else self.config.capacity(x.shape[1])
-        if count > 0 and self.config.router != "none":
-            h = self.deepen(h, router_logits, *slots(decisions, count))
-        return self.predict(h), router_logits, decisions
+        return self.finish(h, router_logits, decisions, count), router_logits, decisions
 
 
 def _rebuild(config: Config, weights: dict[str, np.ndarray]) -> Pico:
