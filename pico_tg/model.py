@@ -296,20 +296,16 @@ class Pico:
             h = self.deepen(h, router_logits, *slots(decisions, count))
         return self.predict(h)
 
-    def __call__(
-        self, x: Tensor, causal: bool = False, count: int | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, x: Tensor, causal: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, N] of uint8 or int -> (logits, router_logits, router_decisions).
 
         logits float32 [B, N, T, 256], router_logits float32 [B, N], router_decisions bool [B, N].
         `causal` routes as decoding does, by default routing is that of training. The deep blocks
-        process the first `count` selected bytes of each sequence: by default all if `causal`, at
-        the cost of N slots, else the capacity.
+        process all selected bytes if `causal`, at the cost of N slots, else the first `capacity`.
         """
         h, router_logits = self.encode(x)  # (B, N, D), (B, N)
         decisions = self.decide(x, router_logits, causal)
-        if count is None:
-            count = x.shape[1] if causal else self.config.capacity(x.shape[1])
+        count = x.shape[1] if causal else self.config.capacity(x.shape[1])
         return self.finish(h, router_logits, decisions, count), router_logits, decisions
 
 

@@ -66,16 +66,6 @@ def test_order_does_not_change_between_versions():
     assert digest.hexdigest()[:16] == "052cafb90ac06e05"
 
 
-def test_order_is_a_permutation_in_half_the_memory():
-    for count in (1, 2, 255, 70_000):
-        windows = Windows(corpus_of(bytes(count + 1)), 1, 1, 1, seed=7)
-        for epoch in (0, 1):
-            order = windows._order(epoch)
-            assert order.dtype == np.uint32
-            expected = np.random.default_rng((7, epoch)).permutation(count)
-            assert np.array_equal(order, expected)
-
-
 def test_windows_errors():
     with pytest.raises(PicoError, match=r"18 bytes, .* 16 \+ 3 bytes; a context_len of at most 15"):
         Windows(corpus_of(bytes(18)), 16, 3, 1, 0)
