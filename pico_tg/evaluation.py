@@ -136,7 +136,7 @@ class Validation:
         starts = np.arange(math.ceil(count / self.batch_size) * self.batch_size) * length
         self.windows = _windows_at(data, starts, length)
         self.lengths = np.clip(len(data) - 1 - starts, 0, length)
-        self.scored = _windows_at(~corpus.wrapper_mask(0, len(data)), starts, length)[:, 1:]
+        self.scored = _windows_at(~corpus.wrapper_mask(len(data)), starts, length)[:, 1:]
         # which bytes top-k selects depends on the whole window, so padding would change the figure
         whole = self.scored & (starts + length < len(data))[:, None]
         self.whole = whole if whole.any() else self.scored
@@ -271,7 +271,7 @@ def evaluate(
     split, context_len = chosen.split, chosen.context_len
     corpus = _corpus(dataset, split, progress)
     total = min(len(corpus.bytes), chosen.max_bytes or len(corpus.bytes))
-    data, text = corpus.bytes[:total], ~corpus.wrapper_mask(0, total)
+    data, text = corpus.bytes[:total], ~corpus.wrapper_mask(total)
     target = text[1:]  # which positions predict a byte of text
     if not target.any():
         part = "data" if split == "all" or corpus is dataset else f"{split} data"
