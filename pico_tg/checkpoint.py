@@ -65,8 +65,8 @@ def save_checkpoint(
     state: dict[str, np.ndarray],
     progress: dict[str, Any],
     run_dir: str | os.PathLike,
-) -> Path:
-    """Write the checkpoint of step progress["step"]; returns the path of its weights.
+) -> None:
+    """Write the checkpoint of step progress["step"].
 
     `state` is the optimizer's, `progress` any JSON. Raises PicoError if a file cannot be written;
     older checkpoints stay as they are.
@@ -82,7 +82,6 @@ def save_checkpoint(
         with contextlib.suppress(OSError):  # free the space: the disk may be full
             _state_path(path).unlink()
         raise
-    return path
 
 
 def load_checkpoint(model: Pico, path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict]:
