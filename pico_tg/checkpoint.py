@@ -28,14 +28,8 @@ STATES = 2  # how many of the newest checkpoints keep the optimizer's state
 
 
 def save_weights(model: Pico, path: str | os.PathLike) -> None:
-    """Write the model's weights as float32, under the names of the published implementation."""
-    write_safetensors(path, weights_of(model))
-
-
-@exclusive
-def weights_of(model: Pico) -> dict[str, np.ndarray]:
-    """The model's weights, float32, by name."""
-    return {name: tensor.numpy() for name, tensor in nn.state.get_state_dict(model).items()}
+    """Write `model.weights()` as a .safetensors file."""
+    write_safetensors(path, model.weights())
 
 
 def load_weights(model: Pico, path: str | os.PathLike) -> None:
@@ -71,8 +65,8 @@ def save_checkpoint(
     state: dict[str, np.ndarray],
     progress: dict[str, Any],
     run_dir: str | os.PathLike,
-) -> Path:
-    """Write the checkpoint of step progress["step"]; returns the path of its weights.
+) -> None:
+    """Write the checkpoint of step progress["step"].
 
     `state` is the optimizer's, `progress` any JSON. Raises PicoError if a file cannot be written;
     older checkpoints stay as they are.
@@ -88,7 +82,6 @@ def save_checkpoint(
         with contextlib.suppress(OSError):  # free the space: the disk may be full
             _state_path(path).unlink()
         raise
-    return path
 
 
 def load_checkpoint(model: Pico, path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict]:

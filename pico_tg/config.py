@@ -245,11 +245,6 @@ class Config:
         """The share of the bytes that training selects."""
         return {"all": 1.0, "none": 0.0}.get(self.router, self.latent_capacity_factor)
 
-    @property
-    def stride(self) -> int:
-        """n, for the router `stride`, which selects every n-th byte: 1 / capacity, rounded up."""
-        return math.ceil(1 / self.latent_capacity_factor - 1e-9)
-
     @classmethod
     def preset(cls, name: str, **changes: int | float | str) -> "Config":
         """The sizes of PRESETS, with changes. Raises PicoError if there is no such preset."""

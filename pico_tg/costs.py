@@ -68,8 +68,8 @@ LEAST_READ = 2  # bytes per parameter; a model that reads fewer is said to be to
 FLOATS_PER_BLOCK = 18  # saved for the backward, per block, byte and channel
 
 
-def forward_flops(config: Config, length: int, batch_size: int = 1) -> int:
-    """FLOPs of one forward pass over `batch_size` sequences of `length` bytes, as in training.
+def forward_flops(config: Config, length: int) -> int:
+    """FLOPs of one forward pass over a sequence of `length` bytes, as in training.
 
     The number of selected bytes is the capacity. A learned router computes the weight of every
     byte, a rule only the weights of the selected bytes.
@@ -77,12 +77,12 @@ def forward_flops(config: Config, length: int, batch_size: int = 1) -> int:
     selected = config.capacity(length)
     pairs = visible_pairs(length, config.fb_att_window_size)
     latent_pairs = visible_pairs(selected, config.latent_att_window_size)
-    return batch_size * round(_flops(config, length, selected, pairs, latent_pairs))
+    return round(_flops(config, length, selected, pairs, latent_pairs))
 
 
 def training_flops(config: Config, length: int, batch_size: int = 1) -> int:
     """FLOPs of a forward and a backward pass: the gradients of a matmul are two matmuls."""
-    return 3 * forward_flops(config, length, batch_size)
+    return 3 * batch_size * forward_flops(config, length)
 
 
 def decoding_flops(config: Config, position: int, router_rate: float) -> float:
@@ -202,7 +202,7 @@ def plan(
     """What `choose` chooses, and lines about the choice and the cost.
 
     progress: say on stderr that the machine is measured. Raises PicoError if a given setting is out
-    of its bounds, or if there is too little memory.
+    of its bounds.
     """
     precision, lines = TrainSettings(**given).precision, []
     with Status(lambda: "measuring this machine", leave=False, disable=not progress):
@@ -215,7 +215,6 @@ def plan(
         names = [name for name in CHOSEN if name in shown and CHOSEN[name] == kind]
         values = ", ".join(f"{name} {getattr(settings, name)}" for name in names)
         lines += [f"chosen {kind}: {values}"] if values else []
-    check_memory(config, settings, device)
     steps = expected_steps(config, settings, train_bytes, *machine)
     lines += describe_cost(config, settings, steps, *machine, held_out)
     read = steps * _step_bytes(settings)

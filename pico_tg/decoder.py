@@ -13,7 +13,6 @@ the size by the length of the prompt.
 import copy
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 from tinygrad import Context, Tensor, dtypes, nn
@@ -49,11 +48,6 @@ def check_decoder(model: Pico, decoder: "Decoder | None") -> None:
         raise PicoError("the decoder is of another model; make one with Decoder(model)")
 
 
-def graph_size(rows: int) -> int:
-    """Rows of the smallest compiled pass that holds `rows` rows."""
-    return next(size for size in SIZES if rows <= size)
-
-
 def pack(model: Pico) -> Pico:
     """A copy of the model for decoding: its Linears are PackedLinears.
 
@@ -86,15 +80,6 @@ def pack(model: Pico) -> Pico:
     model.latent.router = padded(model.latent.router)
     model.unembedding = PackedLinear(model.unembedding, model.norm)
     return model
-
-
-class Snapshot(NamedTuple):
-    """What `Decoder.restore` needs: the counters, the newest byte and copies of all KV caches."""
-
-    position: int
-    selected: int
-    newest_byte: bytes
-    caches: list[np.ndarray]
 
 
 class Decoder:
@@ -203,13 +188,13 @@ class Decoder:
         self.recent = self.recent[: len(self.recent) - count]
 
     @exclusive
-    def snapshot(self) -> Snapshot:
-        """A copy of the state, for `restore`."""
+    def snapshot(self) -> tuple:
+        """A copy of the state, for `restore`: the counters, the newest byte and all KV caches."""
         caches = [read(tensor).copy() for tensor in self.cache_tensors()]
-        return Snapshot(self.position, self.selected, self.recent[-1:], caches)
+        return self.position, self.selected, self.recent[-1:], caches
 
     @exclusive
-    def restore(self, snapshot: Snapshot) -> None:
+    def restore(self, snapshot: tuple) -> None:
         """Go back to the state of a `snapshot` of this decoder."""
         self.changes += 1
         self.position, self.selected, self.recent, caches = snapshot
@@ -232,7 +217,7 @@ class Decoder:
         inputs[3 : 4 + n] = np.frombuffer(self.recent, np.uint8)
         if not self.shared_inputs:
             write_into(self.inputs, inputs)
-        key = graph_size(n), self.use_latent
+        key = next(size for size in SIZES if n <= size), self.use_latent
         if key not in self.compiled:
             with Tensor.train(False):  # also for a caller that trains
                 self.compiled[key] = self._compile(*key)
@@ -309,7 +294,7 @@ class Decoder:
         start, x, before = start.contiguous(), data[1 : 1 + rows].contiguous(), data[:rows]
         h, router_logits = self.packed.encode(x, _attends(self.fb_in, start))
         row = Tensor.arange(rows, device=h.device)
-        decisions = causal_decisions(self.config, x, before, start + row, router_logits)
+        decisions = causal_decisions(self.config.router, x, before, router_logits)
         decisions = (decisions & (row < routable)).contiguous()
         index, slot = slots(decisions.unsqueeze(0), rows)  # (1, R), (1, R)
         total = decisions.sum(dtype=dtypes.int32)

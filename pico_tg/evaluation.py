@@ -40,9 +40,9 @@ BATCH_POSITIONS = 1 << 14  # positions of one pass of `evaluate`
 class CausalPass:
     """One compiled pass over a batch of windows; returns the figures `wanted`.
 
-    Routing is causal, or top-k if `causal` is False. With causal routing, the deep blocks have
-    slots for twice the capacity, which keeps them cheap. If a window routes more bytes than that,
-    its batch is computed again with one slot for each byte.
+    Routing is causal, and the deep blocks have slots for twice the capacity, which keeps them
+    cheap. If a window routes more bytes than that, its batch is computed again with one slot for
+    each byte.
 
     - nats float32 [B, N]: cross-entropy of head 0; nats_top_k: the same with top-k routing;
       nats_without: the same without the deep blocks
@@ -57,32 +57,35 @@ class CausalPass:
         settings: TrainSettings,
         wanted: tuple[str, ...],
         devices: tuple[str, ...] = (),
-        causal: bool = True,
     ) -> None:
         self.model, self.settings, self.wanted, self.devices = model, settings, wanted, devices
-        self.causal = causal
-        self.slots = min(length, 2 * max(1, model.config.capacity(length)))
+        self.slots = length
+        if "nats" in wanted:  # top-k routing alone fills exactly its slots
+            self.slots = min(length, 2 * max(1, model.config.capacity(length)))
         compiled = partial(
             jit_method,
             self._graph,
             tensors=nn.state.get_parameters(model),
-            determined_by=(model.config, wanted, causal),
+            determined_by=(model.config, wanted),
             of_training=True,
         )
         self.few_slots, self.all_slots = compiled(self.slots), compiled(length)
 
     def _graph(self, count: int, windows: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
         x, targets = inputs_and_targets(windows, 1)
-        count = count if self.causal else None  # top-k fills exactly its slots
-        logits, router_logits, decisions = self.model(x, self.causal, count)
+        model, capacity = self.model, self.model.config.capacity(x.shape[1])
+        h, router_logits = model.encode(x)
+        decisions = model.decide(x, router_logits, causal=True)
+        logits = model.finish(h, router_logits, decisions, count)
+        ahead = model.decide(x, router_logits)
 
         def nats(logits: Tensor) -> Tensor:
             return cross_entropy(logits[:, :, 0], targets[:, :, 0])
 
         figures = {
             "nats": lambda: nats(logits),
-            "nats_top_k": lambda: nats(self.model(x)[0]),
-            "nats_without": lambda: nats(self.model(x, causal=True, count=0)[0]),
+            "nats_top_k": lambda: nats(model.finish(h, router_logits, ahead, capacity)),
+            "nats_without": lambda: nats(model.predict(h)),
             "guesses": lambda: logits.argmax(axis=-1).cast(dtypes.uint8),
             "router_logits": lambda: router_logits,
             "decisions": lambda: decisions,
@@ -133,7 +136,7 @@ class Validation:
         starts = np.arange(math.ceil(count / self.batch_size) * self.batch_size) * length
         self.windows = _windows_at(data, starts, length)
         self.lengths = np.clip(len(data) - 1 - starts, 0, length)
-        self.scored = _windows_at(~corpus.wrapper_mask(0, len(data)), starts, length)[:, 1:]
+        self.scored = _windows_at(~corpus.wrapper_mask(len(data)), starts, length)[:, 1:]
         # which bytes top-k selects depends on the whole window, so padding would change the figure
         whole = self.scored & (starts + length < len(data))[:, None]
         self.whole = whole if whole.any() else self.scored
@@ -146,7 +149,7 @@ class Validation:
         self.causal = CausalPass(model, length, settings, ("nats", "decisions"), devices)
         self.top_k: CausalPass | None = None
         if model.config.router not in RULES:
-            self.top_k = CausalPass(model, length, settings, ("nats",), devices, causal=False)
+            self.top_k = CausalPass(model, length, settings, ("nats_top_k",), devices)
 
     def __call__(
         self, events: Events | None = None, top_k: bool = False
@@ -170,7 +173,7 @@ class Validation:
 
         record = {"validation_bits_per_byte": bits(found["nats"], self.scored)}
         if top_k and self.top_k and (ahead := self._measure(self.top_k, events)):
-            record["validation_bits_per_byte_top_k"] = bits(ahead["nats"], self.whole)
+            record["validation_bits_per_byte_top_k"] = bits(ahead["nats_top_k"], self.whole)
             record["validation_routing_gap"] = (
                 bits(found["nats"], self.whole) - record["validation_bits_per_byte_top_k"]
             )
@@ -268,7 +271,7 @@ def evaluate(
     split, context_len = chosen.split, chosen.context_len
     corpus = _corpus(dataset, split, progress)
     total = min(len(corpus.bytes), chosen.max_bytes or len(corpus.bytes))
-    data, text = corpus.bytes[:total], ~corpus.wrapper_mask(0, total)
+    data, text = corpus.bytes[:total], ~corpus.wrapper_mask(total)
     target = text[1:]  # which positions predict a byte of text
     if not target.any():
         part = "data" if split == "all" or corpus is dataset else f"{split} data"

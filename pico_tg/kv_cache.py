@@ -51,7 +51,10 @@ class PackedLinear:
         self, x: Tensor, norm: RMSNorm | None = None, residual: Tensor | None = None
     ) -> Tensor:
         """x [R, I or more], residual [R, width] -> [R, width]; `norm` as in the constructor."""
-        scale = None if norm is None else rms_scale(x, self.inputs)
+        scale = None
+        if norm is not None:  # 1 / RMS of each row: [R, 1]
+            mean = x.square().sum(axis=-1, keepdim=True) / self.inputs
+            scale = (mean + RMS_EPS).rsqrt().contiguous()
         if self.bias is not None:
             bias = self.bias.expand(x.shape[0], -1)
             residual = bias if residual is None else residual + bias
@@ -62,26 +65,20 @@ class PackedLinear:
         return (out if residual is None else out + residual).contiguous()
 
 
-def rms_scale(x: Tensor, channels: int) -> Tensor:
-    """1 / RMS of rows x [R, padded] with `channels` channels each: [R, 1]."""
-    mean = x.square().sum(axis=-1, keepdim=True) / channels
-    return (mean + RMS_EPS).rsqrt().contiguous()
-
-
-def cache_shape(head_dim: int, window: int, max_rows: int) -> tuple[int, int]:
+def cache_shape(head_dim: int, window: int) -> tuple[int, int]:
     """(slots S, columns P) of a `KVCache`, whose keys are [K, C, S] and values [K, S, P].
 
     There is a slot for each position of the window and each row of the largest pass. The first
     head_dim columns hold values, the next one holds ones.
     """
-    return round_up(window + max_rows, PANEL), round_up(head_dim + 1, VECTOR)
+    return round_up(window + PREFILL_CHUNK, PANEL), round_up(head_dim + 1, VECTOR)
 
 
 def cache_bytes(config: Config) -> int:
     """Bytes of the KV caches of a `Decoder` of this model."""
 
     def size(window: int) -> int:
-        slots, columns = cache_shape(config.head_dim, window, PREFILL_CHUNK)
+        slots, columns = cache_shape(config.head_dim, window)
         return 4 * config.att_kv_heads * slots * (config.head_dim + columns)
 
     byte_blocks = 2 * config.fb_num_blocks * size(config.fb_att_window_size)
@@ -99,8 +96,7 @@ class KVCache:
     H query heads, K key/value heads, G = H / K, C head_dim, S slots, P columns, R rows of a pass.
     """
 
-    def __init__(self, attention: Attention, max_rows: int = PREFILL_CHUNK) -> None:
-        """max_rows: the rows of the largest pass."""
+    def __init__(self, attention: Attention) -> None:
         self.heads, self.kv_heads = attention.heads, attention.kv_heads
         self.head_dim, self.window = attention.head_dim, attention.window
         self.position, device = attention.position, attention.proj.weight.device
@@ -108,7 +104,7 @@ class KVCache:
             self.slopes = alibi_slopes(self.heads, device).contiguous().realize()  # (H,)
         else:
             self.slopes = from_host(np.zeros(self.heads, np.float32), device)
-        self.slots, columns = cache_shape(self.head_dim, self.window, max_rows)
+        self.slots, columns = cache_shape(self.head_dim, self.window)
         keys = np.zeros((self.kv_heads, self.head_dim, self.slots), np.float32)
         values = np.zeros((self.kv_heads, self.slots, columns), np.float32)
         values[:, :, self.head_dim] = 1  # so that weights @ values also gives the sum of weights

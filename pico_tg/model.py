@@ -216,14 +216,17 @@ class Pico:
             write_into(weight, values)
 
     @exclusive
+    def weights(self) -> dict[str, np.ndarray]:
+        """All weights, float32, under the names of the published implementation."""
+        return {name: tensor.numpy() for name, tensor in nn.state.get_state_dict(self).items()}
+
     def __reduce__(self) -> tuple:
         """Copies and pickles hold the config and the weights, in buffers of the default device.
 
         By default, tinygrad 0.13 shares a copied tensor's buffer, and a pickled tensor takes over a
         buffer of the process that reads it (test_model.test_a_copy_is_a_copy).
         """
-        weights = nn.state.get_state_dict(self)
-        return _rebuild, (self.config, {name: t.numpy() for name, t in weights.items()})
+        return _rebuild, (self.config, self.weights())
 
     def __repr__(self) -> str:
         config = self.config
@@ -233,7 +236,6 @@ class Pico:
             f"{config.router}>"
         )
 
-    @exclusive
     def save(self, folder: str | os.PathLike) -> None:
         """Write model.json and the weights to `folder`, from which `pico_tg.load` reads them.
 
@@ -248,9 +250,7 @@ class Pico:
             raise PicoError(f"cannot write to {folder}: {error.strerror or error}") from error
         if not known:
             self.config.to_json(described)
-        weights = nn.state.get_state_dict(self)
-        arrays = {name: tensor.numpy() for name, tensor in weights.items()}
-        write_safetensors(run / "00000000.safetensors", arrays)
+        write_safetensors(run / "00000000.safetensors", self.weights())
 
     def encode(self, x: Tensor, attends: Attends | None = None) -> tuple[Tensor, Tensor]:
         """Bytes x [...] -> (hidden states h [..., D], router logits [...])."""
@@ -266,8 +266,7 @@ class Pico:
             return top_k_decisions(router_logits, self.config.capacity(x.shape[1])).contiguous()
         x = as_index(x)
         before = x[:, :-1].pad((None, (1, 0)))
-        position = Tensor.arange(x.shape[1], device=x.device)
-        return causal_decisions(self.config, x, before, position, router_logits).contiguous()
+        return causal_decisions(self.config.router, x, before, router_logits).contiguous()
 
     def deepen(
         self,
@@ -291,23 +290,23 @@ class Pico:
         logits = self.unembedding(self.fb_out(h, attends), self.norm)  # (..., T*256)
         return logits.reshape(*h.shape[:-1], -1, 256)
 
-    def __call__(
-        self, x: Tensor, causal: bool = False, count: int | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def finish(self, h: Tensor, router_logits: Tensor, decisions: Tensor, count: int) -> Tensor:
+        """`deepen` with slots for `count` of the decisions bool [B, N], then `predict`."""
+        if count > 0 and self.config.router != "none":
+            h = self.deepen(h, router_logits, *slots(decisions, count))
+        return self.predict(h)
+
+    def __call__(self, x: Tensor, causal: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, N] of uint8 or int -> (logits, router_logits, router_decisions).
 
         logits float32 [B, N, T, 256], router_logits float32 [B, N], router_decisions bool [B, N].
         `causal` routes as decoding does, by default routing is that of training. The deep blocks
-        process the first `count` selected bytes of each sequence: by default all if `causal`, at
-        the cost of N slots, else the capacity.
+        process all selected bytes if `causal`, at the cost of N slots, else the first `capacity`.
         """
         h, router_logits = self.encode(x)  # (B, N, D), (B, N)
         decisions = self.decide(x, router_logits, causal)
-        if count is None:
-            count = x.shape[1] if causal else self.config.capacity(x.shape[1])
-        if count > 0 and self.config.router != "none":
-            h = self.deepen(h, router_logits, *slots(decisions, count))
-        return self.predict(h), router_logits, decisions
+        count = x.shape[1] if causal else self.config.capacity(x.shape[1])
+        return self.finish(h, router_logits, decisions, count), router_logits, decisions
 
 
 def _rebuild(config: Config, weights: dict[str, np.ndarray]) -> Pico:

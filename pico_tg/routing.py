@@ -2,8 +2,8 @@
 
 `learned` selects the `capacity` bytes of largest router logit in training, and those of logit above
 0 when causal. Fixed rules, for comparison, are causal in training as well: `space` (arXiv
-2404.14408), a byte that is not a letter, digit or UTF-8 continuation byte and follows one;
-`stride`, every n-th byte; `all`; `none`.
+2404.14408), a byte that is not a letter, digit or UTF-8 continuation byte and follows one; `all`;
+`none`.
 
 In training the deep blocks (`latent`) process the first `capacity` selected bytes of a sequence;
 when causal, all. Their output is multiplied by the router weight, under rules as well.
@@ -11,16 +11,10 @@ when causal, all. Their output is multiplied by the router weight, under rules a
 Shape letters: B batch, N bytes, S slots.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from tinygrad import Tensor, dtypes
-
-if TYPE_CHECKING:
-    from .config import Config
 
 MAX_RANKED = 2048  # bytes; longer sequences take algorithms below O(N^2), which run more kernels
 
@@ -32,27 +26,21 @@ def in_word(x: Tensor) -> Tensor:
 
 
 # A rule says which of the bytes x are selected, bool [..., N]: from x and the bytes before them,
-# int32 [..., N], from their positions, int32 [N], and from `Config.stride`. The byte before a
-# sequence counts as 0.
-RULES: dict[str, Callable[[Tensor, Tensor, Tensor, int], Tensor]] = {
-    "space": lambda x, before, position, stride: in_word(before) & ~in_word(x),
-    "stride": lambda x, before, position, stride: (x >= 0) & (position % stride == stride - 1),
-    "all": lambda x, before, position, stride: x >= 0,
-    "none": lambda x, before, position, stride: x < 0,
+# int32 [..., N]. The byte before a sequence counts as 0.
+RULES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "space": lambda x, before: in_word(before) & ~in_word(x),
+    "all": lambda x, before: x >= 0,
+    "none": lambda x, before: x < 0,
 }
 
 
-def causal_decisions(
-    config: Config, x: Tensor, before: Tensor, position: Tensor, router_logits: Tensor
-) -> Tensor:
+def causal_decisions(router: str, x: Tensor, before: Tensor, router_logits: Tensor) -> Tensor:
     """Which bytes the router selects without looking ahead: bool [..., N].
 
-    x, before, position: see RULES; router_logits float32 [..., N], of which the router `learned`
-    selects those above 0.
+    x, before: see RULES; router_logits float32 [..., N], of which the router `learned` selects
+    those above 0.
     """
-    if config.router in RULES:
-        return RULES[config.router](x, before, position, config.stride)
-    return router_logits > 0
+    return RULES[router](x, before) if router in RULES else router_logits > 0
 
 
 def top_k_decisions(router_logits: Tensor, capacity: int) -> Tensor:

@@ -49,7 +49,6 @@ MAY_CHANGE = (
     "keep_checkpoints", "keep_best",
 )  # fmt: skip
 FIRST_MEASURED = 5  # steps before the time that is left is estimated
-_locked: set[str] = set()  # the folders that this process trains
 
 
 @dataclass
@@ -147,21 +146,18 @@ class Run:
             self.lock = open(folder / ".lock", "ab")  # noqa: SIM115
         except OSError as error:
             raise PicoError(f"cannot write to {folder}: {error.strerror or error}") from error
-        self._name = os.path.realpath(folder)
         try:
             if fcntl is not None:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.lock.close()
-            if self._name in _locked:
-                raise PicoError(
-                    f"this process already trains {folder}: close the generator that train() "
-                    "returned (records.close() saves its last step), or restart the process"
-                ) from None
-            raise PicoError(f"another process trains {folder}; wait for it, or stop it") from None
+            raise PicoError(
+                f"{folder} is being trained: wait for the other process, or stop it; if this "
+                "process trains it, close the generator that train() returned (records.close() "
+                "saves its last step), or restart the process"
+            ) from None
         except OSError:
             pass  # a file system without locks: two processes can train one run
-        _locked.add(self._name)
         if not resumed:
             try:
                 check_startable(folder)  # again: before the lock another process may have trained
@@ -174,7 +170,6 @@ class Run:
     def close(self) -> None:
         """Allow other processes to train the run."""
         self.lock.close()
-        _locked.discard(self._name)
 
     def describe(self, description: dict[str, Any]) -> None:
         """Write training.json."""

@@ -24,13 +24,7 @@ from tinygrad import Device, Tensor, dtypes, nn
 
 from .backend.precision import choose_precision, graph_context
 from .backend.runtime import exclusive, jit_method, on_devices, write_all, write_into
-from .checkpoint import (
-    checkpoint_path,
-    list_checkpoints,
-    load_newest,
-    load_weights,
-    weights_of,
-)
+from .checkpoint import checkpoint_path, list_checkpoints, load_newest, load_weights
 from .config import Config, TrainSettings
 from .costs import CHOSEN, check_memory, plan
 from .data import Data, DataSpec, Windows, describe_data, open_data, trained_on
@@ -43,6 +37,7 @@ from .progress import Events
 from .routing import top_k_decisions
 from .runs import (
     BITS,
+    MAY_CHANGE,
     Progress,
     Record,
     Run,
@@ -57,9 +52,7 @@ from .runs import (
 UNREAD = 0.03  # share of the data; `train` says so if more of them are in no window
 # settings that are no constants of a compiled step; router_warmup_steps only adds a tensor
 NOT_COMPILED = (
-    "learning_rate", "epochs", "max_steps", "max_minutes", "warmup_steps", "router_warmup_steps",
-    "validation_interval", "checkpoint_interval", "validation_bytes", "keep_checkpoints",
-    "keep_best", "seed",
+    *MAY_CHANGE, "learning_rate", "warmup_steps", "router_warmup_steps", "validation_bytes", "seed"
 )  # fmt: skip
 ADAMW_STATE = ("b1_t", "b2_t", "m", "v")
 
@@ -488,12 +481,8 @@ def _set_steps(
     """
     left = settings.epochs * len(windows) - progress.windows
     total = min(settings.max_steps, progress.step + math.ceil(max(0, left) / windows.batch_size))
-    if progress.steps not in (0, total):
-        events.say(
-            f"{total} steps in all, not {progress.steps}: from step {progress.step + 1} on the "
-            "learning rate follows the curve of the new number"
-        )
-    changed = differences(before, {"max_minutes": settings.max_minutes})
+    now = {"the last step": total, "max_minutes": settings.max_minutes}
+    changed = differences(before | {"the last step": progress.steps}, now)
     if progress.step and changed:
         events.say(
             f"{changed}: from step {progress.step + 1} on the learning rate follows the curve of "
@@ -546,7 +535,7 @@ def _loop(
     settings, stopped, record = train_step.settings, False, {}
 
     def save() -> None:
-        run.save(weights_of(train_step.model), train_step.state(), progress, settings)
+        run.save(train_step.model.weights(), train_step.state(), progress, settings)
 
     def validated(record: Record) -> Record:
         """The record with a validation if one is due and `events` do not stop it.
@@ -612,7 +601,7 @@ def _step(
     events.phase("training" if progress.steps_here >= 2 else "compiling")
     settings, start = train_step.settings, time.perf_counter()
     rate = learning_rate(progress.position(settings), settings, progress.steps)
-    batch = windows.batch_at(progress.windows)  # (A * B, N + T)
+    batch = windows.batch(progress.windows)  # (A * B, N + T)
     batch = batch.reshape(settings.grad_accumulation_steps, settings.batch_size, -1)
     warmup = progress.step < settings.router_warmup_steps
     losses = train_step(batch, rate, events, router_warmup=warmup)

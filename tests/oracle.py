@@ -10,7 +10,6 @@ Shape letters: B sequences, N bytes of a sequence, S selected bytes, T positions
 H query heads, K key/value heads, G = H // K, C head_dim, P next_tokens (heads of prediction).
 """
 
-import itertools
 import math
 import string
 from collections import defaultdict
@@ -285,16 +284,13 @@ def in_word(byte: int) -> bool:
     return chr(byte) in string.ascii_letters + string.digits or byte >> 6 == 0b10
 
 
-def select(config: Config, position: int, byte: int, before: int | None, z: float) -> bool:
-    """Whether causal routing selects the byte at `position`; `before` is the byte before it.
+def select(config: Config, byte: int, before: int | None, z: float) -> bool:
+    """Whether causal routing selects a byte; `before` is the byte before it.
 
     A learned router selects a logit z above 0.
     """
     if config.router == "space":
         return before is not None and in_word(before) and not in_word(byte)
-    if config.router == "stride":
-        n = next(n for n in itertools.count(1) if n * config.latent_capacity_factor >= 1 - 1e-9)
-        return (position + 1) % n == 0
     return config.router == "all" if config.router in RULES else z > 0
 
 
@@ -316,9 +312,7 @@ def decide(
     """
     if causal or config.router in RULES:
         before = [None, *map(int, x[:-1])]
-        selected = [
-            select(config, n, int(x[n]), before[n], router_logits[n]) for n in range(len(x))
-        ]
+        selected = [select(config, int(x[n]), before[n], router_logits[n]) for n in range(len(x))]
         return np.array(selected, bool)
     capacity = int(len(router_logits) * config.latent_capacity_factor)
     by_rank = sorted(range(len(router_logits)), key=lambda n: (-router_logits[n], n))
@@ -493,18 +487,16 @@ def decode(weights: Weights, config: Config, data: bytes) -> np.ndarray:
     keys: dict[str, list[np.ndarray]] = defaultdict(list)
     values: dict[str, list[np.ndarray]] = defaultdict(list)
     before = [None, *data[:-1]]
-    steps = (
-        _step(weights, config, n, byte, before[n], keys, values) for n, byte in enumerate(data)
-    )
-    return np.array(list(steps))
+    pairs = zip(data, before, strict=True)
+    return np.array([_step(weights, config, *pair, keys, values) for pair in pairs])
 
 
-def _step(weights, config, position, byte, before, keys, values) -> np.ndarray:
+def _step(weights, config, byte, before, keys, values) -> np.ndarray:
     """The logits [P, 256] after one more byte."""
     h = weights["embedding.weight"][byte]  # (D,)
     h = _step_blocks(weights, "fb_in", config, h, keys, values)
     z = float(weights["latent.router.weight"][0] @ h)
-    if select(config, position, byte, before, z):
+    if select(config, byte, before, z):
         deep = _step_blocks(weights, "latent", config, h, keys, values)
         h = h + (deep - h) / (1 + math.exp(-z))
     h = _step_blocks(weights, "fb_out", config, h, keys, values)

@@ -76,7 +76,7 @@ IMPOSSIBLE = {  # the field, the value, and what it must be
         ("latent_capacity_factor", 1.01, "a number above 0 and at most 1, not 1.01"),
         ("latent_capacity_factor", math.nan, "a number above 0 and at most 1, not nan"),
         ("latent_capacity_factor", "0.5", "a number above 0 and at most 1, not '0.5'"),
-        ("router", "random", "one of learned, space, stride, all, none, not 'random'"),
+        ("router", "random", "one of learned, space, all, none, not 'random'"),
     ],
     TrainSettings: [
         ("batch_size", None, "a whole number of at least 1, not None"),

@@ -340,7 +340,7 @@ def test_more_routed_bytes_than_slots(read, model):
 def test_routed_padding_takes_no_slots(model, monkeypatch):
     """A window that is mostly padding, all of which is routed, is computed with few slots."""
     monkeypatch.setattr(model, "decide", lambda x, z, causal=False: (x >= 0).contiguous())
-    measure = CausalPass(model, 40, TrainSettings(), ("decisions",))
+    measure = CausalPass(model, 40, TrainSettings(), ("nats", "decisions"))
     measure.all_slots = None  # not callable
     assert measure(np.zeros((2, 41), np.uint8), np.array([measure.slots, 3]))["decisions"].all()
     with pytest.raises(TypeError):

@@ -65,11 +65,9 @@ def test_operations_of_decoding():
     assert decoding_flops(CONFIG, 1000, 0.0) == operations(7, 41, 0.0)
 
 
-@pytest.mark.parametrize(
-    ("router", "expected"), [("learned", 0.3), ("space", 0.3), ("stride", 0.25), ("all", 1.0)]
-)
+@pytest.mark.parametrize(("router", "expected"), [("learned", 0.3), ("space", 0.3), ("all", 1.0)])
 def test_the_rate_of_decoding(router, expected, tmp_path):
-    """What is known without a run, stride 4 for a capacity of 0.3; else what a run measured."""
+    """What is known without a run, the capacity; else what a run measured."""
     config = dataclasses.replace(CONFIG, router=router, latent_capacity_factor=0.3)
     config.to_json(tmp_path / "model.json")
     operations = describe(tmp_path)["operations_a_byte"]

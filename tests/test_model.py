@@ -163,7 +163,9 @@ def test_changing_a_byte_changes_no_causal_logits_before_it():
 def test_the_first_selected_bytes_are_served():
     model, weights = build(ODD)
     x = np.random.default_rng(5).integers(0, 256, (1, 40), np.uint8)
-    logits, _, decisions = (t.numpy() for t in model(Tensor(x), causal=True, count=3))
+    h, z = model.encode(Tensor(x))
+    selected = model.decide(Tensor(x), z, causal=True)
+    logits, decisions = model.finish(h, z, selected, 3).numpy(), selected.numpy()
     served = decisions & (np.cumsum(decisions, axis=1) <= 3)
     assert served.sum() == 3 < decisions.sum()
     assert_close(logits, oracle.forward(weights, ODD, x, causal=True, decisions=served)[0], 1e-4)

@@ -36,7 +36,6 @@ VARIANTS = [
     for router, position in (
         ("space", "rope"),
         ("learned", "rope"),
-        ("stride", "alibi"),
         ("all", "alibi"),
         ("none", "alibi"),
     )
@@ -138,14 +137,6 @@ def test_most_uncertain():
     found = most_uncertain(Tensor(logits), TINY).numpy()
     for selected, row in zip(found, entropy, strict=True):
         assert {*np.flatnonzero(selected)} == {*np.argsort(row)[-9:]}
-
-
-@pytest.mark.parametrize("factor", [1.0, 0.5, 1 / 3, 0.3, 0.1, 0.013])
-def test_a_stride_fits_the_capacity(factor):
-    config = dataclasses.replace(TINY, router="stride", latent_capacity_factor=factor)
-    for length in (1, 49, 512, 6144):
-        assert length // config.stride <= config.capacity(length)
-    assert config.stride - 1 < 1 / factor + 1e-6
 
 
 @pytest.mark.slow

@@ -1,10 +1,7 @@
 """The fixed rules that select bytes, over a sequence and byte by byte."""
 
-import dataclasses
-
 import numpy as np
 import pytest
-from helpers import TINY
 from references import TEXT
 from tinygrad import Tensor
 
@@ -14,9 +11,7 @@ from pico_tg.routing import RULES, causal_decisions
 def by_rule(router: str, data: bytes, start: int = 0) -> np.ndarray:
     """The decisions of a rule on the bytes of `data` from `start` on."""
     x = np.frombuffer(b"\0" + data, np.uint8).astype(np.int32)[start:]
-    position = Tensor(np.arange(start, len(data), dtype=np.int32))
-    config, logits = dataclasses.replace(TINY, router=router), Tensor.zeros(len(x) - 1)
-    return causal_decisions(config, Tensor(x[1:]), Tensor(x[:-1]), position, logits).numpy()
+    return causal_decisions(router, Tensor(x[1:]), Tensor(x[:-1]), Tensor.zeros(len(x) - 1)).numpy()
 
 
 def test_the_rule_of_spaces():

@@ -16,7 +16,7 @@ from helpers import TINY, WINDOWS, Watch
 from tinygrad import Tensor
 
 from pico_tg import load
-from pico_tg.checkpoint import checkpoint_path, list_checkpoints, save_checkpoint, weights_of
+from pico_tg.checkpoint import checkpoint_path, list_checkpoints, save_checkpoint
 from pico_tg.config import Config, TrainSettings
 from pico_tg.data import DataSpec, Windows, load_data, stored_spec
 from pico_tg.files import PicoError, differences
@@ -110,7 +110,7 @@ def former(tmp_path):
 def test_a_run_of_the_former_commit_is_read(former):
     weights = read_safetensors(former / "run" / "00000006.safetensors")[0]
     model = load(former, "run")
-    assert all(np.array_equal(value, weights[name]) for name, value in weights_of(model).items())
+    assert all(np.array_equal(value, weights[name]) for name, value in model.weights().items())
     facts = describe(former, "run")["run"]
     assert facts["settings"]["optimizer"] == "adamw"
     assert facts["checkpoints"][0]["bits_per_byte"] == pytest.approx(6.843, abs=1e-3)
@@ -195,8 +195,8 @@ def test_a_model_is_saved(tmp_path):
     assert Config.from_json(folder / "model.json") == TINY
 
     def check(model: Pico) -> None:
-        found = weights_of(load(folder))
-        for name, values in weights_of(model).items():
+        found = load(folder).weights()
+        for name, values in model.weights().items():
             np.testing.assert_array_equal(values, found[name])
 
     check(model)
@@ -338,7 +338,7 @@ def test_a_stop_takes_effect_after_the_micro_batch(text, tmp_path, quick_steps):
 def test_a_run_without_a_checkpoint_starts_again(text, tmp_path, quick_steps):
     run = tmp_path / "run"
     weights = tmp_path / "base.safetensors"
-    write_safetensors(weights, weights_of(Pico(TINY, 9)))
+    write_safetensors(weights, Pico(TINY, 9).weights())
     stopping = Watch(lambda: True)
     records = start(text, run, max_steps=3, events=stopping, grad_accumulation_steps=2)
     assert list(records) == []  # stopped within the first step
@@ -422,16 +422,16 @@ def test_other_minutes_move_the_learning_rate(text, tmp_path, quick_steps):
     assert any("max_minutes was 1.0, now 2.0: from step 4 on" in said for said in watch.said)
 
 
-def test_a_run_that_this_process_trains_is_locked(text, tmp_path, quick_steps, monkeypatch):
+def test_a_run_is_trained_by_one_at_a_time(text, tmp_path, quick_steps, monkeypatch):
     """A notebook's cell that runs again learns how to go on."""
     records = start(text, tmp_path / "run", max_steps=9)
     next(records)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(PicoError, match=r"this process already trains run: .*records\.close"):
+    with pytest.raises(PicoError, match=r"run is being trained: .*records\.close"):
         train(Pico(TINY, 1), None, "run", resume=True)
     records.close()
     assert steps(train(Pico(TINY, 1), None, "run", resume=True, max_steps=2)) == [2]
-    with FileLock(tmp_path / "run" / ".lock"), pytest.raises(PicoError, match="another process"):
+    with FileLock(tmp_path / "run" / ".lock"), pytest.raises(PicoError, match="other process"):
         train(Pico(TINY, 1), None, "run", resume=True)
 
 
@@ -576,14 +576,14 @@ def test_training_goes_on_from_the_newest_valid_checkpoint(run, text):
 def test_a_forced_batch_size_leaves_no_window_out(text, tmp_path, quick_steps, monkeypatch):
     """11 windows an epoch: three steps of 2, then 1 at a time, and each is seen once."""
     seen = []
-    batch_at = Windows.batch_at
+    batch_of = Windows.batch
 
     def watched(self, position):
-        batch = batch_at(self, position)
+        batch = batch_of(self, position)
         seen.extend(bytes(row) for row in batch)
         return batch
 
-    monkeypatch.setattr(Windows, "batch_at", watched)
+    monkeypatch.setattr(Windows, "batch", watched)
     list(start(text, tmp_path / "run", epochs=1, events=Watch(lambda: len(seen) == 6)))
     resumed = train(Pico(TINY), text, tmp_path / "run", resume=True, batch_size=1, force=True)
     assert steps(resumed) == [4, 5, 6, 7, 8]
@@ -613,7 +613,7 @@ def test_changed_settings_are_refused_by_name(run, text):
     assert resume(context_len=40) == []  # the same as before; nothing is left to do
     watch = Watch()
     records = resume(events=watch, max_steps=6, batch_size=1, force=True)
-    assert "6 steps in all, not 4: from step 5 on the learning rate" in watch.said[-1]
+    assert "the last step was 4, now 6: from step 5 on the learning rate" in watch.said[-1]
     assert steps(records) == [5, 6]
     assert records[-1]["bytes"] == 4 * 2 * 40 + 2 * 1 * 40
     assert read_description(run)["settings"]["batch_size"] == 1
@@ -757,15 +757,6 @@ def test_metrics_are_appended(run, text):
     assert path.read_bytes().startswith(before)
 
 
-def test_a_run_is_trained_by_one_at_a_time(run, text):
-    records = train(Pico(TINY), text, run, resume=True, max_steps=6)
-    next(records)
-    with pytest.raises(PicoError, match="this process already trains"):
-        train(Pico(TINY), text, run, resume=True, max_steps=6)
-    records.close()
-    assert steps(train(Pico(TINY), text, run, resume=True, max_steps=6)) == [6]
-
-
 def test_leftovers_of_killed_processes_are_removed(run, text):
     left = [".00000004.safetensors.abc.tmp", ".training.json.x.tmp", "00000003.state.safetensors"]
     for name in left:
@@ -818,14 +809,14 @@ def test_no_valid_checkpoint(run, text):
 def test_weights_stay_those_of_the_model(run):
     """A checkpoint's weights load elsewhere: the optimizer's state is in a file of its own."""
     found = read_safetensors(checkpoint_path(run, 4))[0]
-    assert found.keys() == weights_of(Pico(TINY)).keys()
+    assert found.keys() == Pico(TINY).weights().keys()
 
 
 def test_load(tmp_path):
     TINY.to_json(tmp_path / "model.json")
     (tmp_path / "first").mkdir()
     for seed in (1, 2):
-        save_checkpoint(weights_of(Pico(TINY, seed)), {}, {"step": seed}, tmp_path / "first")
+        save_checkpoint(Pico(TINY, seed).weights(), {}, {"step": seed}, tmp_path / "first")
     expected = Pico(TINY, 2).embedding.weight.numpy()
     assert np.array_equal(load(tmp_path, "first").embedding.weight.numpy(), expected)
     assert np.array_equal(load(str(tmp_path), "first", 2).embedding.weight.numpy(), expected)

@@ -95,20 +95,17 @@ class Corpus:
         """The number of documents."""
         return len(self.offsets) - 1
 
-    def wrapper_mask(self, start: int, stop: int) -> np.ndarray:
-        """Which bytes in [start, stop) are part of a wrapper tag: bool [stop - start].
+    def wrapper_mask(self, count: int) -> np.ndarray:
+        """Which of the first `count` bytes are part of a wrapper tag: bool [count].
 
-        Text that merely looks like a tag is not one. Raises IndexError outside of the corpus.
+        Text that merely looks like a tag is not one.
         """
-        if not 0 <= start <= stop <= len(self.bytes):
-            raise IndexError(f"[{start}, {stop}) is not within the {len(self.bytes)} bytes")
-        first = np.searchsorted(self.offsets, start, "right") - 1
-        last = np.searchsorted(self.offsets, stop, "left")
-        begins = self.offsets[first:last, None] + np.arange(len(SEQ_START))
-        ends = self.offsets[first + 1 : last + 1, None] - 1 - np.arange(len(SEQ_END))
+        last = np.searchsorted(self.offsets, count, "left")  # the first document not read
+        begins = self.offsets[:last, None] + np.arange(len(SEQ_START))
+        ends = self.offsets[1 : last + 1, None] - 1 - np.arange(len(SEQ_END))
         tags = np.concatenate([begins.ravel(), ends.ravel()])
-        mask = np.zeros(stop - start, dtype=bool)
-        mask[tags[(tags >= start) & (tags < stop)] - start] = True
+        mask = np.zeros(count, dtype=bool)
+        mask[tags[tags < count]] = True
         return mask
 
 

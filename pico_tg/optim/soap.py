@@ -3,12 +3,11 @@
 For a weight W [m, n] with gradient G, SOAP keeps moving averages of the Gram matrices G Gᵀ [m, m]
 and Gᵀ G [n, n] (the paper's L and R; here GG of side 0 and 1), and for each an orthonormal basis Q
 that approximates its eigenvectors. Adam's moments M and V live in these bases (`Stack.update`). A
-power iteration follows the eigenvectors every few steps (`_refresh`). A tensor of more dimensions
-has one GG and Q for each side. Two details come from the authors' code, not from the paper: the
-first gradient only initializes GG and Q, and a refresh sorts the columns of Q by their estimated
-eigenvalues.
+power iteration follows the eigenvectors every few steps (`_refresh`). Two details come from the
+authors' code, not from the paper: the first gradient only initializes GG and Q, and a refresh sorts
+the columns of Q by their estimated eigenvalues.
 
-Shape letters: Z parameters of one shape [m, n, …], which are stacked; s the size of one side.
+Shape letters: Z parameters of one shape [m, n], which are stacked; s the size of one side.
 """
 
 import math
@@ -33,7 +32,7 @@ from . import linalg
 
 
 class SOAP(Optimizer):
-    """SOAP (arXiv 2409.11321) as a tinygrad optimizer, for parameters of any number of dimensions.
+    """SOAP (arXiv 2409.11321) as a tinygrad optimizer. Plain Adam updates all but matrices.
 
     - params: float32 tensors; those of equal shape are stacked and share kernels
     - lr: learning rate; `self.lr` is a Tensor [1] that may be assigned between steps
@@ -43,8 +42,6 @@ class SOAP(Optimizer):
       two or more dimensions
     - precondition_frequency: updates between two refreshes of the bases
     - max_precond_dim: sides longer than this are not projected
-
-    Plain Adam updates vectors and scalars.
 
     The first gradient only initializes GG and Q; parameters change from the second step on. A step
     whose gradients are not all finite changes nothing: after each step, `self.finite` (a bool
@@ -101,7 +98,7 @@ class SOAP(Optimizer):
         self.stacks = []
         for shape in dict.fromkeys(p.shape for p in self.params):
             members = [i for i, p in enumerate(self.params) if p.shape == shape]
-            matrix = len(shape) > 1
+            matrix = len(shape) == 2
             sides = [i for i, s in enumerate(shape) if matrix and 1 < s <= max_precond_dim]
             self.stacks.append(Stack(self, members, shape, sides))
         largest = max(len(stack.members) for stack in self.stacks)
@@ -299,9 +296,9 @@ def _refresh(sides: list[int], GGs: list[np.ndarray], host: list[np.ndarray], fi
         order = np.argsort(-np.einsum("ij,ij->j", Q, product), kind="stable")
         new_Q = linalg.qr(product[:, order])
         exp_avg_sq[:] = np.take(exp_avg_sq, order, axis=side)
-        moment = np.moveaxis(exp_avg, side, 0)
-        projected = new_Q.T @ (Q @ moment.reshape(len(Q), -1))  # (s, rest)
-        exp_avg[:] = np.moveaxis(projected.reshape(moment.shape), 0, side)
+        moment = exp_avg if side == 0 else exp_avg.T
+        projected = new_Q.T @ (Q @ moment)
+        exp_avg[:] = projected if side == 0 else projected.T
         Q[:] = new_Q
 
 
@@ -312,26 +309,10 @@ def _lerp(average: Tensor, value: Tensor, weight: float, condition: Tensor) -> N
 
 
 def _project(x: Tensor, side: int, Q: Tensor, back: bool = False) -> Tensor:
-    """Project x [Z, *shape] into the basis Q [Z, s, s] along `side`; `back`: out of that basis."""
-    if side == x.ndim - 2:  # the last side: x Q, which needs no permutation
-        rows = x.reshape(x.shape[0], -1, x.shape[-1])  # (Z, rest, s)
-        return bmm(rows, Q, trans_b=back).reshape(x.shape)
-    columns, axes = _side_first(x, side)
-    projected = bmm(Q, columns, trans_a=not back)  # (Z, s, rest)
-    inverse = [axes.index(axis) for axis in range(x.ndim)]
-    return projected.reshape([x.shape[axis] for axis in axes]).permute(inverse)  # (Z, *shape)
+    """x [Z, m, n] in the basis Q [Z, s, s] of a side: Qᵀ x or x Q; `back`: Q x or x Qᵀ."""
+    return bmm(Q, x, trans_a=not back) if side == 0 else bmm(x, Q, trans_b=back)
 
 
 def _gram(x: Tensor, side: int) -> Tensor:
-    """X Xᵀ [Z, s, s], where X [Z, s, rest] is x [Z, *shape] with `side` first, the rest flat."""
-    if side == x.ndim - 2:
-        rows = x.reshape(x.shape[0], -1, x.shape[-1])  # (Z, rest, s)
-        return bmm(rows, rows, trans_a=True)
-    columns, _ = _side_first(x, side)
-    return bmm(columns, columns, trans_b=True)
-
-
-def _side_first(x: Tensor, side: int) -> tuple[Tensor, list[int]]:
-    """x [Z, *shape] as [Z, s, rest], and the order of the axes before the rest was flattened."""
-    axes = [0, side + 1, *[axis for axis in range(1, x.ndim) if axis != side + 1]]
-    return x.permute(axes).reshape(x.shape[0], x.shape[side + 1], -1), axes
+    """x [Z, m, n] -> x xᵀ [Z, m, m] for side 0, xᵀ x [Z, n, n] for side 1."""
+    return bmm(x, x, trans_b=True) if side == 0 else bmm(x, x, trans_a=True)

@@ -31,8 +31,8 @@ def describe(path: str | os.PathLike, run: str | None = None) -> dict[str, Any]:
     - operations_a_byte: model FLOPs (`pico_tg.costs`), on average over a window of context_len
       bytes: forward, training (forward and backward); and decoding, for one byte after context_len
       bytes at decoding_router_rate, the share of bytes routed. It is the one measured at the run's
-      newest checkpoint. Without a measurement it is 1 / n for the router `stride` and the capacity
-      for others; training makes `learned` keep to the capacity, while `space` may differ
+      newest checkpoint. Without a measurement it is the capacity; training makes `learned` keep to
+      it, while `space` may differ
     - cache_bytes: memory of the KV caches, float32, independent of the length of the text
     - kernel_cache: path of the file that holds compiled kernels, and its bytes
     - run: its name, settings, dataset, data (what is trained on and what is held out, in words),
@@ -72,9 +72,7 @@ def describe(path: str | os.PathLike, run: str | None = None) -> dict[str, Any]:
 def _decoding_rate(config: Config, checkpoints: list[dict[str, Any]]) -> float:
     """The share of bytes that decoding routes: as last measured, or else an estimate."""
     measured = [c["router_rate"] for c in checkpoints if "router_rate" in c]
-    if measured:
-        return measured[-1]
-    return 1 / config.stride if config.router == "stride" else config.capacity_share
+    return measured[-1] if measured else config.capacity_share
 
 
 def _describe_run(folder: Path, config: Config) -> dict[str, Any]:
