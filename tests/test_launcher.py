@@ -163,21 +163,6 @@ def test_linked_graphs_of_a_decoding_pass(monkeypatch, graph_of):
         assert (linked.selected > 0) == use_latent
 
 
-def test_without_kernels(graph_of):
-    """Without kernels, a launch leaves the outputs as they were; afterwards kernels run again."""
-    graph_of(1)
-    x = Tensor(np.zeros((64, 64), np.float32)).realize()
-    jit = TinyJit(lambda: x.assign(x + 1).realize() * 2 + 1)
-    for _ in range(3):
-        jit()
-    before = x.numpy().copy()
-    with launcher.without_kernels():
-        jit()
-        np.testing.assert_array_equal(x.numpy(), before)
-    jit()
-    np.testing.assert_array_equal(x.numpy(), before + 1)
-
-
 def test_an_interrupt_waits_for_the_end_of_the_graph(graph_of):
     """A signal handler that raises runs before a graph or after it: no kernel is left out."""
     graph_of(1)
