@@ -15,7 +15,7 @@ from tinygrad.engine.realize import get_graph_runtime
 from tinygrad.helpers import CPU_COUNT, Context
 from tinygrad.runtime.graph.hcq import HCQGraph
 
-from pico_tg import cpu, decoder
+from pico_tg import decoder
 from pico_tg.cpu import decoding, launcher
 from pico_tg.kv_cache import PackedLinear
 from pico_tg.matmul import linear
@@ -138,13 +138,13 @@ def test_linked_graphs_of_a_decoding_pass(monkeypatch, graph_of):
     model = Pico(TINY, seed=7)
     rng = np.random.default_rng(0)
     linked, separate = decoder.Decoder(model), decoder.Decoder(model)
-    link, made = cpu.link_graphs, []
+    link, made = launcher.link_graphs, []
     for tested, function in (
         (linked, lambda *graphs: made.append(link(*graphs)) or made[-1]),
         (separate, lambda *graphs: None),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(cpu, "link_graphs", function)
+            patch.setattr(launcher, "link_graphs", function)
             for rows in (1, 4):  # compiles both passes
                 tested.forward(bytes(rows))
     assert [bool(run) for run in made] == [True, True]
