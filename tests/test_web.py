@@ -12,12 +12,13 @@ import threading
 import time
 
 import pytest
-from helpers import TINY, AllDrafts, error_line, record, status
+from helpers import TINY, AllDrafts, error_line, status
 
 from pico_tg import Decoder, Pico, PicoError, generate, generation, save_weights
 from pico_tg.generation import to_sentence
 from pico_tg.tools import web
-from pico_tg.tools.terminal import characters, line_breaks
+from pico_tg.tools.html import mark_up
+from pico_tg.tools.terminal import characters
 
 ASKED = {"prompt": "A", "temperature": 0.7, "top_p": 0.9, "seed": 3, "max_bytes": 20}
 
@@ -68,7 +69,7 @@ def test_continuation(server, monkeypatch):
     given = {"temperature": 0.7, "top_p": 0.9, "seed": 3}
     expected = generate(server.decoder.model, b"A", max_bytes=20 + web.SENTENCE, **given)
     expected = list(characters(to_sentence(expected, 20)))
-    assert parts == [json.loads(web.describe_character(c)) for c in expected]
+    assert [part["html"] for part in parts] == [mark_up(c) for c in expected]
     assert len(parts) > 5
     assert last["stats"].startswith("The router sends")
     count = sum(len(character.records) for character in expected)
@@ -76,21 +77,6 @@ def test_continuation(server, monkeypatch):
     assert f" {count} bytes," in last["stats"]
     assert lines(ask(server)[2])[:-1] == parts
     assert lines(ask(server, ASKED | {"seed": 4})[2])[:-1] != parts
-
-
-def test_characters_of_a_continuation():
-    """Shown as text, line breaks too; control characters and bytes that are not UTF-8 as escapes.
-
-    A draft is one whose bytes are all drafts. Shades and tips are those of pages.
-    """
-    text = "aé\n\x1b".encode() + b"\xff\r\n\r"
-    weights = [0.1, 0.25, 0.75, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1]
-    bytes_ = [record(b, w, i == 2) for i, (b, w) in enumerate(zip(text, weights, strict=True))]
-    found = [json.loads(web.describe_character(c)) for c in line_breaks(characters(bytes_))]
-    assert [part["text"] for part in found] == ["a", "é", "\n", "\\x1b", "\\xff", "\n", "\\r"]
-    assert [part["weight"] for part in found] == [0.1, 0.75, 0.1, 0.1, 0.1, 0.1, 0.1]
-    assert [part["surprisal"] for part in found] == [0.18, 0.361, 0.18, 0.18, 0.18, 0.361, 0.18]
-    assert found[0]["tip"] == "“a” 0x61 · router weight 0.10 · probability 36.8 %, 1.4 bits"
 
 
 def test_page(server):
@@ -203,7 +189,7 @@ def test_a_continuation_that_breaks_off_says_so(server, error, monkeypatch):
     monkeypatch.setattr(Decoder, "forward", fail)
     monkeypatch.setattr(server, "handle_error", lambda *_: None)  # prints the traceback
     *parts, last = lines(ask(server)[2])
-    assert all(part["text"] for part in parts)
+    assert all(part["html"] for part in parts)
     assert "device lost" in last["error"]
     monkeypatch.undo()
     assert "bytes/s" in lines(ask(server)[2])[-1]["stats"]
