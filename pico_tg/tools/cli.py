@@ -530,21 +530,20 @@ def command_bench(args: argparse.Namespace) -> int:
     """Measure a step of training, or decoding, on this machine: a model of random weights.
 
     Times are medians. `model` are the GFLOPs that the mathematics requires, `executed` those that
-    the kernels execute. MFU and HFU divide the rates of these two by that of a plain matmul; above
-    100 %, other processes slowed that matmul down.
+    the kernels execute. MFU and HFU divide the rates of these two by the highest rate measured
+    before; above 100 %, other processes slowed that measurement down.
     """
     sizes = load_config(args.model) if args.model else Config()
     config = dataclasses.replace(sizes, **given_sizes(args))
     settings = TrainSettings(**BENCH_DEFAULTS | given(args, TrainSettings))
-    shown = {"repeats": args.repeats, "progress": True}
     if args.mode == "decode":
         for name in (*BENCH_TRAIN, "devices"):
             if getattr(args, name) is not None:
                 raise PicoError(f"{option_of(name)} belongs to bench train, not to bench decode")
-        records = bench_decode(config, settings.context_len, **shown)
+        records = bench_decode(config, settings.context_len, args.repeats)
     else:
         devices = () if args.devices is None else parse_devices(args.devices)
-        records = bench_train(config, settings, devices, **shown)
+        records = bench_train(config, settings, devices, args.repeats)
     for record in records:
         show(json.dumps(record) if args.json else describe_measured(record))
     return 0
