@@ -144,10 +144,8 @@ def command_train(args: argparse.Namespace) -> int:
     """Train the model in PATH on DATASET; write weights and metrics to PATH/RUN."""
     run_dir, settings = run_folder(args.path, args.run), given(args, TrainSettings)
     spec = data_to_train_on(args)
-    new = {"--base-weights": args.base_weights, "--from": args.source, "--settings": args.settings}
-    for option, value in new.items():
-        if args.resume and value:
-            raise PicoError(f"{option} is for a new run; leave it out with --resume")
+    if args.resume and args.source:
+        raise PicoError("--from is for a new run; leave it out with --resume")
     if args.source and args.base_weights:
         raise PicoError("--from and --base-weights both name the weights to start from; give one")
     if args.force and not args.resume:
