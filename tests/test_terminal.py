@@ -99,14 +99,6 @@ def test_router_decisions_are_marked(capsys):
     assert capsys.readouterr().out == "_a_éb_\r\n\n"
 
 
-def test_samples_are_separated(capsys):
-    made = [*records(b"a\xc3"), record(98, sample=2)]
-    show_samples(made, b"> ", 3)
-    assert capsys.readouterr().out == (
-        "--- sample 1 of 3 ---\n> a\ufffd\n--- sample 2 of 3 ---\n> \n--- sample 3 of 3 ---\n> b\n"
-    )
-
-
 def test_a_prompt_may_end_within_a_character(capsys):
     show_samples(records(b"\xa9!"), b"caf\xc3")
     assert capsys.readouterr().out == "café!\n"
