@@ -133,12 +133,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def refuse(self, refused: Refused) -> None:
         status, why = refused.args
-        if self.command == "GET":  # a browser shows plain text, and would download JSON lines
-            self.start(status, "text/plain; charset=utf-8")
-            self.wfile.write(f"{why}\n".encode())
-        else:
-            self.start(status, "application/x-ndjson")
-            self.wfile.write(line(error=why))
+        self.start(status, "text/plain; charset=utf-8")
+        self.wfile.write(f"{why}\n".encode())
 
     def handle(self) -> None:
         # the page was closed, or its stop button pressed
