@@ -181,6 +181,7 @@ MISTAKES = {  # a command line, and what its error names
     "train stories new {text} --from stories first": "stories stays as it comes with the package",
     "train new r nowhere.txt --from {trained} run": "nowhere.txt",
     "train {trained} run --resume --dataset-train-split a": "give the DATASET too",
+    "train {model} r --valid {text}": "give the DATASET too",
     "eval {trained} nothing": "{trained} has no run nothing; its runs are: run",
     "eval {trained} run --checkpoint 77": "checkpoints exist of steps 3",
     "eval {trained} run --dataset-column-name a": "give the DATASET too",

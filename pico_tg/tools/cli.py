@@ -143,7 +143,7 @@ def given_sizes(args: argparse.Namespace) -> dict[str, int | float | str]:
 def command_train(args: argparse.Namespace) -> int:
     """Train the model in PATH on DATASET; write weights and metrics to PATH/RUN."""
     run_dir, settings = run_folder(args.path, args.run), given(args, TrainSettings)
-    spec = data_to_train_on(args)
+    spec = named_data(args)
     if args.resume and args.source:
         raise PicoError("--from is for a new run; leave it out with --resume")
     if args.source and args.base_weights:
@@ -225,14 +225,12 @@ def sample_writer(model: Pico, prompt: bytes, stop: Callable[[], bool]) -> Calla
     return write
 
 
-def data_to_train_on(args: argparse.Namespace) -> DataSpec | None:
-    """The data that the options name; None for those of the run that is resumed."""
-    named = given(args, DataSpec, "dataset_")
-    if not args.resume or args.dataset is not None:
-        return DataSpec("python-docs" if args.dataset is None else args.dataset, **named)
-    if named:
-        raise PicoError("give the DATASET too, or leave its options out: --resume uses the run's")
-    return None
+def named_data(args: argparse.Namespace) -> DataSpec | None:
+    """The data that the command line names, or None."""
+    options = given(args, DataSpec, "dataset_")
+    if args.dataset is None and options:
+        raise PicoError("give the DATASET too, or leave its options out")
+    return None if args.dataset is None else DataSpec(args.dataset, **options)
 
 
 def command_eval(args: argparse.Namespace) -> int:
@@ -324,18 +322,15 @@ def say_which_is_best(args: argparse.Namespace) -> None:
 
 def data_to_measure(args: argparse.Namespace, stored: dict[str, Any] | None) -> DataSpec:
     """The data that the options name, or those of the run, from its training.json."""
-    named = given(args, DataSpec, "dataset_")
-    run_dir = run_folder(args.path, args.run)
-    if args.split == "all" and (unused := named.keys() & {"validation_size", "validation_split"}):
-        options = " and ".join(option_of("dataset_" + name) for name in sorted(unused))
-        raise PicoError(f"--split all holds nothing out: leave {options} out")
-    if args.dataset is not None:
-        return DataSpec(args.dataset, **named)
-    if named:
-        raise PicoError("give the DATASET too, or leave its options out to use the run's data")
-    if stored is None:
+    if args.split == "all":
+        named = given(args, DataSpec, "dataset_").keys()
+        if unused := named & {"validation_size", "validation_split"}:
+            options = " and ".join(option_of("dataset_" + name) for name in sorted(unused))
+            raise PicoError(f"--split all holds nothing out: leave {options} out")
+    spec, run_dir = named_data(args), run_folder(args.path, args.run)
+    if spec is None and stored is None:
         raise PicoError(f"{run_dir} names no data in a training.json; give a DATASET or --text")
-    return stored_spec(stored, run_dir)
+    return spec or stored_spec(stored, run_dir)
 
 
 def default_split(
