@@ -9,7 +9,7 @@ from helpers import FLAGS, TINY
 from tinygrad import Device, GlobalCounters, Tensor, TinyJit
 
 from pico_tg.backend.runtime import has_cpu_kernels
-from pico_tg.costs import decoding_flops, forward_flops, training_flops
+from pico_tg.costs import decoding_flops, training_flops
 from pico_tg.cpu import kernels
 from pico_tg.matmul import bmm
 from pico_tg.tools import bench, cli
@@ -140,11 +140,3 @@ def test_kernels_of_a_graph_are_counted():
         with bench.count_kernels() as count:
             jitted(x)
         assert count == [3]
-
-
-def test_a_byte_of_decoding_is_a_byte_of_the_forward_pass():
-    """At full windows, decoding one byte costs what one more position adds to a whole pass."""
-    everything = dataclasses.replace(TINY, latent_capacity_factor=1.0)
-    more = forward_flops(everything, 101) - forward_flops(everything, 100)
-    assert decoding_flops(everything, 100, 1.0) == more
-    assert decoding_flops(everything, 3, 1.0) < decoding_flops(everything, 100, 0.9)

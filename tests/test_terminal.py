@@ -275,11 +275,6 @@ def test_training_in_a_log(capsys):
     assert last == "trained, step 8 of 8, 2.00 bits/byte, 24% routed"
 
 
-def test_nothing_left_shows_nothing(capsys):
-    assert TrainingDisplay().show(iter(())) == ""
-    assert capsys.readouterr().err == ""
-
-
 def test_training_on_a_terminal(monkeypatch, capsys):
     """The line is there from the start, and below the messages."""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
