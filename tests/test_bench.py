@@ -39,7 +39,7 @@ def test_training(capsys):
     sizes = ["--context-len", "40", "--batch-size", "2", "--precision", "fp32"]
     found = records(capsys, "train", *sizes)
     assert list(found) == [
-        "machine", "start-up", "step", "step with refresh", "memory", "forward and backward",
+        "start-up", "machine", "step", "step with refresh", "memory", "forward and backward",
     ]  # fmt: skip
     machine = found["machine"]
     assert machine["parameters"] == TINY.parameters
@@ -61,7 +61,7 @@ def test_training(capsys):
 def test_decoding(capsys):
     found = records(capsys, "decode", "--context-len", "70")
     assert list(found) == [
-        "machine", "start-up", "writing", "pass of 1 byte", "pass of 4 bytes", "reading", "memory",
+        "start-up", "machine", "writing", "pass of 1 byte", "pass of 4 bytes", "reading", "memory",
     ]  # fmt: skip
     gemm = found["machine"]["peak_gflops"]
     writing = found["writing"]

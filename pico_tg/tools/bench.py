@@ -14,7 +14,7 @@ A record of a measurement has
 - mfu (model FLOPs utilization): gflops divided by the peak of this machine
 - hfu (hardware FLOPs utilization): the same for operations
 
-The first record, `machine`, has the peak as peak_gflops, and as peak what reached it (`peak`).
+The record `machine` has the peak as peak_gflops, and as peak what reached it (`peak`).
 """
 
 import contextlib
@@ -59,29 +59,16 @@ def bench_train(
 ) -> Iterator[Record]:
     """Measure training with the context, batch, optimizer and precision of `settings`.
 
-    Records: `machine`; `start-up` (first_step_seconds, third_step_seconds: from the start of the
-    process to the end of that step); `step` (with the optimizer); with SOAP `step with refresh`;
+    Records: `start-up` (first_step_seconds, third_step_seconds: from the start of the process to
+    the end of that step); `machine`; `step` (with the optimizer); with SOAP `step with refresh`;
     `memory` (see `memory`); `forward and backward` (without the optimizer; the loss is read).
     """
-    _check(repeats)
     if config.router != "none" and config.capacity(settings.context_len) < 1:
         raise PicoError(f"context_len {settings.context_len} is too short: no byte is selected")
-    precision = choose_precision(settings.precision, devices)
-    before = process_seconds()
-    top = peak(precision, (devices or (Device.DEFAULT,))[0])
-    calibrating = process_seconds() - before
-    yield _machine(config, precision, top, devices)
-
     accumulation, batch_size = settings.grad_accumulation_steps, settings.batch_size
     length = settings.context_len
     size = (accumulation, batch_size, length + config.next_tokens)
     rng = np.random.default_rng(0)
-    model_flops = accumulation * training_flops(config, length, batch_size)
-
-    def record(name: str, call: Callable[[], Any], times: int = repeats) -> Record:
-        runs = [run_once(call) for _ in range(times)]
-        return _measured(name, runs, accumulation * batch_size * length, model_flops, top)
-
     train_step = TrainStep(Pico(config, seed=0), settings, devices)
 
     def step(train_step: TrainStep) -> None:
@@ -91,13 +78,22 @@ def bench_train(
     with Bar(total=WARM_UP, desc="compiling", unit="step") as bar:
         for _ in range(WARM_UP):
             step(train_step)
-            ends.append(process_seconds() - calibrating)
+            ends.append(process_seconds())
             bar.update()
     yield {
         "measured": "start-up",
         "first_step_seconds": ends[0],
         "third_step_seconds": ends[2],
     }
+    precision = choose_precision(settings.precision, devices)
+    top = peak(precision, (devices or (Device.DEFAULT,))[0])
+    yield _machine(config, precision, top, devices)
+    model_flops = accumulation * training_flops(config, length, batch_size)
+
+    def record(name: str, call: Callable[[], Any], times: int = repeats) -> Record:
+        runs = [run_once(call) for _ in range(times)]
+        return _measured(name, runs, accumulation * batch_size * length, model_flops, top)
+
     one_step = partial(step, train_step)
     yield record("step", one_step)
     if settings.optimizer == "soap":
@@ -150,16 +146,11 @@ def bench_decode(config: Config, context_len: int = 1024, repeats: int = 5) -> I
 
     Random weights predict nothing, so almost no draft is accepted: the worst case of decoding.
 
-    Records: `machine`; `start-up` (first_byte_seconds: from the start of the process); `writing`
+    Records: `start-up` (first_byte_seconds: from the start of the process); `machine`; `writing`
     (of one byte; passes_per_second, accepted_per_pass, router_rate); `pass of 1 byte`, `pass of 4
     bytes` (of one `Decoder.forward`); `reading` (of the prompt; first_byte_seconds: of reading the
     prompt and sampling a byte); `memory` (see `memory`).
     """
-    _check(repeats)
-    before = process_seconds()
-    top = peak("fp32", Device.DEFAULT)
-    calibrating = process_seconds() - before
-    yield _machine(config, "fp32", top, ())
     rng = np.random.default_rng(0)
     prompt = rng.bytes(context_len)
     count = 64
@@ -172,7 +163,7 @@ def bench_decode(config: Config, context_len: int = 1024, repeats: int = 5) -> I
     total = 1 + (len(DECODE_ROWS) + 1) * WARM_UP
     with Bar(total=total, desc="compiling", unit="pass") as bar:
         next(text(0, Stats()))
-        first_byte = process_seconds() - calibrating
+        first_byte = process_seconds()
         bar.update()
         for _ in range(WARM_UP):
             for size in DECODE_ROWS:
@@ -183,6 +174,8 @@ def bench_decode(config: Config, context_len: int = 1024, repeats: int = 5) -> I
                 pass
             bar.update()
     yield {"measured": "start-up", "first_byte_seconds": first_byte}
+    top = peak("fp32", Device.DEFAULT)
+    yield _machine(config, "fp32", top, ())
 
     def measured(name: str, runs: list[Run], rows: int, rate: float, position: int) -> Record:
         return _measured(name, runs, rows, rows * decoding_flops(config, position, rate), top)
@@ -337,8 +330,3 @@ def _measured(name: str, runs: list[Run], bytes_: int, model_flops: float, top: 
         "mfu": gflops / top[0],
         "hfu": operations / seconds / 1e9 / top[0],
     }
-
-
-def _check(repeats: int) -> None:
-    if repeats < 1:
-        raise PicoError(f"repeats must be at least 1, not {repeats}")

@@ -526,6 +526,8 @@ def command_bench(args: argparse.Namespace) -> int:
     the kernels execute. MFU and HFU divide the rates of these two by the highest rate measured
     before; above 100 %, other processes slowed that measurement down.
     """
+    if args.repeats < 1:
+        raise PicoError(f"repeats must be at least 1, not {args.repeats}")
     sizes = load_config(args.model) if args.model else Config()
     config = dataclasses.replace(sizes, **given_sizes(args))
     settings = TrainSettings(**BENCH_DEFAULTS | given(args, TrainSettings))
