@@ -140,7 +140,7 @@ def test_the_command_line_says_what_cannot_be_used(variables, words, tmp_path):
 
 
 def test_the_version_needs_no_device():
-    assert python("-m", "pico_tg", "--version", DEV="FOO").returncode == 0
+    assert python("-m", "pico_tg", "--version", DEV="FOO").stdout.startswith("pico_tg 0")
 
 
 @on_cpu
@@ -172,12 +172,6 @@ def test_wrong_devices(text):
         parse_devices(text)
 
 
-def run_script(script: str, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", script]
-    env = os.environ | environment
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
-
-
 @pytest.mark.parametrize(
     "variable",
     ["NO_COLOR=true", "NO_COLOR=", "DEBUG=true", "DEBUG=", "PROFILE=default", "VIZ=yes",
@@ -186,7 +180,7 @@ def run_script(script: str, **environment: str) -> subprocess.CompletedProcess:
 def test_words_in_the_environment(variable):
     """tinygrad 0.13 would end the import with a ValueError. The variables keep their values."""
     name, value = variable.split("=")
-    done = run_script(f"import os, pico_tg; print(os.environ[{name!r}])", **{name: value})
+    done = python("-c", f"import os, pico_tg; print(os.environ[{name!r}])", **{name: value})
     assert (done.stdout, done.stderr) == (f"{value}\n", "")
 
 
@@ -212,8 +206,8 @@ os.waitpid(child, 0)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_forked_child_is_told():
     """At once, if the parent has computed: the child would hang, or share the parent's weights."""
-    assert run_script(FORKED.format(computed=True)).stdout.count("spawn") == 2
-    assert run_script(FORKED.format(computed=False)).stdout == "computed\n"
+    assert python("-c", FORKED.format(computed=True)).stdout.count("spawn") == 2
+    assert python("-c", FORKED.format(computed=False)).stdout == "computed\n"
 
 
 BEAM = """
@@ -232,11 +226,11 @@ thread.join()
 @pytest.mark.slow
 def test_a_thread_goes_on_without_beam(tmp_path):
     """Outside the main thread tinygrad 0.13's search ends with a ValueError."""
-    done = run_script(BEAM, BEAM="1", CACHEDB=str(tmp_path / "cache.db"))
+    done = python("-c", BEAM, BEAM="1", CACHEDB=str(tmp_path / "cache.db"))
     assert done.stdout.strip(), done.stderr
     (line,) = done.stderr.splitlines()
     assert "BEAM works in the main thread only" in line
-    done = run_script(BEAM, JITBEAM="1", CACHEDB=str(tmp_path / "cache.db"))
+    done = python("-c", BEAM, JITBEAM="1", CACHEDB=str(tmp_path / "cache.db"))
     assert "PicoError: JITBEAM works in the main thread only" in done.stderr
 
 
@@ -252,7 +246,7 @@ sys.exit(main(["info", "."]))
 @on_cpu
 @pytest.mark.skipif(sys.platform != "linux", reason="a system call of Linux")
 def test_a_system_without_executable_memory(tmp_path):
-    done = run_script(FORBIDDEN)
+    done = python("-c", FORBIDDEN)
     if "not permitted" in done.stderr:
         pytest.skip("Linux before 6.3")
     assert done.returncode == 2
@@ -293,5 +287,5 @@ def test_objects_are_of_one_processor(tmp_path):
 
 def test_weights_are_float32_or_refused():
     script = FORKED.format(computed=True)
-    done = run_script(script, DEFAULT_FLOAT="HALF")
+    done = python("-c", script, DEFAULT_FLOAT="HALF")
     assert "PicoError: DEFAULT_FLOAT=HALF would change" in done.stderr

@@ -9,24 +9,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import cuda_compiler
 import metal_device
 import pytest
-from helpers import TINY
+from helpers import TESTS, TINY, run_script
 from tinygrad import Device
-
-TESTS = Path(__file__).parent
-
-
-def run_script(name: str, *args: str, **environment: str) -> str:
-    """Standard output of one of tests/scripts."""
-    env = os.environ | {"PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"} | environment
-    command = [sys.executable, TESTS / "scripts" / name, *args]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def check_metal(sources: list[str]) -> None:
@@ -65,7 +53,9 @@ def check_cuda(*architectures: str) -> Callable[[list[str]], None]:
 def test_kernels_of_a_step_and_a_pass_on(device, precision, tensor_cores, share, marks, check):
     # NULL has no limit of its own; on METAL tinygrad keeps to 31 by itself; JIT=2: no graphs
     limits = {"NULL_ALLOW_COPYOUT": "1", "MAX_KERNEL_BUFFERS": "31", "JIT": "2"}
-    found = json.loads(run_script("gpu_kernels.py", precision, DEV=f"NULL:{device}", **limits))
+    found = json.loads(
+        run_script("gpu_kernels.py", precision, DEV=f"NULL:{device}", **limits).stdout
+    )
     assert found["train"] > 100
     assert found["decode_without_latent"] > 20
     # nothing is computed, so the router selects nothing; the latent block runs all the same
@@ -82,7 +72,7 @@ def test_kernels_of_a_step_and_a_pass_on(device, precision, tensor_cores, share,
 
 @pytest.mark.slow
 def test_a_pass_on_a_gpu_is_one_graph_and_one_wait():
-    found = json.loads(run_script("count_launches.py", DEV="NULL", NULL_ALLOW_COPYOUT="1"))
+    found = json.loads(run_script("count_launches.py", DEV="NULL", NULL_ALLOW_COPYOUT="1").stdout)
     once = {"graphs": 1, "reads": 1, "writes": 1}
     assert found == {"1": once, "4": once}
 
@@ -92,13 +82,13 @@ def test_no_kernel_of_a_step_leaves_a_gpu_idle():
     """The table of kernels with few workgroups and long loops is empty, at 2304 bytes."""
     arguments = "2304", "1", "fp32", json.dumps(TINY.to_dict())
     script = "../../examples/studies/gpu_kernels.py"
-    found = run_script(script, *arguments, DEV="NULL:METAL:Apple9")
+    found = run_script(script, *arguments, DEV="NULL:METAL:Apple9").stdout
     assert found.rstrip().endswith("|---|---|---|---|---|---|---|---|")
 
 
 def forward_and_backward(*steps: str, **environment: str) -> list[float]:
     """The loss and the size of each gradient; then the loss before each of `steps` steps."""
-    return [float(x) for x in run_script("training_step.py", *steps, **environment).split()]
+    return [float(x) for x in run_script("training_step.py", *steps, **environment).stdout.split()]
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +108,8 @@ def test_tensor_cores_of_cuda_compute_what_the_default_device_does(here):
 def test_metal_in_bf16_computes_what_the_default_device_does(here):
     """In metal_device.py; test_drivers.py trains and decodes there in fp32."""
     script = str(TESTS / "scripts" / "training_step.py")
-    found = run_script("../metal_device.py", script, DEV="METAL::Apple9", PICO_BF16="1")
-    assert [float(x) for x in found.split()] == pytest.approx(here, rel=2e-2)
+    done = run_script("../metal_device.py", script, DEV="METAL::Apple9", PICO_BF16="1")
+    assert [float(x) for x in done.stdout.split()] == pytest.approx(here, rel=2e-2)
 
 
 @pytest.fixture(scope="module")

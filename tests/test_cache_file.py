@@ -3,18 +3,15 @@
 import os
 import resource
 import sqlite3
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
+from helpers import run_script
 from tinygrad import helpers
 from tinygrad.helpers import CACHELEVEL
 
 from pico_tg.backend import cache_file
-
-SERVE = Path(__file__).parent / "scripts" / "serve.py"
 
 
 @pytest.fixture
@@ -159,10 +156,7 @@ def test_a_model_serves_from_another_thread(mode, tmp_path):
     """Loaded in the main thread; with a cold cache, a warm one, and one that cannot be used."""
 
     def serve(path: Path) -> tuple[str, str]:
-        env = os.environ | {"CACHEDB": str(path)}
-        command = [sys.executable, str(SERVE), mode]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr
+        done = run_script("serve.py", mode, CACHEDB=str(path))
         return done.stdout, done.stderr
 
     cold = serve(tmp_path / "cache.db")

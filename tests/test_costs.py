@@ -99,7 +99,7 @@ def test_the_precision_of_the_gemm_rate(precision, fast, monkeypatch):
         return lambda a, b: factors.update((a.dtype, b.dtype))
 
     monkeypatch.setattr(costs, "TinyJit", uncompiled)
-    monkeypatch.setattr("pico_tg.backend.precision.has_bf16_tensor_cores", lambda device: fast)
+    monkeypatch.setattr("pico_tg.backend.precision.has_tensor_cores", lambda *_: fast)
     costs.gemm_rate(precision, "NULL")
     bf16 = precision == "bf16" or (precision == "auto" and fast)
     assert factors == {dtypes.bfloat16 if bf16 else dtypes.float32}

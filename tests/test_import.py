@@ -7,30 +7,26 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import run_script
 
 ROOT = Path(__file__).parent.parent
-SCRIPT = Path(__file__).parent / "scripts" / "import_changes.py"
 
 
 def changes(*arguments: str, **environment: str) -> list[str]:
-    env = {k: v for k, v in os.environ.items() if k != "DEV"} | environment
-    command = [sys.executable, str(SCRIPT), *arguments]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    return run_script("import_changes.py", *arguments, **environment).stdout.splitlines()
 
 
-@pytest.mark.parametrize("environment", [{}, {"DEV": "CPU"}, {"DEV": "NOWHERE"}])
-def test_the_import_changes_nothing(environment):
+@pytest.mark.parametrize("dev", ["", "CPU", "NOWHERE"])
+def test_the_import_changes_nothing(dev):
     """No attribute of tinygrad's modules and classes, no signal handler, no fork.
 
     DEV and TC are values of context variables, and no attributes of tinygrad's modules.
     """
-    assert changes(**environment) == []
+    assert changes(DEV=dev) == []
 
 
 def test_the_compile_cache_changes_what_its_docstring_says():
-    assert [line.split()[1] for line in changes("enable")] == [
+    assert [line.split()[1] for line in changes("enable", DEV="")] == [
         "tinygrad.engine.realize.to_program",
         "tinygrad.helpers._db_connection",
         "tinygrad.schedule.schedule_cache",

@@ -2,25 +2,18 @@
 
 import os
 import sqlite3
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from helpers import run_script
 from tinygrad import UOp, dtypes
 from tinygrad.uop.ops import Ops
 
 from pico_tg.backend.jit_cache import Schedules
 
-SCRIPTS = Path(__file__).parent / "scripts"
-
 
 def run(script, cache, *arguments, **environment) -> tuple[int, str]:
     """How many graphs, schedules and kernels the process made, and what else it printed."""
-    command = [sys.executable, str(SCRIPTS / script), *arguments]
-    environment = {**os.environ, "CACHEDB": str(cache), **environment}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    done = run_script(script, *arguments, CACHEDB=str(cache), **environment)
     made, rest = done.stdout.split(maxsplit=1)
     return int(made), rest
 

@@ -15,7 +15,7 @@ from tinygrad.engine.realize import get_graph_runtime
 from tinygrad.helpers import CPU_COUNT, Context
 from tinygrad.runtime.graph.hcq import HCQGraph
 
-from pico_tg import cpu, decoder
+from pico_tg import decoder
 from pico_tg.cpu import decoding, launcher
 from pico_tg.kv_cache import PackedLinear
 from pico_tg.matmul import linear
@@ -96,17 +96,15 @@ def test_same_bits_with_competing_processes(graph_of):
 
 
 def test_from_several_threads(graph_of):
-    with Context(CPU_COUNT=2):
-        graph_of(1)
-        _, graphs = run()
-        assert all(graph.launcher is not None for graph in graphs)
+    graph_of(1)
     weight = Tensor(np.eye(64, dtype=np.float32)).realize()
     jits = []
-    for _ in range(2):
-        jit = TinyJit(lambda x: (linear(x, weight) + 1).contiguous().sum(axis=1).realize())
-        for _ in range(3):
-            jit(Tensor.ones(96, 64).contiguous().realize())
-        jits.append(jit)
+    with Context(CPU_COUNT=2):
+        for _ in range(2):
+            jit = TinyJit(lambda x: (linear(x, weight) + 1).contiguous().sum(axis=1).realize())
+            for _ in range(3):
+                jit(Tensor.ones(96, 64).contiguous().realize())
+            jits.append(jit)
     inputs = [Tensor.full((96, 64), float(i)).contiguous().realize() for i in range(2)]
     found = {}
 
@@ -138,13 +136,13 @@ def test_linked_graphs_of_a_decoding_pass(monkeypatch, graph_of):
     model = Pico(TINY, seed=7)
     rng = np.random.default_rng(0)
     linked, separate = decoder.Decoder(model), decoder.Decoder(model)
-    link, made = cpu.link_graphs, []
+    link, made = launcher.link_graphs, []
     for tested, function in (
         (linked, lambda *graphs: made.append(link(*graphs)) or made[-1]),
         (separate, lambda *graphs: None),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(cpu, "link_graphs", function)
+            patch.setattr(launcher, "link_graphs", function)
             for rows in (1, 4):  # compiles both passes
                 tested.forward(bytes(rows))
     assert [bool(run) for run in made] == [True, True]
@@ -161,21 +159,6 @@ def test_linked_graphs_of_a_decoding_pass(monkeypatch, graph_of):
                 tested.rollback(min(rejected, len(tested.last_decisions)))
             assert linked.selected == separate.selected
         assert (linked.selected > 0) == use_latent
-
-
-def test_without_kernels(graph_of):
-    """Without kernels, a launch leaves the outputs as they were; afterwards kernels run again."""
-    graph_of(1)
-    x = Tensor(np.zeros((64, 64), np.float32)).realize()
-    jit = TinyJit(lambda: x.assign(x + 1).realize() * 2 + 1)
-    for _ in range(3):
-        jit()
-    before = x.numpy().copy()
-    with launcher.without_kernels():
-        jit()
-        np.testing.assert_array_equal(x.numpy(), before)
-    jit()
-    np.testing.assert_array_equal(x.numpy(), before + 1)
 
 
 def test_an_interrupt_waits_for_the_end_of_the_graph(graph_of):

@@ -1,12 +1,9 @@
 """How many operations and kernels a training step takes, counted without running it."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from helpers import run_script
 
 from pico_tg import Config
 from pico_tg.costs import training_flops
@@ -14,16 +11,14 @@ from pico_tg.costs import training_flops
 # the README's model
 SIZES = {"dim": 372, "fb_att_window_size": 32, "latent_num_blocks": 8}
 LENGTHS = (1024, 6144)
-SCRIPT = Path(__file__).parent / "scripts" / "count_operations.py"
 
 
 @pytest.mark.slow(minutes=1)
 def test_operations_are_close_to_the_model_flops():
     """Within 1.15 of the model FLOPs of `pico_tg.costs`; one test, since counting takes long."""
-    command = [sys.executable, SCRIPT, json.dumps([SIZES, LENGTHS])]
-    environment = os.environ | {"CACHELEVEL": "0"}  # nothing is compiled: keep nothing
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
-    assert done.returncode == 0, done.stderr
+    arguments = json.dumps([SIZES, LENGTHS])
+    # nothing is compiled: keep nothing
+    done = run_script("count_operations.py", arguments, CACHELEVEL="0")
     counted = {int(length): pair for length, pair in json.loads(done.stdout).items()}
     if not counted:
         pytest.skip("no CPU kernels here")

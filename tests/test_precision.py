@@ -1,14 +1,9 @@
 """--precision: what bfloat16 rounds, what it does not, and which devices choose it."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 from helpers import TINY as CONFIG
-from helpers import WINDOWS
+from helpers import WINDOWS, run_script
 from references import (
     FORMS,
     PRODUCTS,
@@ -59,11 +54,7 @@ def test_jitted():
 )
 def test_tensor_cores_compute_all_three_products(core, precision, optimizer):
     """Forward and both gradients in tinygrad's emulators of CUDA's and Metal's, with odd sizes."""
-    tests = Path(__file__).parent
-    env = os.environ | {"DEV": f"PYTHON::{core}", "PYTHONPATH": f"{tests}:{tests.parent}"}
-    command = [sys.executable, tests / "scripts" / "tensor_cores.py", precision]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = run_script("tensor_cores.py", precision, DEV=f"PYTHON::{core}")
     assert done.stdout == f"3 {optimizer}\n"
 
 
@@ -86,7 +77,7 @@ def test_auto_asks_the_hardware():
             patch.setattr(precision, "Device", fake)
             with Context(TC=1):  # off on a CPU
                 assert precision.has_tensor_cores("D", dtypes.float32) == arch.startswith("Apple")
-                return precision.has_bf16_tensor_cores("D")
+                return precision.has_tensor_cores("D", dtypes.bfloat16)
 
     found = {arch: has_bf16(arch) for arch in ("sm_70", "sm_75", "sm_80", "sm_90")}
     assert found == {"sm_70": False, "sm_75": False, "sm_80": True, "sm_90": True}
@@ -135,7 +126,7 @@ def test_the_precision_is_recorded_and_kept(tmp_path):
     train(
         Pico(CONFIG), str(path), run, settings="published", **QUICK
     )  # nothing is trained until the first record
-    here = "bf16" if precision.has_bf16_tensor_cores(Device.DEFAULT) else "fp32"
+    here = "bf16" if precision.has_tensor_cores(Device.DEFAULT, dtypes.bfloat16) else "fp32"
     assert read_description(run)["settings"]["precision"] == here
     other = {"fp32": "bf16", "bf16": "fp32"}[here]
     with pytest.raises(PicoError, match=f"precision was {here}, now {other}"):

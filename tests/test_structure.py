@@ -2,11 +2,9 @@
 
 import ast
 import re
-import subprocess
-import sys
-from pathlib import Path
 
-TESTS = Path(__file__).parent
+from helpers import TESTS, run_script
+
 PACKAGE = TESTS.parent / "pico_tg"
 FILES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
@@ -90,7 +88,7 @@ def test_backend_needs_nothing_of_the_model():
         other for name in FILES if name.startswith("backend") for other in imported_files(name)
     }
     outer = {name for name in outer if not name.startswith("backend")}
-    assert outer == {"files", "progress", "cpu", "cpu.kernels"}
+    assert outer == {"files", "progress", "cpu", "cpu.kernels", "cpu.launcher"}
 
 
 def test_no_import_circle():
@@ -132,7 +130,4 @@ def test_files_that_work_around_a_defect_are_listed():
 
 def test_import_without_cpu_kernels():
     """Every module imports; a matmul is computed. More with PICO_WITHOUT_CPU=1 (.ci/run)."""
-    command = [sys.executable, TESTS / "scripts" / "import_without_cpu.py"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "False 64.0\n"
+    assert run_script("import_without_cpu.py").stdout == "False 64.0\n"

@@ -1,6 +1,7 @@
 """Samples on a terminal, as soon as they are decided; progress of training; signals."""
 
 import os
+import re
 import signal
 import sys
 from types import SimpleNamespace
@@ -15,21 +16,10 @@ from pico_tg.tools.terminal import (
     StopSignals,
     TrainingDisplay,
     characters,
-    decode_text,
     show_samples,
     split_prompt,
     split_samples,
 )
-
-
-def test_decode_text_goes_on_after_bad_bytes():
-    data = "é€".encode() + b"\xff" + b"a" + "é".encode()[:1]
-    assert "".join(decode_text(records(data))) == "é€�a�"
-
-
-def test_decode_text_marks_characters_not_bytes():
-    assert "".join(decode_text(records("aéb".encode(), [0.9, 0.1, 0.9, 0.1]), "_")) == "_a_éb"
-
 
 GOOD = [text.encode() for text in ("a", "\n", "é", "€", "😀", "\ufffd")]
 CUT_OFF = [b"\xc3", b"\xe2", b"\xe2\x82", b"\xf0\x9f"]
@@ -73,8 +63,8 @@ def test_text_comes_as_soon_as_it_is_decided(data, after):
             yield r
 
     came = [""] * len(data)
-    for piece in decode_text(source()):
-        came[taken - 1] += piece
+    for character in characters(source()):
+        came[taken - 1] += character.text
     assert came == after
 
 
@@ -104,16 +94,9 @@ def test_visible():
 
 
 def test_router_decisions_are_marked(capsys):
-    show_samples([record(97, 0.9), record(98)], b"", marks=True)
-    assert capsys.readouterr().out == "_ab\n"
-
-
-def test_samples_are_separated(capsys):
-    made = [*records(b"a\xc3"), record(98, sample=2)]
-    show_samples(made, b"> ", 3)
-    assert capsys.readouterr().out == (
-        "--- sample 1 of 3 ---\n> a\ufffd\n--- sample 2 of 3 ---\n> \n--- sample 3 of 3 ---\n> b\n"
-    )
+    """Before the character, of which the byte may be the second."""
+    show_samples(records("aéb\r\n".encode(), [0.9, 0.1, 0.9, 0.1, 0.9, 0.1]), b"", marks=True)
+    assert capsys.readouterr().out == "_a_éb_\r\n\n"
 
 
 def test_a_prompt_may_end_within_a_character(capsys):
@@ -134,11 +117,10 @@ def test_a_terminal_does_not_obey_the_model(monkeypatch, capsys):
 def test_a_line_break_of_windows(monkeypatch, capsys):
     """\\r\\n is one; a lone \\r is shown, and stays what it is in a file."""
     text = b"a\r\nb\rc\r\r\nd\r"
-    assert "".join(decode_text(records(text))) == text.decode()
+    assert [c.text for c in characters(records(text))] == re.findall(r"\r\n|(?s:.)", text.decode())
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     show_samples(records(text), b"P\r\n")
     assert capsys.readouterr().out == "P\na\nb\\rc\\r\nd\\r\n"
-    assert list(decode_text(records(b"\r\n", [0.9, 0.1]), "_")) == ["_\r\n"]
 
 
 SIGNALS = [getattr(signal, name) for name in StopSignals.NAMES if hasattr(signal, name)]
@@ -291,11 +273,6 @@ def test_training_in_a_log(capsys):
     assert measured.startswith("step 2: held out 2.500 bits/byte, 30% routed; +0.060 relative")
     assert sample == "  sample: The text"
     assert last == "trained, step 8 of 8, 2.00 bits/byte, 24% routed"
-
-
-def test_nothing_left_shows_nothing(capsys):
-    assert TrainingDisplay().show(iter(())) == ""
-    assert capsys.readouterr().err == ""
 
 
 def test_training_on_a_terminal(monkeypatch, capsys):

@@ -105,16 +105,22 @@ class BlockFunction:
 
 def _constants(graph: UOp) -> list[UOp]:
     """The largest parts of the graph that it puts in memory and that depend on no input."""
-    inputs = Ops.PARAM, Ops.BUFFER
-    depends: dict[UOp, bool] = {}
+    depends = _depends(graph, Ops.PARAM, Ops.BUFFER)
+    return _highest(graph, lambda uop: uop.op is Ops.CONTIGUOUS and not depends[uop])
+
+
+def _depends(graph: UOp, *inputs: Ops) -> dict[UOp, bool]:
+    """For each operation of the graph, whether it is one of `inputs` or depends on one."""
+    found: dict[UOp, bool] = {}
     for uop in graph.toposort(enter_calls=False):
-        depends[uop] = uop.op in inputs or any(depends.get(s) for s in uop.src)
+        found[uop] = uop.op in inputs or any(found.get(s) for s in uop.src)
+    return found
 
-    def is_constant(uop: UOp) -> bool:
-        return uop.op is Ops.CONTIGUOUS and not depends[uop]
 
-    above = graph.toposort(lambda uop: not is_constant(uop), enter_calls=False)
-    return list(dict.fromkeys(s for uop in above for s in uop.src if is_constant(s)))
+def _highest(graph: UOp, wanted: Callable[[UOp], bool]) -> list[UOp]:
+    """The wanted operations below the graph's root, without those that only others lead to."""
+    above = graph.toposort(lambda uop: not wanted(uop), enter_calls=False)
+    return list(dict.fromkeys(s for uop in above for s in uop.src if wanted(s)))
 
 
 def _written_buffers(graph: UOp) -> list[UOp]:
@@ -151,13 +157,6 @@ def _shared(out: UOp, gradients: list[UOp]) -> list[UOp]:
 
     Activations that depend on no input, such as masks, are left out: recomputing them is cheap.
     """
-    depends: dict[UOp, bool] = {}
-    for uop in out.toposort(enter_calls=False):
-        depends[uop] = uop.op is Ops.PARAM or any(depends.get(s) for s in uop.src)
-
-    def is_shared(uop: UOp) -> bool:
-        return uop.op in (Ops.CONTIGUOUS, Ops.AFTER) and depends.get(uop, False)
-
-    # the gradients' graph, down to where shared activations begin
-    graph = UOp.maketuple(*gradients).toposort(lambda uop: not is_shared(uop), enter_calls=False)
-    return list(dict.fromkeys(source for uop in graph for source in uop.src if is_shared(source)))
+    depends, in_memory = _depends(out, Ops.PARAM), (Ops.CONTIGUOUS, Ops.AFTER)
+    graph = UOp.maketuple(*gradients)
+    return _highest(graph, lambda uop: uop.op in in_memory and depends.get(uop, False))

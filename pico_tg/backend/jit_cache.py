@@ -37,7 +37,7 @@ from tinygrad.helpers import CACHELEVEL, DEBUG, JIT, ContextVar, getenv
 from tinygrad.renderer import Renderer
 from tinygrad.uop.ops import CallInfo, Ops, UOp, buffers
 
-from .machine import cgroup_limit, processor
+from .machine import processor
 
 VERSION = importlib.metadata.version("tinygrad")
 # context variables that affect what is printed, recorded or cached, but not the result
@@ -111,9 +111,10 @@ def _has_numbered_buffers(schedule: UOp) -> bool:
 def cached_program(ast: UOp, renderer: Renderer) -> UOp:
     """tinygrad's `to_program`, cached: the compiled kernel without its list of operations."""
     # BEAM passes thousands of compiled candidates; DEBUG >= 3 prints while compiling
-    if _is_compiled(ast) or renderer.target.device in INTERPRETERS or DEBUG >= 3:
+    is_compiled = ast.op is Ops.PROGRAM and len(ast.src) == 5
+    if is_compiled or renderer.target.device in INTERPRETERS or DEBUG >= 3:
         return to_program(ast, renderer)
-    key = _kernel_key(ast, renderer)
+    key = _key(ast.key, *_target(renderer))
     if key not in _programs:
         program = _read("pico_kernels", key)
         if program is None:
@@ -121,10 +122,6 @@ def cached_program(ast: UOp, renderer: Renderer) -> UOp:
             _write("pico_kernels", key, program)
         _programs[key] = program
     return _programs[key]
-
-
-def _is_compiled(ast: UOp) -> bool:
-    return ast.op is Ops.PROGRAM and len(ast.src) == 5
 
 
 def _without_operations(program: UOp) -> UOp:
@@ -150,8 +147,9 @@ class StoredGraph:
         self.known: dict[UOp, int] = {}  # the number of each buffer; tensors may share one
         numbers = [self.known.setdefault(x.uop.base, len(self.known)) for x in self.tensors]
         shapes = [(x.shape, x.dtype, x.device) for x in (*self.tensors, *inputs)]
-        # tinygrad's TinyJit reads JITBEAM
-        settings = JIT.value, getenv("JITBEAM"), Tensor.training, _threads()
+        # tinygrad's TinyJit reads JITBEAM, `has_cpu_kernels` PICO_KERNELS
+        variables = getenv("JITBEAM"), os.environ.get("PICO_KERNELS")
+        settings = JIT.value, *variables, Tensor.training
         renderer = Device[self.tensors[0].device].renderer
         self.key = _key(self.name, shapes, numbers, _source(), settings, *_target(renderer))
         self.before = set(buffers)
@@ -205,18 +203,8 @@ def _source() -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def _threads() -> list[object]:
-    """What determines how many threads a kernel has, and whether cpu/ is used."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-    return [cores, cgroup_limit("cpu.max"), os.environ.get("PICO_KERNELS")]
-
-
 def _key(*parts: object) -> str:
     return hashlib.sha256(repr((VERSION, _options(), *parts)).encode()).hexdigest()
-
-
-def _kernel_key(ast: UOp, renderer: Renderer) -> str:
-    return _key(ast.key, *_target(renderer))
 
 
 def _target(renderer: Renderer) -> list[str]:

@@ -25,16 +25,11 @@ BF16 = ContextVar("PICO_BF16", 0)
 RECOMPUTE = ContextVar("PICO_RECOMPUTE", 0)
 
 
-def has_bf16_tensor_cores(device: str | tuple[str, ...]) -> bool:
-    """Whether the device has tensor cores for bfloat16 (CUDA from sm_80, Apple from the M3 on)."""
-    return has_tensor_cores(device, dtypes.bfloat16)
-
-
 def has_tensor_cores(device: str | tuple[str, ...], dtype: DType) -> bool:
     """Whether tinygrad uses the device's tensor cores for factors of `dtype`.
 
-    For float32 only on Apple: CUDA's tensor cores would round factors to 10 bits of mantissa, which
-    ALLOW_TF32=1 permits.
+    bfloat16: on CUDA from sm_80, on Apple from the M3 on. float32: only on Apple, since CUDA's
+    tensor cores would round factors to 10 bits of mantissa, which ALLOW_TF32=1 permits.
     """
     with Context(ALLOW_DEVICE_USAGE=1):  # tinygrad forbids opening a device inside @function
         renderer = Device[device if isinstance(device, str) else device[0]].renderer
@@ -60,7 +55,8 @@ def choose_precision(precision: str, devices: tuple[str, ...] = ()) -> str:
     """fp32 or bf16; `auto`: bf16 if the devices (default: tinygrad's) have tensor cores for it."""
     if precision != "auto":
         return precision
-    return "bf16" if has_bf16_tensor_cores((devices or (Device.DEFAULT,))[0]) else "fp32"
+    device = (devices or (Device.DEFAULT,))[0]
+    return "bf16" if has_tensor_cores(device, dtypes.bfloat16) else "fp32"
 
 
 def graph_context(settings: TrainSettings, devices: tuple[str, ...]) -> Context:

@@ -9,6 +9,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from tinygrad import Context, Device, Tensor, TinyJit, getenv
 from tinygrad.codegen.opt import Opt, OptOps  # noqa: F401  # for ops.py
 from tinygrad.dtype import DType, _from_np_dtype, _to_np_dtype  # noqa: F401  # DType: for matmul.py
 from tinygrad.engine import realize
-from tinygrad.helpers import BEAM, JIT, round_up  # noqa: F401  # for ring 1
+from tinygrad.helpers import BEAM, DEV, JIT, round_up  # noqa: F401  # for ring 1
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops  # noqa: F401  # for ops.py
 
 from ..files import PicoError
@@ -33,9 +34,21 @@ except ImportError:  # the folder cpu/ is optional
 def has_cpu_kernels(device: str | tuple[str, ...]) -> bool:
     """Whether matmul, attention and decoding on `device` use the hand-scheduled kernels of cpu/.
 
-    False on several devices, with PICO_KERNELS=0, and without the folder cpu/.
+    They do on a single CPU device, except with PICO_KERNELS=0, without the folder cpu/, and with
+    tinygrad's X86 assembler, which has no vectors.
     """
-    return cpu is not None and cpu.enabled(device)
+    wanted = cpu is not None and os.environ.get("PICO_KERNELS", "1") != "0"
+    single = isinstance(device, str) and device.split(":")[0] == "CPU"
+    return wanted and single and DEV.renderer != "X86"
+
+
+def _launcher() -> ModuleType | None:
+    """The module `cpu.launcher`; None where the default device has no kernels of cpu/."""
+    if not has_cpu_kernels(Device.DEFAULT):
+        return None
+    from ..cpu import launcher
+
+    return launcher
 
 
 def write_into(x: Tensor, values: np.ndarray) -> None:
@@ -127,8 +140,8 @@ class MethodJit(TinyJit):
         result = super().__call__(*inputs)
         if stored and not found:
             stored.store(self.captured)
-        if cpu is not None and not inputs and self.captured is not None:
-            self.replay = cpu.native_replay(self.captured)
+        if not inputs and self.captured is not None and (launcher := _launcher()):
+            self.replay = launcher.native_replay(self.captured)
         return result
 
 
@@ -155,8 +168,8 @@ def jit_method(
     inputs then determine what the method computes. Graphs on several devices are not kept, nor
     those `of_training` where `enable_compile_cache` does not ask for them.
     """
-    if cpu is not None:
-        cpu.use_launcher()
+    if launcher := _launcher():
+        launcher.install(Device.DEFAULT)
     reference = weakref.WeakMethod(method)
     method_jit = MethodJit(lambda *inputs: reference()(*constants, *inputs))
     method_jit.cnt = 1
@@ -177,9 +190,10 @@ def link_graphs(
     one native call, which halves the time of a decoding pass of a small model.
     """
     graphs = first, *variants, last
-    if cpu is not None and all(graph.replay is not None for graph in graphs):
-        captured = [graph.captured for graph in graphs]
-        linked = cpu.link_graphs(captured[0], _buffers(choice)[0], captured[1:-1], captured[-1])
+    launcher = _launcher()
+    if launcher and all(graph.replay is not None for graph in graphs):
+        head, *middle, tail = (graph.captured for graph in graphs)
+        linked = launcher.link_graphs(head, _buffers(choice)[0], middle, tail)
         if linked is not None:
             return linked
 

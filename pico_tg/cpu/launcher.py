@@ -16,7 +16,6 @@ the call returns. tinygrad's own graph handles all other cases: tinygrad's assem
 version 15, other systems than Linux, copies, symbolic launch sizes, PROFILE, DEBUG >= 2.
 """
 
-import contextlib
 import ctypes
 import functools
 import mmap
@@ -27,8 +26,7 @@ import subprocess
 import sys
 import threading
 import time
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +92,6 @@ class NativeGraph(HCQGraph):
         rows[:, 4] = self.arguments.ctypes.data + 8 * np.array(starts)
         self.rows = rows
         self.table = rows.ctypes.data, len(rows)
-        _tables.add(self)
 
     def _is_plain(self) -> bool:
         if PROFILE or DEBUG >= 2:
@@ -246,7 +243,6 @@ class LinkedGraphs:
         self.targets[0] = len(table)
         self.rows = np.array(table + rows(last), np.int64)
         self.table = self.rows.ctypes.data, len(self.rows)
-        _tables.add(self)
 
     def __call__(self) -> None:
         with self.launcher.lock:
@@ -264,27 +260,6 @@ def link_graphs(
     """The linked graphs of captured functions; None unless all their calls are native graphs."""
     parts = [native_calls(captured) for captured in (first, *variants, last)]
     return None if None in parts else LinkedGraphs(parts[0], choice, parts[1:-1], parts[-1])
-
-
-_tables: weakref.WeakSet = weakref.WeakSet()  # all NativeGraphs and LinkedGraphs
-
-
-@contextlib.contextmanager
-def without_kernels() -> Iterator[None]:
-    """Inside the `with`, existing native graphs hand out their kernels to threads, but call none.
-
-    For measuring the cost of launching; the graphs' results are not computed. Jumps stay, and
-    choose what they chose last.
-    """
-    saved = [(table.rows, table.rows.copy()) for table in _tables if table.launcher is not None]
-    for rows, _ in saved:
-        kernels = rows[:, 1] > 0
-        rows[kernels, 2], rows[kernels, 3] = 0, -1  # no kernel has 0 arguments: see @call_kernel
-    try:
-        yield
-    finally:
-        for rows, before in saved:
-            rows[:] = before
 
 
 class IRCompiler(ClangJITCompiler):

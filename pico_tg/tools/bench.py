@@ -1,6 +1,6 @@
 """Benchmarks: speed of a training step and of the decoder on this machine, and their MFU.
 
-`bench_train` and `bench_decode` yield records, dicts that are valid JSON, and print nothing. Data
+`bench_train` and `bench_decode` yield records, dicts that are valid JSON, and show a bar. Data
 and weights are random. Times are medians of several runs after compilation.
 
 A record of a measurement has
@@ -14,7 +14,7 @@ A record of a measurement has
 - mfu (model FLOPs utilization): gflops divided by the peak of this machine
 - hfu (hardware FLOPs utilization): the same for operations
 
-The first record, `machine`, has the peak as peak_gflops, and as peak what reached it (`peak`).
+The record `machine` has the peak as peak_gflops, and as peak what reached it (`peak`).
 """
 
 import contextlib
@@ -23,7 +23,6 @@ import os
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -57,59 +56,50 @@ def bench_train(
     settings: TrainSettings,
     devices: tuple[str, ...] = (),
     repeats: int = 5,
-    progress: bool = False,
 ) -> Iterator[Record]:
     """Measure training with the context, batch, optimizer and precision of `settings`.
 
-    Records: `machine`; `start-up` (first_step_seconds, third_step_seconds: from the start of the
-    process to the end of that step); `step` (with the optimizer); with SOAP `step with refresh`;
-    `memory` (see `Memory`); `forward and backward` (without the optimizer; the loss is read).
+    Records: `start-up` (first_step_seconds, third_step_seconds: from the start of the process to
+    the end of that step); `machine`; `step` (with the optimizer); with SOAP `step with refresh`;
+    `memory` (see `memory`); `forward and backward` (without the optimizer; the loss is read).
     """
-    _check(repeats)
     if config.router != "none" and config.capacity(settings.context_len) < 1:
         raise PicoError(f"context_len {settings.context_len} is too short: no byte is selected")
-    precision = choose_precision(settings.precision, devices)
-    before = process_seconds()
-    top = peak(precision, (devices or (Device.DEFAULT,))[0])
-    calibrating = process_seconds() - before
-    yield _machine(config, precision, top, devices)
-
     accumulation, batch_size = settings.grad_accumulation_steps, settings.batch_size
     length = settings.context_len
     size = (accumulation, batch_size, length + config.next_tokens)
     rng = np.random.default_rng(0)
-    model_flops = accumulation * training_flops(config, length, batch_size)
-
-    def record(name: str, call: Callable[[], Any], times: int = repeats) -> Record:
-        runs = [run_once(call) for _ in range(times)]
-        return _measured(name, runs, accumulation * batch_size * length, model_flops, top)
-
-    memory = Memory()
     train_step = TrainStep(Pico(config, seed=0), settings, devices)
 
     def step(train_step: TrainStep) -> None:
         train_step(rng.integers(0, 256, size).astype(np.uint8), LEARNING_RATE)
 
     ends = []
-    with (
-        memory,
-        Bar(total=WARM_UP, desc="compiling", unit="step", disable=not progress) as bar,
-    ):
+    with Bar(total=WARM_UP, desc="compiling", unit="step") as bar:
         for _ in range(WARM_UP):
             step(train_step)
-            ends.append(process_seconds() - calibrating)
+            ends.append(process_seconds())
             bar.update()
     yield {
         "measured": "start-up",
         "first_step_seconds": ends[0],
         "third_step_seconds": ends[2],
     }
+    precision = choose_precision(settings.precision, devices)
+    top = peak(precision, (devices or (Device.DEFAULT,))[0])
+    yield _machine(config, precision, top, devices)
+    model_flops = accumulation * training_flops(config, length, batch_size)
+
+    def record(name: str, call: Callable[[], Any], times: int = repeats) -> Record:
+        runs = [run_once(call) for _ in range(times)]
+        return _measured(name, runs, accumulation * batch_size * length, model_flops, top)
+
     one_step = partial(step, train_step)
     yield record("step", one_step)
     if settings.optimizer == "soap":
         train_step.optimizer.precondition_frequency = 1
         yield record("step with refresh", one_step, min(repeats, 3))
-    yield {"measured": "memory"} | memory.peak()
+    yield memory()
 
     model = train_step.model
     del train_step, one_step  # frees the memory of their graphs
@@ -125,7 +115,7 @@ def bench_train(
             for x in windows:
                 loss_and_gradients(x)
 
-        with Bar(total=2, desc="compiling", unit="step", disable=not progress) as bar:
+        with Bar(total=2, desc="compiling", unit="step") as bar:
             for _ in range(2):
                 forward_backward()
                 bar.update()
@@ -151,27 +141,19 @@ class ForwardBackward:
         return self.graph(windows).item()
 
 
-def bench_decode(
-    config: Config, context_len: int = 1024, repeats: int = 5, progress: bool = False
-) -> Iterator[Record]:
+def bench_decode(config: Config, context_len: int = 1024, repeats: int = 5) -> Iterator[Record]:
     """Measure decoding after `context_len` random bytes.
 
     Random weights predict nothing, so almost no draft is accepted: the worst case of decoding.
 
-    Records: `machine`; `start-up` (first_byte_seconds: from the start of the process); `writing`
+    Records: `start-up` (first_byte_seconds: from the start of the process); `machine`; `writing`
     (of one byte; passes_per_second, accepted_per_pass, router_rate); `pass of 1 byte`, `pass of 4
     bytes` (of one `Decoder.forward`); `reading` (of the prompt; first_byte_seconds: of reading the
-    prompt and sampling a byte); `memory` (see `Memory`).
+    prompt and sampling a byte); `memory` (see `memory`).
     """
-    _check(repeats)
-    before = process_seconds()
-    top = peak("fp32", Device.DEFAULT)
-    calibrating = process_seconds() - before
-    yield _machine(config, "fp32", top, ())
     rng = np.random.default_rng(0)
     prompt = rng.bytes(context_len)
     count = 64
-    memory = Memory()
     decoder = Decoder(Pico(config, seed=0))
 
     def text(seed: int, stats: Stats) -> Iterator[GeneratedByte]:
@@ -179,9 +161,9 @@ def bench_decode(
         return generate(decoder.model, prompt, seed=seed, stats=stats, decoder=decoder, **options)
 
     total = 1 + (len(DECODE_ROWS) + 1) * WARM_UP
-    with memory, Bar(total=total, desc="compiling", unit="pass", disable=not progress) as bar:
+    with Bar(total=total, desc="compiling", unit="pass") as bar:
         next(text(0, Stats()))
-        first_byte = process_seconds() - calibrating
+        first_byte = process_seconds()
         bar.update()
         for _ in range(WARM_UP):
             for size in DECODE_ROWS:
@@ -192,6 +174,8 @@ def bench_decode(
                 pass
             bar.update()
     yield {"measured": "start-up", "first_byte_seconds": first_byte}
+    top = peak("fp32", Device.DEFAULT)
+    yield _machine(config, "fp32", top, ())
 
     def measured(name: str, runs: list[Run], rows: int, rate: float, position: int) -> Record:
         return _measured(name, runs, rows, rows * decoding_flops(config, position, rate), top)
@@ -232,7 +216,7 @@ def bench_decode(
     # on average, half of the prompt precedes a byte of the prompt
     reading = measured("reading", runs, context_len, rate, context_len // 2)
     yield reading | {"first_byte_seconds": statistics.median(first)}
-    yield {"measured": "memory"} | memory.peak()
+    yield memory()
 
 
 Run = tuple[float, float, float]  # seconds, kernels, operations
@@ -269,35 +253,19 @@ def run_once(call: Callable[[], Any]) -> Run:
     return seconds, kernels[0], GlobalCounters.global_ops - operations
 
 
-class Memory:
-    """Context manager that records peak memory.
+def memory() -> Record:
+    """The bytes in use.
 
-    `peak()`: tensor_memory, the peak of all buffers in bytes, sampled every 2 ms; and on a CPU
-    resident_memory, the peak of the whole process in bytes, its libraries included.
+    tensor_memory: of all buffers; a captured graph keeps those of its intermediate results. On a
+    CPU also resident_memory: the most that the whole process has used, its libraries included.
     """
+    record = {"measured": "memory", "tensor_memory": GlobalCounters.mem_used}
+    if Device.DEFAULT.split(":")[0] == "CPU" and os.name == "posix":
+        import resource  # not on Windows
 
-    def __enter__(self) -> "Memory":
-        self.tensors, self.done = GlobalCounters.mem_used, threading.Event()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-        self.thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self.done.wait(0.002):
-            self.tensors = max(self.tensors, GlobalCounters.mem_used)
-
-    def __exit__(self, *exception: object) -> None:
-        self.done.set()
-        self.thread.join()
-
-    def peak(self) -> dict[str, int]:
-        found = {"tensor_memory": max(self.tensors, GlobalCounters.mem_used)}
-        if Device.DEFAULT.split(":")[0] == "CPU" and os.name == "posix":
-            import resource  # not on Windows
-
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            found["resident_memory"] = peak * (1 if sys.platform == "darwin" else 1024)
-        return found
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        record["resident_memory"] = peak * (1 if sys.platform == "darwin" else 1024)
+    return record
 
 
 def process_seconds() -> float:
@@ -362,8 +330,3 @@ def _measured(name: str, runs: list[Run], bytes_: int, model_flops: float, top: 
         "mfu": gflops / top[0],
         "hfu": operations / seconds / 1e9 / top[0],
     }
-
-
-def _check(repeats: int) -> None:
-    if repeats < 1:
-        raise PicoError(f"repeats must be at least 1, not {repeats}")

@@ -143,11 +143,9 @@ def given_sizes(args: argparse.Namespace) -> dict[str, int | float | str]:
 def command_train(args: argparse.Namespace) -> int:
     """Train the model in PATH on DATASET; write weights and metrics to PATH/RUN."""
     run_dir, settings = run_folder(args.path, args.run), given(args, TrainSettings)
-    spec = data_to_train_on(args)
-    new = {"--base-weights": args.base_weights, "--from": args.source, "--settings": args.settings}
-    for option, value in new.items():
-        if args.resume and value:
-            raise PicoError(f"{option} is for a new run; leave it out with --resume")
+    spec = named_data(args)
+    if args.resume and args.source:
+        raise PicoError("--from is for a new run; leave it out with --resume")
     if args.source and args.base_weights:
         raise PicoError("--from and --base-weights both name the weights to start from; give one")
     if args.force and not args.resume:
@@ -227,14 +225,12 @@ def sample_writer(model: Pico, prompt: bytes, stop: Callable[[], bool]) -> Calla
     return write
 
 
-def data_to_train_on(args: argparse.Namespace) -> DataSpec | None:
-    """The data that the options name; None for those of the run that is resumed."""
-    named = given(args, DataSpec, "dataset_")
-    if not args.resume or args.dataset is not None:
-        return DataSpec("python-docs" if args.dataset is None else args.dataset, **named)
-    if named:
-        raise PicoError("give the DATASET too, or leave its options out: --resume uses the run's")
-    return None
+def named_data(args: argparse.Namespace) -> DataSpec | None:
+    """The data that the command line names, or None."""
+    options = given(args, DataSpec, "dataset_")
+    if args.dataset is None and options:
+        raise PicoError("give the DATASET too, or leave its options out")
+    return None if args.dataset is None else DataSpec(args.dataset, **options)
 
 
 def command_eval(args: argparse.Namespace) -> int:
@@ -326,18 +322,15 @@ def say_which_is_best(args: argparse.Namespace) -> None:
 
 def data_to_measure(args: argparse.Namespace, stored: dict[str, Any] | None) -> DataSpec:
     """The data that the options name, or those of the run, from its training.json."""
-    named = given(args, DataSpec, "dataset_")
-    run_dir = run_folder(args.path, args.run)
-    if args.split == "all" and (unused := named.keys() & {"validation_size", "validation_split"}):
-        options = " and ".join(option_of("dataset_" + name) for name in sorted(unused))
-        raise PicoError(f"--split all holds nothing out: leave {options} out")
-    if args.dataset is not None:
-        return DataSpec(args.dataset, **named)
-    if named:
-        raise PicoError("give the DATASET too, or leave its options out to use the run's data")
-    if stored is None:
+    if args.split == "all":
+        named = given(args, DataSpec, "dataset_").keys()
+        if unused := named & {"validation_size", "validation_split"}:
+            options = " and ".join(option_of("dataset_" + name) for name in sorted(unused))
+            raise PicoError(f"--split all holds nothing out: leave {options} out")
+    spec, run_dir = named_data(args), run_folder(args.path, args.run)
+    if spec is None and stored is None:
         raise PicoError(f"{run_dir} names no data in a training.json; give a DATASET or --text")
-    return stored_spec(stored, run_dir)
+    return spec or stored_spec(stored, run_dir)
 
 
 def default_split(
@@ -530,21 +523,22 @@ def command_bench(args: argparse.Namespace) -> int:
     """Measure a step of training, or decoding, on this machine: a model of random weights.
 
     Times are medians. `model` are the GFLOPs that the mathematics requires, `executed` those that
-    the kernels execute. MFU and HFU divide the rates of these two by that of a plain matmul; above
-    100 %, other processes slowed that matmul down.
+    the kernels execute. MFU and HFU divide the rates of these two by the highest rate measured
+    before; above 100 %, other processes slowed that measurement down.
     """
+    if args.repeats < 1:
+        raise PicoError(f"repeats must be at least 1, not {args.repeats}")
     sizes = load_config(args.model) if args.model else Config()
     config = dataclasses.replace(sizes, **given_sizes(args))
     settings = TrainSettings(**BENCH_DEFAULTS | given(args, TrainSettings))
-    shown = {"repeats": args.repeats, "progress": True}
     if args.mode == "decode":
         for name in (*BENCH_TRAIN, "devices"):
             if getattr(args, name) is not None:
                 raise PicoError(f"{option_of(name)} belongs to bench train, not to bench decode")
-        records = bench_decode(config, settings.context_len, **shown)
+        records = bench_decode(config, settings.context_len, args.repeats)
     else:
         devices = () if args.devices is None else parse_devices(args.devices)
-        records = bench_train(config, settings, devices, **shown)
+        records = bench_train(config, settings, devices, args.repeats)
     for record in records:
         show(json.dumps(record) if args.json else describe_measured(record))
     return 0

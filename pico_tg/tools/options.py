@@ -273,10 +273,11 @@ def add_bench_options(parser: Parser) -> None:
         "--context-len", type=int, metavar="N",
         help="bytes of a training window, or of the prompt (default: 1024)",
     )  # fmt: skip
-    add_fields(parser, TrainSettings, BENCH_TRAIN, note="train: ", defaults=BENCH_DEFAULTS)
-    parser.add_argument(
+    training = parser.add_argument_group("only of bench train")
+    add_fields(training, TrainSettings, BENCH_TRAIN, defaults=BENCH_DEFAULTS)
+    training.add_argument(
         "--devices", metavar="N",
-        help="train: share each batch among N devices, or among named ones: CUDA:0,CUDA:1",
+        help="share each batch among N devices, or among named ones: CUDA:0,CUDA:1",
     )  # fmt: skip
     parser.add_argument(
         "--repeats", type=int, default=5, metavar="N",
@@ -290,21 +291,20 @@ def add_fields(
     names: tuple[str, ...] = (),
     without: tuple[str, ...] = (),
     prefix: str = "",
-    note: str = "",
     defaults: dict[str, Any] | None = None,
 ) -> None:
     """Options for the fields of a dataclass; `given` reads them.
 
     - parser: a Parser or a group of one
     - names: the fields (default: all of them); without: fields to leave out
-    - prefix: precedes the name of each field; note: precedes the help
+    - prefix: precedes the name of each field
     - defaults: shown in place of the fields' own
     """
     for field in dataclasses.fields(cls):
         if field.name in without or (names and field.name not in names):
             continue
         told = field.metadata  # `off` is the help of a flag that switches the field off
-        text, choices = note + told.get("off", told["help"]), told["choices"]
+        text, choices = told.get("off", told["help"]), told["choices"]
         default = (defaults or {}).get(field.name, field.default)
         kinds = {*types_of(field)} - {type(None)}
         negated = "no_" if default is True else ""

@@ -195,7 +195,7 @@ def describe_measured(record: dict) -> str:
                 if key != "measured")  # fmt: skip
         return f"seconds since the start of the process: {', '.join(ends)}"
     if name == "memory":
-        return "peak memory: " + ", ".join(
+        return "memory: " + ", ".join(
             f"{key[:-7]} {value / 1e9:.2f} GB" for key, value in record.items() if key != "measured"
         )
     line = (

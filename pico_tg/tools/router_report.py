@@ -116,11 +116,9 @@ def _places(evaluation: Evaluation) -> Iterator[tuple[str, ByteKind]]:
 
 def _kinds(data: np.ndarray, text: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     """Each kind of byte: its name, and which bytes of the text are of that kind, bool [N]."""
-    before = np.append(np.uint8(0), data[:-1])
-    follows = np.append(False, text[:-1])  # the byte before is text as well
     space, later, word = (table[data] for table in (WHITESPACE, CONTINUATION, WORD))
     first = text & ~space & ~later
-    in_word = follows & WORD[before]
+    in_word = _before(text & word)
     yield "word_start", first & word & ~in_word
     yield "word_inside", first & word & in_word
     yield "whitespace", text & space
@@ -132,7 +130,7 @@ def _kinds(data: np.ndarray, text: np.ndarray) -> Iterator[tuple[str, np.ndarray
 def _surprisal(evaluation: Evaluation) -> float | None:
     """RouterReport.surprisal_ratio."""
     text, nats = evaluation.text, evaluation.figures["nats"]
-    measured = text & np.append(text[1:], False)  # the next byte is text as well
+    measured = text & _after(text)  # the next byte is text as well
     routed = measured & evaluation.figures["decisions"]
     if not routed.any() or not nats[measured].any():  # a text that is certain surprises nowhere
         return None

@@ -53,12 +53,26 @@ class Character:
 
 
 def characters(records: Iterable[GeneratedByte], begun: bytes = b"") -> Iterator[Character]:
-    """The characters of one sample, each as soon as its last byte is known.
+    """The characters of one sample, each as soon as no later byte can change it.
 
     Bytes that cannot become a character are yielded as U+FFFD as soon as this is certain, and
-    decoding continues after these bytes. `begun`: bytes before the first record, see
-    `split_prompt`.
+    decoding continues after these bytes. \\r\\n, a line break of Windows, is one character: a \\r
+    waits for the next byte. `begun`: bytes before the first record, see `split_prompt`.
     """
+    held: list[Character] = []
+    for character in _decoded(records, begun):
+        if held and character.text == "\n":
+            both = held[0].records + character.records
+            held, character = [], Character("\r\n", b"\r\n", both)
+        yield from held
+        held = [character] if character.text == "\r" else []
+        if not held:
+            yield character
+    yield from held
+
+
+def _decoded(records: Iterable[GeneratedByte], begun: bytes) -> Iterator[Character]:
+    """See `characters`; \\r\\n are two of these."""
     data, pending = begun, []
 
     def complete() -> Iterator[Character]:
@@ -80,20 +94,6 @@ def characters(records: Iterable[GeneratedByte], begun: bytes = b"") -> Iterator
         yield from complete()
     if data:
         yield Character(BAD, data, tuple(pending))
-
-
-def line_breaks(found: Iterable[Character]) -> Iterator[Character]:
-    """The characters, with \\r\\n, a line break of Windows, as one."""
-    held: list[Character] = []
-    for character in found:
-        if held and character.text == "\n":
-            data, records = held[0].data + character.data, held[0].records + character.records
-            held, character = [], Character("\r\n", data, records)
-        yield from held
-        held = [character] if character.text == "\r" else []
-        if not held:
-            yield character
-    yield from held
 
 
 def split_prompt(prompt: bytes) -> tuple[str, bytes]:
@@ -122,18 +122,6 @@ def split_samples(
     return map(sample, range(count))
 
 
-def decode_text(
-    records: Iterable[GeneratedByte], mark: str = "", begun: bytes = b""
-) -> Iterator[str]:
-    """The text of one sample, each character as soon as it is complete; `mark` before routed bytes.
-
-    A byte that is not UTF-8 becomes U+FFFD. The marks of all bytes of a character precede the
-    character. A \\r waits for the next byte, since \\r\\n is one piece. `begun`: see `characters`.
-    """
-    for character in line_breaks(characters(records, begun)):
-        yield mark * character.routed + character.text
-
-
 def show_samples(
     records: Iterable[GeneratedByte],
     prompt: bytes,
@@ -142,7 +130,7 @@ def show_samples(
 ) -> None:
     """Print the prompt and each of its continuations, byte by byte, on standard output.
 
-    marks: put `_` before routed bytes.
+    marks: put `_` before routed bytes; those of a character's bytes precede the character.
     """
     terminal = results().isatty()
     text, begun = split_prompt(prompt)
@@ -151,8 +139,9 @@ def show_samples(
             put(f"--- sample {number} of {num_samples} ---\n")
         put(visible(text) if terminal else text)
         try:
-            for piece in decode_text(sample, "_" if marks else "", begun):
-                put(visible(piece) if terminal else piece)
+            for character in characters(sample, begun):
+                mark = "_" * character.routed if marks else ""
+                put(mark + (visible(character.text) if terminal else character.text))
         finally:  # also after an interrupt
             put("\n")
 

@@ -20,10 +20,9 @@ from ..decoder import Decoder
 from ..files import PicoError
 from ..generation import GeneratedByte, SampleSettings, Stats, generate, to_sentence
 from ..model import Pico
-from ..progress import escape_code
-from .html import STYLE, choices, shades, tips
+from .html import STYLE, choices, mark_up
 from .report import describe_routing
-from .terminal import Character, characters, line_breaks
+from .terminal import characters
 
 MAX_BODY = 1 << 16  # bytes of a request
 WAIT = 10  # seconds that a request waits for the end of the one before it
@@ -78,7 +77,8 @@ class Handler(BaseHTTPRequestHandler):
         )
         policy = (
             f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
-            "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+            "style-src-attr 'unsafe-inline'; connect-src 'self'; base-uri 'none'; "
+            "form-action 'none'; frame-ancestors 'none'"
         )
         self.start(200, "text/html; charset=utf-8", {"Content-Security-Policy": policy})
         self.wfile.write(page.encode())
@@ -133,12 +133,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def refuse(self, refused: Refused) -> None:
         status, why = refused.args
-        if self.command == "GET":  # a browser shows plain text, and would download JSON lines
-            self.start(status, "text/plain; charset=utf-8")
-            self.wfile.write(f"{why}\n".encode())
-        else:
-            self.start(status, "application/x-ndjson")
-            self.wfile.write(line(error=why))
+        self.start(status, "text/plain; charset=utf-8")
+        self.wfile.write(f"{why}\n".encode())
 
     def handle(self) -> None:
         # the page was closed, or its stop button pressed
@@ -184,9 +180,9 @@ def continuation(decoder: Decoder, prompt: bytes, settings: SampleSettings) -> I
     given = dataclasses.asdict(settings) | {"max_bytes": settings.max_bytes + SENTENCE}
     try:
         records = generate(decoder.model, prompt, decoder=decoder, stats=stats, **given)
-        for character in line_breaks(characters(to_sentence(records, settings.max_bytes))):
+        for character in characters(to_sentence(records, settings.max_bytes)):
             shown += character.records
-            yield describe_character(character)
+            yield line(html=mark_up(character))
     except PicoError as error:
         yield line(error=str(error))
     except Exception as error:  # whatever breaks it off, the page says so
@@ -201,23 +197,6 @@ def describe_continuation(shown: list[GeneratedByte], stats: Stats) -> str:
     passes = f", {stats.bytes / max(1, stats.passes):.2f} bytes per pass" if stats.drafts else ""
     speed = stats.bytes / max(1e-9, stats.seconds)
     return f"{describe_routing(shown)} {len(shown)} bytes, {speed:.0f} bytes/s{passes}."
-
-
-def describe_character(character: Character) -> bytes:
-    if not character.valid:
-        shown = "".join(f"\\x{byte:02x}" for byte in character.data)
-    elif character.text.isprintable() or character.text in ("\n", "\r\n", "\t"):
-        shown = character.text.replace("\r\n", "\n")
-    else:
-        shown = escape_code(character.text)
-    weight, surprisal = (round(shade, 3) for shade in shades(character))
-    return line(
-        text=shown,
-        weight=weight,
-        surprisal=surprisal,
-        drafted=character.drafted,
-        tip="\n".join(tips(character)),
-    )
 
 
 def line(**values: object) -> bytes:

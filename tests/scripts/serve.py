@@ -3,24 +3,13 @@
 import sys
 import threading
 
+from helpers import TINY
+
 import pico_tg
 
 if "enabled" in sys.argv:
     pico_tg.enable_compile_cache()
-model = pico_tg.Pico(
-    pico_tg.Config(
-        dim=24,
-        next_tokens=3,
-        att_q_heads=4,
-        att_kv_heads=2,
-        fb_num_blocks=1,
-        fb_att_window_size=6,
-        latent_capacity_factor=0.25,
-        latent_num_blocks=1,
-        latent_att_window_size=9,
-    ),
-    seed=0,
-)
+model = pico_tg.Pico(TINY, seed=0)
 texts = []
 
 
