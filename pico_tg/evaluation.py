@@ -59,9 +59,9 @@ class CausalPass:
         devices: tuple[str, ...] = (),
     ) -> None:
         self.model, self.settings, self.wanted, self.devices = model, settings, wanted, devices
-        self.slots = length
-        if "nats" in wanted:  # top-k routing alone fills exactly its slots
-            self.slots = min(length, 2 * max(1, model.config.capacity(length)))
+        self.slots = min(length, 2 * max(1, model.config.capacity(length)))
+        if wanted == ("nats_top_k",):  # which has as many slots as it selects
+            self.slots = length
         compiled = partial(
             jit_method,
             self._graph,

@@ -37,7 +37,6 @@ from .progress import Events
 from .routing import top_k_decisions
 from .runs import (
     BITS,
-    MAY_CHANGE,
     Progress,
     Record,
     Run,
@@ -52,7 +51,9 @@ from .runs import (
 UNREAD = 0.03  # share of the data; `train` says so if more of them are in no window
 # settings that are no constants of a compiled step; router_warmup_steps only adds a tensor
 NOT_COMPILED = (
-    *MAY_CHANGE, "learning_rate", "warmup_steps", "router_warmup_steps", "validation_bytes", "seed"
+    "learning_rate", "epochs", "max_steps", "max_minutes", "warmup_steps", "router_warmup_steps",
+    "validation_interval", "checkpoint_interval", "validation_bytes", "keep_checkpoints",
+    "keep_best", "seed",
 )  # fmt: skip
 ADAMW_STATE = ("b1_t", "b2_t", "m", "v")
 
@@ -337,7 +338,7 @@ def train(
     if settings not in (None, "chosen", "published"):
         raise PicoError(f"settings must be chosen or published, not {settings!r}")
     if resume and settings:
-        raise PicoError("settings is for a new run; a resumed run has its own")
+        raise PicoError("settings is for a new run; a resumed run has its own, leave it out")
     chosen = _chosen_settings(given, stored, folder, devices, force)
     _check_for_model(chosen, model.config)
     if folder is not None and not resume:
@@ -412,7 +413,7 @@ def _stored_run(
 ) -> dict[str, Any]:
     """The training.json of the run to resume. Raises PicoError if it trained another model."""
     if base_weights is not None:
-        raise PicoError("base_weights is for a new run; a resumed run has its own weights")
+        raise PicoError("base_weights is for a new run; a resumed run has its own, leave it out")
     if folder is None:
         raise PicoError("nothing to resume: no run was named")
     stored = read_description(folder)
@@ -482,7 +483,7 @@ def _set_steps(
     left = settings.epochs * len(windows) - progress.windows
     total = min(settings.max_steps, progress.step + math.ceil(max(0, left) / windows.batch_size))
     now = {"the last step": total, "max_minutes": settings.max_minutes}
-    changed = differences(before | {"the last step": progress.steps}, now)
+    changed = differences(before | {"the last step": progress.steps or total}, now)
     if progress.step and changed:
         events.say(
             f"{changed}: from step {progress.step + 1} on the learning rate follows the curve of "

@@ -172,7 +172,7 @@ MISTAKES = {  # a command line, and what its error names
     "train {damaged} r {text}": "dim must be",
     "train {trained} run {text}": "continue it with --resume",
     "train {trained} sub/a {text}": "a new RUN is a name without a folder, not 'sub/a'",
-    "train {trained} run --resume --base-weights x": "base_weights is for a new run",
+    "train {trained} run --resume --base-weights x": "--base-weights is for a new run",
     "train {trained} run --resume --from {trained} run": "--from is for a new run",
     "train new r {text} --from {trained} run --base-weights x": "both name the weights",
     "train new r {text} --from nowhere run": "nowhere is no model: there is no such folder; --from",
@@ -218,7 +218,10 @@ MISTAKES = {  # a command line, and what its error names
     "run {trained} run --html no/where.html": "no folder",
     "run {trained} run --html .": "not a file",
     "run {trained} run --html /dev/null": "not a file",
-    "train {model} ../run": "RUN must name a run",
+    **{
+        f"{name} {{model}} ../run": "RUN must name a run"
+        for name in ("train", "eval", "run", "info", "plot")
+    },
 }
 
 

@@ -6,7 +6,8 @@ from html.parser import HTMLParser
 
 from helpers import record, records
 
-from pico_tg.tools.html import html_page
+from pico_tg.tools.html import html_page, mark_up
+from pico_tg.tools.terminal import characters
 
 
 class Page(HTMLParser):
@@ -144,3 +145,21 @@ def test_nothing_is_hidden_in_a_page():
     (line_break,) = (a for part, a in page.samples[0] if part == "\n")
     assert line_break["class"] == "n"
     assert "\nline break byte 2 of 2 0x0a" in line_break["data-tip"]
+
+
+def test_no_character_is_markup():
+    """The web page inserts what `mark_up` returns: whatever the model writes, tags are our own."""
+    found = []
+
+    class Tags(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            found.append((tag, {name for name, _ in attrs}))
+
+    written = bytes(range(256)) + "".join(map(chr, range(0x3000))).encode()
+    tags = Tags()
+    for character in characters(records(written)):
+        tags.feed(mark_up(character))
+    tags.close()
+    assert {tag for tag, _ in found} == {"b", "i"}
+    assert set.union(*(names for _, names in found)) <= {"class", "style", "data-tip"}
+    assert len([tag for tag, _ in found if tag == "b"]) > 0x3000

@@ -105,6 +105,8 @@ def test_from_several_threads(graph_of):
             for _ in range(3):
                 jit(Tensor.ones(96, 64).contiguous().realize())
             jits.append(jit)
+            (graph,) = (c.src[0] for c in jit.captured.linear.src if c.src[0].arg == "graph")
+            assert get_graph_runtime(graph).launcher is not None
     inputs = [Tensor.full((96, 64), float(i)).contiguous().realize() for i in range(2)]
     found = {}
 

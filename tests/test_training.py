@@ -219,6 +219,7 @@ def test_overflow_of_a_rule(accumulation):
 
 
 @SLOW
+@pytest.mark.usefixtures("without_stored_graphs")  # so that `planned_memory` sees them
 def test_steps_without_cpu_kernels(monkeypatch):
     """tinygrad's own schedules, as on a GPU, train as the CPU kernels do."""
     windows = batch(np.random.default_rng(2), 1, 2, 40 + CONFIG.next_tokens)

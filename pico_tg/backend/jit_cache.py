@@ -147,9 +147,7 @@ class StoredGraph:
         self.known: dict[UOp, int] = {}  # the number of each buffer; tensors may share one
         numbers = [self.known.setdefault(x.uop.base, len(self.known)) for x in self.tensors]
         shapes = [(x.shape, x.dtype, x.device) for x in (*self.tensors, *inputs)]
-        # tinygrad's TinyJit reads JITBEAM, `has_cpu_kernels` PICO_KERNELS
-        variables = getenv("JITBEAM"), os.environ.get("PICO_KERNELS")
-        settings = JIT.value, *variables, Tensor.training
+        settings = JIT.value, getenv("JITBEAM"), Tensor.training  # TinyJit reads JITBEAM
         renderer = Device[self.tensors[0].device].renderer
         self.key = _key(self.name, shapes, numbers, _source(), settings, *_target(renderer))
         self.before = set(buffers)

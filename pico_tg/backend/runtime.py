@@ -175,7 +175,8 @@ def jit_method(
     method_jit.cnt = 1
     kept = tensors and JIT and jit_cache.installed()
     if kept and (jit_cache.training_graphs or not of_training):
-        name = f"{method.__qualname__} {constants} {determined_by!r}"
+        fast = has_cpu_kernels(Device.DEFAULT)
+        name = f"{method.__qualname__} {constants} {determined_by!r} {fast}"
         method_jit.stored = jit_cache.StoredGraph(name, tensors)
     return method_jit
 

@@ -144,8 +144,10 @@ def command_train(args: argparse.Namespace) -> int:
     """Train the model in PATH on DATASET; write weights and metrics to PATH/RUN."""
     run_dir, settings = run_folder(args.path, args.run), given(args, TrainSettings)
     spec = named_data(args)
-    if args.resume and args.source:
-        raise PicoError("--from is for a new run; leave it out with --resume")
+    new = {"--base-weights": args.base_weights, "--from": args.source, "--settings": args.settings}
+    for option, value in new.items():
+        if args.resume and value:
+            raise PicoError(f"{option} is for a new run; leave it out with --resume")
     if args.source and args.base_weights:
         raise PicoError("--from and --base-weights both name the weights to start from; give one")
     if args.force and not args.resume:
@@ -229,7 +231,7 @@ def named_data(args: argparse.Namespace) -> DataSpec | None:
     """The data that the command line names, or None."""
     options = given(args, DataSpec, "dataset_")
     if args.dataset is None and options:
-        raise PicoError("give the DATASET too, or leave its options out")
+        raise PicoError("give the DATASET too, which these options are about, or leave them out")
     return None if args.dataset is None else DataSpec(args.dataset, **options)
 
 
@@ -523,8 +525,8 @@ def command_bench(args: argparse.Namespace) -> int:
     """Measure a step of training, or decoding, on this machine: a model of random weights.
 
     Times are medians. `model` are the GFLOPs that the mathematics requires, `executed` those that
-    the kernels execute. MFU and HFU divide the rates of these two by the highest rate measured
-    before; above 100 %, other processes slowed that measurement down.
+    the kernels execute. MFU and HFU divide the rates of these two by the rate that the first line
+    of the table names; above 100 %, other processes slowed that measurement down.
     """
     if args.repeats < 1:
         raise PicoError(f"repeats must be at least 1, not {args.repeats}")

@@ -195,9 +195,11 @@ def describe_measured(record: dict) -> str:
                 if key != "measured")  # fmt: skip
         return f"seconds since the start of the process: {', '.join(ends)}"
     if name == "memory":
-        return "memory: " + ", ".join(
-            f"{key[:-7]} {value / 1e9:.2f} GB" for key, value in record.items() if key != "measured"
+        names = {"tensor_memory": "tensors", "resident_memory": "the process at most"}
+        used = ", ".join(
+            f"{name} {record[k] / 1e9:.2f} GB" for k, name in names.items() if k in record
         )
+        return f"memory: {used}"
     line = (
         f"{name:20}{record['seconds']:>10.4f}{record['bytes_per_second']:>10,.0f}"
         f"{record['kernels']:>9}{record['operations'] / 1e9:>10.4g}"

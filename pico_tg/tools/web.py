@@ -75,6 +75,7 @@ class Handler(BaseHTTPRequestHandler):
             nonce=nonce,
             choices=choices(drafts=self.server.decoder.model.config.next_tokens > 1),
         )
+        # style-src-attr: the shade of a character is an attribute; older browsers show none
         policy = (
             f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
             "style-src-attr 'unsafe-inline'; connect-src 'self'; base-uri 'none'; "

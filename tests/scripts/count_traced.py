@@ -28,11 +28,8 @@ count(CausalPass, "_graph")
 pico_tg.enable_compile_cache("script" not in sys.argv)
 config = Config(dim=16, att_q_heads=2, att_kv_heads=1, fb_num_blocks=1, latent_num_blocks=1)
 rng, numbers = np.random.default_rng(0), []
-for micro_batches, optimizer, weight_decay in (
-    (1, "soap", 0.1),
-    (1, "soap", 0.5),
-    (2, "adamw", 0.1),
-)[: 1 if "script" in sys.argv else None]:
+kinds = [(1, "soap", 0.1), (1, "soap", 0.5), (2, "adamw", 0.1)]
+for micro_batches, optimizer, weight_decay in kinds[:1] if "script" in sys.argv else kinds:
     model = Pico(config, seed=0)
     settings = {"optimizer": optimizer, "grad_accumulation_steps": micro_batches}
     step = TrainStep(model, TrainSettings(weight_decay=weight_decay, **settings))
