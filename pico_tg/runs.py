@@ -152,9 +152,8 @@ class Run:
         except BlockingIOError:
             self.lock.close()
             raise PicoError(
-                f"{folder} is being trained: wait for the other process, or stop it; if this "
-                "process trains it, close the generator that train() returned (records.close() "
-                "saves its last step), or restart the process"
+                f"{folder} is being trained; wait for that process, or stop it (in one script, "
+                "records.close() ends the training of records = train(…))"
             ) from None
         except OSError:
             pass  # a file system without locks: two processes can train one run
@@ -262,8 +261,12 @@ def run_folder(path: str | os.PathLike, run: str | os.PathLike) -> Path:
     """The folder of RUN in the model PATH. Raises PicoError if RUN leads out of PATH."""
     name = Path(run)
     if name.is_absolute() or ".." in name.parts or name == Path():
-        raise PicoError(f"RUN must name a run of {path}, not {os.fspath(run)!r}")
+        raise PicoError(f"RUN must name a run of {path}, not {os.fspath(run)!r}{_misplaced(run)}")
     return model_folder(path) / name
+
+
+def _misplaced(run: str | os.PathLike) -> str:
+    return "; a DATASET follows the RUN" if os.path.isfile(run) else ""
 
 
 def existing_run(path: str | os.PathLike, run: str | os.PathLike) -> Path:
@@ -272,7 +275,7 @@ def existing_run(path: str | os.PathLike, run: str | os.PathLike) -> Path:
     if not folder.is_dir():
         there = ", ".join(runs_of(path))
         way = f"its runs are: {there}" if there else f"make one with: {command('train', path, run)}"
-        raise PicoError(f"{path} has no run {run}; {way}")
+        raise PicoError(f"{path} has no run {run}; {way}{_misplaced(run)}")
     return folder
 
 

@@ -183,6 +183,8 @@ MISTAKES = {  # a command line, and what its error names
     "train new r nowhere.txt --from {trained} run": "nowhere.txt",
     "train {trained} run --resume --dataset-train-split a": "give the DATASET too",
     "train {model} r --valid {text}": "give the DATASET too",
+    "train {model} r row.jsonl": "no file or folder row.jsonl; did you mean rows.jsonl?",
+    "eval {trained} {text}": "; a DATASET follows the RUN",
     "eval {trained} nothing": "{trained} has no run nothing; its runs are: run",
     "eval {trained} run --checkpoint 77": "checkpoints exist of steps 3",
     "eval {trained} run --dataset-column-name a": "give the DATASET too",
@@ -585,7 +587,7 @@ def test_text_that_was_trained_on_is_said(trained, tmp_path, capsys):
         assert cli.main(["eval", str(trained), "run", *flags, *short]) == 0
         out, err = capsys.readouterr()
         assert f": {part}" in out
-        line = f"{trained}/run was trained on at least about "
+        line = f"{trained}/run was trained on about "
         assert any(part.startswith(line) for part in err.splitlines()) == said
 
 
@@ -737,9 +739,9 @@ def test_the_newest_run_is_the_default(trained, capsys):
     assert cli.main(["run", str(trained), *options]) == 0
     found = capsys.readouterr()
     assert found.out == named.out
-    assert found.err == "run run\n" + named.err
+    assert found.err == f"{trained}, run run\n" + named.err
     assert cli.main(["eval", str(trained), "--text", "a fox"]) == 0
-    assert capsys.readouterr().err.startswith("run run\n")
+    assert capsys.readouterr().err.startswith(f"{trained}, run run\n")
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ def test_buffers_with_a_number_of_this_process_are_not_stored():
             assert (Schedules().get(key) is graph) == stored
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=1)
 def test_a_second_process_builds_no_graph_of_training(tmp_path):
     """Steps that differ in a constant, a step of micro-batches with AdamW, and a validation."""
     made, expected = run("count_traced.py", tmp_path / "a.db")

@@ -81,7 +81,7 @@ def load_data(spec: DataSpec, progress: bool = True) -> Data:
         )
     note = [f"training on {_sizes(train)}{_files(train)}; validating on {held_out}", *remarks]
     if (share := shared(validation.bytes, train.bytes)) > CHANCE:
-        note.append(f"at least about {share:.0%} of the text to validate on is also trained on")
+        note.append(f"about {share:.0%} of the text to validate on is also trained on")
     return Data(train, validation, "\n".join(note), found.spec, remarks)
 
 
@@ -175,7 +175,7 @@ def trained_on(text: np.ndarray, data: Data | Corpus, stored: dict[str, Any], ru
         share = shared(text, data.train.bytes)
     except PicoError as error:
         return f"it is not known whether {run} was trained on this text: {error}"
-    line = f"{run} was trained on at least about {share:.0%} of this text"
+    line = f"{run} was trained on about {share:.0%} of this text"
     return line if share > CHANCE else ""
 
 

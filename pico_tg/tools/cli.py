@@ -104,7 +104,7 @@ def choose_run(args: argparse.Namespace) -> None:
     """Without a RUN, take the newest one, and say so."""
     if args.run is None:
         args.run = newest_run(args.path)
-        say(f"run {args.run}")
+        say(f"{args.path}, run {args.run}")
 
 
 def command_init(args: argparse.Namespace) -> int:
@@ -231,7 +231,9 @@ def named_data(args: argparse.Namespace) -> DataSpec | None:
     """The data that the command line names, or None."""
     options = given(args, DataSpec, "dataset_")
     if args.dataset is None and options:
-        raise PicoError("give the DATASET too, which these options are about, or leave them out")
+        raise PicoError(
+            "give the DATASET too, or leave out what goes with it: --valid, --dataset-…"
+        )
     return None if args.dataset is None else DataSpec(args.dataset, **options)
 
 

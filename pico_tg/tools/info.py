@@ -18,6 +18,7 @@ from ..runs import (
     read_description,
     read_metrics,
     run_folder,
+    runs_of,
     stored_settings,
 )
 
@@ -35,6 +36,7 @@ def describe(path: str | os.PathLike, run: str | None = None) -> dict[str, Any]:
       it, while `space` may differ
     - cache_bytes: memory of the KV caches, float32, independent of the length of the text
     - kernel_cache: path of the file that holds compiled kernels, and its bytes
+    - runs, unless one is given: the names of those with a checkpoint, the newest first
     - run: its name, settings, dataset, data (what is trained on and what is held out, in words),
       edited (a line if it was trained with another model.json, or ""), base_weights, devices,
       steps (completed), planned_steps (at which training ends; None before the first step), and
@@ -46,7 +48,7 @@ def describe(path: str | os.PathLike, run: str | None = None) -> dict[str, Any]:
     context_len is the run's, or the default. Raises PicoError on a missing or broken model or run.
     """
     config = load_config(path)
-    described, length, checkpoints = {}, TrainSettings.context_len, []
+    described, length, checkpoints = {"runs": runs_of(path)}, TrainSettings.context_len, []
     if run is not None:
         facts = {"name": run} | _describe_run(existing_run(path, run), config)
         described, checkpoints = {"run": facts}, facts["checkpoints"]

@@ -130,6 +130,8 @@ def describe_model(facts: Mapping[str, Any]) -> str:
     kernels = facts["kernel_cache"]
     kept = f"compiled kernels: {kernels['bytes'] / 1e6:,.0f} MB in {kernels['file']}"
     parts = [sizes, parameters, costs, kept]
+    if runs := facts.get("runs"):
+        parts.append(f"runs: {', '.join(runs)}; with a RUN, info lists its checkpoints")
     if run := facts.get("run"):
         data = [("data " + name, str(v)) for name, v in run["dataset"].items() if v is not None]
         own = [(name, str(value)) for name, value in run["settings"].items()]
@@ -137,7 +139,7 @@ def describe_model(facts: Mapping[str, Any]) -> str:
         trained = [("steps", f"{run['steps']:,}")] if run["steps"] else []  # of metrics.jsonl
         parts.append([("run", run["name"]), *trained, *data, *own])
         parts += [run["data"]] if run["data"] else []
-        rows = [("checkpoint", "MB", "bits/byte with tags", "held out", "routed")]
+        rows = [("checkpoint", "MB", "bits/byte of its step", "held out", "routed")]
         for checkpoint in run["checkpoints"]:
             figures = [
                 format(checkpoint[name], style) if name in checkpoint else "-"
