@@ -175,8 +175,7 @@ def jit_method(
     method_jit.cnt = 1
     kept = tensors and JIT and jit_cache.installed()
     if kept and (jit_cache.training_graphs or not of_training):
-        fast = has_cpu_kernels(Device.DEFAULT)
-        name = f"{method.__qualname__} {constants} {determined_by!r} {fast}"
+        name = f"{method.__qualname__} {constants} {determined_by!r} {launcher is not None}"
         method_jit.stored = jit_cache.StoredGraph(name, tensors)
     return method_jit
 

@@ -179,7 +179,9 @@ def _open(spec: DataSpec) -> Folder:
     if looks_local or format_of(spec.dataset) or spec.dataset.lower().endswith(".zip"):
         if spec.path.exists():
             raise PicoError(f"{spec.dataset} is a local path, not on the hub; leave revision out")
-        there = os.listdir(spec.path.parent) if spec.path.parent.is_dir() else []
+        there = []
+        with contextlib.suppress(OSError):
+            there = os.listdir(spec.path.parent)
         near = difflib.get_close_matches(spec.path.name, there, 1, 0.8)
         meant = f"; did you mean {spec.path.with_name(near[0])}?" if near else ""
         raise PicoError(f"there is no file or folder {spec.dataset}{meant}")

@@ -527,8 +527,8 @@ def command_bench(args: argparse.Namespace) -> int:
     """Measure a step of training, or decoding, on this machine: a model of random weights.
 
     Times are medians. `model` are the GFLOPs that the mathematics requires, `executed` those that
-    the kernels execute. MFU and HFU divide the rates of these two by the rate that the first line
-    of the table names; above 100 %, other processes slowed that measurement down.
+    the kernels execute. MFU and HFU divide the rates of these two by the rate that the line
+    above the table names; above 100 %, other processes slowed that measurement down.
     """
     if args.repeats < 1:
         raise PicoError(f"repeats must be at least 1, not {args.repeats}")

@@ -48,8 +48,10 @@ def describe(path: str | os.PathLike, run: str | None = None) -> dict[str, Any]:
     context_len is the run's, or the default. Raises PicoError on a missing or broken model or run.
     """
     config = load_config(path)
-    described, length, checkpoints = {"runs": runs_of(path)}, TrainSettings.context_len, []
-    if run is not None:
+    length, checkpoints = TrainSettings.context_len, []
+    if run is None:
+        described = {"runs": runs_of(path)}
+    else:
         facts = {"name": run} | _describe_run(existing_run(path, run), config)
         described, checkpoints = {"run": facts}, facts["checkpoints"]
         if facts["settings"]:
