@@ -7,7 +7,6 @@ DataSpec (data/spec.py) are made of the same fields.
 """
 
 import dataclasses
-import difflib
 import functools
 import json
 import math
@@ -18,7 +17,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from .files import PicoError, atomic_write, differences
+from .files import PicoError, atomic_write, did_you_mean, differences
 from .routing import RULES
 
 ROUTERS = ("learned", *RULES)
@@ -132,8 +131,7 @@ def settings_class(cls: type) -> type:
     @functools.wraps(init)
     def checked(self: Any, /, *values: Any, **keywords: Any) -> None:
         for name in sorted(keywords.keys() - known):
-            near = difflib.get_close_matches(name, known, 1, cutoff=0.7)
-            hint = f" (did you mean {near[0]}?)" if near else ""
+            hint = did_you_mean(name, known)
             raise PicoError(f"unknown setting {name}{hint}; there are: {', '.join(known)}")
         init(self, *values, **keywords)
 

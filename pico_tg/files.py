@@ -1,11 +1,12 @@
 """Atomic and durable writes, and PicoError, the exception for errors that a user can fix."""
 
 import contextlib
+import difflib
 import errno
 import os
 import shlex
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,6 +21,15 @@ class PicoError(Exception):
 def command(*words: object) -> str:
     """A pico_tg command for a message, quoted for the shell."""
     return f"python -m pico_tg {shlex.join(map(str, words))}"
+
+
+def did_you_mean(name: str, known: Iterable[str], folder: Path | None = None) -> str:
+    """The text " (did you mean X?)", X the most similar known name; "" if none is similar.
+
+    folder: precedes X if the names are those of files in it
+    """
+    near = difflib.get_close_matches(name, list(known), 1, cutoff=0.8)
+    return f" (did you mean {folder / near[0] if folder else near[0]}?)" if near else ""
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -36,6 +36,7 @@ from .data import SEQ_END, SEQ_START
 from .decoder import DECODE_ROWS, Decoder, check_decoder
 from .files import PicoError
 from .model import Pico
+from .progress import Bar
 
 # without max_bytes, the text ends at the first end of a sentence after ENOUGH_BYTES
 ENOUGH_BYTES, MOST_BYTES = 800, 1024
@@ -354,6 +355,7 @@ def generate(
     filters: Filter | Iterable[Filter] = (),
     stats: Stats | None = None,
     decoder: Decoder | None = None,
+    progress: bool = False,
     **settings: int | float | None,
 ) -> Iterator[GeneratedByte]:
     """Continue `prompt`, yielding one record for each byte, until `</pico:seq>` or `max_bytes`.
@@ -369,6 +371,7 @@ def generate(
     - decoder: a `Decoder(model)` to reuse, since making one takes seconds; no other model's. A
       decoder serves one generator at a time: once another generator uses the decoder, the earlier
       generator raises PicoError at its next byte
+    - progress: show a bar on stderr while a long prompt is read
 
     May be called from any thread. Raises PicoError on a bad or unknown setting, on a prompt or stop
     that is no text, and on logits that are not finite.
@@ -397,8 +400,14 @@ def generate(
         session = _Session(decoder or Decoder(model))
         with session as claimed:
             claimed.reset(use_latent=chosen.latent)
-            for _, logits, _ in claimed.passes(start):  # all logits of a prompt are large
-                heads = logits[-1]
+            reading = Bar(
+                "reading the prompt", total=len(start), unit="B", unit_scale=True, leave=False,
+                delay=1, disable=not progress,
+            )  # fmt: skip
+            with reading:
+                for piece, logits, _ in claimed.passes(start):  # all logits of a prompt are large
+                    heads = logits[-1]
+                    reading.update(len(piece))
             after_prompt = claimed.snapshot() if chosen.num_samples > 1 else None
         for sample in range(chosen.num_samples):
             if sample > 0:

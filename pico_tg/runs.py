@@ -36,7 +36,7 @@ from .checkpoint import (
 )
 from .config import Config, TrainSettings
 from .costs import CLOSE, validation_steps, validations_left
-from .files import PicoError, atomic_write, command, differences
+from .files import PicoError, atomic_write, command, did_you_mean, differences
 from .model import Pico
 from .progress import say
 
@@ -253,7 +253,10 @@ def load_config(path: str | os.PathLike, remedy: str = "") -> Config:
             raise PicoError(f"{path} is a run, not a model; write {folder.parent} {folder.name}")
         why = "it holds no model.json" if folder.exists() else "there is no such folder"
         remedy = remedy or f"make one with: {command('init', path)}"
-        raise PicoError(f"{path} is no model: {why}; {remedy}")
+        there = [file.parent.name for file in folder.parent.glob("*/model.json")]
+        there += [SHIPPED.name] if folder.parent == Path() else []
+        meant = did_you_mean(folder.name, there, folder.parent)
+        raise PicoError(f"{path} is no model{meant}: {why}; {remedy}")
     return Config.from_json(folder / "model.json")
 
 

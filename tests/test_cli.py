@@ -151,7 +151,7 @@ MISTAKES = {  # a command line, and what its error names
     "init {new} --dim 3": "att_q_heads",
     "init {new} --depth 3": "unrecognized arguments: --depth 3 (see pico_tg init --help)",
     "train {model} x --routr learned": "--routr learned (see pico_tg train --help)",
-    "run {model} --promt=a": "--promt=a; did you mean --prompt? (see pico_tg run --help)",
+    "run {model} --promt=a": "--promt=a (did you mean --prompt?) (see pico_tg run --help)",
     "init {new} --router all --latent-capacity-factor 1": "--latent-capacity-factor has no effect",
     "init {new} --preset large": "invalid choice: 'large' (choose from",
     "init {model}": "exists and is not an empty folder",
@@ -168,6 +168,8 @@ MISTAKES = {  # a command line, and what its error names
     "train {model} r {text} --seed 1.5": "argument --seed: invalid",
     "train {model} r {text} --force": "--force requires --resume",
     "train {model} r {text} --devices 2 --sample-prompt A": "--sample-prompt needs one device",
+    "run {model}s run": "{model}s is no model (did you mean {model}?): there is no such folder",
+    "run storie": "storie is no model (did you mean stories?): there is no such folder; make one",
     "train '{new} model' r {text}": "init '{new} model'",  # quoted for the shell
     "train {damaged} r {text}": "dim must be",
     "train {trained} run {text}": "continue it with --resume",
@@ -183,7 +185,7 @@ MISTAKES = {  # a command line, and what its error names
     "train new r nowhere.txt --from {trained} run": "nowhere.txt",
     "train {trained} run --resume --dataset-train-split a": "give the DATASET too",
     "train {model} r --valid {text}": "give the DATASET too",
-    "train {model} r row.jsonl": "no file or folder row.jsonl; did you mean rows.jsonl?",
+    "train {model} r row.jsonl": "no file or folder row.jsonl (did you mean rows.jsonl?)",
     "eval {trained} {text}": "; a DATASET follows the RUN",
     "eval {trained} nothing": "{trained} has no run nothing; its runs are: run",
     "eval {trained} run --checkpoint 77": "checkpoints exist of steps 3",
@@ -192,7 +194,7 @@ MISTAKES = {  # a command line, and what its error names
     "plot {trained} run --output c.png": "'c.png' would hold SVG; end it in .svg",
     "plot {trained} run --output -": "name a file that ends in .svg, not -",
     "plot {trained}/run {new}/run": "make one with: python -m pico_tg init {new}/run",
-    "plot {trained}/run {trained}/other": "{trained}/other/metrics.jsonl",
+    "plot {trained}/run {trained}/other": "{trained} has no run other; its runs are: run",
     "plot {model}": "no run of {model} has a checkpoint",
     "run {trained} run --html c.pdf": "'c.pdf' would hold HTML; end it in .html",
     "eval {trained} run --html no/where.html": "no folder",
@@ -202,7 +204,7 @@ MISTAKES = {  # a command line, and what its error names
     "eval {trained} run --text a --dataset-column-name b": "leave --dataset-column-name out",
     "eval {trained} run --text a --full": "leave --full out",
     "info {new}": "make one with: python -m pico_tg init {new}",
-    "plot {trained} missing": "metrics.jsonl",
+    "plot {trained} missing": "{trained} has no run missing; its runs are: run",
     "plot stories first": "metrics.jsonl",
     "init stories": "stories is the model that comes with pico_tg",
     "run {model} nothing": "make one with: python -m pico_tg train {model} nothing",
@@ -308,6 +310,13 @@ def test_memory_is_checked_before_the_model_takes_it(model, text, monkeypatch, c
     monkeypatch.setattr(cli, "Pico", None)  # not callable
     assert status(["train", str(model), "r", str(text)]) == 2
     assert "take a smaller context_len, batch_size or model" in error_line(capsys)
+
+
+def test_without_a_dataset_train_says_what_it_reads(model, text, monkeypatch, capsys):
+    monkeypatch.setattr("pico_tg.backend.machine.available_memory", lambda: 1000)
+    for data, said in (([], True), ([str(text)], False)):
+        assert status(["train", str(model), "r", *data]) == 2
+        assert ("no DATASET given: training on python-docs" in capsys.readouterr().err) == said
 
 
 def test_python_chooses_as_the_command_line_does(trained, tmp_path, capsys):

@@ -140,17 +140,25 @@ def open_data(
     if dataset is not None and not isinstance(dataset, DataSpec | Data):
         dataset = DataSpec(dataset)
     before = stored_spec(stored, run) if stored else DataSpec()
+    own = stored and dataset is None
     if dataset is None:
         dataset = before
     elif isinstance(dataset, DataSpec) and dataset.dataset == before.dataset:
         revision = dataset.revision or before.revision  # the hub may have a newer one
         dataset = dataclasses.replace(dataset, revision=revision)
-    data = dataset if isinstance(dataset, Data) else load_data(dataset, progress=progress)
+    try:
+        data = dataset if isinstance(dataset, Data) else load_data(dataset, progress=progress)
+    except PicoError as error:
+        way = "; if the data were moved, name their new path as DATASET" if own else ""
+        raise PicoError(f"{error}{way}") from error
     described = describe_data(data)
     if not stored or described["fingerprints"] == stored["fingerprints"]:
         return data
     if changed := differences(stored["dataset"], described["dataset"]):
-        raise PicoError(f"{run} was trained on other data: {changed}")
+        raise PicoError(
+            f"{run} was trained on other data: {changed}; leave DATASET out to continue on those, "
+            "or train a new RUN"
+        )
     why = ""
     if data.spec.dataset == PYTHON_DOCS:
         why = f" (python-docs are those of the Python that runs, now {platform.python_version()})"

@@ -7,7 +7,6 @@ read or downloaded yet.
 
 import contextlib
 import dataclasses
-import difflib
 import fnmatch
 import json
 import os
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ..files import PicoError, atomic_write
+from ..files import PicoError, atomic_write, did_you_mean
 from .corpus import ROOM, File, Source, cache_root, digest, writing_cache
 from .formats import COMPRESSIONS, READERS, format_of, reason
 from .hub import download, open_hub
@@ -182,8 +181,7 @@ def _open(spec: DataSpec) -> Folder:
         there = []
         with contextlib.suppress(OSError):
             there = os.listdir(spec.path.parent)
-        near = difflib.get_close_matches(spec.path.name, there, 1, 0.8)
-        meant = f"; did you mean {spec.path.with_name(near[0])}?" if near else ""
+        meant = did_you_mean(spec.path.name, there, spec.path.parent)
         raise PicoError(f"there is no file or folder {spec.dataset}{meant}")
     return _hub_folder(spec, name, part)
 

@@ -4,7 +4,6 @@ import argparse
 import codecs
 import contextlib
 import dataclasses
-import difflib
 import errno
 import itertools
 import json
@@ -38,7 +37,7 @@ from ..data import (
 from ..data.formats import odd
 from ..decoder import Decoder
 from ..evaluation import EvalSettings, evaluate
-from ..files import PicoError, atomic_write, command
+from ..files import PicoError, atomic_write, command, did_you_mean
 from ..generation import GeneratedByte, SampleSettings, Stats, generate
 from ..model import Pico
 from ..progress import drop_output, say, visible
@@ -168,6 +167,8 @@ def command_train(args: argparse.Namespace) -> int:
         raise PicoError(f"{args.run} is a file; a name for the run comes before it")
     elif len(Path(args.run).parts) > 1:
         raise PicoError(f"a new RUN is a name without a folder, not {args.run!r}")
+    elif args.dataset is None:
+        say("no DATASET given: training on python-docs, the topics of Python's built-in help")
     seed = dataclasses.replace(stored, **settings).seed
     # before the model takes memory; `train` knows the batch
     check_memory(config, TrainSettings(context_len=1, batch_size=1), Device.DEFAULT)
@@ -372,9 +373,9 @@ def command_run(args: argparse.Namespace) -> int:
     choose_run(args)
     model = load(args.path, args.run, args.checkpoint)
     say_which_is_best(args)
-    stats = Stats()
     stop = [os.fsencode(text) for text in args.stop or ()]
-    records = generate(model, prompt, stop=stop, stats=stats, **dataclasses.asdict(settings))
+    told = {"stats": (stats := Stats()), "progress": True}
+    records = generate(model, prompt, stop=stop, **told, **dataclasses.asdict(settings))
     say(describe_backend())
     kept: list[GeneratedByte] = []
     complete = False
@@ -475,7 +476,7 @@ def command_plot(args: argparse.Namespace) -> int:
     pairs = runs_to_plot(args.path, args.runs)
     runs, data, texts = {}, set(), {}  # texts: the first run that was validated on each
     for name, (model, run) in pairs.items():
-        folder, shown = run_folder(model, run), {"bytes", "bits_per_byte", "router_rate", "lr"}
+        folder, shown = existing_run(model, run), {"bytes", "bits_per_byte", "router_rate", "lr"}
         runs[name] = [r for r in read_metrics(folder) if r.keys() >= shown]
         if not runs[name]:
             raise PicoError(f"{folder}/metrics.jsonl holds no step yet")
@@ -573,8 +574,7 @@ def main(arguments: list[str] | None = None) -> int:
     args, unknown = build_parser(COMMANDS).parse_known_args(marked)
     if unknown:  # reported by the command's parser, whose help lists the command's options
         options = [name for action in args.parser._actions for name in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], options, 1, 0.8)
-        meant = f"; did you mean {near[0]}?" if near else ""
+        meant = did_you_mean(unknown[0].partition("=")[0], options)
         args.parser.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
     try:
         with results_alone():
