@@ -312,11 +312,16 @@ def test_memory_is_checked_before_the_model_takes_it(model, text, monkeypatch, c
     assert "take a smaller context_len, batch_size or model" in error_line(capsys)
 
 
-def test_without_a_dataset_train_says_what_it_reads(model, text, monkeypatch, capsys):
+def test_train_says_what_was_not_asked_for(model, text, monkeypatch, capsys):
     monkeypatch.setattr("pico_tg.backend.machine.available_memory", lambda: 1000)
-    for data, said in (([], True), ([str(text)], False)):
+    for data, expected in (
+        ([], ["no DATASET given"]),
+        ([str(text), "--devices", "CPU:1,CPU:2"], ["several CPU devices share the cores"]),
+        ([str(text)], []),
+    ):
         assert status(["train", str(model), "r", *data]) == 2
-        assert ("no DATASET given: training on python-docs" in capsys.readouterr().err) == said
+        *said, _ = capsys.readouterr().err.splitlines()
+        assert [line.partition(":")[0] for line in said] == expected
 
 
 def test_python_chooses_as_the_command_line_does(trained, tmp_path, capsys):

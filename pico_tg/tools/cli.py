@@ -154,7 +154,6 @@ def command_train(args: argparse.Namespace) -> int:
     if args.source:
         config = load_config(args.source[0], "--from takes PATH and RUN of a trained model")
         args.base_weights = find_checkpoint(existing_run(*args.source))
-        config.exists(args.path / "model.json")
     else:
         config = load_config(args.path)
     devices = () if args.devices is None else parse_devices(args.devices)
@@ -169,6 +168,11 @@ def command_train(args: argparse.Namespace) -> int:
         raise PicoError(f"a new RUN is a name without a folder, not {args.run!r}")
     elif args.dataset is None:
         say("no DATASET given: training on python-docs, the topics of Python's built-in help")
+    if len(devices) > 1 and devices[0].startswith("CPU"):
+        say(
+            "several CPU devices share the cores: training takes longer than on one, and longer "
+            "than estimated"
+        )
     seed = dataclasses.replace(stored, **settings).seed
     # before the model takes memory; `train` knows the batch
     check_memory(config, TrainSettings(context_len=1, batch_size=1), Device.DEFAULT)
@@ -180,8 +184,6 @@ def command_train(args: argparse.Namespace) -> int:
         model, spec, run_dir, devices=devices, resume=args.resume, force=args.force,
         base_weights=args.base_weights, events=display, settings=args.settings, **settings,
     )  # fmt: skip
-    if not config.exists(args.path / "model.json"):  # --from
-        config.to_json(args.path / "model.json")
     say(f"{describe_backend()}; {config.parameters:,} parameters")
     # catch signals only from here on: before the first step, Ctrl-C exits immediately
     with display, contextlib.closing(records):  # an error saves the last step
