@@ -220,11 +220,14 @@ def plan(
     read = steps * _step_bytes(settings)
     if not trained and read < LEAST_READ * config.parameters:
         preset = Config.preset("minutes").parameters < config.parameters
-        smaller = " (init PATH --preset minutes)" if preset else ""
+        way = "train longer, or choose smaller sizes"
+        way += " (init PATH --preset minutes)" if preset else ""
+        if MAX_EPOCHS * train_bytes < LEAST_READ * config.parameters:
+            way = "take more text, or fine-tune a trained model (--from stories first)"
         lines.append(
             f"warning: the run trains on {read / config.parameters:.1f} bytes per parameter "
             f"({read / 1e6:,.1f} MB, {config.parameters:,} parameters); below {LEAST_READ}, a "
-            f"smaller model usually learns more; train longer, or choose smaller sizes{smaller}"
+            f"smaller model usually learns more; {way}"
         )
     seen = config.capacity(settings.context_len)
     if config.position == "rope" and 0 < seen < config.latent_att_window_size and not trained:

@@ -204,6 +204,7 @@ def test_the_lines_of_a_choice(minutes, monkeypatch):
         given = {"max_minutes": minutes}
         assert "warning" not in "".join(plan(XS, 10**8, "CPU", given, trained=True)[1])
     assert plan(XS, 10**8, "CPU", {})[1][1].startswith("chosen length: epochs ")
+    assert "fine-tune a trained model" in plan(XS, 10**5, "CPU", {})[1][-1]
 
 
 def test_rotary_positions_that_training_does_not_show(monkeypatch):
