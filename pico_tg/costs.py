@@ -47,7 +47,6 @@ CPU = Scale(context_len=512, batch_size=4, minutes=4, validation_bytes=1 << 16)
 GPU = Scale(context_len=6144, batch_size=32, minutes=60, validation_bytes=1 << 18)
 STEPS = (300, 3600)  # fewest and most steps of a run; with fewer a model learns little
 MIN_WINDOWS = 32  # least number of windows in the training data
-MAX_EPOCHS = 20
 WARMUP = 0.1  # fraction of the steps
 ROUTER_WARMUP = 0.2  # fraction of the steps
 PEAK = (500, 0.012)  # number of steps up to which SOAP's learning rate is constant, and that rate
@@ -130,11 +129,12 @@ def choose(
 
     - context_len: the Scale's; smaller if the data would otherwise make fewer than MIN_WINDOWS
       windows
-    - batch_size: the Scale's; smaller if MAX_EPOCHS passes over the data would otherwise make fewer
+    - batch_size: the Scale's; smaller if `most_passes` over the data would otherwise make fewer
       than the fewest STEPS
-    - max_steps: the steps that fit in the Scale's minutes according to `step_seconds`, clipped to
-      STEPS and to MAX_EPOCHS passes over the data. With max_minutes, that time replaces the
-      Scale's, and max_steps is four times as large, in case the machine is faster than estimated
+    - max_steps: the steps that fit in the Scale's minutes according to `step_seconds`, at least the
+      fewest and at most the most STEPS. With max_minutes, four times the steps that fit in that
+      time, in case the machine is faster than estimated. Never more than `most_passes` over the
+      data, unless epochs are given
     - epochs: as many as max_steps needs
     - warmup_steps: WARMUP of the steps
     - router_warmup_steps, for the router learned: ROUTER_WARMUP of the steps, with max_minutes of
@@ -159,17 +159,15 @@ def choose(
     shortest = math.ceil(1 / config.latent_capacity_factor)
     length = max(shortest, min(scale.context_len, train_bytes // MIN_WINDOWS))
     windows = _windows(config, pick("context_len", length), train_bytes)
-    most = max(1, min(scale.batch_size, MAX_EPOCHS * windows // STEPS[0]))
+    passes = given.get("epochs") or most_passes(config, train_bytes, trained)
+    most = max(1, min(scale.batch_size, passes * windows // STEPS[0]))
     settings = pick("batch_size", most)
     batch = settings.batch_size * settings.grad_accumulation_steps
     minutes = settings.max_minutes or scale.minutes
     affordable = int(minutes * 60 / step_seconds(config, settings, device, gflops))
-    if settings.max_minutes:
-        settings = pick("max_steps", 4 * affordable + 1)
-    else:
-        few, many = STEPS
-        clipped = min(max(few, min(many, affordable)), MAX_EPOCHS * windows // batch)
-        settings = pick("max_steps", max(1, clipped))
+    few, many = STEPS
+    steps = 4 * affordable + 1 if settings.max_minutes else max(few, min(many, affordable))
+    settings = pick("max_steps", max(1, min(steps, passes * windows // batch)))
     settings = pick("epochs", math.ceil(settings.max_steps * batch / windows))
     steps = total_steps(config, settings, train_bytes)
     expected = expected_steps(config, settings, train_bytes, device, gflops)
@@ -188,6 +186,16 @@ def choose(
     factor = ADAMW_FACTOR if settings.optimizer == "adamw" else 1
     factor *= TRAINED_FACTOR if trained else 1
     return pick("learning_rate", float(f"{peak * factor:.2g}"))
+
+
+def most_passes(config: Config, train_bytes: int, trained: bool) -> int:
+    """The passes over the data after which, by experience, more of them predict other text worse.
+
+    Fitted to texts of 30 to 300 kB (examples/studies, Short texts). `trained` weights take half as
+    many; at least 2.
+    """
+    most = 6 * (train_bytes / config.parameters) ** 0.2
+    return max(2, round(most / 2 if trained else most))
 
 
 def plan(
@@ -217,12 +225,26 @@ def plan(
         lines += [f"chosen {kind}: {values}"] if values else []
     steps = expected_steps(config, settings, train_bytes, *machine)
     lines += describe_cost(config, settings, steps, *machine, held_out)
-    read = steps * _step_bytes(settings)
+    read, most = steps * _step_bytes(settings), most_passes(config, train_bytes, trained)
+    if read > (most + 1) * train_bytes:
+        lines.append(
+            f"warning: the run reads the text {read / train_bytes:,.0f} times; after {most} times "
+            "other text is usually predicted worse; take more text, or train for less time"
+        )
+    elif (
+        settings.max_minutes
+        and not given.keys() & {"epochs", "max_steps"}
+        and steps == total_steps(config, settings, train_bytes)
+    ):
+        lines.append(
+            f"training ends after {settings.epochs} epochs, before max_minutes: with more, other "
+            "text is usually predicted worse; --epochs changes their number"
+        )
     if not trained and read < LEAST_READ * config.parameters:
-        preset = Config.preset("minutes").parameters < config.parameters
         way = "train longer, or choose smaller sizes"
-        way += " (init PATH --preset minutes)" if preset else ""
-        if MAX_EPOCHS * train_bytes < LEAST_READ * config.parameters:
+        if Config.preset("minutes").parameters < config.parameters:
+            way += " (init PATH --preset minutes)"
+        if most * train_bytes < LEAST_READ * config.parameters:
             way = "take more text, or fine-tune a trained model (--from stories first)"
         lines.append(
             f"warning: the run trains on {read / config.parameters:.1f} bytes per parameter "

@@ -10,13 +10,13 @@ from pico_tg import costs, train
 from pico_tg.backend import machine
 from pico_tg.config import Config, TrainSettings
 from pico_tg.costs import (
-    MAX_EPOCHS,
     _matrices,
     check_memory,
     choose,
     describe_cost,
     expected_steps,
     memory_bytes,
+    most_passes,
     plan,
     step_seconds,
     total_steps,
@@ -63,6 +63,35 @@ def test_a_gpu_with_much_data_gets_the_published_settings():
         assert getattr(chosen, name) == getattr(published, name)
 
 
+@pytest.mark.parametrize(
+    ("train_bytes", "fresh", "trained"), [(30_000, 3, 2), (300_000, 5, 2), (12_000_000, 10, 5)]
+)
+def test_a_short_text_is_read_a_few_times(train_bytes, fresh, trained, monkeypatch):
+    """Also if minutes are given; if epochs or steps are given, a warning says what that costs."""
+    monkeypatch.setattr(costs, "gemm_rate", lambda *_: 150)
+    config = Config.preset("minutes")
+    assert most_passes(config, train_bytes, False) == fresh
+    assert most_passes(config, train_bytes, True) == trained
+
+    def planned(is_trained: bool = False, **given: int) -> tuple[TrainSettings, str]:
+        chosen, lines = plan(config, train_bytes, "CPU", given, trained=is_trained)
+        return chosen, "\n".join(lines)
+
+    for is_trained, most in ((False, fresh), (True, trained)):
+        for chosen, lines in (
+            planned(is_trained, max_minutes=600),
+            planned(is_trained, max_steps=10**6, epochs=most),
+        ):
+            assert chosen.epochs == most
+            steps = most * (train_bytes // 512) / chosen.batch_size
+            assert total_steps(config, chosen, train_bytes) == pytest.approx(steps, abs=1)
+            assert ("epochs, before max_minutes: with more" in lines) == (chosen.max_minutes > 0)
+            assert "the run reads the text" not in lines
+    for given in ({"max_steps": 10**6}, {"epochs": 30, "max_minutes": 10**5}):
+        chosen, lines = planned(**given)
+        assert f"times; after {fresh} times other text is usually predicted worse" in lines
+
+
 @pytest.mark.parametrize("train_bytes", [200, 2000, 20_000, 200_000])
 @pytest.mark.parametrize("device", ["CPU", "CUDA:0"])
 def test_small_data_make_small_windows(train_bytes, device):
@@ -70,7 +99,8 @@ def test_small_data_make_small_windows(train_bytes, device):
     assert XS.capacity(chosen.context_len) >= 1
     assert chosen.context_len + XS.next_tokens <= train_bytes
     windows = (train_bytes - XS.next_tokens) // chosen.context_len
-    assert chosen.max_steps * chosen.batch_size <= (MAX_EPOCHS + 1) * windows
+    passes = most_passes(XS, train_bytes, False)
+    assert chosen.max_steps * chosen.batch_size <= (passes + 1) * windows
     assert total_steps(XS, chosen, train_bytes) == chosen.max_steps  # the epochs cut none
 
 
@@ -82,7 +112,7 @@ def test_what_is_given_stays_and_counts():
     rule = choose(dataclasses.replace(XS, router="space"), SHAKESPEARE, "CPU", 150, given)
     assert rule.router_warmup_steps == 0
     assert chosen.learning_rate == 0.003
-    timed = choose(XS, SHAKESPEARE, "CPU", 150, {"max_minutes": 30.0})
+    timed = choose(XS, 10**8, "CPU", 150, {"max_minutes": 30.0})
     assert minutes(timed, 150) > 100  # the time ends training, not the steps
     warmup = timed.router_warmup_steps / timed.max_steps
     assert warmup == pytest.approx(0.05, rel=0.01)  # a fifth of the steps that fit in the time
