@@ -384,6 +384,8 @@ def command_run(args: argparse.Namespace) -> int:
     if args.html:
         records = keep(records, kept)
     try:
+        # the first byte now: the bar of a long prompt ends before the prompt is printed
+        records = itertools.chain([*itertools.islice(records, 1)], records)
         if raw:
             for record in records:
                 put(bytes([record.byte]))
