@@ -129,13 +129,12 @@ def choose(
 
     - context_len: the Scale's; smaller if the data would otherwise make fewer than MIN_WINDOWS
       windows
-    - batch_size: the Scale's; smaller if `most_passes` over the data would otherwise make fewer
-      than the fewest STEPS
+    - batch_size: the Scale's; smaller if so many epochs would otherwise make fewer than the fewest
+      STEPS: those given, else `most_passes`
     - max_steps: the steps that fit in the Scale's minutes according to `step_seconds`, at least the
       fewest and at most the most STEPS. With max_minutes, four times the steps that fit in that
-      time, in case the machine is faster than estimated. Never more than `most_passes` over the
-      data, unless epochs are given
-    - epochs: as many as max_steps needs
+      time, in case the machine is faster than estimated
+    - epochs: as many as max_steps needs; if that is not given, at most `most_passes`
     - warmup_steps: WARMUP of the steps
     - router_warmup_steps, for the router learned: ROUTER_WARMUP of the steps, with max_minutes of
       the steps that are estimated to fit; 0 for `trained` weights, whose router is trained
@@ -158,17 +157,19 @@ def choose(
 
     shortest = math.ceil(1 / config.latent_capacity_factor)
     length = max(shortest, min(scale.context_len, train_bytes // MIN_WINDOWS))
-    windows = _windows(config, pick("context_len", length), train_bytes)
+    settings = pick("context_len", length)
+    windows = _windows(config, settings, train_bytes)
     passes = given.get("epochs") or most_passes(config, train_bytes, trained)
-    most = max(1, min(scale.batch_size, passes * windows // STEPS[0]))
-    settings = pick("batch_size", most)
+    most = passes * windows // (STEPS[0] * settings.grad_accumulation_steps)
+    settings = pick("batch_size", max(1, min(scale.batch_size, most)))
     batch = settings.batch_size * settings.grad_accumulation_steps
     minutes = settings.max_minutes or scale.minutes
     affordable = int(minutes * 60 / step_seconds(config, settings, device, gflops))
     few, many = STEPS
     steps = 4 * affordable + 1 if settings.max_minutes else max(few, min(many, affordable))
-    settings = pick("max_steps", max(1, min(steps, passes * windows // batch)))
-    settings = pick("epochs", math.ceil(settings.max_steps * batch / windows))
+    settings = pick("max_steps", steps)
+    needed = math.ceil(settings.max_steps * batch / windows)
+    settings = pick("epochs", needed if "max_steps" in given else min(passes, needed))
     steps = total_steps(config, settings, train_bytes)
     expected = expected_steps(config, settings, train_bytes, device, gflops)
     pick("warmup_steps", round(WARMUP * steps))
@@ -189,10 +190,10 @@ def choose(
 
 
 def most_passes(config: Config, train_bytes: int, trained: bool) -> int:
-    """The passes over the data after which, by experience, more of them predict other text worse.
+    """The passes over the data after which more of them usually predict other text worse.
 
-    Fitted to texts of 30 to 300 kB (examples/studies, Short texts). `trained` weights take half as
-    many; at least 2.
+    A rule of thumb from texts of 30 to 300 kB (examples/studies, Short texts), untested beyond.
+    `trained` weights take half as many; at least 2.
     """
     most = 6 * (train_bytes / config.parameters) ** 0.2
     return max(2, round(most / 2 if trained else most))
@@ -217,7 +218,7 @@ def plan(
         machine = (device, gemm_rate(precision, device))
     settings = choose(config, train_bytes, *machine, given, trained, held_out)
     shown = CHOSEN.keys() - given.keys()
-    if settings.max_minutes:  # the others are only guards, and the warm-up follows the time
+    if settings.max_minutes:  # unless the text is short, the others are only guards
         shown -= {"max_steps", "epochs", "warmup_steps"}
     for kind in dict.fromkeys(CHOSEN.values()):
         names = [name for name in CHOSEN if name in shown and CHOSEN[name] == kind]
@@ -226,26 +227,22 @@ def plan(
     steps = expected_steps(config, settings, train_bytes, *machine)
     lines += describe_cost(config, settings, steps, *machine, held_out)
     read, most = steps * _step_bytes(settings), most_passes(config, train_bytes, trained)
-    if read > (most + 1) * train_bytes:
+    if (passes := round(read / train_bytes)) > most:
         lines.append(
-            f"warning: the run reads the text {read / train_bytes:,.0f} times; after {most} times "
-            "other text is usually predicted worse; take more text, or train for less time"
+            f"warning: the run reads the text {passes:,} times; after {most} times other text is "
+            "usually predicted worse; take more text, or fewer epochs"
         )
-    elif (
-        settings.max_minutes
-        and not given.keys() & {"epochs", "max_steps"}
-        and steps == total_steps(config, settings, train_bytes)
-    ):
+    elif "epochs" not in given and settings.max_steps > total_steps(config, settings, train_bytes):
         lines.append(
-            f"training ends after {settings.epochs} epochs, before max_minutes: with more, other "
-            "text is usually predicted worse; --epochs changes their number"
+            f"epochs {settings.epochs}: with more passes over so short a text, other text is "
+            "usually predicted worse"
         )
     if not trained and read < LEAST_READ * config.parameters:
-        way = "train longer, or choose smaller sizes"
+        way = "train longer" if passes < most else "take more text"
+        way += ", choose smaller sizes"
         if Config.preset("minutes").parameters < config.parameters:
             way += " (init PATH --preset minutes)"
-        if most * train_bytes < LEAST_READ * config.parameters:
-            way = "take more text, or fine-tune a trained model (--from stories first)"
+        way += ", or fine-tune in a new folder (train NEW RUN DATASET --from stories first)"
         lines.append(
             f"warning: the run trains on {read / config.parameters:.1f} bytes per parameter "
             f"({read / 1e6:,.1f} MB, {config.parameters:,} parameters); below {LEAST_READ}, a "

@@ -61,7 +61,7 @@ ADAMW_STATE = ("b1_t", "b2_t", "m", "v")
 def learning_rate(position: float, settings: TrainSettings, total_steps: int) -> float:
     """The learning rate at step 0, 1, …: linear warm-up, then a cosine to 10 % at `total_steps`.
 
-    With max_minutes, `position` follows the elapsed training time and is not a whole number.
+    With max_minutes, `position` may follow the elapsed training time; then it is no whole number.
     """
     if position < settings.warmup_steps:
         return settings.learning_rate * min(1.0, (position + 1) / settings.warmup_steps)
@@ -353,6 +353,10 @@ def train(
             trained=base_weights is not None, held_out=len(data.validation.bytes),
             progress=events.bars,
         )  # fmt: skip
+        if len(devices) > 1 and device.startswith("CPU"):
+            lines.append(
+                "several CPU devices share the cores: training takes longer than estimated"
+            )
         picked = {name: getattr(chosen, name) for name in CHOSEN if name not in given}
         _check_for_model(chosen, model.config)
     micro_batches = chosen.batch_size * chosen.grad_accumulation_steps

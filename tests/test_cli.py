@@ -312,16 +312,16 @@ def test_memory_is_checked_before_the_model_takes_it(model, text, monkeypatch, c
     assert "take a smaller context_len, batch_size or model" in error_line(capsys)
 
 
-def test_train_says_what_was_not_asked_for(model, text, monkeypatch, capsys):
+def test_without_a_dataset_train_says_what_it_takes(model, trained, text, monkeypatch, capsys):
     monkeypatch.setattr("pico_tg.backend.machine.available_memory", lambda: 1000)
-    for data, expected in (
-        ([], ["no DATASET given"]),
-        ([str(text), "--devices", "CPU:1,CPU:2"], ["several CPU devices share the cores"]),
-        ([str(text)], []),
+    for arguments, expected in (
+        ([model, "r"], ["no DATASET given: taking python-docs"]),
+        ([model, "r", text], []),
+        ([trained, "run", "--resume"], []),
     ):
-        assert status(["train", str(model), "r", *data]) == 2
+        assert status(["train", *map(str, arguments)]) == 2
         *said, _ = capsys.readouterr().err.splitlines()
-        assert [line.partition(":")[0] for line in said] == expected
+        assert [line.partition(",")[0] for line in said] == expected
 
 
 def test_python_chooses_as_the_command_line_does(trained, tmp_path, capsys):
@@ -756,6 +756,19 @@ def test_the_newest_run_is_the_default(trained, capsys):
     assert found.err == f"{trained}, run run\n" + named.err
     assert cli.main(["eval", str(trained), "--text", "a fox"]) == 0
     assert capsys.readouterr().err.startswith(f"{trained}, run run\n")
+
+
+@pytest.mark.slow
+def test_a_long_prompt_shows_a_bar(trained, tmp_path, monkeypatch, capsys):
+    """Until the prompt is read; then the prompt is printed."""
+    monkeypatch.setattr("pico_tg.progress.FIRST_SECONDS", 0.0)
+    monkeypatch.setattr("pico_tg.progress.LINE_SECONDS", 0.0)
+    (tmp_path / "long").write_text("some text " * 60_000)
+    order = []
+    monkeypatch.setattr(cli, "show_samples", lambda *_: order.append(capsys.readouterr().err))
+    arguments = ["--prompt-file", str(tmp_path / "long"), "--max-bytes", "1"]
+    assert cli.main(["run", str(trained), "run", *arguments]) == 0
+    assert re.search(r"^reading the prompt: \S+/600k B ", "".join(order), re.MULTILINE)
 
 
 @pytest.fixture

@@ -150,6 +150,11 @@ def test_keywords():
     [
         (Config, "dimm", "unknown setting dimm (did you mean dim?); there are: att_kv_heads, "),
         (TrainSettings, "foo", "unknown setting foo; there are: batch_size, "),
+        (
+            TrainSettings,
+            "minutes",
+            "unknown setting minutes (did you mean max_minutes?); there are: ",
+        ),
         (SampleSettings, "topk", "unknown setting topk (did you mean top_k?); there are: "),
         (DataSpec, "valid_file", "unknown setting valid_file (did you mean validation_file?); "),
     ],

@@ -78,18 +78,28 @@ def test_a_short_text_is_read_a_few_times(train_bytes, fresh, trained, monkeypat
         return chosen, "\n".join(lines)
 
     for is_trained, most in ((False, fresh), (True, trained)):
-        for chosen, lines in (
-            planned(is_trained, max_minutes=600),
-            planned(is_trained, max_steps=10**6, epochs=most),
-        ):
+        for given in ({"max_minutes": 6000}, {"max_steps": 10**6, "epochs": most}):
+            chosen, lines = planned(is_trained, **given)
             assert chosen.epochs == most
             steps = most * (train_bytes // 512) / chosen.batch_size
             assert total_steps(config, chosen, train_bytes) == pytest.approx(steps, abs=1)
-            assert ("epochs, before max_minutes: with more" in lines) == (chosen.max_minutes > 0)
+            assert ("with more passes over so short a text" in lines) == (chosen.max_minutes > 0)
             assert "the run reads the text" not in lines
-    for given in ({"max_steps": 10**6}, {"epochs": 30, "max_minutes": 10**5}):
-        chosen, lines = planned(**given)
+    for given in ({"max_steps": 10**6}, {"epochs": fresh + 1, "max_minutes": 10**5}):
+        lines = planned(**given)[1]
         assert f"times; after {fresh} times other text is usually predicted worse" in lines
+
+
+def test_batches_of_a_short_text():
+    """So small that as many steps as possible are made, up to 300."""
+    config, size = Config.preset("minutes"), 300_000
+    for given in ({}, {"epochs": 2}, {"grad_accumulation_steps": 4}):
+        chosen = choose(config, size, "CPU", 150, given)
+        windows = chosen.epochs * (size // 512)
+        more = windows / (chosen.batch_size + 1) / chosen.grad_accumulation_steps
+        assert more < 300 or chosen.batch_size == 4
+        most = windows / chosen.batch_size / chosen.grad_accumulation_steps
+        assert most > 300 or chosen.batch_size == 1
 
 
 @pytest.mark.parametrize("train_bytes", [200, 2000, 20_000, 200_000])
@@ -100,8 +110,8 @@ def test_small_data_make_small_windows(train_bytes, device):
     assert chosen.context_len + XS.next_tokens <= train_bytes
     windows = (train_bytes - XS.next_tokens) // chosen.context_len
     passes = most_passes(XS, train_bytes, False)
-    assert chosen.max_steps * chosen.batch_size <= (passes + 1) * windows
-    assert total_steps(XS, chosen, train_bytes) == chosen.max_steps  # the epochs cut none
+    assert chosen.epochs <= passes
+    assert (total_steps(XS, chosen, train_bytes) - 1) * chosen.batch_size < passes * windows
 
 
 def test_what_is_given_stays_and_counts():
@@ -230,11 +240,11 @@ def test_the_lines_of_a_choice(minutes, monkeypatch):
         assert warning.startswith(
             "warning: the run trains on 0.8 bytes per parameter (1.5 MB, 1,775,872 parameters)"
         )
-        assert "init PATH --preset minutes" in warning
+        assert "; train longer, choose smaller sizes (init PATH --preset minutes), or" in warning
         given = {"max_minutes": minutes}
         assert "warning" not in "".join(plan(XS, 10**8, "CPU", given, trained=True)[1])
     assert plan(XS, 10**8, "CPU", {})[1][1].startswith("chosen length: epochs ")
-    assert "fine-tune a trained model" in plan(XS, 10**5, "CPU", {})[1][-1]
+    assert "; take more text, choose smaller sizes (" in plan(XS, 10**5, "CPU", {})[1][-1]
 
 
 def test_rotary_positions_that_training_does_not_show(monkeypatch):

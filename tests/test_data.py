@@ -211,10 +211,10 @@ def test_data_of_a_run(tmp_path):
     moved = open_data(tmp_path / "b.txt", stored, tmp_path, False)
     assert moved.spec.dataset == str(tmp_path / "b.txt")
     (tmp_path / "b.txt").write_text("one<|endoftext|>three")
-    with pytest.raises(PicoError, match=r"dataset was .*a.txt, now .*b.txt; leave DATASET out to"):
+    with pytest.raises(PicoError, match=r"dataset was .*a.txt, now .*b.txt; leave DATASET and"):
         open_data(tmp_path / "b.txt", stored, tmp_path, False)
     (tmp_path / "a.txt").rename(tmp_path / "moved")
-    with pytest.raises(PicoError, match=r"a.txt.*; if the data were moved, name their new path as"):
+    with pytest.raises(PicoError, match=r"no file .*a.txt.*; if it was moved, give DATASET \(and"):
         open_data(None, stored, tmp_path, False)
     with pytest.raises(PicoError, match=r"no file or folder .*a.txt[^;]*$"):
         open_data(tmp_path / "a.txt", stored, tmp_path, False)

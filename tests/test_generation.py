@@ -499,22 +499,6 @@ def test_memory_of_a_long_prompt(model, decoder):
         tracemalloc.stop()
 
 
-def test_a_long_prompt_shows_a_bar(model, decoder, monkeypatch):
-    bars = []
-
-    class Recorded(generation.Bar):
-        def __init__(self, *values, **options):
-            bars.append(self)
-            super().__init__(*values, **options)
-
-    monkeypatch.setattr(generation, "Bar", Recorded)
-    for progress in (True, False):
-        list(generate(model, b"x" * 600, max_bytes=1, decoder=decoder, progress=progress))
-    shown, silent = bars
-    assert shown.n == shown.total == 600 + len(SEQ_START)
-    assert silent.disable
-
-
 def test_no_bytes_wanted(model, decoder):
     assert list(generate(model, b"a", max_bytes=0, decoder=decoder)) == []
 

@@ -349,6 +349,9 @@ def test_training_on_two_devices(text, tmp_path):
     records = train(unfinished, None, tmp_path / "run", resume=True, devices=TWO, max_steps=4)
     assert list(records) == []  # nothing was left to do
     assert {p.device for p in nn.state.get_parameters(unfinished)} == {TWO[0]}
+    watch = Watch()
+    train(make(), text, devices=TWO, events=watch, **settings).close()
+    assert any("longer than estimated" in line for line in watch.said)
 
 
 def test_a_batch_that_cannot_be_shared(text, tmp_path):

@@ -140,7 +140,6 @@ def open_data(
     if dataset is not None and not isinstance(dataset, DataSpec | Data):
         dataset = DataSpec(dataset)
     before = stored_spec(stored, run) if stored else DataSpec()
-    own = stored and dataset is None
     if dataset is None:
         dataset = before
     elif isinstance(dataset, DataSpec) and dataset.dataset == before.dataset:
@@ -149,15 +148,19 @@ def open_data(
     try:
         data = dataset if isinstance(dataset, Data) else load_data(dataset, progress=progress)
     except PicoError as error:
-        way = "; if the data were moved, name their new path as DATASET" if own else ""
-        raise PicoError(f"{error}{way}") from error
+        if dataset is not before or not os.path.isabs(before.dataset) or before.path.exists():
+            raise
+        raise PicoError(
+            f"{error}; if it was moved, give DATASET (and --valid, if the run had it) with the new "
+            "path"
+        ) from error
     described = describe_data(data)
     if not stored or described["fingerprints"] == stored["fingerprints"]:
         return data
     if changed := differences(stored["dataset"], described["dataset"]):
         raise PicoError(
-            f"{run} was trained on other data: {changed}; leave DATASET out to continue on those, "
-            "or train a new RUN"
+            f"{run} was trained on other data: {changed}; leave DATASET and its options out to "
+            "continue with the run's, or train a new RUN"
         )
     why = ""
     if data.spec.dataset == PYTHON_DOCS:

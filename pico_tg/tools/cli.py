@@ -167,12 +167,7 @@ def command_train(args: argparse.Namespace) -> int:
     elif len(Path(args.run).parts) > 1:
         raise PicoError(f"a new RUN is a name without a folder, not {args.run!r}")
     elif args.dataset is None:
-        say("no DATASET given: training on python-docs, the topics of Python's built-in help")
-    if len(devices) > 1 and devices[0].startswith("CPU"):
-        say(
-            "several CPU devices share the cores: training takes longer than on one, and longer "
-            "than estimated"
-        )
+        say("no DATASET given: taking python-docs, the topics of Python's built-in help")
     seed = dataclasses.replace(stored, **settings).seed
     # before the model takes memory; `train` knows the batch
     check_memory(config, TrainSettings(context_len=1, batch_size=1), Device.DEFAULT)
@@ -376,8 +371,8 @@ def command_run(args: argparse.Namespace) -> int:
     model = load(args.path, args.run, args.checkpoint)
     say_which_is_best(args)
     stop = [os.fsencode(text) for text in args.stop or ()]
-    told = {"stats": (stats := Stats()), "progress": True}
-    records = generate(model, prompt, stop=stop, **told, **dataclasses.asdict(settings))
+    stats, chosen = Stats(), dataclasses.asdict(settings)
+    records = generate(model, prompt, stop=stop, stats=stats, progress=True, **chosen)
     say(describe_backend())
     kept: list[GeneratedByte] = []
     complete = False

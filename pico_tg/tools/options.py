@@ -163,13 +163,13 @@ def add_train_options(parser: Parser) -> None:
     start.add_argument(
         "--base-weights", type=path_name, metavar="FILE",
         help="start from these weights (.safetensors) instead of fresh ones. Defaults then change: "
-        "--router-warmup-steps is 0, and --learning-rate a quarter of that for fresh weights",
+        "--router-warmup-steps is 0, --learning-rate a quarter of that for fresh weights, and a "
+        "short text is read half as often",
     )  # fmt: skip
     start.add_argument(
         "--from", dest="source", nargs=2, metavar=("PATH", "RUN"),
         help="fine-tune: start from the newest checkpoint of another model's RUN; this model's "
-        "folder, if new, takes over the sizes; router warm-up and learning rate as for "
-        "--base-weights",
+        "folder, if new, takes over the sizes; defaults change as for --base-weights",
     )  # fmt: skip
     start.add_argument(
         "--settings", choices=["chosen", "published"],
