@@ -33,8 +33,9 @@ import numpy as np
 from .backend.runtime import tinygrad_lock
 from .config import check_fields, setting, settings_class
 from .data import SEQ_END, SEQ_START
-from .decoder import DECODE_ROWS, Decoder, check_decoder
+from .decoder import DECODE_ROWS, SHORTEST, Decoder, check_decoder
 from .files import PicoError
+from .kv_cache import PREFILL_CHUNK
 from .model import Pico
 from .progress import Bar
 
@@ -402,7 +403,7 @@ def generate(
             claimed.reset(use_latent=chosen.latent)
             reading = Bar(
                 "reading the prompt", total=len(start), unit="B", unit_scale=True, leave=False,
-                delay=1, disable=not progress,
+                disable=not progress or len(start) < SHORTEST[PREFILL_CHUNK],
             )  # fmt: skip
             with reading:
                 for piece, logits, _ in claimed.passes(start):  # all logits of a prompt are large

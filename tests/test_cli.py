@@ -758,17 +758,18 @@ def test_the_newest_run_is_the_default(trained, capsys):
     assert capsys.readouterr().err.startswith(f"{trained}, run run\n")
 
 
-@pytest.mark.slow
 def test_a_long_prompt_shows_a_bar(trained, tmp_path, monkeypatch, capsys):
     """Until the prompt is read; then the prompt is printed."""
     monkeypatch.setattr("pico_tg.progress.FIRST_SECONDS", 0.0)
     monkeypatch.setattr("pico_tg.progress.LINE_SECONDS", 0.0)
-    (tmp_path / "long").write_text("some text " * 60_000)
     order = []
     monkeypatch.setattr(cli, "show_samples", lambda *_: order.append(capsys.readouterr().err))
-    arguments = ["--prompt-file", str(tmp_path / "long"), "--max-bytes", "1"]
-    assert cli.main(["run", str(trained), "run", *arguments]) == 0
-    assert re.search(r"^reading the prompt: \S+/600k B ", "".join(order), re.MULTILINE)
+    for size, shown in ((5000, True), (1000, False)):
+        (tmp_path / "prompt").write_text("a" * size)
+        arguments = ["--prompt-file", str(tmp_path / "prompt"), "--max-bytes", "1"]
+        assert cli.main(["run", str(trained), "run", *arguments]) == 0
+        said = re.findall(r"^reading the prompt: \S+/5.01k B ", order.pop(), re.MULTILINE)
+        assert bool(said) == shown
 
 
 @pytest.fixture

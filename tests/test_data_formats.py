@@ -321,6 +321,7 @@ def test_unreadable_files(tmp_path, cache):
         ("utf16.jsonl", '{"text": "a"}'.encode("utf-16"), "byte 0xff is not valid UTF-8; convert"),
         ("bad.pdf", b"%PDF", "the formats are .txt, .jsonl"),
         ("empty.txt", b"", "empty.txt holds no text"),
+        ("spaces.txt", b"  \n\t\n", "spaces.txt holds no text"),
         ("markers.txt", b"\n<|endoftext|>\n", "markers.txt holds no text"),
         ("empty.jsonl", b"", "empty.jsonl holds no text"),
         ("blank.jsonl", b'{"text": ""}\n', "blank.jsonl holds no text"),

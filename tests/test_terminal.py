@@ -191,6 +191,19 @@ def clock(monkeypatch):
     return now
 
 
+def test_a_signal_before_the_first_step_ends_at_once(monkeypatch, capfd):
+    """There is nothing to save; after a step, it is saved first."""
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with TrainingDisplay() as display:
+        with pytest.raises(SystemExit, match="130"):
+            signal.raise_signal(signal.SIGINT)
+        assert "stopped before the first step: nothing to save" in capfd.readouterr().err
+        assert not display.stop()
+        display.record = {"step": 1}
+        signal.raise_signal(signal.SIGINT)
+        assert display.stop()
+
+
 @pytest.mark.parametrize(
     ("record", "expected"),
     [

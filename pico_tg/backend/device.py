@@ -221,7 +221,8 @@ def describe_backend() -> str:
     """One line: the device, and a way to make it faster, if one is known."""
     if Device.DEFAULT.split(":")[0] != "CPU":
         return f"backend {Device.DEFAULT}"
-    line = f"backend CPU ({DEV.renderer or 'default'}, {CPU_COUNT.value} threads)"
+    threads = "1 thread" if CPU_COUNT.value == 1 else f"{CPU_COUNT.value} threads"
+    line = f"backend CPU ({DEV.renderer or 'default'}, {threads})"
     if DEV.renderer == "X86":
         line += f"; {_how_to_get_llvm(MACHINE)}: about five times faster"
     return line

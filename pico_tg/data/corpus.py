@@ -195,6 +195,7 @@ def _write(source: Source, folder: Path, progress: bool) -> None:
     total, counts = 0, []
     remarks, missing = [], []
     tagged = 0  # documents whose text holds a tag
+    blank = True
     content = hashlib.blake2b(digest_size=16)
     shown = {"unit": "B", "unit_scale": True, "disable": not progress}
     with (
@@ -211,6 +212,7 @@ def _write(source: Source, folder: Path, progress: bool) -> None:
                     data.write(block)
                     content.update(block)
                     total += len(block)
+                    blank = blank and not piece.strip()
                     text = text[-len(SEQ_END) :] + piece  # a tag may lie in two pieces
                     has_tag = has_tag or SEQ_START in text or SEQ_END in text
                     if ends:
@@ -225,8 +227,8 @@ def _write(source: Source, folder: Path, progress: bool) -> None:
                 remarks.append(f"left out: {error}")
             counts.append(count)
         if len(missing) == len(source.files):
-            raise missing[0]
-        if total == 0:
+            raise PicoError(f"{missing[0]}; name one by column_name (--dataset-column-name)")
+        if blank:
             raise PicoError(f"{source.label} holds no text")
         if tagged:
             remarks.append(

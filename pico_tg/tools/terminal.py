@@ -251,6 +251,13 @@ class TrainingDisplay(StopSignals):
         self.name, self.parts = "", ""  # of the phase
         self.since = self.received = time.monotonic()
 
+    def _handle(self, number: int, frame: object) -> None:
+        if not self.record:  # no step to save; the first one compiles for a minute
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nstopped before the first step: nothing to save\n")
+            os._exit(130)
+        super()._handle(number, frame)
+
     def say(self, text: str) -> None:
         (say if self.status is None else self.status.say)(text)
 
