@@ -74,6 +74,10 @@ def build_parser(functions: dict[str, Callable]) -> Parser:
         return command
 
     path = shared("path", metavar="PATH", type=path_name, help="folder of the model")
+    either = shared(
+        "path", metavar="PATH", type=path_name, nargs="?", default=Path("stories"),
+        help="folder of the model (default: stories, which comes with pico_tg)",
+    )  # fmt: skip
     run = shared("run", metavar="RUN", help="name of the training run")
     newest = shared(
         "run", metavar="RUN", nargs="?",
@@ -101,13 +105,9 @@ def build_parser(functions: dict[str, Callable]) -> Parser:
     evaluating = add("eval", "measure a trained model on text", path, newest, checkpoint, as_json)
     add_eval_options(evaluating)
 
-    running = add("run", "write text with a trained model", path, newest, checkpoint)
+    running = add("run", "write text with a trained model", either, newest, checkpoint)
     add_run_options(running)
 
-    either = shared(
-        "path", metavar="PATH", type=path_name, nargs="?", default=Path("stories"),
-        help="folder of the model (default: stories, which comes with pico_tg)",
-    )  # fmt: skip
     serving = add("web", "serve a page that shows text as the model writes it", either, newest)
     serving.add_argument(
         "--port", type=int, default=8000, metavar="N",
