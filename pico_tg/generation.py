@@ -41,6 +41,7 @@ from .progress import Bar
 
 # without max_bytes, the text ends at the first end of a sentence after ENOUGH_BYTES
 ENOUGH_BYTES, MOST_BYTES = 800, 1024
+LONG_PROMPT = SHORTEST[PREFILL_CHUNK]  # bytes of a prompt that is read with a bar
 QUOTES = "\"')\u2019\u201d".encode()  # any of these bytes may follow the end of a sentence
 
 
@@ -403,7 +404,7 @@ def generate(
             claimed.reset(use_latent=chosen.latent)
             reading = Bar(
                 "reading the prompt", total=len(start), unit="B", unit_scale=True, leave=False,
-                disable=not progress or len(start) < SHORTEST[PREFILL_CHUNK],
+                disable=not progress or len(start) < LONG_PROMPT,
             )  # fmt: skip
             with reading:
                 for piece, logits, _ in claimed.passes(start):  # all logits of a prompt are large

@@ -38,7 +38,7 @@ from ..data.formats import odd
 from ..decoder import Decoder
 from ..evaluation import EvalSettings, evaluate
 from ..files import PicoError, atomic_write, command, did_you_mean
-from ..generation import GeneratedByte, SampleSettings, Stats, generate
+from ..generation import LONG_PROMPT, GeneratedByte, SampleSettings, Stats, generate
 from ..model import Pico
 from ..progress import drop_output, say, visible
 from ..runs import (
@@ -379,8 +379,8 @@ def command_run(args: argparse.Namespace) -> int:
     if args.html:
         records = keep(records, kept)
     try:
-        # the first byte now: the bar of a long prompt ends before the prompt is printed
-        records = itertools.chain([*itertools.islice(records, 1)], records)
+        if len(prompt) >= LONG_PROMPT:  # read it before it is printed: its bar would be in the text
+            records = itertools.chain([*itertools.islice(records, 1)], records)
         if raw:
             for record in records:
                 put(bytes([record.byte]))
