@@ -312,6 +312,19 @@ def test_more_epochs_continue_a_run(text, tmp_path, quick_steps):
     assert steps(resumed) == [few + 1, few + 2]
 
 
+def test_more_epochs_than_chosen_continue_a_run(text, tmp_path, quick_steps):
+    """The epochs alone end the run of a short text, so that --resume --epochs is enough."""
+    run, asked = tmp_path / "run", {"context_len": 40, "batch_size": 2, "max_minutes": 60}
+    asked |= {"validation_interval": 10**6, "checkpoint_interval": 10**6}
+    *_, last = train(Pico(TINY, 0), text, run, **asked)
+    chosen = read_description(run)["settings"]
+    assert last["step"] == last["steps"] < chosen["max_steps"]
+    more = chosen["epochs"] + 1
+    resumed = train(Pico(TINY, 1), None, run, resume=True, epochs=more)
+    assert next(resumed)["step"] == last["step"] + 1
+    resumed.close()
+
+
 def test_a_stop_leaves_out_the_validation_of_its_step(text, tmp_path, quick_steps):
     """The resumed run makes up for it."""
     run, watch = tmp_path / "run", Watch(lambda: len(watch.phases) >= 4)
