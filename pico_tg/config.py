@@ -318,9 +318,9 @@ class TrainSettings:
     epochs: int = setting("passes over the data; training ends earlier if max_steps is reached", 1)
     max_steps: int = setting("number of steps after which training ends", 3600)
     max_minutes: float = setting(
-        "end training after this many minutes, not counting compilation and validation, or before, "
-        "after max_steps or the epochs; the learning-rate schedule follows what is further; 0: no "
-        "limit",
+        "end training after this many minutes, not counting compilation and validation, unless "
+        "max_steps or the epochs end it before; the learning-rate schedule follows the steps or "
+        "the time, whichever is further; 0: no limit",
         0.0,
         minimum=0,
     )

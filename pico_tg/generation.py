@@ -385,6 +385,7 @@ def generate(
     endings = dict.fromkeys(_stops(stop), b"")
     if not chosen.ignore_end:
         endings[SEQ_END] = start  # the prompt may begin the tag
+    shows_bar = progress and len(start) >= LONG_PROMPT
     start = start if chosen.raw_prompt else SEQ_START + start
     more = _several(filters, Callable)
     if not all(map(callable, more)):
@@ -404,7 +405,7 @@ def generate(
             claimed.reset(use_latent=chosen.latent)
             reading = Bar(
                 "reading the prompt", total=len(start), unit="B", unit_scale=True, leave=False,
-                disable=not progress or len(start) < LONG_PROMPT,
+                disable=not shows_bar,
             )  # fmt: skip
             with reading:
                 for piece, logits, _ in claimed.passes(start):  # all logits of a prompt are large

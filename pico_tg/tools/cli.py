@@ -184,9 +184,8 @@ def command_train(args: argparse.Namespace) -> int:
     with display, contextlib.closing(records):  # an error saves the last step
         checkpoint = display.show(records)
     if display.stop():
-        saved = list_checkpoints(run_dir)
-        resume = command("train", args.path, args.run, "--resume")
-        say(f"wrote {saved[-1][1]}; continue with: {resume}" if saved else f"start with: {resume}")
+        _, saved = list_checkpoints(run_dir)[-1]  # `display` stops after a step, never before one
+        say(f"wrote {saved}; continue with: {command('train', args.path, args.run, '--resume')}")
         return 130
     if not checkpoint:  # `train` has said that nothing is left
         return 0
