@@ -48,11 +48,6 @@ def test_gram_matrices_are_matmuls(shape, tile_m, cores, any_size, monkeypatch):
             np.testing.assert_array_equal(half, half.swapaxes(1, 2))
 
 
-def test_products_with_64_bit_addresses(any_size, monkeypatch):
-    monkeypatch.setattr(loops, "INT", 1 << 10)
-    check_product("linear", ((2,), 24, 20, 16))
-
-
 @pytest.mark.parametrize("D", [32, 48, 36, 7, 1])
 def test_column_sums(D, monkeypatch):
     """Whole vectors of columns, parts of one, single columns; shared by threads, or not."""
@@ -68,10 +63,9 @@ def test_column_sums(D, monkeypatch):
 @pytest.mark.parametrize(("cores", "tile_m"), [(1, 8), (3, 6)])
 @pytest.mark.parametrize("shape", [(2, 2, 2, 20, 4, 18), (1, 2, 1, 300, 5, 130)])
 def test_attention_on_other_processors(shape, tile_m, cores, monkeypatch):
-    """Tiles of AVX2 and of AVX-512, other thread counts, 64-bit addresses."""
+    """Tiles of AVX2 and of AVX-512, other thread counts."""
     monkeypatch.setattr(matmul, "tile_m", lambda: tile_m)
     monkeypatch.setattr(matmul, "LONG", 0)
-    monkeypatch.setattr(loops, "INT", 1 << 8)
     # the kernel that tinygrad schedules takes no more threads than the machine has
     monkeypatch.setattr(band_attention, "even_threads", lambda _: 1)
     with Context(CPU_COUNT=cores):

@@ -12,8 +12,10 @@ from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
 TILE_N = 16  # columns of a register tile; the renderer splits them into the CPU's vectors
-INT = 1 << 31  # tensors with this many elements need 64-bit addresses
 VECTOR = dtypes.float32.vec(TILE_N)
+# Of an address of 32 bits that depends on the share, LLVM cannot exclude an overflow, and extends
+# each one to 64 bits: a matmul then takes up to three times as long.
+INDEX = dtypes.long
 
 
 class LoopNest:
@@ -34,7 +36,6 @@ class LoopNest:
         self.threads = threads
         assert all(tensor.dtype == dtypes.float32 for tensor in tensors)
         sizes = [tensor.numel() for tensor in tensors]
-        self.index_dtype = dtypes.int if max(sizes) < INT else dtypes.long
         self.buffers = [UOp(Ops.PARAM, dtypes.float32.ptr(n), arg=i) for i, n in enumerate(sizes)]
         self.device, self.bytes = tensors[0].device.split(":")[0], 4 * sum(sizes)
         self.ids = itertools.count()  # one for each loop and each register file
@@ -43,14 +44,14 @@ class LoopNest:
         self.order: list[UOp] = []  # statements that must precede a read of this kernel's output
 
     def const(self, n: int) -> UOp:
-        return UOp.const(self.index_dtype, n)
+        return UOp.const(INDEX, n)
 
     @contextlib.contextmanager
     def loop(self, iterations: UOp | int) -> Iterator[UOp]:
         """`with nest.loop(n) as i`: a loop after all previous statements; yields the counter."""
         n = iterations if isinstance(iterations, UOp) else self.const(iterations)
         source = n, *self.open_loops, *self.stores
-        counter = UOp(Ops.RANGE, self.index_dtype, source, (next(self.ids), AxisType.LOOP))
+        counter = UOp(Ops.RANGE, INDEX, source, (next(self.ids), AxisType.LOOP))
         self.open_loops.append(counter)
         self.stores, self.order = [], [*self.stores, counter]
         yield counter
@@ -82,11 +83,9 @@ class LoopNest:
                 yield i
             return
         assert not isinstance(n, int) or n > 1, "every thread would execute the only iteration"
-        core = UOp.variable("core_id", 0, self.threads - 1, dtypes.int).cast(self.index_dtype)
+        core = UOp.variable("core_id", 0, self.threads - 1, dtypes.int).cast(INDEX)
         ends = ((core + i) * n for i in range(2))
-        start, stop = (
-            UOp(Ops.CDIV, self.index_dtype, (end, self.const(self.threads))) for end in ends
-        )
+        start, stop = (UOp(Ops.CDIV, INDEX, (end, self.const(self.threads))) for end in ends)
         with self.loop(stop - start) as i:
             yield i + start
 
