@@ -8,7 +8,7 @@ from tinygrad import Context, Device, Tensor, TinyJit
 import pico_tg.matmul as matmuls
 from pico_tg.attention import banded_attention
 from pico_tg.backend.runtime import has_cpu_kernels
-from pico_tg.cpu import band_attention, loops, matmul
+from pico_tg.cpu import band_attention, launcher, loops, matmul
 
 pytestmark = pytest.mark.skipif(
     not has_cpu_kernels(Device.DEFAULT), reason="needs the hand-scheduled CPU kernels"
@@ -29,7 +29,7 @@ def any_size(monkeypatch):
 def test_products_on_other_processors(shape, tile_m, cores, any_size, monkeypatch):
     """Tiles of AVX2 and of AVX-512; rows and matrices that the threads do not divide."""
     monkeypatch.setattr(matmul, "tile_m", lambda: tile_m)
-    monkeypatch.setattr(matmul, "PARALLEL", 0)
+    monkeypatch.setattr(launcher, "PARALLEL", 0)
     with Context(CPU_COUNT=cores):
         check_product("linear", shape)
 
@@ -51,7 +51,7 @@ def test_gram_matrices_are_matmuls(shape, tile_m, cores, any_size, monkeypatch):
 @pytest.mark.parametrize("D", [32, 48, 36, 7, 1])
 def test_column_sums(D, monkeypatch):
     """Whole vectors of columns, parts of one, single columns; shared by threads, or not."""
-    monkeypatch.setattr(matmul, "PARALLEL", 0)
+    monkeypatch.setattr(launcher, "PARALLEL", 0)
     rng = np.random.default_rng(0)
     shapes = (4, 5, D), (20, D), (1, 20, 1)
     factors = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]

@@ -16,8 +16,11 @@ the call returns. tinygrad's own graph handles all other cases: tinygrad's assem
 version 15, other systems than Linux, copies, symbolic launch sizes, PROFILE, DEBUG >= 2.
 """
 
+import contextlib
 import ctypes
 import functools
+import itertools
+import math
 import mmap
 import os
 import platform
@@ -32,14 +35,16 @@ from typing import Any
 
 import numpy as np
 from tinygrad import Device, GlobalCounters
+from tinygrad.codegen.opt import KernelOptError, Opt, OptOps, heuristic
+from tinygrad.codegen.opt.postrange import Scheduler
 from tinygrad.device import Buffer, CompileError
 from tinygrad.engine import realize
 from tinygrad.engine.jit import CapturedJit, GraphRunner, create_graph_call
-from tinygrad.helpers import CPU_COUNT, DEBUG, PROFILE, Context, getenv, mv_address
+from tinygrad.helpers import CPU_COUNT, DEBUG, PROFILE, Context, ContextVar, getenv, mv_address
 from tinygrad.runtime.graph.hcq import HCQGraph
 from tinygrad.runtime.ops_cpu import CPUProgram
 from tinygrad.runtime.support.compiler_cpu import ClangJITCompiler, CPULLVMCompiler
-from tinygrad.uop.ops import Ops, UOp
+from tinygrad.uop.ops import AxisType, Ops, UOp
 
 from ..backend.machine import cgroup_limit, processor
 
@@ -48,6 +53,7 @@ from ..backend.machine import cgroup_limit, processor
 # row for each choice (int64).
 ROW = 5  # int64s
 MAX_ARGUMENTS = 96
+PARALLEL = 1 << 16  # least number of elements for which threads make a copy or a sum faster
 SPIN = 2000  # polls before a thread sleeps, about 20 to 80 µs
 # byte offsets in the shared state, each in a separate cache line to avoid false sharing
 STATE = {"TICKET": 0, "DONE": 64, "SEQUENCE": 128, "SLEEPERS": 192, "WAITING": 256, "KERNEL": 320}
@@ -167,10 +173,42 @@ def serves() -> bool:
     return _launcher() is not None
 
 
+def worth_threads(elements: int) -> bool:
+    """Whether threads make a copy or a sum of so many elements faster."""
+    return elements >= (PARALLEL if serves() else 8 * PARALLEL)
+
+
 def install(device: str) -> None:
-    """Make all graphs that are captured on this CPU device from now on `NativeGraph`s."""
+    """Make all graphs that are captured on this CPU device from now on `NativeGraph`s.
+
+    Threads also share kernels of PARALLEL iterations. tinygrad 0.13 leaves those of up to 262,144
+    to one thread, since its own launch is slow (test_launcher.test_threads_share_small_kernels).
+    """
     if serves():
         Device[device].graph = NativeGraph
+        SHARED_FROM.value = PARALLEL
+        heuristic.hand_coded_optimizations = share_iterations
+
+
+# a context variable, so that the compile cache tells kernels with and without it apart
+SHARED_FROM = ContextVar("SHARED_FROM", 1 << 18)
+optimize = heuristic.hand_coded_optimizations
+
+
+def share_iterations(kernel: Scheduler) -> Scheduler:
+    """tinygrad's `hand_coded_optimizations`; then threads share what it left to one of them."""
+    kernel = optimize(kernel)
+    shape = kernel.full_shape
+    whole = all(opt.op is not OptOps.THREAD for opt in kernel.applied_opts)
+    if whole and kernel.ren.has_threads and all(isinstance(n, int) for n in shape):
+        most = min(kernel.ren.global_max[0], 2 * math.prod(shape) // SHARED_FROM.value)
+        loops = kernel.axes_of(AxisType.LOOP)
+        for threads, axis in itertools.product(range(most, 1, -1), loops):
+            if shape[axis] % threads == 0:
+                with contextlib.suppress(KernelOptError):
+                    kernel.apply_opt(Opt(OptOps.THREAD, axis, threads))
+                break
+    return kernel
 
 
 Calls = list[tuple[UOp, NativeGraph]]  # a captured function's calls, all of them native graphs

@@ -13,7 +13,6 @@ from ..backend.runtime import without_views
 from . import launcher
 from .loops import TILE_N, VECTOR, LoopNest, choose_shared_loop, even_threads, tile_m
 
-PARALLEL = 1 << 19  # least number of elements for which threads make a copy or a sum faster
 # A kernel of at least LONG operations has SHARES shares per thread: with one share per thread, the
 # slowest or busiest core would delay the kernel. Only with the launcher: without it, tinygrad
 # starts a Python thread for each share.
@@ -76,7 +75,7 @@ def transpose(x: Tensor) -> Tensor:
     assert width <= N, "the last block would begin before the first column"
     out = Tensor.empty(Z, N, stride, device=x.device)
     sizes = (Z, stride // TILE_N, -(-N // width))
-    shared, threads = choose_shared_loop(sizes[:2]) if x.numel() >= PARALLEL else (0, 1)
+    shared, threads = choose_shared_loop(sizes[:2]) if launcher.worth_threads(x.numel()) else (0, 1)
     nest = LoopNest(out, x, threads=threads)
     with nest.loops(sizes, shared) as (z, m, n):
         m, n = m * TILE_N, at_most(n * width, N - width)
@@ -97,7 +96,7 @@ def column_sums(*factors: Tensor) -> Tensor:
     N = max(f.numel() for f in factors) // D
     width = next(n for n in (TILE_N, 12, 8, 4, 3, 2, 1) if D % n == 0)
     opts = [Opt(OptOps.UPCAST, 0, width)] if width > 1 else []
-    if N * D >= PARALLEL and (threads := even_threads(D // width)) > 1:
+    if launcher.worth_threads(N * D) and (threads := even_threads(D // width)) > 1:
         opts.append(Opt(OptOps.THREAD, 0, threads))
 
     def kernel(out: UOp, *factors: UOp) -> UOp:
