@@ -133,7 +133,7 @@ def choose(
       STEPS: those given, else `most_passes`
     - max_steps: the steps that fit in the Scale's minutes according to `step_seconds`, at least the
       fewest and at most the most STEPS. With max_minutes, four times the steps that fit in that
-      time, in case the machine is faster than estimated
+      time, in case the machine is faster than estimated; with epochs alone, their steps
     - epochs: as many as max_steps needs; if that is not given, at most `most_passes`
     - warmup_steps: WARMUP of the steps
     - router_warmup_steps, for the router learned: ROUTER_WARMUP of the steps, with max_minutes of
@@ -166,7 +166,12 @@ def choose(
     minutes = settings.max_minutes or scale.minutes
     affordable = int(minutes * 60 / step_seconds(config, settings, device, gflops))
     few, many = STEPS
-    steps = 4 * affordable + 1 if settings.max_minutes else max(few, min(many, affordable))
+    if settings.max_minutes:
+        steps = 4 * affordable + 1
+    elif "epochs" in given:
+        steps = math.ceil(passes * windows / batch)
+    else:
+        steps = max(few, min(many, affordable))
     settings = pick("max_steps", steps)
     needed = math.ceil(settings.max_steps * batch / windows)
     settings = pick("epochs", needed if "max_steps" in given else min(passes, needed))

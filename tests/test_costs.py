@@ -102,6 +102,13 @@ def test_batches_of_a_short_text():
         assert most > 300 or chosen.batch_size == 1
 
 
+def test_given_epochs_are_trained_to_their_end():
+    """However long they take."""
+    chosen = choose(Config.preset("minutes"), 12_000_000, "CPU", 150, {"epochs": 3})
+    assert total_steps(Config.preset("minutes"), chosen, 12_000_000) == chosen.max_steps
+    assert chosen.max_steps * chosen.batch_size * 512 == pytest.approx(3 * 12_000_000, rel=1e-3)
+
+
 @pytest.mark.parametrize("train_bytes", [200, 2000, 20_000, 200_000])
 @pytest.mark.parametrize("device", ["CPU", "CUDA:0"])
 def test_small_data_make_small_windows(train_bytes, device):

@@ -6,7 +6,7 @@ python examples/studies/compare_routers.py [DATASET] [--steps 200] [--seeds 0,1,
     [--routers learned,none] [--positions alibi,rope] [--next-tokens 1,2,4,8]
     [--capacities 1/8,1/3] [--router-warmup-steps 0,200]
 
-The budget of a size is the FLOPs of --steps steps of its learned router with ALiBi. Each variant is
+The budget of a size is the FLOPs of --steps steps of its learned router. Each variant is
 trained for as many steps as that budget pays for. Every result is appended to --results, a file of
 JSON lines; the models and runs go into a folder of the same name, for `pico_tg run`, `eval` and
 `plot`. A repeated command continues an interrupted training, and trains only what is missing.
@@ -71,7 +71,9 @@ parser.add_argument(
     help=f"{', '.join(SIZES)}, or a model.json",
 )  # fmt: skip
 parser.add_argument("--routers", type=names, default=list(ROUTERS), metavar="NAME,…")
-parser.add_argument("--positions", type=names, default=["alibi"], metavar="NAME,…")
+parser.add_argument(
+    "--positions", type=names, default=[""], metavar="NAME,…", help="default: that of the size"
+)
 parser.add_argument(
     "--next-tokens", type=integers, default=[0], metavar="N,…", help="default: that of the size"
 )
@@ -138,10 +140,11 @@ def all_variants() -> list[Variant]:
                     continue
                 capacity = 0
             config = dataclasses.replace(
-                base, router=router, position=position, next_tokens=heads or base.next_tokens,
+                base, router=router, position=position or base.position,
+                next_tokens=heads or base.next_tokens,
                 latent_capacity_factor=float(capacity) or base.latent_capacity_factor,
             )  # fmt: skip
-            name = router + (f", {position}" if position != base.position else "")
+            name = router + (f", {position}" if position not in ("", base.position) else "")
             name += f", heads {heads}" if heads not in (0, base.next_tokens) else ""
             if config.latent_capacity_factor != base.latent_capacity_factor:
                 name += f", capacity {capacity}"
