@@ -125,15 +125,15 @@ def choose(
     trained: bool = False,
     held_out: int = TrainSettings.validation_bytes,
 ) -> TrainSettings:
-    """The settings of a run of the Scale's minutes: those `given`, a value for each other CHOSEN.
+    """The settings of a run: those `given`, and a value for each other one of CHOSEN.
 
     - context_len: the Scale's; smaller if the data would otherwise make fewer than MIN_WINDOWS
       windows
     - batch_size: the Scale's; smaller if so many epochs would otherwise make fewer than the fewest
       STEPS: those given, else `most_passes`
     - max_steps: the steps that fit in the Scale's minutes according to `step_seconds`, at least the
-      fewest and at most the most STEPS. With max_minutes, four times the steps that fit in that
-      time, in case the machine is faster than estimated; with epochs alone, their steps
+      fewest and at most the most STEPS. If max_minutes or epochs are given, these end the run, and
+      max_steps is four times the steps that they are estimated to take
     - epochs: as many as max_steps needs; if that is not given, at most `most_passes`
     - warmup_steps: WARMUP of the steps
     - router_warmup_steps, for the router learned: ROUTER_WARMUP of the steps, with max_minutes of
@@ -169,7 +169,7 @@ def choose(
     if settings.max_minutes:
         steps = 4 * affordable + 1
     elif "epochs" in given:
-        steps = math.ceil(passes * windows / batch)
+        steps = 4 * math.ceil(passes * windows / batch) + 1
     else:
         steps = max(few, min(many, affordable))
     settings = pick("max_steps", steps)
@@ -225,6 +225,8 @@ def plan(
     shown = CHOSEN.keys() - given.keys()
     if settings.max_minutes:  # unless the text is short, the others are only guards
         shown -= {"max_steps", "epochs", "warmup_steps"}
+    if "epochs" in given:
+        shown -= {"max_steps"}
     for kind in dict.fromkeys(CHOSEN.values()):
         names = [name for name in CHOSEN if name in shown and CHOSEN[name] == kind]
         values = ", ".join(f"{name} {getattr(settings, name)}" for name in names)

@@ -383,6 +383,12 @@ def train(
                 f"context_len ({chosen.context_len}); a smaller one leaves out less"
             )
     _set_steps(progress, chosen, windows, events, stored.get("settings", {}))
+    if progress.steps < chosen.max_steps and not resume and "max_steps" not in picked:
+        epochs = "1 epoch" if chosen.epochs == 1 else f"{chosen.epochs} epochs"
+        events.say(
+            f"{progress.steps} steps, not max_steps ({chosen.max_steps}): the data end after "
+            f"{epochs}; more epochs give more steps"
+        )
     if len(data.validation.bytes) > chosen.validation_bytes:
         events.say(f"each validation measures the first {chosen.validation_bytes:,} held-out bytes")
     if run and not (resume and _limit_reached(progress, chosen)):  # else nothing is trained
@@ -494,12 +500,6 @@ def _set_steps(
             "the new number"
         )
     progress.steps = total
-    if total < settings.max_steps and not progress.step:
-        epochs = "1 epoch" if settings.epochs == 1 else f"{settings.epochs} epochs"
-        events.say(
-            f"{total} steps, not max_steps ({settings.max_steps}): the data end after {epochs}; "
-            "more epochs give more steps"
-        )
     if limit := _limit_reached(progress, settings):
         events.say(f"nothing left to train; a larger --{limit.replace('_', '-')} continues the run")
     if total <= settings.warmup_steps:

@@ -102,11 +102,14 @@ def test_batches_of_a_short_text():
         assert most > 300 or chosen.batch_size == 1
 
 
-def test_given_epochs_are_trained_to_their_end():
-    """However long they take."""
-    chosen = choose(Config.preset("minutes"), 12_000_000, "CPU", 150, {"epochs": 3})
-    assert total_steps(Config.preset("minutes"), chosen, 12_000_000) == chosen.max_steps
-    assert chosen.max_steps * chosen.batch_size * 512 == pytest.approx(3 * 12_000_000, rel=1e-3)
+def test_given_epochs_alone_end_the_run():
+    """However long they take; then --resume --epochs is enough to go on."""
+    config, size = Config.preset("minutes"), 12_000_000
+    chosen = choose(config, size, "CPU", 150, {"epochs": 3})
+    steps = total_steps(config, chosen, size)
+    assert steps * chosen.batch_size * 512 == pytest.approx(3 * size, rel=1e-3)
+    assert chosen.max_steps > 3 * steps
+    assert chosen.warmup_steps == round(steps / 10)
 
 
 @pytest.mark.parametrize("train_bytes", [200, 2000, 20_000, 200_000])

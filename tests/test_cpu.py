@@ -1,9 +1,13 @@
 """The CPU's hand-scheduled kernels: other processors' tiles, thread counts, wide addresses."""
 
+import re
+
 import numpy as np
 import pytest
 from references import check_attention, check_product
 from tinygrad import Context, Device, Tensor, TinyJit
+from tinygrad.codegen import to_program
+from tinygrad.helpers import DEV
 
 import pico_tg.matmul as matmuls
 from pico_tg.attention import banded_attention
@@ -29,7 +33,7 @@ def any_size(monkeypatch):
 def test_products_on_other_processors(shape, tile_m, cores, any_size, monkeypatch):
     """Tiles of AVX2 and of AVX-512; rows and matrices that the threads do not divide."""
     monkeypatch.setattr(matmul, "tile_m", lambda: tile_m)
-    monkeypatch.setattr(launcher, "PARALLEL", 0)
+    monkeypatch.setattr(launcher, "worth_threads", lambda _: True)
     with Context(CPU_COUNT=cores):
         check_product("linear", shape)
 
@@ -48,10 +52,22 @@ def test_gram_matrices_are_matmuls(shape, tile_m, cores, any_size, monkeypatch):
             np.testing.assert_array_equal(half, half.swapaxes(1, 2))
 
 
+@pytest.mark.skipif(DEV.renderer != "LLVM", reason="reads LLVM's IR")
+def test_addresses_of_shared_matmuls():
+    """No address of 32 bits, which LLVM would extend by itself where it depends on core_id."""
+    a, b = (Tensor.empty(1, 64, 40) for _ in range(2))
+    with Context(CPU_COUNT=2):
+        call = matmul.gemm(a, b, 64, 64, 40, trans_b=True).schedule_linear().src[-1]
+    source = to_program(call.src[0], Device["CPU"].renderer).src[3].arg
+    addresses = re.findall(r"getelementptr.* %data\d+, (\w+) %", source)
+    assert set(addresses) == {"i64"}
+    assert "%core_id" in source
+
+
 @pytest.mark.parametrize("D", [32, 48, 36, 7, 1])
 def test_column_sums(D, monkeypatch):
     """Whole vectors of columns, parts of one, single columns; shared by threads, or not."""
-    monkeypatch.setattr(launcher, "PARALLEL", 0)
+    monkeypatch.setattr(launcher, "worth_threads", lambda _: True)
     rng = np.random.default_rng(0)
     shapes = (4, 5, D), (20, D), (1, 20, 1)
     factors = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]

@@ -17,6 +17,7 @@ from tinygrad.helpers import CPU_COUNT, Context
 from tinygrad.runtime.graph.hcq import HCQGraph
 
 from pico_tg import decoder
+from pico_tg.backend import jit_cache
 from pico_tg.cpu import decoding, launcher
 from pico_tg.kv_cache import PackedLinear
 from pico_tg.matmul import linear
@@ -139,16 +140,19 @@ def test_threads_share_small_kernels(graph_of, monkeypatch):
 
     def shares(side):
         monkeypatch.setattr(codegen, "to_program_cache", {})
+        monkeypatch.setattr(jit_cache, "_programs", {})
         x = Tensor(np.random.default_rng(0).standard_normal((side, side)).astype(np.float32))
         jit = TinyJit(lambda x: [(x * 2).exp().contiguous().realize(), x.sum(axis=1).realize()])
-        for _ in range(3):
-            outputs = [y.numpy() for y in jit(x.realize())]
+        with Context(CACHELEVEL=0):  # nothing of another version of the rule
+            for _ in range(3):
+                outputs = [y.numpy() for y in jit(x.realize())]
         (graph,) = (c.src[0] for c in jit.captured.linear.src if c.src[0].arg == "graph")
         calls = get_graph_runtime(graph).calls
         return [(ast.arg.global_size or (1,))[0] for _, ast, _, _ in calls], outputs
 
-    monkeypatch.setattr(heuristic, "hand_coded_optimizations", launcher.optimize)
-    monkeypatch.setattr(launcher.SHARED_FROM, "value", 1 << 18)
+    plain = launcher.hand_coded_optimizations
+    monkeypatch.setattr(heuristic, "hand_coded_optimizations", plain)
+    monkeypatch.setattr(launcher.RULE, "value", 0)
     graph_of(1)
     few, expected = shares(256)
     launcher.install("CPU")
@@ -276,7 +280,7 @@ def test_machine_code_for_arm64(clang):
 @pytest.mark.parametrize(("rows", "tile_m"), [(1, 8), (8, 6), (8, 8)])
 def test_packed_matmul_on_several_threads(graph_of, monkeypatch, rows, tile_m):
     """The shares are columns: the same bits as on one thread. Tiles of AVX2 and of AVX-512."""
-    monkeypatch.setattr(decoding, "PARALLEL", 0)
+    monkeypatch.setattr(launcher, "worth_threads", lambda _: True)
     monkeypatch.setattr(decoding, "tile_m", lambda: tile_m)
     rng = np.random.default_rng(0)
     weight, x = (Tensor(rng.standard_normal(s).astype(np.float32)) for s in ((128, 52), (rows, 52)))

@@ -6,11 +6,11 @@ python examples/studies/compare_routers.py [DATASET] [--steps 200] [--seeds 0,1,
     [--routers learned,none] [--positions alibi,rope] [--next-tokens 1,2,4,8]
     [--capacities 1/8,1/3] [--router-warmup-steps 0,200]
 
-The budget of a size is the FLOPs of --steps steps of its learned router. Each variant is
-trained for as many steps as that budget pays for. Every result is appended to --results, a file of
-JSON lines; the models and runs go into a folder of the same name, for `pico_tg run`, `eval` and
-`plot`. A repeated command continues an interrupted training, and trains only what is missing.
-Decoding speed is measured last, one model at a time; --sample-bytes 0 skips it.
+The budget of a size is the FLOPs of --steps steps of that model. Each variant is trained for as
+many steps as that budget pays for. Every result is appended to --results, a file of JSON lines; the
+models and runs go into a folder of the same name, for `pico_tg run`, `eval` and `plot`. A repeated
+command continues an interrupted training, and trains only what is missing. Decoding speed is
+measured last, one model at a time; --sample-bytes 0 skips it.
 """
 
 import argparse

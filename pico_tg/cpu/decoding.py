@@ -23,7 +23,6 @@ from .loops import TILE_N, even_threads, tile_m
 if TYPE_CHECKING:
     from ..kv_cache import KVCache
 
-PARALLEL = 1 << 16  # least number of weights for which threads pay: one core reads 2^16 in 20 µs
 UNROLL = 4  # terms of a sum that one iteration adds if a tile has only one row
 
 
@@ -38,7 +37,7 @@ def packed_matmul(
     rows, (panels, inputs, panel) = x.shape[0], weight.shape
     tile = _tile_rows(rows)
     vectors = panel // TILE_N if _tile_rows(rows, panel // TILE_N) == tile else 1
-    shared = weight.numel() >= PARALLEL and launcher.serves()
+    shared = launcher.serves() and launcher.worth_threads(weight.numel())
     threads = even_threads(panels) if shared else 1
 
     def kernel(out: UOp, x: UOp, weight: UOp, *more: UOp) -> UOp:

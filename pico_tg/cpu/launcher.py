@@ -17,6 +17,7 @@ version 15, other systems than Linux, copies, symbolic launch sizes, PROFILE, DE
 """
 
 import contextlib
+import copy
 import ctypes
 import functools
 import itertools
@@ -34,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tinygrad import Device, GlobalCounters
+from tinygrad import Device, GlobalCounters, codegen
 from tinygrad.codegen.opt import KernelOptError, Opt, OptOps, heuristic
 from tinygrad.codegen.opt.postrange import Scheduler
 from tinygrad.device import Buffer, CompileError
@@ -53,7 +54,7 @@ from ..backend.machine import cgroup_limit, processor
 # row for each choice (int64).
 ROW = 5  # int64s
 MAX_ARGUMENTS = 96
-PARALLEL = 1 << 16  # least number of elements for which threads make a copy or a sum faster
+SHARED = 1 << 16  # least number of iterations, or elements, that threads share
 SPIN = 2000  # polls before a thread sleeps, about 20 to 80 µs
 # byte offsets in the shared state, each in a separate cache line to avoid false sharing
 STATE = {"TICKET": 0, "DONE": 64, "SEQUENCE": 128, "SLEEPERS": 192, "WAITING": 256, "KERNEL": 320}
@@ -174,39 +175,49 @@ def serves() -> bool:
 
 
 def worth_threads(elements: int) -> bool:
-    """Whether threads make a copy or a sum of so many elements faster."""
-    return elements >= (PARALLEL if serves() else 8 * PARALLEL)
+    """Whether threads make a copy or a sum of so many elements faster.
+
+    Without the launcher, tinygrad starts them from Python, which takes as long as 2^19 elements.
+    """
+    return elements >= (SHARED if serves() else 1 << 19)
 
 
 def install(device: str) -> None:
     """Make all graphs that are captured on this CPU device from now on `NativeGraph`s.
 
-    Threads also share kernels of PARALLEL iterations. tinygrad 0.13 leaves those of up to 262,144
-    to one thread, since its own launch is slow (test_launcher.test_threads_share_small_kernels).
+    Threads also share the loops of tinygrad's own kernels from SHARED iterations on, on every CPU
+    device. tinygrad 0.13 leaves fewer than 262,144 to one thread, since its own launch is slow
+    (test_launcher.test_threads_share_small_kernels).
     """
     if serves():
         Device[device].graph = NativeGraph
-        SHARED_FROM.value = PARALLEL
-        heuristic.hand_coded_optimizations = share_iterations
+        if heuristic.hand_coded_optimizations is not share_iterations:
+            heuristic.hand_coded_optimizations = share_iterations
+            RULE.value = 1
+            codegen.to_program_cache.clear()
 
 
-# a context variable, so that the compile cache tells kernels with and without it apart
-SHARED_FROM = ContextVar("SHARED_FROM", 1 << 18)
-optimize = heuristic.hand_coded_optimizations
+# The version of `share_iterations`, 0 without it: the compile cache's keys have all context
+# variables.
+RULE = ContextVar("PICO_THREADS", 0)
+hand_coded_optimizations = heuristic.hand_coded_optimizations  # tinygrad's
 
 
 def share_iterations(kernel: Scheduler) -> Scheduler:
-    """tinygrad's `hand_coded_optimizations`; then threads share what it left to one of them."""
-    kernel = optimize(kernel)
-    shape = kernel.full_shape
-    whole = all(opt.op is not OptOps.THREAD for opt in kernel.applied_opts)
-    if whole and kernel.ren.has_threads and all(isinstance(n, int) for n in shape):
-        most = min(kernel.ren.global_max[0], 2 * math.prod(shape) // SHARED_FROM.value)
-        loops = kernel.axes_of(AxisType.LOOP)
+    """tinygrad's `hand_coded_optimizations`, with threads that share at least SHARED iterations."""
+    renderer = kernel.ren
+    kernel.ren = copy.copy(renderer)
+    kernel.ren.has_threads = False
+    kernel = hand_coded_optimizations(kernel)
+    kernel.ren = renderer
+    shape, loops = kernel.full_shape, kernel.axes_of(AxisType.LOOP)
+    if renderer.has_threads and all(isinstance(n, int) for n in shape):
+        most = min(
+            renderer.global_max[0], 2 * math.prod(shape) // SHARED
+        )  # SHARED / 2 or more each
         for threads, axis in itertools.product(range(most, 1, -1), loops):
-            if shape[axis] % threads == 0:
-                with contextlib.suppress(KernelOptError):
-                    kernel.apply_opt(Opt(OptOps.THREAD, axis, threads))
+            with contextlib.suppress(KernelOptError):  # not a loop that threads can share
+                kernel.apply_opt(Opt(OptOps.THREAD, axis, threads))
                 break
     return kernel
 

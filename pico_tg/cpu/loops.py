@@ -13,8 +13,9 @@ from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
 TILE_N = 16  # columns of a register tile; the renderer splits them into the CPU's vectors
 VECTOR = dtypes.float32.vec(TILE_N)
-# Of an address of 32 bits that depends on the share, LLVM cannot exclude an overflow, and extends
-# each one to 64 bits: a matmul then takes up to three times as long.
+# Addresses have 64 bits. tinygrad 0.13 multiplies those of 32 without `nsw`: where one depends on
+# core_id, LLVM cannot exclude an overflow, extends each address by itself, and a matmul takes up to
+# three times as long (test_cpu.test_addresses_of_shared_matmuls).
 INDEX = dtypes.long
 
 
