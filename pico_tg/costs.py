@@ -35,16 +35,21 @@ CHOSEN = {  # the settings that `choose` chooses, and the line in which each is 
 
 @dataclass(frozen=True)
 class Scale:
-    """The largest step, the duration of a run and the size of a validation on a kind of device."""
+    """The largest step, the duration of a run and the size of a validation on a kind of device.
+
+    least_rate: SOAP's lowest learning rate for such steps, however many (examples/studies, Settings
+    for a small run; the published settings)
+    """
 
     context_len: int
     batch_size: int
     minutes: float
     validation_bytes: int
+    least_rate: float
 
 
-CPU = Scale(context_len=512, batch_size=4, minutes=4, validation_bytes=1 << 16)
-GPU = Scale(context_len=6144, batch_size=32, minutes=60, validation_bytes=1 << 18)
+CPU = Scale(512, batch_size=4, minutes=4, validation_bytes=1 << 16, least_rate=0.006)
+GPU = Scale(6144, batch_size=32, minutes=60, validation_bytes=1 << 18, least_rate=0.001)
 STEPS = (300, 3600)  # fewest and most steps of a run; with fewer a model learns little
 MIN_WINDOWS = 32  # least number of windows in the training data
 WARMUP = 0.1  # fraction of the steps
@@ -138,8 +143,8 @@ def choose(
     - warmup_steps: WARMUP of the steps
     - router_warmup_steps, for the router learned: ROUTER_WARMUP of the steps, with max_minutes of
       the steps that are estimated to fit; 0 for `trained` weights, whose router is trained
-    - learning_rate: PEAK's up to PEAK's steps, then a power law of the steps through PUBLISHED;
-      times ADAMW_FACTOR for adamw, times TRAINED_FACTOR for `trained` weights
+    - learning_rate: PEAK's up to PEAK's steps, then a power law of the steps through PUBLISHED, but
+      at least the Scale's; times ADAMW_FACTOR for adamw, times TRAINED_FACTOR for `trained` weights
     - validation_bytes: the Scale's
     - validation_interval: for VALIDATIONS in a run, or as many as take VALIDATION_SHARE of the
       training time
@@ -187,8 +192,8 @@ def choose(
     pick("validation_interval", interval)
     pick("checkpoint_interval", interval)
     power = math.log(PEAK[1] / PUBLISHED[1]) / math.log(PUBLISHED[0] / PEAK[0])
-    steps = min(max(min(steps, affordable), PEAK[0]), PUBLISHED[0])
-    peak = PEAK[1] * (PEAK[0] / steps) ** power
+    peak = PEAK[1] * (PEAK[0] / max(expected, PEAK[0])) ** power
+    peak = max(peak, scale.least_rate)
     factor = ADAMW_FACTOR if settings.optimizer == "adamw" else 1
     factor *= TRAINED_FACTOR if trained else 1
     return pick("learning_rate", float(f"{peak * factor:.2g}"))
