@@ -212,9 +212,8 @@ def share_iterations(kernel: Scheduler) -> Scheduler:
     kernel.ren = renderer
     shape, loops = kernel.full_shape, kernel.axes_of(AxisType.LOOP)
     if renderer.has_threads and all(isinstance(n, int) for n in shape):
-        most = min(
-            renderer.global_max[0], 2 * math.prod(shape) // SHARED
-        )  # SHARED / 2 or more each
+        worth = 2 * math.prod(shape) // SHARED  # threads of SHARED / 2 iterations or more
+        most = min(worth, renderer.global_max[0])
         for threads, axis in itertools.product(range(most, 1, -1), loops):
             with contextlib.suppress(KernelOptError):  # not a loop that threads can share
                 kernel.apply_opt(Opt(OptOps.THREAD, axis, threads))
