@@ -10,14 +10,12 @@ import threading
 import numpy as np
 import pytest
 from helpers import TINY
-from tinygrad import Device, Tensor, TinyJit, codegen
-from tinygrad.codegen.opt import heuristic
+from tinygrad import Device, Tensor, TinyJit
 from tinygrad.engine.realize import get_graph_runtime
 from tinygrad.helpers import CPU_COUNT, Context
 from tinygrad.runtime.graph.hcq import HCQGraph
 
 from pico_tg import decoder
-from pico_tg.backend import jit_cache
 from pico_tg.cpu import decoding, launcher
 from pico_tg.kv_cache import PackedLinear
 from pico_tg.matmul import linear
@@ -132,35 +130,6 @@ def test_other_graphs_are_left_to_tinygrad(graph_of, monkeypatch):
     found, graphs = run()
     assert all(graph.launcher is None for graph in graphs)
     np.testing.assert_array_equal(expected, found)
-
-
-@pytest.mark.skipif(CPU_COUNT.value < 2, reason="CPU_COUNT=1")
-def test_threads_share_small_kernels(graph_of, monkeypatch):
-    """Kernels of 65,536 iterations, with the same bits; tinygrad leaves them to one thread."""
-
-    def shares(side):
-        monkeypatch.setattr(codegen, "to_program_cache", {})
-        monkeypatch.setattr(jit_cache, "_programs", {})
-        x = Tensor(np.random.default_rng(0).standard_normal((side, side)).astype(np.float32))
-        jit = TinyJit(lambda x: [(x * 2).exp().contiguous().realize(), x.sum(axis=1).realize()])
-        with Context(CACHELEVEL=0):  # nothing of another version of the rule
-            for _ in range(3):
-                outputs = [y.numpy() for y in jit(x.realize())]
-        (graph,) = (c.src[0] for c in jit.captured.linear.src if c.src[0].arg == "graph")
-        calls = get_graph_runtime(graph).calls
-        return [(ast.arg.global_size or (1,))[0] for _, ast, _, _ in calls], outputs
-
-    plain = launcher.hand_coded_optimizations
-    monkeypatch.setattr(heuristic, "hand_coded_optimizations", plain)
-    monkeypatch.setattr(launcher.RULE, "value", 0)
-    graph_of(1)
-    few, expected = shares(256)
-    launcher.install("CPU")
-    more, found = shares(256)
-    assert few == shares(128)[0] == [1, 1]
-    assert min(more) > 1
-    for a, b in zip(expected, found, strict=True):
-        np.testing.assert_array_equal(a, b)
 
 
 def test_linked_graphs_of_a_decoding_pass(monkeypatch, graph_of):

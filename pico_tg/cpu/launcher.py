@@ -16,12 +16,8 @@ the call returns. tinygrad's own graph handles all other cases: tinygrad's assem
 version 15, other systems than Linux, copies, symbolic launch sizes, PROFILE, DEBUG >= 2.
 """
 
-import contextlib
-import copy
 import ctypes
 import functools
-import itertools
-import math
 import mmap
 import os
 import platform
@@ -35,26 +31,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tinygrad import Device, GlobalCounters, codegen
-from tinygrad.codegen.opt import KernelOptError, Opt, OptOps, heuristic
-from tinygrad.codegen.opt.postrange import Scheduler
+from tinygrad import Device, GlobalCounters
 from tinygrad.device import Buffer, CompileError
 from tinygrad.engine import realize
 from tinygrad.engine.jit import CapturedJit, GraphRunner, create_graph_call
-from tinygrad.helpers import CPU_COUNT, DEBUG, PROFILE, Context, ContextVar, getenv, mv_address
+from tinygrad.helpers import CPU_COUNT, DEBUG, PROFILE, Context, getenv, mv_address
 from tinygrad.runtime.graph.hcq import HCQGraph
 from tinygrad.runtime.ops_cpu import CPUProgram
 from tinygrad.runtime.support.compiler_cpu import ClangJITCompiler, CPULLVMCompiler
-from tinygrad.uop.ops import AxisType, Ops, UOp
+from tinygrad.uop.ops import Ops, UOp
 
 from ..backend.machine import cgroup_limit, processor
+from . import codegen
+from .codegen import SHARED
 
 # A kernel's row: function, shares, number of arguments, position of core_id, arguments' address.
 # A jump's row: address of the choice (int32), 0, unused, unused, address of the targets: the next
 # row for each choice (int64).
 ROW = 5  # int64s
 MAX_ARGUMENTS = 96
-SHARED = 1 << 16  # least number of iterations, or elements, that threads share
 SPIN = 2000  # polls before a thread sleeps, about 20 to 80 µs
 # byte offsets in the shared state, each in a separate cache line to avoid false sharing
 STATE = {"TICKET": 0, "DONE": 64, "SEQUENCE": 128, "SLEEPERS": 192, "WAITING": 256, "KERNEL": 320}
@@ -183,42 +178,10 @@ def worth_threads(elements: int) -> bool:
 
 
 def install(device: str) -> None:
-    """Make all graphs that are captured on this CPU device from now on `NativeGraph`s.
-
-    Threads also share the loops of tinygrad's own kernels from SHARED iterations on, on every CPU
-    device. tinygrad 0.13 leaves fewer than 262,144 to one thread, since its own launch is slow
-    (test_launcher.test_threads_share_small_kernels).
-    """
+    """Make all graphs that are captured on this CPU device from now on `NativeGraph`s."""
     if serves():
         Device[device].graph = NativeGraph
-        if heuristic.hand_coded_optimizations is not share_iterations:
-            heuristic.hand_coded_optimizations = share_iterations
-            RULE.value = 1
-            codegen.to_program_cache.clear()
-
-
-# The version of `share_iterations`, 0 without it: the compile cache's keys have all context
-# variables.
-RULE = ContextVar("PICO_THREADS", 0)
-hand_coded_optimizations = heuristic.hand_coded_optimizations  # tinygrad's
-
-
-def share_iterations(kernel: Scheduler) -> Scheduler:
-    """tinygrad's `hand_coded_optimizations`, with threads that share at least SHARED iterations."""
-    renderer = kernel.ren
-    kernel.ren = copy.copy(renderer)
-    kernel.ren.has_threads = False
-    kernel = hand_coded_optimizations(kernel)
-    kernel.ren = renderer
-    shape, loops = kernel.full_shape, kernel.axes_of(AxisType.LOOP)
-    if renderer.has_threads and all(isinstance(n, int) for n in shape):
-        worth = 2 * math.prod(shape) // SHARED  # threads of SHARED / 2 iterations or more
-        most = min(worth, renderer.global_max[0])
-        for threads, axis in itertools.product(range(most, 1, -1), loops):
-            with contextlib.suppress(KernelOptError):  # not a loop that threads can share
-                kernel.apply_opt(Opt(OptOps.THREAD, axis, threads))
-                break
-    return kernel
+        codegen.install()
 
 
 Calls = list[tuple[UOp, NativeGraph]]  # a captured function's calls, all of them native graphs

@@ -11,6 +11,10 @@ from tinygrad.helpers import CPU_COUNT
 from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
+from . import codegen
+
+codegen.extend_renderers()
+
 TILE_N = 16  # columns of a register tile; the renderer splits them into the CPU's vectors
 VECTOR = dtypes.float32.vec(TILE_N)
 # Addresses have 64 bits. tinygrad 0.13 multiplies those of 32 without `nsw`: where one depends on
