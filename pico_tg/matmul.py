@@ -18,7 +18,7 @@ from tinygrad import Tensor, UOp, dtypes, function
 
 from .backend.cpu_kernels import cpu_kernels
 from .backend.precision import BF16, has_tensor_cores, rounded_factor
-from .backend.runtime import DType, round_up, without_views
+from .backend.runtime import DType, in_stored_shape, round_up, without_views
 from .ops import materialize
 
 TILE = 16  # rows and columns of a tile
@@ -122,6 +122,8 @@ def _product_function(M: int, N: int, L: int, gemm: Gemm, to_bf16: bool) -> Call
     def gradient(upstream: UOp, call: UOp) -> tuple[UOp | None, ...]:
         a, b, *buffers = (Tensor(uop) for uop in call.src[1:])
         (_, m, l), n = a.shape, b.shape[1]
+        if gemm.tile == 1:
+            a, b = in_stored_shape(a), in_stored_shape(b)
         g = rounded_factor(_pad(Tensor(upstream), m, n), to_bf16).contiguous()
         da = gemm.run(g, b, M, L, N)[:, :m, :l]
         db = gemm.run(g, a, N, L, M, trans_a=True)[:, :n, :l]

@@ -118,6 +118,21 @@ def without_views(x: Tensor) -> Tensor:
     return Tensor(base.reshape(x.shape)) if in_order else x
 
 
+def in_stored_shape(x: Tensor) -> Tensor:
+    """`x`; if `x` is a whole buffer, reshaped twice or more, that buffer in its first shape.
+
+    For custom kernels, which look at the memory only: see `without_views`. From a view, a replay of
+    TinyJit would read the first call's input (test_ops.test_jit_and_the_switch). Unlike there, the
+    tensor that was reshaped remains a part of the graph, as functions of tinygrad require.
+    """
+    uop = x.uop
+    while uop.op in (Ops.RESHAPE, Ops.CONTIGUOUS, Ops.CONTIGUOUS_BACKWARD):
+        if uop.op is Ops.RESHAPE and uop.src[0].op is Ops.BUFFER:
+            return Tensor(uop)
+        uop = uop.src[0]
+    return x
+
+
 class MethodJit(TinyJit):
     """A TinyJit that the launcher of cpu/ replays directly, if it can and there are no inputs.
 

@@ -30,7 +30,7 @@ from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
 from ..backend.precision import BF16, rounded_factor
 from .loops import TILE_N, LoopNest, even_threads
-from .matmul import pack_panels, tiled_matmul
+from .matmul import pack, tiled_matmul
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +166,7 @@ def _output_function(band: Band, to_bf16: bool):
 
 def _key_panels(x: Tensor, band: Band) -> Tensor:
     """Rows [matrices * positions, width] -> [matrices, positions / TILE_N, width, TILE_N]."""
-    return pack_panels(x.reshape(band.matrices, band.positions, band.width).transpose(1, 2))
+    return pack(x, band.width, band.positions, TILE_N, transposed=True)
 
 
 def _scores(q: Tensor, k: Tensor, slopes: Tensor, band: Band) -> Tensor:
@@ -211,7 +211,7 @@ def _rows_times_panels(
         f"{name}_{Z}_{b}_{M}_{s}_{band.head_dim}",
         (Z, b),
         (M, s, band.head_dim),
-        a_index=lambda z, b, m, l: band.query_row(z, b, m) * P + l,
+        a_index=lambda z, b, m, i, l: band.query_row(z, b, m + i) * P + l,
         b_index=lambda z, b, l, n: band.key_row(z, b, n) * P + l * TILE_N,
         c_index=lambda z, b, m, n: band.query_row(z, b, m) * s + n,
         epilogue=epilogue,
@@ -227,7 +227,7 @@ def _rows_times_keys(a: Tensor, x: Tensor, band: Band) -> Tensor:
         f"weigh_{Z}_{b}_{M}_{P}_{s}",
         (Z, b),
         (M, P, s),
-        a_index=lambda z, b, m, l: band.query_row(z, b, m) * s + l,
+        a_index=lambda z, b, m, i, l: band.query_row(z, b, m + i) * s + l,
         b_index=lambda z, b, l, c: band.key_row(z, b, l) * P + c,
         c_index=lambda z, b, m, c: band.query_row(z, b, m) * P + c,
     )
@@ -243,8 +243,8 @@ def _key_gradient(a: Tensor, x: Tensor, band: Band) -> Tensor:
         return (remaining < later + 1).where(remaining, remaining.const_like(later + 1))
 
     def a_index(z: UOp, block: UOp, *rest: UOp) -> UOp:
-        t, n, m = rest if later else (0, *rest)
-        return band.query_row(z, block + t, m) * band.keys + (later - t) * Q + n
+        t, n, i, m = rest if later else (0, *rest)
+        return band.query_row(z, block + t, m) * band.keys + (later - t) * Q + n + i
 
     def b_index(z: UOp, block: UOp, *rest: UOp) -> UOp:
         t, m, c = rest if later else (0, *rest)

@@ -4,20 +4,19 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 
-from tinygrad import Tensor
+from tinygrad import Tensor, dtypes
 from tinygrad.codegen.opt import Opt, OptOps
-from tinygrad.helpers import round_up
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
-from ..backend.runtime import without_views
 from . import launcher
-from .loops import TILE_N, VECTOR, LoopNest, choose_shared_loop, even_threads, tile_m
+from .loops import TILE_N, LoopNest, choose_shared_loop, even_threads, tile_m
 
 # A kernel of at least LONG operations has SHARES shares per thread: with one share per thread, the
 # slowest or busiest core would delay the kernel. Only with the launcher: without it, tinygrad
 # starts a Python thread for each share.
 SHARES = 8
 LONG = 1 << 25
+STREAMS = 16  # panels that are written in turn: with more, cache and TLB lose them
 UNROLL = 4  # terms of a sum that one iteration adds
 
 
@@ -30,60 +29,74 @@ def gemm(
     trans_a: bool = False,
     trans_b: bool = False,
 ) -> Tensor:
-    """a [Z, M, L] @ b [Z, L, N] -> [Z, M, N], float32.
+    """a [Z, M, L] @ b [Z, L, N] -> [Z, M, N], float32; with N < TILE_N, [Z, M, TILE_N].
 
-    `trans_a`: a is stored as [Z, L, M]; `trans_b`: b is stored as [Z, N, L]. The result's columns
-    are padded to a multiple of TILE_N. Padding, also of the factors, is never part of a sum. If the
-    two factors are one matrix and its transpose, the result is symmetric, and only the tiles on and
-    below its diagonal are computed.
+    The factors may have other shapes, with the same order of elements.
+    `trans_a`: a is stored as [Z, L, M]; `trans_b`: b is stored as [Z, N, L]. If the two factors are
+    one matrix and its transpose, the result is symmetric, and only the tiles on and below its
+    diagonal are computed.
 
-    Both factors are first copied into the order in which a tile reads them, rows of a and panels of
-    b, which takes 1 to 2 % of the time. Without the copy, each term of a sum is in a different
-    cache line, and every few terms in a different page: 110 GFLOPS instead of 180.
+    b, and a if it is transposed, are first copied into panels, which a tile reads from start to
+    end. Without the copy, each term of a sum is in a different cache line, and every few terms in a
+    different page: 110 GFLOPS instead of 180.
     """
     symmetric = a.uop is b.uop and trans_a != trans_b
-    a = transpose(a) if trans_a else a
-    b = b.transpose(1, 2) if trans_b else b
-    b = pack_panels(b.pad((None, None, (0, -b.shape[2] % TILE_N))))  # (Z, N / TILE_N, L, TILE_N)
-    Z, height, depth = a.shape
-    columns, terms = b.shape[1] * TILE_N, b.shape[2]
-    rows = columns if symmetric else M
+    Z, height, columns = a.numel() // (M * L), tile_m(), max(N, TILE_N)
+    tiles, panels = -(-M // height), -(-columns // TILE_N)
+    if N < TILE_N:
+        b = b.reshape(Z, *((N, L) if trans_b else (L, N)))
+        padding = (0, TILE_N - N)
+        b = b.pad((None, padding, None) if trans_b else (None, None, padding))
+    b = pack(b, L, columns, TILE_N, trans_b)
+
+    def a_index(z: UOp, m: UOp, i: int, l: UOp) -> UOp:
+        if trans_a:
+            return ((z * tiles + ceil_div(m, height)) * L + l) * height + i
+        return (z * M + m + i) * L + l
+
     return tiled_matmul(
-        Tensor.empty(Z, rows, columns, device=a.device),
-        [a, b],
+        Tensor.empty(Z, M, columns, device=a.device),
+        [pack(a, L, M, height) if trans_a else a, b],
         f"{'gram' if symmetric else 'gemm'}_{Z}_{M}_{N}_{L}",
         (Z,),
         (M, columns, L),
-        a_index=lambda z, m, l: (z * height + m) * depth + l,
-        b_index=lambda z, l, n: (z * columns + n) * terms + l * TILE_N,
-        c_index=lambda z, m, n: (z * rows + m) * columns + n,
+        a_index,
+        b_index=lambda z, l, n: ((z * panels + ceil_div(n, TILE_N)) * L + l) * TILE_N,
+        c_index=lambda z, m, n: (z * M + m) * columns + n,
         symmetric=symmetric,
     )
 
 
-def pack_panels(x: Tensor) -> Tensor:
-    """[Z, L, n * TILE_N] -> [Z, n, L, TILE_N]."""
-    Z, L, _ = x.shape
-    panels = x.reshape(Z, L, -1, TILE_N).transpose(1, 2)  # (Z, n, L, TILE_N)
-    return without_views(panels).contiguous()  # a single panel is not copied
+def pack(x: Tensor, L: int, N: int, width: int, transposed: bool = False) -> Tensor:
+    """Columns of x [Z, L, N] in panels: [Z, ceil(N / width), L, width]; N is at least `width`.
 
-
-def transpose(x: Tensor) -> Tensor:
-    """[Z, M, N] -> [Z, N, M + padding] in blocks of TILE_N x 8 registers; N is at least 8."""
-    Z, M, N = x.shape
-    width, stride = 8, round_up(M, TILE_N)
-    assert width <= N, "the last block would begin before the first column"
-    out = Tensor.empty(Z, N, stride, device=x.device)
-    sizes = (Z, stride // TILE_N, -(-N // width))
-    shared, threads = choose_shared_loop(sizes[:2]) if launcher.worth_threads(x.numel()) else (0, 1)
+    `transposed`: x is stored as [Z, N, L]. The last panel ends with the last column, and may
+    overlap the panel before it.
+    """
+    assert width <= N, "the last panel would begin before the first column"
+    Z, panels = x.numel() // (L * N), -(-N // width)
+    # what an iteration copies: a block of registers, or a cache line of the panel
+    rows = min(8, L) if transposed else TILE_N // width
+    blocks = -(-L // rows)
+    out = Tensor.empty(Z, panels, L, width, device=x.device)
+    group = 1 if transposed else min(panels, STREAMS)
+    sizes = (Z, -(-panels // group), blocks)
+    shared, threads = choose_shared_loop(sizes) if launcher.worth_threads(x.numel()) else (0, 1)
     nest = LoopNest(out, x, threads=threads)
-    with nest.loops(sizes, shared) as (z, m, n):
-        m, n = m * TILE_N, at_most(n * width, N - width)
-        rows = [z * M + at_most(m + i, M - 1) for i in range(TILE_N)]
-        for j in range(width):
-            column = [nest.load(1, row * N + n + j, 1) for row in rows]
-            nest.store((z * N + n + j) * stride + m, UOp(Ops.STACK, VECTOR, tuple(column)))
-    program = nest.program(f"transposed_{Z}_{M}_{N}")
+    with nest.loops(sizes, shared) as (z, g, l):
+        first = g * group
+        l = at_most(l * rows, L - rows) if L % rows else l * rows
+        with nest.loops((at_most(panels - first, group) if panels % group else group,)) as (i,):
+            panel = first + i
+            n = at_most(panel * width, N - width) if N % width else panel * width
+            for row in range(rows):
+                if transposed:
+                    column = [nest.load(1, (z * N + n + k) * L + l + row, 1) for k in range(width)]
+                    values = UOp(Ops.STACK, dtypes.float32.vec(width), tuple(column))
+                else:
+                    values = nest.load(1, (z * L + l + row) * N + n, width)
+                nest.store(((z * panels + panel) * L + l + row) * width, values, width)
+    program = nest.program(f"pack{'_transposed' * transposed}_{Z}_{L}_{N}_{width}")
     return out.custom_kernel(x, fxn=lambda *_: program)[0]
 
 
@@ -116,6 +129,10 @@ def at_most(i: UOp, last: int) -> UOp:
     return (i < last).where(i, i.const_like(last))
 
 
+def ceil_div(i: UOp, n: int) -> UOp:
+    return UOp(Ops.CDIV, i.dtype, (i + (n - 1), i.const_like(n)))
+
+
 def tiled_matmul(
     out: Tensor,
     inputs: list[Tensor],
@@ -133,9 +150,10 @@ def tiled_matmul(
     """c = a @ b, [M, L] @ [L, N], for each iteration of the `outer` loops; `sizes` is (M, N, L).
 
     inputs: a, b, and the tensors that the epilogue loads. M is at least 8 (with accumulate_over, a
-    multiple of 8); N is a multiple of TILE_N.
+    multiple of 8), N at least TILE_N. A tile whose first row is m has the rows m + i; the last tile
+    ends with the last row or column, and may overlap the one before it.
 
-    - a_index(*outer, m, l): the address of one element of a
+    - a_index(*outer, m, i, l): the address of one element of a, in row m + i
     - b_index(*outer, l, n): the address of TILE_N consecutive elements of b
     - c_index(*outer, m, n): the address of TILE_N consecutive elements of `out`
     - epilogue(nest, sums, *outer, m, n): the vector to store, from the vector of sums
@@ -152,10 +170,11 @@ def tiled_matmul(
         height = 4
     assert height <= M, "the last tile would begin before the first row"
     # with three vectors in a row, a tile takes 27 of the 32 registers of AVX-512
-    wide = next(n for n in ((3, 2, 1) if tile_m() == 8 else (1,)) if N % (n * TILE_N) == 0)
+    panels = -(-N // TILE_N)
+    wide = next(n for n in ((3, 2, 1) if tile_m() == 8 else (1,)) if panels % n == 0)
     width = wide * TILE_N
     tiles_m = -(-M // height)
-    elements = M * (N + width) // 2 if symmetric else M * N
+    elements = M * (panels * TILE_N + width) // 2 if symmetric else M * panels * TILE_N
     operations = 2 * elements * L * (products or math.prod(outer))
     loops = (*outer, tiles_m)
     shared, threads = choose_shared_loop(loops)
@@ -166,32 +185,35 @@ def tiled_matmul(
     # tinygrad 0.13 renders no loop of one iteration (test_cpu.test_products_on_other_processors)
     looped = L - L % UNROLL if L >= 2 * UNROLL else 0
 
-    def vectors(m: UOp, n: UOp) -> list[tuple[UOp, UOp]]:
+    def column(panel: UOp) -> UOp:
+        return at_most(panel * TILE_N, N - TILE_N) if N % TILE_N else panel * TILE_N
+
+    def vectors(m: UOp, panel: UOp) -> list[tuple[UOp, UOp]]:
         """(row, first column) of each vector of a tile, row by row."""
-        return [(m + i, n + v * TILE_N) for i in range(height) for v in range(wide)]
+        return [(m + i, column(panel + v)) for i in range(height) for v in range(wide)]
 
     @contextlib.contextmanager
     def tiles() -> Iterator[tuple[UOp, UOp]]:
-        """(first row, first column) of each tile.
+        """(first row, first panel) of each tile.
 
-        Rows are the inner loop, so that a tile finds its panels of b in the cache. The last tile
-        may overlap the one before it, and then computes the same values again.
+        Rows are the inner loop, so that a tile finds its panels of b in the cache.
         """
-        with nest.loops((N // width,)) as (n,):
-            n = n * width
-            # the first tile that is not above the diagonal
-            start = UOp(Ops.CDIV, n.dtype, (n, nest.const(height))) if symmetric else 0
+        with nest.loops((panels // wide,)) as (panel,):
+            panel = panel * wide
+            start = 0
+            if symmetric:  # the first tile that is not above the diagonal
+                start = UOp(Ops.CDIV, panel.dtype, (column(panel), nest.const(height)))
             with nest.loops((tiles_m - start,), shared - len(outer)) as (m,):
                 m = (m + start) * height
-                yield at_most(m, M - height) if M % height else m, n
+                yield at_most(m, M - height) if M % height else m, panel
 
     def compute(outer_c: list[UOp], outer_ab: list[UOp]) -> None:
-        with tiles() as (m, n):
-            c = [c_index(*outer_c, row, column) for row, column in vectors(m, n)]
+        with tiles() as (m, panel):
+            c = [c_index(*outer_c, row, n) for row, n in vectors(m, panel)]
 
             def add_term(sums: list[UOp], l: UOp) -> list[UOp]:
-                b = [nest.load(2, b_index(*outer_ab, l, n + v * TILE_N)) for v in range(wide)]
-                a = [nest.load(1, a_index(*outer_ab, m + i, l), 1) for i in range(height)]
+                b = [nest.load(2, b_index(*outer_ab, l, column(panel + v))) for v in range(wide)]
+                a = [nest.load(1, a_index(*outer_ab, m, i, l), 1) for i in range(height)]
                 products = (nest.broadcast(x) * y for x in a for y in b)
                 return [s + product for s, product in zip(sums, products, strict=True)]
 
@@ -209,21 +231,22 @@ def tiled_matmul(
                 sums = [nest.load_reg(registers, i) for i in range(len(c))]
             for l in range(looped, L):
                 sums = add_term(sums, nest.const(l))
-            for (row, column), address, result in zip(vectors(m, n), c, sums, strict=True):
+            for (row, n), address, result in zip(vectors(m, panel), c, sums, strict=True):
                 if epilogue:
-                    result = epilogue(nest, result, *outer_ab, row, column)
+                    result = epilogue(nest, result, *outer_ab, row, n)
                 nest.store(address, result)
             if symmetric:
                 with nest.loop(width) as j:  # unrolled, it would take a second to compile
+                    n = at_most(column(panel) + j, M - 1)
                     for i in range(height):
-                        element = nest.load_output(c_index(*outer_c, m + i, n + j), 1)
-                        nest.store(c_index(*outer_c, n + j, m + i), element, 1)
+                        element = nest.load_output(c_index(*outer_c, m + i, n), 1)
+                        nest.store(c_index(*outer_c, n, m + i), element, 1)
 
     with nest.loops(outer, shared) as matrix:
         if accumulate_over:
-            with tiles() as (m, n):
-                for row, column in vectors(m, n):
-                    nest.store(c_index(*matrix, row, column), zero)
+            with tiles() as (m, panel):
+                for row, n in vectors(m, panel):
+                    nest.store(c_index(*matrix, row, n), zero)
             with nest.loop(accumulate_over(*matrix)) as t:
                 compute(matrix, [*matrix, t])
         else:
