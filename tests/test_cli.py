@@ -1078,6 +1078,28 @@ def test_ctrl_c_is_quiet(trained, tmp_path):
     assert "data-tip=" in (tmp_path / "page.html").read_text()
 
 
+@pytest.mark.parametrize(
+    ("program", "imported", "expected"),
+    [
+        (["-m", "pico_tg"], "tinygrad", (130, b"", b"")),
+        (["-m", "pico_tg"], "argparse", (130, b"", b"")),  # by the command line alone
+        (["pico_tg"], "tinygrad", (130, b"", b"")),
+        (["own.py"], "tinygrad", (0, b"caught\n", b"")),
+    ],
+)
+def test_ctrl_c_during_the_imports(program, imported, expected, tmp_path):
+    """The command line ends quietly, with status 130; a script may catch the KeyboardInterrupt."""
+    (tmp_path / "pico_tg").write_text("from pico_tg.__main__ import main\nmain()\n")
+    own = "try:\n    import pico_tg\nexcept KeyboardInterrupt:\n    print('caught')\n"
+    (tmp_path / "own.py").write_text(own)
+    (tmp_path / f"{imported}.py").write_text("raise KeyboardInterrupt\n")
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{helpers.TESTS.parent}"}
+    done = subprocess.run(
+        [sys.executable, *program], cwd=tmp_path, env=env, capture_output=True, timeout=100
+    )
+    assert (done.returncode, done.stdout, done.stderr) == expected
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("redirection", "expected"), [(">&-", 0), (">&- 2>&-", 0), ("> /dev/full", 2)]
