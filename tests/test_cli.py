@@ -148,7 +148,7 @@ def test_every_field_is_an_option(command, cls, prefix, capsys):
 
 
 MISTAKES = {  # a command line, and what its error names
-    "init {new} --dim 3": "att_q_heads",
+    "init {new} --dim 3": "error: --dim (3) is smaller than --att-q-heads (9): a head",
     "init {new} --depth 3": "unrecognized arguments: --depth 3 (see pico_tg init --help)",
     "train {model} x --routr learned": "--routr learned (see pico_tg train --help)",
     "run {model} --promt=a": "--promt=a (did you mean --prompt?) (see pico_tg run --help)",
@@ -157,21 +157,25 @@ MISTAKES = {  # a command line, and what its error names
     "init {model}": "exists and is not an empty folder",
     "init ''": "the path is empty",  # as an unset variable of the shell gives
     "train {model} r ''": "the dataset has no name",
-    "train {model} r {text} {short} --context-len 3": "context_len 3 is too short",
+    "train {model} r {text} {short} --context-len 3": "error: --context-len 3 is too short",
     "train {model} r {text} {short} --context-len 100000": "fewer than one window",
     "train {model} r {text} --base-weights nowhere.safetensors": "nowhere.safetensors",
     "train {model} r {text} --base-weights {truncated}": "{truncated}",
     "train {model} r {text} --dataset-train-split nope": "has no split 'nope'",
-    "train {model} r {rows} --dataset-column-name plot": "story, title",
+    "train {model} r {rows} --dataset-column-name plot": "; name one by --dataset-column-name",
     "train {model} r missing.txt": "missing.txt",
-    "train {model} r {text} --keep-checkpoints -1": "keep_checkpoints must be",
+    "train {model} r {text} --keep-checkpoints -1": "error: --keep-checkpoints must be",
+    "train {model} r {text} --max-minutes -1": "error: --max-minutes must be",
+    "train {model} r {text} --dataset-validation-size 2.5": "--dataset-validation-size must be",
+    "train {model} r max_steps/a.txt": "no file or folder max_steps/a.txt",
     "train {model} r {text} --seed 1.5": "argument --seed: invalid",
     "train {model} r {text} --force": "--force requires --resume",
     "train {model} r {text} --devices 2 --sample-prompt A": "--sample-prompt needs one device",
     "run {model}s run": "{model}s is no model (did you mean {model}?): there is no such folder",
     "run storie": "storie is no model (did you mean stories?): there is no such folder; make one",
     "train '{new} model' r {text}": "init '{new} model'",  # quoted for the shell
-    "train {damaged} r {text}": "dim must be",
+    "train {damaged} r {text}": "{damaged}/model.json: att_q_heads must be",
+    "bench --model {damaged} --dim 9": "{damaged}/model.json: att_q_heads must be",
     "train {trained} run {text}": "continue it with --resume",
     "train {trained} sub/a {text}": "a new RUN is a name without a folder, not 'sub/a'",
     "train {trained} run --resume --base-weights x": "--base-weights is for a new run",
@@ -208,7 +212,8 @@ MISTAKES = {  # a command line, and what its error names
     "plot stories first": "metrics.jsonl",
     "init stories": "stories is the model that comes with pico_tg",
     "run {model} nothing": "make one with: python -m pico_tg train {model} nothing",
-    "run {trained} run --top-p 1.5": "top_p must be",
+    "run {trained} run --top-p 1.5": "error: --top-p must be",
+    "run {trained} run --stop ''": "error: --stop is empty",
     "run {trained} run --checkpoint last": "neither a step nor best",
     "run {trained} run --prompt a --prompt-file b": "--prompt-file",
     "run {trained} run --prompt": "expected one argument",
@@ -236,7 +241,7 @@ def test_a_mistake_is_one_line(line, model, text, trained, tmp_path, monkeypatch
     rows, damaged = tmp_path / "rows.jsonl", tmp_path / "damaged"
     rows.write_text('{"story": "once", "title": "a"}\n')
     damaged.mkdir()
-    (damaged / "model.json").write_text(json.dumps(TINY | {"dim": "wide"}))
+    (damaged / "model.json").write_text(json.dumps(TINY | {"att_q_heads": "many"}))
     places = {"model": model, "text": text, "trained": trained, "rows": rows, "damaged": damaged}
     places |= {"new": tmp_path / "new", "short": shlex.join(SHORT)}
     places["truncated"] = tmp_path / "base.safetensors"
@@ -309,7 +314,7 @@ def test_memory_is_checked_before_the_model_takes_it(model, text, monkeypatch, c
     monkeypatch.setattr("pico_tg.backend.machine.available_memory", lambda: 1000)
     monkeypatch.setattr(cli, "Pico", None)  # not callable
     assert status(["train", str(model), "r", str(text)]) == 2
-    assert "take a smaller context_len, batch_size or model" in error_line(capsys)
+    assert "take a smaller --context-len, --batch-size or model" in error_line(capsys)
 
 
 def test_without_a_dataset_train_says_what_it_takes(model, trained, text, monkeypatch, capsys):

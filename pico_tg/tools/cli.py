@@ -71,6 +71,7 @@ from .options import (
     given,
     mark_texts,
     option_of,
+    with_options,
 )
 from .plot import training_chart
 from .report import (
@@ -590,5 +591,5 @@ def main(arguments: list[str] | None = None) -> int:
             error = "not enough memory; a smaller --batch-size or --context-len needs less"
             # tinygrad 0.13 raises another error while it frees the incomplete graph
             sys.unraisablehook = lambda unraisable: None
-        say(f"pico_tg: error: {' '.join(str(error).split())}")
+        say(f"pico_tg: error: {with_options(' '.join(str(error).split()), args.parser)}")
         return 2

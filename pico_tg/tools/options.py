@@ -329,6 +329,22 @@ def given(args: argparse.Namespace, cls: type, prefix: str = "") -> dict[str, An
     return {name: value for name, value in values.items() if value is not None}
 
 
+def with_options(error: str, parser: Parser) -> str:
+    """An error's text in which the options of a command replace the names of settings.
+
+    A name that is an ordinary word (dim, stop) is replaced only where the text begins with it. The
+    keys of model.json and training.json keep their names.
+    """
+    if re.search(r"\b(model|training)\.json", error):
+        return error
+    for action in parser._actions:
+        name = action.dest.removeprefix("dataset_")
+        anywhere, first = rf"(?<![\w/.'-]){name}(?![\w/.'-])", rf"^{name}(?= must| is empty| \()"
+        if action.option_strings:
+            error = re.sub(anywhere if "_" in name else first, action.option_strings[0], error)
+    return error
+
+
 def checkpoint_name(text: str) -> int | str:
     if text != "best" and not re.fullmatch(r"-?\d+", text):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a step nor best")
