@@ -459,6 +459,8 @@ def write_page(path: Path, page: str) -> None:
 def command_web(args: argparse.Namespace) -> int:
     """Serve a page that shows text as the model writes it. Only this machine can open the page."""
     args.run = args.run or newest_run(args.path)
+    existing_run(args.path, args.run)
+    say(f"loading {title_of(args)}; {describe_backend()}")
     with Server(load(args.path, args.run), title_of(args), args.port) as server:
         show(f"{server.url}  (Ctrl-C ends)")
         with contextlib.suppress(KeyboardInterrupt):
