@@ -608,7 +608,7 @@ def test_text_that_was_trained_on_is_said(trained, tmp_path, capsys):
         assert cli.main(["eval", str(trained), "run", *flags, *short]) == 0
         out, err = capsys.readouterr()
         assert f": {part}" in out
-        line = f"{trained}/run was trained on about "
+        line = f"warning: {trained}/run was trained on about "
         assert any(part.startswith(line) for part in err.splitlines()) == said
 
 

@@ -264,7 +264,7 @@ def command_eval(args: argparse.Namespace) -> int:
     corpus = data if settings.split == "all" else getattr(data, settings.split)
     for run, known in ancestry(run_dir):
         if line := trained_on(corpus.bytes[: settings.max_bytes], data, known, run):
-            say(line)
+            say(f"warning: {line}")
     measured = evaluate(model, data, progress=True, **chosen)
     report = router_report(measured)
     facts = {"step": int(checkpoint.stem), "data": spec.dataset, "split": settings.split}
