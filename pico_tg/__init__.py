@@ -5,19 +5,29 @@ processes, DEV and LLVM_PATH in the environment (see backend/device.py). It chan
 tinygrad.
 """
 
-from .backend.device import enable_compile_cache
-from .checkpoint import load_weights, save_weights
-from .config import Config, TrainSettings
-from .data import DataSpec, load_data
-from .decoder import Decoder
-from .evaluation import EvalSettings, Evaluation, evaluate
-from .files import PicoError
-from .generation import GeneratedByte, Sampler, SampleSettings, Stats, complete, generate
-from .model import Pico, loss_fn
-from .optim.soap import SOAP
-from .runs import load
-from .scoring import Score, score
-from .training import Events, train
+import sys
+from pathlib import Path
+
+try:
+    from .backend.device import enable_compile_cache
+    from .checkpoint import load_weights, save_weights
+    from .config import Config, TrainSettings
+    from .data import DataSpec, load_data
+    from .decoder import Decoder
+    from .evaluation import EvalSettings, Evaluation, evaluate
+    from .files import PicoError
+    from .generation import GeneratedByte, Sampler, SampleSettings, Stats, complete, generate
+    from .model import Pico, loss_fn
+    from .optim.soap import SOAP
+    from .runs import load
+    from .scoring import Score, score
+    from .training import Events, train
+except KeyboardInterrupt:
+    # the command line ends quietly; it imports this file before its own __main__.py, while
+    # sys.argv[0] of `python -m pico_tg` is still -m
+    if Path(*sys.argv[:1]).stem in ("-m", "pico_tg"):
+        sys.exit(130)
+    raise
 
 __all__ = [
     "SOAP",

@@ -13,9 +13,12 @@ def main() -> int:
     # tinygrad creates many objects and few cycles: with Python's default thresholds, garbage
     # collection took 7 % of the CPU time of compiling
     gc.set_threshold(50_000, 20, 100)
-    from .tools.cli import main as run
+    try:
+        from .tools.cli import main as run
 
-    status = run()
+        status = run()
+    except KeyboardInterrupt:  # during the import
+        status = INTERRUPTED
     if status == INTERRUPTED:
         # Ctrl-C may have interrupted tinygrad 0.13 while it held the lock of its CPU queue, for
         # which its exit handler would wait forever (seen in test_cli.test_ctrl_c_is_quiet)

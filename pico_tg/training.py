@@ -369,7 +369,7 @@ def train(
             events.say(line)
         for trained, known in ancestry(Path(base_weights).parent):
             if line := trained_on(data.validation.bytes, data, known, trained):
-                lines.append(f"text to validate on: {line}")
+                lines.append(f"warning: text to validate on: {line}")
     validate = Validation(model, data.validation, chosen, devices)
     train_step = TrainStep(model, chosen, devices)
     run = None if folder is None else Run(folder, resumed=resume)

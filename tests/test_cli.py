@@ -148,7 +148,7 @@ def test_every_field_is_an_option(command, cls, prefix, capsys):
 
 
 MISTAKES = {  # a command line, and what its error names
-    "init {new} --dim 3": "att_q_heads",
+    "init {new} --dim 3": "error: --dim (3) is smaller than --att-q-heads (9): a head",
     "init {new} --depth 3": "unrecognized arguments: --depth 3 (see pico_tg init --help)",
     "train {model} x --routr learned": "--routr learned (see pico_tg train --help)",
     "run {model} --promt=a": "--promt=a (did you mean --prompt?) (see pico_tg run --help)",
@@ -157,21 +157,25 @@ MISTAKES = {  # a command line, and what its error names
     "init {model}": "exists and is not an empty folder",
     "init ''": "the path is empty",  # as an unset variable of the shell gives
     "train {model} r ''": "the dataset has no name",
-    "train {model} r {text} {short} --context-len 3": "context_len 3 is too short",
+    "train {model} r {text} {short} --context-len 3": "error: --context-len 3 is too short",
     "train {model} r {text} {short} --context-len 100000": "fewer than one window",
     "train {model} r {text} --base-weights nowhere.safetensors": "nowhere.safetensors",
     "train {model} r {text} --base-weights {truncated}": "{truncated}",
     "train {model} r {text} --dataset-train-split nope": "has no split 'nope'",
-    "train {model} r {rows} --dataset-column-name plot": "story, title",
+    "train {model} r {rows} --dataset-column-name plot": "; name one by --dataset-column-name",
     "train {model} r missing.txt": "missing.txt",
-    "train {model} r {text} --keep-checkpoints -1": "keep_checkpoints must be",
+    "train {model} r {text} --keep-checkpoints -1": "error: --keep-checkpoints must be",
+    "train {model} r {text} --max-minutes -1": "error: --max-minutes must be",
+    "train {model} r {text} --dataset-validation-size 2.5": "--dataset-validation-size must be",
+    "train {model} r max_steps/a.txt": "no file or folder max_steps/a.txt",
     "train {model} r {text} --seed 1.5": "argument --seed: invalid",
     "train {model} r {text} --force": "--force requires --resume",
     "train {model} r {text} --devices 2 --sample-prompt A": "--sample-prompt needs one device",
     "run {model}s run": "{model}s is no model (did you mean {model}?): there is no such folder",
     "run storie": "storie is no model (did you mean stories?): there is no such folder; make one",
     "train '{new} model' r {text}": "init '{new} model'",  # quoted for the shell
-    "train {damaged} r {text}": "dim must be",
+    "train {damaged} r {text}": "{damaged}/model.json: att_q_heads must be",
+    "bench --model {damaged} --dim 9": "{damaged}/model.json: att_q_heads must be",
     "train {trained} run {text}": "continue it with --resume",
     "train {trained} sub/a {text}": "a new RUN is a name without a folder, not 'sub/a'",
     "train {trained} run --resume --base-weights x": "--base-weights is for a new run",
@@ -180,6 +184,8 @@ MISTAKES = {  # a command line, and what its error names
     "train new r {text} --from nowhere run": "nowhere is no model: there is no such folder; --from",
     "train new r {text} --from {trained}/run run": "holds no model.json; --from takes PATH and RUN",
     "train new r {text} --from {trained} none": "{trained} has no run none; its runs are: run",
+    "train new r {text} --from {model}": "no run of {model} has a checkpoint",
+    "train new r --from {trained} run x.txt": "x.txt comes before --from",
     "train stories new {text}": "train models/mine new DATASET --from stories first",
     "train stories new {text} --from stories first": "stories stays as it comes with the package",
     "train new r nowhere.txt --from {trained} run": "nowhere.txt",
@@ -208,7 +214,8 @@ MISTAKES = {  # a command line, and what its error names
     "plot stories first": "metrics.jsonl",
     "init stories": "stories is the model that comes with pico_tg",
     "run {model} nothing": "make one with: python -m pico_tg train {model} nothing",
-    "run {trained} run --top-p 1.5": "top_p must be",
+    "run {trained} run --top-p 1.5": "error: --top-p must be",
+    "run {trained} run --stop ''": "error: --stop is empty",
     "run {trained} run --checkpoint last": "neither a step nor best",
     "run {trained} run --prompt a --prompt-file b": "--prompt-file",
     "run {trained} run --prompt": "expected one argument",
@@ -236,7 +243,7 @@ def test_a_mistake_is_one_line(line, model, text, trained, tmp_path, monkeypatch
     rows, damaged = tmp_path / "rows.jsonl", tmp_path / "damaged"
     rows.write_text('{"story": "once", "title": "a"}\n')
     damaged.mkdir()
-    (damaged / "model.json").write_text(json.dumps(TINY | {"dim": "wide"}))
+    (damaged / "model.json").write_text(json.dumps(TINY | {"att_q_heads": "many"}))
     places = {"model": model, "text": text, "trained": trained, "rows": rows, "damaged": damaged}
     places |= {"new": tmp_path / "new", "short": shlex.join(SHORT)}
     places["truncated"] = tmp_path / "base.safetensors"
@@ -309,7 +316,7 @@ def test_memory_is_checked_before_the_model_takes_it(model, text, monkeypatch, c
     monkeypatch.setattr("pico_tg.backend.machine.available_memory", lambda: 1000)
     monkeypatch.setattr(cli, "Pico", None)  # not callable
     assert status(["train", str(model), "r", str(text)]) == 2
-    assert "take a smaller context_len, batch_size or model" in error_line(capsys)
+    assert "take a smaller --context-len, --batch-size or model" in error_line(capsys)
 
 
 def test_without_a_dataset_train_says_what_it_takes(model, trained, text, monkeypatch, capsys):
@@ -393,9 +400,9 @@ def test_base_weights(weights, text):
 
 
 def test_fine_tuning(trained, tmp_path, capsys):
-    """From the newest checkpoint of another model, whose sizes a new folder takes over."""
+    """From the newest run of another model, whose sizes a new folder takes over."""
     text, new = trained.parent / "text.txt", tmp_path / "models" / "mine"
-    arguments = ["train", str(new), "b", str(text), "--from", str(trained), "run", *SHORT]
+    arguments = ["train", str(new), "b", str(text), "--from", str(trained), *SHORT]
     assert cli.main([*arguments, "--sample-prompt", "A"]) == 0
     said = capsys.readouterr().err
     assert said.count('\n  sample after "A": ') == 1
@@ -601,7 +608,7 @@ def test_text_that_was_trained_on_is_said(trained, tmp_path, capsys):
         assert cli.main(["eval", str(trained), "run", *flags, *short]) == 0
         out, err = capsys.readouterr()
         assert f": {part}" in out
-        line = f"{trained}/run was trained on about "
+        line = f"warning: {trained}/run was trained on about "
         assert any(part.startswith(line) for part in err.splitlines()) == said
 
 
@@ -1076,6 +1083,28 @@ def test_ctrl_c_is_quiet(trained, tmp_path):
     assert (out + rest).endswith(b"\n")
     assert [line.split()[0] for line in err.splitlines()] == [b"backend", b"wrote"], err
     assert "data-tip=" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("program", "imported", "expected"),
+    [
+        (["-m", "pico_tg"], "tinygrad", (130, b"", b"")),
+        (["-m", "pico_tg"], "argparse", (130, b"", b"")),  # by the command line alone
+        (["pico_tg"], "tinygrad", (130, b"", b"")),
+        (["own.py"], "tinygrad", (0, b"caught\n", b"")),
+    ],
+)
+def test_ctrl_c_during_the_imports(program, imported, expected, tmp_path):
+    """The command line ends quietly, with status 130; a script may catch the KeyboardInterrupt."""
+    (tmp_path / "pico_tg").write_text("from pico_tg.__main__ import main\nmain()\n")
+    own = "try:\n    import pico_tg\nexcept KeyboardInterrupt:\n    print('caught')\n"
+    (tmp_path / "own.py").write_text(own)
+    (tmp_path / f"{imported}.py").write_text("raise KeyboardInterrupt\n")
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{helpers.TESTS.parent}"}
+    done = subprocess.run(
+        [sys.executable, *program], cwd=tmp_path, env=env, capture_output=True, timeout=100
+    )
+    assert (done.returncode, done.stdout, done.stderr) == expected
 
 
 @pytest.mark.slow

@@ -21,7 +21,9 @@ def test_python_docs():
     assert all_documents(loaded) == [topics[name].encode() for name in sorted(topics)]
     assert "from python-docs; validating on the end of python-docs" in loaded.note
     # Python's topics repeat whole sections: "while" is also a part of "compound"
-    assert re.search(r"\nabout \d+% of the text to validate on is also trained on$", loaded.note)
+    assert re.search(
+        r"\nwarning: about \d+% of the text to validate on is also trained on$", loaded.note
+    )
     share = len(loaded.validation.bytes) / (len(loaded.train.bytes) + len(loaded.validation.bytes))
     assert 0.02 < share < 0.1
 
@@ -74,7 +76,7 @@ def test_text_on_both_sides_is_said(tmp_path):
     """A copy of what is trained on is the validation split, or is held out."""
     random = np.random.default_rng(0)
     one, two, other = (bytes(random.integers(97, 123, 3000, np.uint8)) for _ in range(3))
-    said = "about 100% of the text to validate on is also trained on"
+    said = "warning: about 100% of the text to validate on is also trained on"
     for split, texts in {"train": [one, two], "valid": [two]}.items():
         (tmp_path / "splits" / split).mkdir(parents=True)
         for number, text in enumerate(texts):

@@ -266,7 +266,6 @@ def test_deeply_nested_json(tmp_path, cache):
     [
         ("für".encode() * 1000, None),
         ("für".encode("latin-1"), "byte 0xfc is not valid UTF-8; convert the file to UTF-8"),
-        ("One.".encode("utf-16"), "byte 0xff is not valid UTF-8; convert the file to UTF-8"),
         ("One.".encode("utf-16-le"), "holds NUL, as UTF-16 does; convert the file to UTF-8"),
         (
             gzip.compress(b"One.", mtime=0),
@@ -318,7 +317,10 @@ def test_unreadable_files(tmp_path, cache):
         ("half.jsonl", b'{"text": "\\ud83d"}\n', "cannot read .*half.jsonl: .*surrogates"),
         ("bad.parquet", b"PAR1 nonsense", "cannot read .*bad.parquet: Parquet magic"),
         ("bad.csv", b"text\n\xff\xfe\n", "cannot read .*bad.csv"),
-        ("utf16.jsonl", '{"text": "a"}'.encode("utf-16"), "byte 0xff is not valid UTF-8; convert"),
+        ("little.txt", "\ufeffOne.".encode("utf-16-le"), "little.txt is UTF-16; convert it, as"),
+        ("big.txt", "\ufeffOne.".encode("utf-16-be"), "big.txt is UTF-16; convert it, as iconv"),
+        ("a.txt.gz", gzip.compress("One.".encode("utf-16")), "a.txt.gz is UTF-16; convert it"),
+        ("utf16.jsonl", '{"text": "a"}'.encode("utf-16"), "utf16.jsonl is UTF-16; convert it"),
         ("bad.pdf", b"%PDF", "the formats are .txt, .jsonl"),
         ("empty.txt", b"", "empty.txt holds no text"),
         ("spaces.txt", b"  \n\t\n", "spaces.txt holds no text"),

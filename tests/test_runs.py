@@ -678,7 +678,7 @@ def test_what_the_weights_to_start_from_have_seen(tmp_path, quick_steps):
         shutil.rmtree(second, ignore_errors=True)
         weights = checkpoint_path(first, 1)
         list(start(spec, second, max_steps=1, base_weights=weights, events=watch))
-        line = f"text to validate on: {first} was trained on about "
+        line = f"warning: text to validate on: {first} was trained on about "
         assert any(part.startswith(line) for part in watch.said) == said
     path = first / "training.json"
     description = json.loads(path.read_text()) | {"base_weights": f"{second}/00000001.safetensors"}

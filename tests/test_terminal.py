@@ -272,6 +272,42 @@ def test_the_line_names_what_is_done(clock, capsys):
     assert shown[-1] == f"trained, {last}, 24% routed"
 
 
+def test_the_time_stands_still_while_something_compiles(clock, capsys):
+    """The estimate of the time that is left does not contain it, so the time does not pass."""
+    seen = []
+
+    def lasts(seconds: float) -> None:
+        clock[0] += seconds
+        seen.append(display.text().partition("routed, ")[2])
+
+    def sample() -> str:
+        lasts(8)
+        return "The text"
+
+    def made():
+        display.phase("training")
+        yield step_record(1, seconds_left=60.0)
+        lasts(1)
+        display.phase("validating")
+        lasts(10)
+        display.part(1, 2)
+        lasts(2)
+        display.part(2, 2)
+        lasts(10)  # before top-k, in the last validation
+        display.part(1, 2)
+        lasts(2)
+        display.part(2, 2)
+        yield step_record(2, seconds_left=50.0, **MEASURED)
+        display.phase("training")
+        lasts(3)
+
+    display = TrainingDisplay(sample)
+    display.show(made())
+    assert [line.removesuffix(" left") for line in seen] == [
+        "0:59", "0:59", "0:57", "0:57", "0:55", "0:50", "0:47",
+    ]  # fmt: skip
+
+
 def test_training_in_a_log(capsys):
     """A line for each validation, and a sample; one line at the end."""
     display = TrainingDisplay(lambda: "sample: The text")

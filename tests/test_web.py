@@ -239,7 +239,7 @@ def trained(tmp_path):
     ("arguments", "named"),
     [
         (["none"], "none is no model"),
-        (["{model}", "b"], "has no "),
+        (["{model}", "b"], "has no run b; its runs are: a"),
         (["{model}", "--port", "{port}"], "choose another --port"),
         (["{model}", "a", "--port", "70000"], "choose another --port"),
     ],
@@ -265,7 +265,9 @@ def test_the_command(trained, monkeypatch, capsys):
 
     monkeypatch.setattr(web.Server, "serve_forever", serve)
     assert status(["web", str(trained), "--port", "0"]) == 0
-    assert capsys.readouterr().out.startswith("http://127.0.0.1:")
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"loading {trained.name}, run a; backend ")
+    assert captured.out.startswith("http://127.0.0.1:")
     (body,) = bodies
     assert f"<title>{trained.name}, run a</title>" in body
     assert "underline" not in body.split("</style>")[1]

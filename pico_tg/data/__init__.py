@@ -81,7 +81,7 @@ def load_data(spec: DataSpec, progress: bool = True) -> Data:
         )
     note = [f"training on {_sizes(train)}{_files(train)}; validating on {held_out}", *remarks]
     if (share := shared(validation.bytes, train.bytes)) > CHANCE:
-        note.append(f"about {share:.0%} of the text to validate on is also trained on")
+        note.append(f"warning: about {share:.0%} of the text to validate on is also trained on")
     return Data(train, validation, "\n".join(note), found.spec, remarks)
 
 

@@ -227,7 +227,7 @@ def _write(source: Source, folder: Path, progress: bool) -> None:
                 remarks.append(f"left out: {error}")
             counts.append(count)
         if len(missing) == len(source.files):
-            raise PicoError(f"{missing[0]}; name one by column_name (--dataset-column-name)")
+            raise PicoError(f"{missing[0]}; name one by column_name")
         if blank:
             raise PicoError(f"{source.label} holds no text")
         if tagged:

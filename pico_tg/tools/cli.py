@@ -71,6 +71,7 @@ from .options import (
     given,
     mark_texts,
     option_of,
+    with_options,
 )
 from .plot import training_chart
 from .report import (
@@ -152,8 +153,11 @@ def command_train(args: argparse.Namespace) -> int:
     if args.force and not args.resume:
         raise PicoError("--force requires --resume")
     if args.source:
-        config = load_config(args.source[0], "--from takes PATH and RUN of a trained model")
-        args.base_weights = find_checkpoint(existing_run(*args.source))
+        source, *run = args.source
+        if len(run) > 1:
+            raise PicoError(f"--from takes PATH and RUN of a model; {run[1]} comes before --from")
+        config = load_config(source, "--from takes PATH and RUN of a trained model")
+        args.base_weights = find_checkpoint(existing_run(source, *run or [newest_run(source)]))
     else:
         config = load_config(args.path)
     devices = () if args.devices is None else parse_devices(args.devices)
@@ -260,7 +264,7 @@ def command_eval(args: argparse.Namespace) -> int:
     corpus = data if settings.split == "all" else getattr(data, settings.split)
     for run, known in ancestry(run_dir):
         if line := trained_on(corpus.bytes[: settings.max_bytes], data, known, run):
-            say(line)
+            say(f"warning: {line}")
     measured = evaluate(model, data, progress=True, **chosen)
     report = router_report(measured)
     facts = {"step": int(checkpoint.stem), "data": spec.dataset, "split": settings.split}
@@ -455,6 +459,8 @@ def write_page(path: Path, page: str) -> None:
 def command_web(args: argparse.Namespace) -> int:
     """Serve a page that shows text as the model writes it. Only this machine can open the page."""
     args.run = args.run or newest_run(args.path)
+    existing_run(args.path, args.run)
+    say(f"loading {title_of(args)}; {describe_backend()}")
     with Server(load(args.path, args.run), title_of(args), args.port) as server:
         show(f"{server.url}  (Ctrl-C ends)")
         with contextlib.suppress(KeyboardInterrupt):
@@ -590,5 +596,5 @@ def main(arguments: list[str] | None = None) -> int:
             error = "not enough memory; a smaller --batch-size or --context-len needs less"
             # tinygrad 0.13 raises another error while it frees the incomplete graph
             sys.unraisablehook = lambda unraisable: None
-        say(f"pico_tg: error: {' '.join(str(error).split())}")
+        say(f"pico_tg: error: {with_options(' '.join(str(error).split()), args.parser)}")
         return 2

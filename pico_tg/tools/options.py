@@ -51,6 +51,10 @@ class Formatter(argparse.HelpFormatter):
     def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: str | None = None) -> None:
         super().add_usage(usage, [a for a in actions if not a.option_strings], [], prefix)
 
+    def _format_args(self, action: Any, default_metavar: str) -> str:
+        text = super()._format_args(action, default_metavar)
+        return text.replace(" ...", "") if action.dest == "source" else text  # one value or two
+
     def _split_lines(self, text: str, width: int) -> list[str]:
         split = super()._split_lines
         return [part for line in text.split("\n") for part in split(line, width)]
@@ -167,9 +171,10 @@ def add_train_options(parser: Parser) -> None:
         "short text is read half as often",
     )  # fmt: skip
     start.add_argument(
-        "--from", dest="source", nargs=2, metavar=("PATH", "RUN"),
-        help="fine-tune: start from the newest checkpoint of another model's RUN; this model's "
-        "folder, if new, takes over the sizes; defaults change as for --base-weights",
+        "--from", dest="source", nargs="+", metavar=("PATH", "RUN"),
+        help="fine-tune: start from the newest checkpoint of another model's RUN (default: its "
+        "newest run); this model's folder, if new, takes over the sizes; defaults change as for "
+        "--base-weights",
     )  # fmt: skip
     start.add_argument(
         "--settings", choices=["chosen", "published"],
@@ -327,6 +332,22 @@ def given(args: argparse.Namespace, cls: type, prefix: str = "") -> dict[str, An
     """The fields of a dataclass that the command line sets, by name."""
     values = {name: getattr(args, prefix + name, None) for name in field_help(cls)}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def with_options(error: str, parser: Parser) -> str:
+    """An error's text in which the options of a command replace the names of settings.
+
+    A name that is an ordinary word (dim, stop) is replaced only where the text begins with it. The
+    keys of model.json and training.json keep their names.
+    """
+    if re.search(r"\b(model|training)\.json", error):
+        return error
+    for action in parser._actions:
+        name = action.dest.removeprefix("dataset_")
+        anywhere, first = rf"(?<![\w/.'-]){name}(?![\w/.'-])", rf"^{name}(?= must| is empty| \()"
+        if action.option_strings:
+            error = re.sub(anywhere if "_" in name else first, action.option_strings[0], error)
+    return error
 
 
 def checkpoint_name(text: str) -> int | str:

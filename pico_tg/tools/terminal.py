@@ -250,6 +250,7 @@ class TrainingDisplay(StopSignals):
         self.bits = 0.0  # bits per byte in training, averaged
         self.name, self.parts = "", ""  # of the phase
         self.since = self.received = time.monotonic()
+        self.held: float | None = None  # since when the time that is left does not pass
 
     def _handle(self, number: int, frame: object) -> None:
         if not self.record:  # no step to save; the first one compiles for a minute
@@ -265,12 +266,23 @@ class TrainingDisplay(StopSignals):
         self.parts = ""
         if name != self.name:
             self.name, self.since = name, time.monotonic()
+            self.hold(name in ("validating", "sampling"))
             if self.status is None:
                 self.status = Status(self.text)
             self.status.refresh()
 
     def part(self, done: int, total: int) -> None:
         self.parts = f"{done}/{total}"
+        self.hold(self.name == "validating" and done == total)
+
+    def hold(self, compiling: bool) -> None:
+        """Let the time that is left stand still or pass: its estimate leaves compiling out.
+
+        The first validation, sample and top-k validation compile before their first part.
+        """
+        now = time.monotonic()
+        self.received += now - self.held if self.held else 0
+        self.held = now if compiling else None
 
     def show(self, records: Iterable[dict]) -> str:
         """Show the records of training; returns the path of the last checkpoint, or ""."""
@@ -279,6 +291,7 @@ class TrainingDisplay(StopSignals):
             for record in records:
                 bits = record["bits_per_byte"]
                 self.bits = 0.9 * self.bits + 0.1 * bits if self.record else bits
+                self.hold(False)
                 self.record, self.received = record, time.monotonic()
                 checkpoint = record.get("checkpoint", checkpoint)
                 if "validation_bits_per_byte" in record:
@@ -310,5 +323,6 @@ class TrainingDisplay(StopSignals):
                 facts[-1] += f" of {record['steps']}"
             facts += [f"{self.bits:.2f} bits/byte", f"{record['router_rate']:.0%} routed"]
         if self.name != "trained" and (left := record.get("seconds_left")) is not None:
-            facts.append(f"{duration(max(0, left - (now - self.received)))} left")
+            passed = (self.held or now) - self.received
+            facts.append(f"{duration(max(0, left - passed))} left")
         return ", ".join(facts)
