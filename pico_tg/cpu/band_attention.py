@@ -166,7 +166,7 @@ def _output_function(band: Band, to_bf16: bool):
 
 def _key_panels(x: Tensor, band: Band) -> Tensor:
     """Rows [matrices * positions, width] -> [matrices, positions / TILE_N, width, TILE_N]."""
-    return pack(x, band.width, band.positions, TILE_N, transposed=True)
+    return pack(x, band.width, band.positions, TILE_N, 1, transposed=True)
 
 
 def _scores(q: Tensor, k: Tensor, slopes: Tensor, band: Band) -> Tensor:
@@ -212,7 +212,7 @@ def _rows_times_panels(
         (Z, b),
         (M, s, band.head_dim),
         a_index=lambda z, b, m, i, l: band.query_row(z, b, m + i) * P + l,
-        b_index=lambda z, b, l, n: band.key_row(z, b, n) * P + l * TILE_N,
+        b_index=lambda z, b, l, p: band.key_row(z, b, p * TILE_N) * P + l * TILE_N,
         c_index=lambda z, b, m, n: band.query_row(z, b, m) * s + n,
         epilogue=epilogue,
     )
@@ -228,7 +228,7 @@ def _rows_times_keys(a: Tensor, x: Tensor, band: Band) -> Tensor:
         (Z, b),
         (M, P, s),
         a_index=lambda z, b, m, i, l: band.query_row(z, b, m + i) * s + l,
-        b_index=lambda z, b, l, c: band.key_row(z, b, l) * P + c,
+        b_index=lambda z, b, l, p: band.key_row(z, b, l) * P + p * TILE_N,
         c_index=lambda z, b, m, c: band.query_row(z, b, m) * P + c,
     )
 
@@ -247,8 +247,8 @@ def _key_gradient(a: Tensor, x: Tensor, band: Band) -> Tensor:
         return band.query_row(z, block + t, m) * band.keys + (later - t) * Q + n + i
 
     def b_index(z: UOp, block: UOp, *rest: UOp) -> UOp:
-        t, m, c = rest if later else (0, *rest)
-        return band.query_row(z, block + t, m) * P + c
+        t, m, p = rest if later else (0, *rest)
+        return band.query_row(z, block + t, m) * P + p * TILE_N
 
     return tiled_matmul(
         Tensor.empty(Z * b * Q, P, device=a.device),

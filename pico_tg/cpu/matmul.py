@@ -47,7 +47,7 @@ def gemm(
         b = b.reshape(Z, *((N, L) if trans_b else (L, N)))
         padding = (0, TILE_N - N)
         b = b.pad((None, padding, None) if trans_b else (None, None, padding))
-    b = pack(b, L, columns, TILE_N, trans_b)
+    b = pack(b, L, columns, TILE_N, panels_of_a_tile(columns), trans_b)
 
     def a_index(z: UOp, m: UOp, i: int, l: UOp) -> UOp:
         if trans_a:
@@ -56,24 +56,31 @@ def gemm(
 
     return tiled_matmul(
         Tensor.empty(Z, M, columns, device=a.device),
-        [pack(a, L, M, height) if trans_a else a, b],
+        [pack(a, L, M, height, 1) if trans_a else a, b],
         f"{'gram' if symmetric else 'gemm'}_{Z}_{M}_{N}_{L}",
         (Z,),
         (M, columns, L),
         a_index,
-        b_index=lambda z, l, n: ((z * panels + ceil_div(n, TILE_N)) * L + l) * TILE_N,
+        b_index=lambda z, l, p: ((z * panels + p) * L + l) * TILE_N,
         c_index=lambda z, m, n: (z * M + m) * columns + n,
         symmetric=symmetric,
     )
 
 
-def pack(x: Tensor, L: int, N: int, width: int, transposed: bool = False) -> Tensor:
-    """Columns of x [Z, L, N] in panels: [Z, ceil(N / width), L, width]; N is at least `width`.
+def panels_of_a_tile(N: int) -> int:
+    """Vectors in a row of a tile, of a result of N columns."""
+    # with three vectors in a row, a tile takes 27 of the 32 registers of AVX-512
+    choices = (3, 2, 1) if tile_m() == 8 else (1,)
+    return next(n for n in choices if -(-N // TILE_N) % n == 0 and n * TILE_N <= N)
 
-    `transposed`: x is stored as [Z, N, L]. The last panel ends with the last column, and may
-    overlap the panel before it.
+
+def pack(x: Tensor, L: int, N: int, width: int, last: int, transposed: bool = False) -> Tensor:
+    """Columns of x [Z, L, N] in panels: [Z, ceil(N / width), L, width].
+
+    `transposed`: x is stored as [Z, N, L]. The `last` panels end with the last column, and may
+    overlap the panel before them.
     """
-    assert width <= N, "the last panel would begin before the first column"
+    assert last * width <= N, "a panel would begin before the first column"
     Z, panels = x.numel() // (L * N), -(-N // width)
     # what an iteration copies: a block of registers, or a cache line of the panel
     rows = min(8, L) if transposed else TILE_N // width
@@ -88,7 +95,9 @@ def pack(x: Tensor, L: int, N: int, width: int, transposed: bool = False) -> Ten
         l = at_most(l * rows, L - rows) if L % rows else l * rows
         with nest.loops((at_most(panels - first, group) if panels % group else group,)) as (i,):
             panel = first + i
-            n = at_most(panel * width, N - width) if N % width else panel * width
+            n = panel * width
+            if N % width:
+                n = (panel < panels - last).where(n, n - (panels * width - N))
             for row in range(rows):
                 if transposed:
                     column = [nest.load(1, (z * N + n + k) * L + l + row, 1) for k in range(width)]
@@ -154,7 +163,7 @@ def tiled_matmul(
     ends with the last row or column, and may overlap the one before it.
 
     - a_index(*outer, m, i, l): the address of one element of a, in row m + i
-    - b_index(*outer, l, n): the address of TILE_N consecutive elements of b
+    - b_index(*outer, l, p): the address of TILE_N consecutive elements of b, in panel p
     - c_index(*outer, m, n): the address of TILE_N consecutive elements of `out`
     - epilogue(nest, sums, *outer, m, n): the vector to store, from the vector of sums
     - accumulate_over(*outer): number of iterations of an additional innermost outer loop; c is the
@@ -169,9 +178,7 @@ def tiled_matmul(
     if accumulate_over and M % height:
         height = 4
     assert height <= M, "the last tile would begin before the first row"
-    # with three vectors in a row, a tile takes 27 of the 32 registers of AVX-512
-    panels = -(-N // TILE_N)
-    wide = next(n for n in ((3, 2, 1) if tile_m() == 8 else (1,)) if panels % n == 0)
+    panels, wide = -(-N // TILE_N), panels_of_a_tile(N)
     width = wide * TILE_N
     tiles_m = -(-M // height)
     elements = M * (panels * TILE_N + width) // 2 if symmetric else M * panels * TILE_N
@@ -185,34 +192,31 @@ def tiled_matmul(
     # tinygrad 0.13 renders no loop of one iteration (test_cpu.test_products_on_other_processors)
     looped = L - L % UNROLL if L >= 2 * UNROLL else 0
 
-    def column(panel: UOp) -> UOp:
-        return at_most(panel * TILE_N, N - TILE_N) if N % TILE_N else panel * TILE_N
-
-    def vectors(m: UOp, panel: UOp) -> list[tuple[UOp, UOp]]:
+    def vectors(m: UOp, n: UOp) -> list[tuple[UOp, UOp]]:
         """(row, first column) of each vector of a tile, row by row."""
-        return [(m + i, column(panel + v)) for i in range(height) for v in range(wide)]
+        return [(m + i, n + v * TILE_N) for i in range(height) for v in range(wide)]
 
     @contextlib.contextmanager
-    def tiles() -> Iterator[tuple[UOp, UOp]]:
-        """(first row, first panel) of each tile.
+    def tiles() -> Iterator[tuple[UOp, UOp, UOp]]:
+        """(first row, first column, first panel) of each tile.
 
         Rows are the inner loop, so that a tile finds its panels of b in the cache.
         """
         with nest.loops((panels // wide,)) as (panel,):
             panel = panel * wide
-            start = 0
-            if symmetric:  # the first tile that is not above the diagonal
-                start = UOp(Ops.CDIV, panel.dtype, (column(panel), nest.const(height)))
+            n = at_most(panel * TILE_N, N - width) if N % TILE_N else panel * TILE_N
+            # the first tile that is not above the diagonal
+            start = UOp(Ops.CDIV, n.dtype, (n, nest.const(height))) if symmetric else 0
             with nest.loops((tiles_m - start,), shared - len(outer)) as (m,):
                 m = (m + start) * height
-                yield at_most(m, M - height) if M % height else m, panel
+                yield at_most(m, M - height) if M % height else m, n, panel
 
     def compute(outer_c: list[UOp], outer_ab: list[UOp]) -> None:
-        with tiles() as (m, panel):
-            c = [c_index(*outer_c, row, n) for row, n in vectors(m, panel)]
+        with tiles() as (m, n, panel):
+            c = [c_index(*outer_c, row, column) for row, column in vectors(m, n)]
 
             def add_term(sums: list[UOp], l: UOp) -> list[UOp]:
-                b = [nest.load(2, b_index(*outer_ab, l, column(panel + v))) for v in range(wide)]
+                b = [nest.load(2, b_index(*outer_ab, l, panel + v)) for v in range(wide)]
                 a = [nest.load(1, a_index(*outer_ab, m, i, l), 1) for i in range(height)]
                 products = (nest.broadcast(x) * y for x in a for y in b)
                 return [s + product for s, product in zip(sums, products, strict=True)]
@@ -231,22 +235,22 @@ def tiled_matmul(
                 sums = [nest.load_reg(registers, i) for i in range(len(c))]
             for l in range(looped, L):
                 sums = add_term(sums, nest.const(l))
-            for (row, n), address, result in zip(vectors(m, panel), c, sums, strict=True):
+            for (row, column), address, result in zip(vectors(m, n), c, sums, strict=True):
                 if epilogue:
-                    result = epilogue(nest, result, *outer_ab, row, n)
+                    result = epilogue(nest, result, *outer_ab, row, column)
                 nest.store(address, result)
             if symmetric:
                 with nest.loop(width) as j:  # unrolled, it would take a second to compile
-                    n = at_most(column(panel) + j, M - 1)
+                    column = at_most(n + j, M - 1) if M < TILE_N else n + j
                     for i in range(height):
-                        element = nest.load_output(c_index(*outer_c, m + i, n), 1)
-                        nest.store(c_index(*outer_c, n, m + i), element, 1)
+                        element = nest.load_output(c_index(*outer_c, m + i, column), 1)
+                        nest.store(c_index(*outer_c, column, m + i), element, 1)
 
     with nest.loops(outer, shared) as matrix:
         if accumulate_over:
-            with tiles() as (m, panel):
-                for row, n in vectors(m, panel):
-                    nest.store(c_index(*matrix, row, n), zero)
+            with tiles() as (m, n, _):
+                for row, column in vectors(m, n):
+                    nest.store(c_index(*matrix, row, column), zero)
             with nest.loop(accumulate_over(*matrix)) as t:
                 compute(matrix, [*matrix, t])
         else:
