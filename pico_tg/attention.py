@@ -37,13 +37,14 @@ def rotate(x: Tensor, positions: Tensor, same_bits: bool = False) -> Tensor:
     rates = [10000 ** (-j / half) / (2 * math.pi) for j in range(half)]  # revolutions per position
     angle = fractional_products(positions, rates) * (2 * math.pi)  # (N, C // 2)
     cos, sin = angle.cos().contiguous(), angle.sin().contiguous()
-    a, b = x[..., :half], x[..., half : 2 * half]  # (..., N, C // 2)
+    pairs = x[..., : 2 * half].unflatten(-1, (2, half))
+    a, b = pairs[..., 0, :], pairs[..., 1, :]  # (..., N, C // 2)
     products = a * cos, b * sin, a * sin, b * cos
     if same_bits:  # otherwise a compiler fuses one of the two products with the sum, either one
         products = Tensor.stack(*products).contiguous()
-    return Tensor.cat(
-        products[0] - products[1], products[2] + products[3], x[..., 2 * half :], dim=-1
-    )
+    # stacked: see the gradient of `ops.swiglu`
+    rotated = Tensor.stack(products[0] - products[1], products[2] + products[3], dim=-2).flatten(-2)
+    return rotated if x.shape[-1] == 2 * half else rotated.cat(x[..., 2 * half :], dim=-1)
 
 
 def banded_attention(q: Tensor, k: Tensor, v: Tensor, window: int, alibi: bool = True) -> Tensor:

@@ -27,7 +27,6 @@ from ..backend.runtime import (
     write_into,
 )
 from ..matmul import bmm
-from ..ops import column_sums
 from . import linalg
 
 
@@ -185,8 +184,9 @@ class SOAP(Optimizer):
 def all_finite(gradients: list[Tensor]) -> Tensor:
     """Whether all gradients, and the sums of their squares, are finite: one bool."""
     # In stages of many short sums: a GPU would compute one long sum, or one kernel of several sums,
-    # in a single thread. The first stage sums matrices over their rows.
-    sums = [column_sums(g, g) if g.ndim > 1 else g.square().contiguous() for g in gradients]
+    # in a single thread. The first stage sums the rows.
+    squares = [g.square() for g in gradients]
+    sums = [(x.sum(axis=-1) if x.ndim > 1 else x).flatten().contiguous() for x in squares]
     sums = Tensor.cat(*sums)
     width = math.isqrt(len(sums)) + 1
     sums = sums.pad((0, width * width - len(sums))).contiguous().reshape(width, width)
