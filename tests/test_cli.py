@@ -1085,21 +1085,34 @@ def test_ctrl_c_is_quiet(trained, tmp_path):
     assert "data-tip=" in (tmp_path / "page.html").read_text()
 
 
+ABSENT = "ModuleNotFoundError('No module named tinygrad')"  # the environment is not activated
+INSTALL = (
+    b"pico_tg: error: No module named tinygrad; activate the environment "
+    b"(.venv/bin/activate), or: pip install -e '.[cpu]'\n"
+)
+
+
 @pytest.mark.parametrize(
-    ("program", "imported", "expected"),
+    ("program", "imported", "error", "expected"),
     [
-        (["-m", "pico_tg"], "tinygrad", (130, b"", b"")),
-        (["-m", "pico_tg"], "argparse", (130, b"", b"")),  # by the command line alone
-        (["pico_tg"], "tinygrad", (130, b"", b"")),
-        (["own.py"], "tinygrad", (0, b"caught\n", b"")),
+        (["-m", "pico_tg"], "tinygrad", "KeyboardInterrupt", (130, b"", b"")),
+        (["-m", "pico_tg"], "argparse", "KeyboardInterrupt", (130, b"", b"")),  # by cli.py alone
+        (["pico_tg"], "tinygrad", "KeyboardInterrupt", (130, b"", b"")),
+        (["own.py"], "tinygrad", "KeyboardInterrupt", (0, b"caught KeyboardInterrupt\n", b"")),
+        (["-m", "pico_tg"], "tinygrad", ABSENT, (2, b"", INSTALL)),
+        (["pico_tg"], "tinygrad", ABSENT, (2, b"", INSTALL)),
+        (["own.py"], "tinygrad", ABSENT, (0, b"caught ModuleNotFoundError\n", b"")),
     ],
 )
-def test_ctrl_c_during_the_imports(program, imported, expected, tmp_path):
-    """The command line ends quietly, with status 130; a script may catch the KeyboardInterrupt."""
+def test_imports_that_fail(program, imported, error, expected, tmp_path):
+    """The command line ends without a traceback; a script may catch the error.
+
+    Ctrl-C is quiet, with status 130; a missing module is one line that says how to install it.
+    """
     (tmp_path / "pico_tg").write_text("from pico_tg.__main__ import main\nmain()\n")
-    own = "try:\n    import pico_tg\nexcept KeyboardInterrupt:\n    print('caught')\n"
-    (tmp_path / "own.py").write_text(own)
-    (tmp_path / f"{imported}.py").write_text("raise KeyboardInterrupt\n")
+    own = "except BaseException as error:\n    print('caught', type(error).__name__)\n"
+    (tmp_path / "own.py").write_text(f"try:\n    import pico_tg\n{own}")
+    (tmp_path / f"{imported}.py").write_text(f"raise {error}\n")
     env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{helpers.TESTS.parent}"}
     done = subprocess.run(
         [sys.executable, *program], cwd=tmp_path, env=env, capture_output=True, timeout=100
