@@ -183,7 +183,7 @@ def test_a_model_without_weights(former, tmp_path):
     (former / "sub" / "live" / "00000006.safetensors").unlink()
     with pytest.raises(PicoError, match=r"sub/live has no checkpoint; in training"):
         load(former)
-    with pytest.raises(PicoError, match=r"nowhere is no model: there is no such folder; make one"):
+    with pytest.raises(PicoError, match=r"nowhere is no model: there is no such folder; to train"):
         load(tmp_path / "nowhere")
     with pytest.raises(PicoError, match=r"model.json is a file; give the folder of a model"):
         load(former / "model.json")

@@ -370,6 +370,8 @@ def command_run(args: argparse.Namespace) -> int:
     prompt = read_prompt(args)
     if args.html:
         check_writable(args.html)
+    if " " in str(args.path):
+        load_config(args.path, "a text to continue comes after --prompt")
     choose_run(args)
     model = load(args.path, args.run, args.checkpoint)
     say_which_is_best(args)
