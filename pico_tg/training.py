@@ -48,6 +48,7 @@ from .runs import (
     resumed_settings,
 )
 
+LEAST_TEXT = 256  # bytes to train on, tags included; fewer are taken for a mistake
 UNREAD = 0.03  # share of the data; `train` says so if more of them are in no window
 # settings that are no constants of a compiled step; router_warmup_steps only adds a tensor
 NOT_COMPILED = (
@@ -345,6 +346,9 @@ def train(
         check_startable(folder)
         model.config.exists(folder.parent / "model.json")
     data = open_data(dataset, stored, folder, events.bars)
+    if (size := len(data.train.bytes)) < LEAST_TEXT:
+        name = data.spec.dataset
+        raise PicoError(f"{size} bytes of {name} are too few to train on; at least {LEAST_TEXT}")
     device = (devices or (Device.DEFAULT,))[0]
     picked, lines = {}, []
     if not resume and settings != "published":

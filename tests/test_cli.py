@@ -164,6 +164,7 @@ MISTAKES = {  # a command line, and what its error names
     "train {model} r {text} --dataset-train-split nope": "has no split 'nope'",
     "train {model} r {rows} --dataset-column-name plot": "; name one by --dataset-column-name",
     "train {model} r missing.txt": "missing.txt",
+    "train {model} r {tiny}": "error: 221 bytes of {tiny} are too few to train on; at least 256",
     "train {model} r {text} --keep-checkpoints -1": "error: --keep-checkpoints must be",
     "train {model} r {text} --max-minutes -1": "error: --max-minutes must be",
     "train {model} r {text} --dataset-validation-size 2.5": "--dataset-validation-size must be",
@@ -247,6 +248,8 @@ def test_a_mistake_is_one_line(line, model, text, trained, tmp_path, monkeypatch
     (damaged / "model.json").write_text(json.dumps(TINY | {"att_q_heads": "many"}))
     places = {"model": model, "text": text, "trained": trained, "rows": rows, "damaged": damaged}
     places |= {"new": tmp_path / "new", "short": shlex.join(SHORT)}
+    places["tiny"] = tmp_path / "tiny.txt"
+    places["tiny"].write_text(FOX[:211])
     places["truncated"] = tmp_path / "base.safetensors"
     places["truncated"].write_bytes((trained / "run" / "00000003.safetensors").read_bytes()[:-4])
     before = [contents(folder) for folder in (model, trained, damaged, SHIPPED)]
