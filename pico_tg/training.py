@@ -564,6 +564,11 @@ def _loop(
             if measured := validate(events):
                 bits = measured[BITS]
                 events.say(f"before the first step: {bits:.3f} bits per byte of held-out text")
+                if bits > 8:  # what equal probabilities of all bytes take
+                    events.say(
+                        "these weights know nothing of this text (chance takes 8 bits); fresh "
+                        "ones, without --from or --base-weights, may learn it better"
+                    )
             stopped = events.stop()
         if run and run.last and BITS not in run.last:
             record = validated(run.last)

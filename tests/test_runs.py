@@ -372,6 +372,16 @@ def test_a_run_without_a_checkpoint_starts_again(text, tmp_path, quick_steps):
     assert steps(read_metrics(run)) == [1, 2]
 
 
+@pytest.mark.parametrize(("bits", "said"), [(7.9, False), (25.2, True)])
+def test_weights_that_know_nothing_of_the_text(bits, said, text, tmp_path, quick_steps):
+    quick_steps.bits, watch = iter([bits, 3.0]), Watch()
+    weights = tmp_path / "base.safetensors"
+    write_safetensors(weights, Pico(TINY, 9).weights())
+    steps(start(text, tmp_path / "run", max_steps=1, base_weights=weights, events=watch))
+    before = watch.said.index(f"before the first step: {bits:.3f} bits per byte of held-out text")
+    assert ("know nothing of this text" in "".join(watch.said[before + 1 :])) == said
+
+
 @pytest.mark.parametrize("left", [".training.json.x.tmp", "00000002.state.safetensors"])
 def test_what_a_crash_before_the_first_checkpoint_leaves(left, text, tmp_path, quick_steps):
     """The run can be started again, and the leftovers go."""
