@@ -498,14 +498,14 @@ def _set_steps(
     total = min(settings.max_steps, progress.step + math.ceil(max(0, left) / windows.batch_size))
     now = {"the last step": total, "max_minutes": settings.max_minutes}
     changed = differences(before | {"the last step": progress.steps or total}, now)
-    if progress.step and changed:
+    progress.steps = total
+    if limit := _limit_reached(progress, settings):
+        events.say(f"nothing left to train; a larger --{limit.replace('_', '-')} continues the run")
+    elif progress.step and changed:
         events.say(
             f"{changed}: from step {progress.step + 1} on the learning rate follows the curve of "
             "the new number"
         )
-    progress.steps = total
-    if limit := _limit_reached(progress, settings):
-        events.say(f"nothing left to train; a larger --{limit.replace('_', '-')} continues the run")
     if total <= settings.warmup_steps:
         events.say(
             f"all {total} steps are within warmup_steps ({settings.warmup_steps}), so the learning "
@@ -597,6 +597,8 @@ def _loop(
             yield record
             if BITS in record:  # with the checkpoint, and what the caller does after it
                 progress.validation_times.append(time.perf_counter() - start)
+            if ended == "epochs" and settings.max_minutes:
+                events.say("the epochs end before max_minutes; a larger --epochs continues the run")
     finally:  # also after an error, and when the caller closes the generator
         move(train_step.tensors, train_step.devices[:1])
         if run:
