@@ -154,6 +154,9 @@ MISTAKES = {  # a command line, and what its error names
     "run {model} --promt=a": "--promt=a (did you mean --prompt?) (see pico_tg run --help)",
     "init {new} --router all --latent-capacity-factor 1": "--latent-capacity-factor has no effect",
     "init {new} --preset large": "invalid choice: 'large' (choose from",
+    "rum stories": "'bench') (did you mean run?) (see pico_tg --help)",
+    "init {new} --router lerned": "(did you mean learned?) (see pico_tg init --help)",
+    "web {trained} --port 80000": "listen on port 80000: bind(): port must be 0-65535; choose",
     "init {model}": "exists and is not an empty folder",
     "init ''": "the path is empty",  # as an unset variable of the shell gives
     "train {model} r ''": "the dataset has no name",
@@ -258,7 +261,7 @@ def test_a_mistake_is_one_line(line, model, text, trained, tmp_path, monkeypatch
     assert captured.out == ""
     assert "Traceback" not in captured.err
     # data are read and a model is loaded before some mistakes are noticed
-    (error,) = re.findall(r"^(?!backend|caching)(?=.*\S).+$", captured.err, re.MULTILINE)
+    (error,) = re.findall(r"^(?!backend|caching|loading)(?=.*\S).+$", captured.err, re.MULTILINE)
     assert error.startswith("pico_tg")
     assert MISTAKES[line].format(**places) in error
     assert [contents(folder) for folder in (model, trained, damaged, SHIPPED)] == before
