@@ -415,10 +415,11 @@ def read_metrics(folder: Path) -> list[Record]:
     path = folder / "metrics.jsonl"
     try:
         lines = path.read_text("utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        why = "which train writes: the run was not trained here"
+        raise PicoError(f"{folder} has no metrics.jsonl, {why}") from None
     except OSError as error:
-        raise PicoError(
-            f"cannot read {path}: {error.strerror or error}; train writes it into a run's folder"
-        ) from error
+        raise PicoError(f"cannot read {path}: {error.strerror or error}") from error
     records: list[Record] = []
     for line in lines:
         with contextlib.suppress(ValueError, RecursionError):
