@@ -5,10 +5,8 @@ python examples/quickstart.py        (two to four minutes on two CPU cores, comp
 
 import time
 
-from tqdm import tqdm
-
 import pico_tg
-from pico_tg.progress import visible
+from pico_tg.progress import Bar, visible
 
 START = time.perf_counter()
 pico_tg.enable_compile_cache()
@@ -18,15 +16,13 @@ settings = {"context_len": 512, "batch_size": 4, "learning_rate": 1.2e-2, "warmu
 records = pico_tg.train(
     model, "python-docs", max_steps=500, epochs=10, settings="published", **settings
 )
-bar = tqdm(
-    records, "compiling", total=500, bar_format="{desc}: {n}/{total} steps, {elapsed}{postfix}"
-)
+bar = Bar("compiling", iterable=records, total=500, unit="steps")
 for record in bar:
-    bar.set_description_str("training")
-    bar.set_postfix_str(f"{record['bits_per_byte']:.2f} bits/byte with tags")
+    bar.set_description_str("training", refresh=False)
+    bar.set_postfix_str(f"{record['bits_per_byte']:.2f} bits/byte with tags", refresh=False)
     if "validation_bits_per_byte" in record:
         bits = record["validation_bits_per_byte"]
-        tqdm.write(f"step {record['step']}: {bits:.2f} bits per byte of held-out text")
+        bar.write(f"step {record['step']}: {bits:.2f} bits per byte of held-out text")
 
 prompt = "The class statement"
 text = prompt + pico_tg.complete(model, prompt, max_bytes=400, seed=1)

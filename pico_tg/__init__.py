@@ -22,12 +22,16 @@ try:
     from .runs import load
     from .scoring import Score, score
     from .training import Events, train
-except KeyboardInterrupt:
-    # the command line ends quietly; it imports this file before its own __main__.py, while
-    # sys.argv[0] of `python -m pico_tg` is still -m
-    if Path(*sys.argv[:1]).stem in ("-m", "pico_tg"):
+except (KeyboardInterrupt, ModuleNotFoundError) as error:
+    # the command line ends without a traceback; it imports this file before its own __main__.py,
+    # while sys.argv[0] of `python -m pico_tg` is still -m
+    if Path(*sys.argv[:1]).stem not in ("-m", "pico_tg"):
+        raise
+    if isinstance(error, KeyboardInterrupt):
         sys.exit(130)
-    raise
+    way = "activate the environment (.venv/bin/activate), or: pip install -e '.[cpu]'"
+    print(f"pico_tg: error: {error}; {way}", file=sys.stderr)
+    sys.exit(2)
 
 __all__ = [
     "SOAP",

@@ -256,8 +256,8 @@ def plan(
             way += " (init PATH --preset minutes)"
         way += ", or fine-tune in a new folder (train NEW RUN DATASET --from stories first)"
         lines.append(
-            f"warning: the run trains on {read / config.parameters:.1f} bytes per parameter "
-            f"({read / 1e6:,.1f} MB, {config.parameters:,} parameters); below {LEAST_READ}, a "
+            f"warning: the run trains on {read / config.parameters:.2g} bytes per parameter "
+            f"({read:,} bytes, {config.parameters:,} parameters); below {LEAST_READ}, a "
             f"smaller model usually learns more; {way}"
         )
     seen = config.capacity(settings.context_len)

@@ -28,7 +28,7 @@ def did_you_mean(name: str, known: Iterable[str], folder: Path | None = None) ->
 
     folder: precedes X if the names are those of files in it
     """
-    near = difflib.get_close_matches(name, list(known), 1, cutoff=0.7)
+    near = difflib.get_close_matches(name, list(known), 1, cutoff=0.65)
     return f" (did you mean {folder / near[0] if folder else near[0]}?)" if near else ""
 
 

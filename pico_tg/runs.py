@@ -252,7 +252,7 @@ def load_config(path: str | os.PathLike, remedy: str = "") -> Config:
         if not remedy and (folder.parent / "model.json").exists() and list_checkpoints(folder):
             raise PicoError(f"{path} is a run, not a model; write {folder.parent} {folder.name}")
         why = "it holds no model.json" if folder.exists() else "there is no such folder"
-        remedy = remedy or f"make one with: {command('init', path)}"
+        remedy = remedy or f"to train one, begin with: {command('init', path)}"
         there = [file.parent.name for file in folder.parent.glob("*/model.json")]
         there += [SHIPPED.name] if folder.parent == Path() else []
         meant = did_you_mean(folder.name, there, folder.parent)
@@ -415,10 +415,11 @@ def read_metrics(folder: Path) -> list[Record]:
     path = folder / "metrics.jsonl"
     try:
         lines = path.read_text("utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        why = "which train writes: the run was not trained here"
+        raise PicoError(f"{folder} has no metrics.jsonl, {why}") from None
     except OSError as error:
-        raise PicoError(
-            f"cannot read {path}: {error.strerror or error}; train writes it into a run's folder"
-        ) from error
+        raise PicoError(f"cannot read {path}: {error.strerror or error}") from error
     records: list[Record] = []
     for line in lines:
         with contextlib.suppress(ValueError, RecursionError):

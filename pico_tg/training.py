@@ -48,6 +48,7 @@ from .runs import (
     resumed_settings,
 )
 
+LEAST_TEXT = 256  # bytes to train on, tags included; fewer are taken for a mistake
 UNREAD = 0.03  # share of the data; `train` says so if more of them are in no window
 # settings that are no constants of a compiled step; router_warmup_steps only adds a tensor
 NOT_COMPILED = (
@@ -345,6 +346,9 @@ def train(
         check_startable(folder)
         model.config.exists(folder.parent / "model.json")
     data = open_data(dataset, stored, folder, events.bars)
+    if (size := len(data.train.bytes)) < LEAST_TEXT:
+        name = data.spec.dataset
+        raise PicoError(f"{size} bytes of {name} are too few to train on; at least {LEAST_TEXT}")
     device = (devices or (Device.DEFAULT,))[0]
     picked, lines = {}, []
     if not resume and settings != "published":
@@ -494,14 +498,14 @@ def _set_steps(
     total = min(settings.max_steps, progress.step + math.ceil(max(0, left) / windows.batch_size))
     now = {"the last step": total, "max_minutes": settings.max_minutes}
     changed = differences(before | {"the last step": progress.steps or total}, now)
-    if progress.step and changed:
+    progress.steps = total
+    if limit := _limit_reached(progress, settings):
+        events.say(f"nothing left to train; a larger --{limit.replace('_', '-')} continues the run")
+    elif progress.step and changed:
         events.say(
             f"{changed}: from step {progress.step + 1} on the learning rate follows the curve of "
             "the new number"
         )
-    progress.steps = total
-    if limit := _limit_reached(progress, settings):
-        events.say(f"nothing left to train; a larger --{limit.replace('_', '-')} continues the run")
     if total <= settings.warmup_steps:
         events.say(
             f"all {total} steps are within warmup_steps ({settings.warmup_steps}), so the learning "
@@ -560,6 +564,11 @@ def _loop(
             if measured := validate(events):
                 bits = measured[BITS]
                 events.say(f"before the first step: {bits:.3f} bits per byte of held-out text")
+                if bits > 8:  # what equal probabilities of all bytes take
+                    events.say(
+                        "these weights know nothing of this text (chance takes 8 bits); fresh "
+                        "ones, without --from or --base-weights, may learn it better"
+                    )
             stopped = events.stop()
         if run and run.last and BITS not in run.last:
             record = validated(run.last)
@@ -588,6 +597,8 @@ def _loop(
             yield record
             if BITS in record:  # with the checkpoint, and what the caller does after it
                 progress.validation_times.append(time.perf_counter() - start)
+            if ended == "epochs" and settings.max_minutes:
+                events.say("the epochs end before max_minutes; a larger --epochs continues the run")
     finally:  # also after an error, and when the caller closes the generator
         move(train_step.tensors, train_step.devices[:1])
         if run:

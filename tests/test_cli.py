@@ -154,6 +154,9 @@ MISTAKES = {  # a command line, and what its error names
     "run {model} --promt=a": "--promt=a (did you mean --prompt?) (see pico_tg run --help)",
     "init {new} --router all --latent-capacity-factor 1": "--latent-capacity-factor has no effect",
     "init {new} --preset large": "invalid choice: 'large' (choose from",
+    "rum stories": "'bench') (did you mean run?) (see pico_tg --help)",
+    "init {new} --router lerned": "(did you mean learned?) (see pico_tg init --help)",
+    "web {trained} --port 80000": "listen on port 80000: bind(): port must be 0-65535; choose",
     "init {model}": "exists and is not an empty folder",
     "init ''": "the path is empty",  # as an unset variable of the shell gives
     "train {model} r ''": "the dataset has no name",
@@ -164,6 +167,7 @@ MISTAKES = {  # a command line, and what its error names
     "train {model} r {text} --dataset-train-split nope": "has no split 'nope'",
     "train {model} r {rows} --dataset-column-name plot": "; name one by --dataset-column-name",
     "train {model} r missing.txt": "missing.txt",
+    "train {model} r {tiny}": "error: 221 bytes of {tiny} are too few to train on; at least 256",
     "train {model} r {text} --keep-checkpoints -1": "error: --keep-checkpoints must be",
     "train {model} r {text} --max-minutes -1": "error: --max-minutes must be",
     "train {model} r {text} --dataset-validation-size 2.5": "--dataset-validation-size must be",
@@ -172,7 +176,8 @@ MISTAKES = {  # a command line, and what its error names
     "train {model} r {text} --force": "--force requires --resume",
     "train {model} r {text} --devices 2 --sample-prompt A": "--sample-prompt needs one device",
     "run {model}s run": "{model}s is no model (did you mean {model}?): there is no such folder",
-    "run storie": "storie is no model (did you mean stories?): there is no such folder; make one",
+    "run storie": "storie is no model (did you mean stories?): there is no such folder; to train",
+    "run 'Once upon'": "there is no such folder; a text to continue comes after --prompt",
     "train '{new} model' r {text}": "init '{new} model'",  # quoted for the shell
     "train {damaged} r {text}": "{damaged}/model.json: att_q_heads must be",
     "bench --model {damaged} --dim 9": "{damaged}/model.json: att_q_heads must be",
@@ -199,7 +204,7 @@ MISTAKES = {  # a command line, and what its error names
     "eval {trained} run {text} --split all --dataset-validation-size 0.1": "leave --dataset-valid",
     "plot {trained} run --output c.png": "'c.png' would hold SVG; end it in .svg",
     "plot {trained} run --output -": "name a file that ends in .svg, not -",
-    "plot {trained}/run {new}/run": "make one with: python -m pico_tg init {new}/run",
+    "plot {trained}/run {new}/run": "to train one, begin with: python -m pico_tg init {new}/run",
     "plot {trained}/run {trained}/other": "{trained} has no run other; its runs are: run",
     "plot {model}": "no run of {model} has a checkpoint",
     "run {trained} run --html c.pdf": "'c.pdf' would hold HTML; end it in .html",
@@ -209,9 +214,10 @@ MISTAKES = {  # a command line, and what its error names
     "eval {trained} run {text} --text a --split all": "leave DATASET and --split out",
     "eval {trained} run --text a --dataset-column-name b": "leave --dataset-column-name out",
     "eval {trained} run --text a --full": "leave --full out",
-    "info {new}": "make one with: python -m pico_tg init {new}",
+    "info {new}": "to train one, begin with: python -m pico_tg init {new}",
     "plot {trained} missing": "{trained} has no run missing; its runs are: run",
-    "plot stories first": "metrics.jsonl",
+    "plot stories": "stories/first has no metrics.jsonl, which train writes: the run was not",
+    "eval stories first": "error: give a DATASET or --text: the run does not say what",
     "init stories": "stories is the model that comes with pico_tg",
     "run {model} nothing": "make one with: python -m pico_tg train {model} nothing",
     "run {trained} run --top-p 1.5": "error: --top-p must be",
@@ -246,6 +252,8 @@ def test_a_mistake_is_one_line(line, model, text, trained, tmp_path, monkeypatch
     (damaged / "model.json").write_text(json.dumps(TINY | {"att_q_heads": "many"}))
     places = {"model": model, "text": text, "trained": trained, "rows": rows, "damaged": damaged}
     places |= {"new": tmp_path / "new", "short": shlex.join(SHORT)}
+    places["tiny"] = tmp_path / "tiny.txt"
+    places["tiny"].write_text(FOX[:211])
     places["truncated"] = tmp_path / "base.safetensors"
     places["truncated"].write_bytes((trained / "run" / "00000003.safetensors").read_bytes()[:-4])
     before = [contents(folder) for folder in (model, trained, damaged, SHIPPED)]
@@ -254,7 +262,7 @@ def test_a_mistake_is_one_line(line, model, text, trained, tmp_path, monkeypatch
     assert captured.out == ""
     assert "Traceback" not in captured.err
     # data are read and a model is loaded before some mistakes are noticed
-    (error,) = re.findall(r"^(?!backend|caching)(?=.*\S).+$", captured.err, re.MULTILINE)
+    (error,) = re.findall(r"^(?!backend|caching|loading)(?=.*\S).+$", captured.err, re.MULTILINE)
     assert error.startswith("pico_tg")
     assert MISTAKES[line].format(**places) in error
     assert [contents(folder) for folder in (model, trained, damaged, SHIPPED)] == before
@@ -387,7 +395,7 @@ def test_published_settings(trained, tmp_path):
 def test_base_weights(weights, text):
     """Training may start from another run's weights."""
     file = weights / "run" / "00000003.safetensors"
-    arguments = ["train", str(weights), "more", str(text), *SHORT, "--learning-rate", "0"]
+    arguments = ["train", str(weights), "more", str(text), *SHORT, "--learning-rate", "1e-30"]
     assert cli.main([*arguments, "--base-weights", str(file)]) == 0
     before, _ = read_safetensors(file)
     after, _ = read_safetensors(weights / "more" / "00000003.safetensors")
@@ -1085,21 +1093,34 @@ def test_ctrl_c_is_quiet(trained, tmp_path):
     assert "data-tip=" in (tmp_path / "page.html").read_text()
 
 
+ABSENT = "ModuleNotFoundError('No module named tinygrad')"  # the environment is not activated
+INSTALL = (
+    b"pico_tg: error: No module named tinygrad; activate the environment "
+    b"(.venv/bin/activate), or: pip install -e '.[cpu]'\n"
+)
+
+
 @pytest.mark.parametrize(
-    ("program", "imported", "expected"),
+    ("program", "imported", "error", "expected"),
     [
-        (["-m", "pico_tg"], "tinygrad", (130, b"", b"")),
-        (["-m", "pico_tg"], "argparse", (130, b"", b"")),  # by the command line alone
-        (["pico_tg"], "tinygrad", (130, b"", b"")),
-        (["own.py"], "tinygrad", (0, b"caught\n", b"")),
+        (["-m", "pico_tg"], "tinygrad", "KeyboardInterrupt", (130, b"", b"")),
+        (["-m", "pico_tg"], "argparse", "KeyboardInterrupt", (130, b"", b"")),  # by cli.py alone
+        (["pico_tg"], "tinygrad", "KeyboardInterrupt", (130, b"", b"")),
+        (["own.py"], "tinygrad", "KeyboardInterrupt", (0, b"caught KeyboardInterrupt\n", b"")),
+        (["-m", "pico_tg"], "tinygrad", ABSENT, (2, b"", INSTALL)),
+        (["pico_tg"], "tinygrad", ABSENT, (2, b"", INSTALL)),
+        (["own.py"], "tinygrad", ABSENT, (0, b"caught ModuleNotFoundError\n", b"")),
     ],
 )
-def test_ctrl_c_during_the_imports(program, imported, expected, tmp_path):
-    """The command line ends quietly, with status 130; a script may catch the KeyboardInterrupt."""
+def test_imports_that_fail(program, imported, error, expected, tmp_path):
+    """The command line ends without a traceback; a script may catch the error.
+
+    Ctrl-C is quiet, with status 130; a missing module is one line that says how to install it.
+    """
     (tmp_path / "pico_tg").write_text("from pico_tg.__main__ import main\nmain()\n")
-    own = "try:\n    import pico_tg\nexcept KeyboardInterrupt:\n    print('caught')\n"
-    (tmp_path / "own.py").write_text(own)
-    (tmp_path / f"{imported}.py").write_text("raise KeyboardInterrupt\n")
+    own = "except BaseException as error:\n    print('caught', type(error).__name__)\n"
+    (tmp_path / "own.py").write_text(f"try:\n    import pico_tg\n{own}")
+    (tmp_path / f"{imported}.py").write_text(f"raise {error}\n")
     env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{helpers.TESTS.parent}"}
     done = subprocess.run(
         [sys.executable, *program], cwd=tmp_path, env=env, capture_output=True, timeout=100

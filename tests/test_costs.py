@@ -248,13 +248,15 @@ def test_the_lines_of_a_choice(minutes, monkeypatch):
     else:
         (warning,) = lines[5:]
         assert warning.startswith(
-            "warning: the run trains on 0.8 bytes per parameter (1.5 MB, 1,775,872 parameters)"
+            "warning: the run trains on 0.83 bytes per parameter (1,474,560 bytes, 1,775,872 param"
         )
         assert "; train longer, choose smaller sizes (init PATH --preset minutes), or" in warning
         given = {"max_minutes": minutes}
         assert "warning" not in "".join(plan(XS, 10**8, "CPU", given, trained=True)[1])
     assert plan(XS, 10**8, "CPU", {})[1][1].startswith("chosen length: epochs ")
     assert "; take more text, choose smaller sizes (" in plan(XS, 10**5, "CPU", {})[1][-1]
+    few = plan(XS, 1000, "CPU", {"epochs": 1})[1][-1]
+    assert few.startswith("warning: the run trains on 0.00056 bytes per parameter (992 bytes,")
 
 
 def test_rotary_positions_that_training_does_not_show(monkeypatch):

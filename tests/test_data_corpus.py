@@ -35,6 +35,8 @@ def test_cache_is_reused_until_the_file_changes(text, tmp_path, capfd):
     assert builds(text, capfd)
     assert not builds(text, capfd)
     assert not builds(text, capfd, validation_size=10)  # holding out is a view of any size
+    (tmp_path / "small.txt").write_text("It is read before a bar could move.")
+    assert not builds(tmp_path / "small.txt", capfd)
     other = tmp_path / "other.txt"
     other.write_text(text.read_text().replace("7", "8"))  # as long as before
     for path in (text, other):

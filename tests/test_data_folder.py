@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 import os
+import re
 import shutil
 import sys
 import zipfile
@@ -373,6 +374,11 @@ def test_missing_things(tmp_path, cache, folder):
     check_error(cache, "no file or folder .*gone.txt", tmp_path / "gone.txt")
     check_error(cache, "no file or folder ./gone", "./gone")
     check_error(cache, "no file or folder gone.parquet", "gone.parquet")
+    check_error(cache, "no file or folder a text.txt", "a text.txt")
+    for text in ("The cat was happy.", "One line.\nAnd 1/2/3 more.txt", "word" * 2000):
+        shown = repr(text[:60]) + "…" * (len(text) > 60)
+        expected = f"^{re.escape(shown)} is no data set or file; `score` and eval --text measure"
+        check_error(cache, expected, text)
     check_error(cache, "no file 'gone.jsonl'", folder, train_file="gone.jsonl")
     check_error(cache, "no file 'gone.jsonl'", "python-docs", validation_file="gone.jsonl")
     splits = "there is: train, validation, test"

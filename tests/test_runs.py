@@ -183,7 +183,7 @@ def test_a_model_without_weights(former, tmp_path):
     (former / "sub" / "live" / "00000006.safetensors").unlink()
     with pytest.raises(PicoError, match=r"sub/live has no checkpoint; in training"):
         load(former)
-    with pytest.raises(PicoError, match=r"nowhere is no model: there is no such folder; make one"):
+    with pytest.raises(PicoError, match=r"nowhere is no model: there is no such folder; to train"):
         load(tmp_path / "nowhere")
     with pytest.raises(PicoError, match=r"model.json is a file; give the folder of a model"):
         load(former / "model.json")
@@ -372,6 +372,16 @@ def test_a_run_without_a_checkpoint_starts_again(text, tmp_path, quick_steps):
     assert steps(read_metrics(run)) == [1, 2]
 
 
+@pytest.mark.parametrize(("bits", "said"), [(7.9, False), (25.2, True)])
+def test_weights_that_know_nothing_of_the_text(bits, said, text, tmp_path, quick_steps):
+    quick_steps.bits, watch = iter([bits, 3.0]), Watch()
+    weights = tmp_path / "base.safetensors"
+    write_safetensors(weights, Pico(TINY, 9).weights())
+    steps(start(text, tmp_path / "run", max_steps=1, base_weights=weights, events=watch))
+    before = watch.said.index(f"before the first step: {bits:.3f} bits per byte of held-out text")
+    assert ("know nothing of this text" in "".join(watch.said[before + 1 :])) == said
+
+
 @pytest.mark.parametrize("left", [".training.json.x.tmp", "00000002.state.safetensors"])
 def test_what_a_crash_before_the_first_checkpoint_leaves(left, text, tmp_path, quick_steps):
     """The run can be started again, and the leftovers go."""
@@ -431,7 +441,8 @@ def test_other_minutes_move_the_learning_rate(text, tmp_path, quick_steps):
     watch = Watch()
     list(train(Pico(TINY, 1), None, run, resume=True, events=watch))
     assert not any("max_minutes" in said for said in watch.said)
-    list(train(Pico(TINY, 1), None, run, resume=True, events=watch, max_minutes=2.0))
+    changes = {"max_minutes": 2.0, "max_steps": 4}
+    list(train(Pico(TINY, 1), None, run, resume=True, events=watch, **changes))
     assert any("max_minutes was 1.0, now 2.0: from step 4 on" in said for said in watch.said)
 
 
@@ -460,11 +471,21 @@ def test_nothing_is_left(limit, value, text, tmp_path, quick_steps):
     assert list(start(text, run, **{"max_steps": 99, limit: value}))
     watch, before = Watch(), (run / "training.json").read_bytes()
     changed = {} if limit == "max_steps" else {"max_steps": 50}
+    changed |= {"max_minutes": 2.0} if limit == "epochs" else {}
     records = train(Pico(TINY, 1), None, run, resume=True, events=watch, **changed)
     assert list(records) == watch.phases == []
     expected = f"a larger --{limit.replace('_', '-')} continues the run"
     assert f"nothing left to train; {expected}" in watch.said
+    assert "learning rate" not in "".join(watch.said)
     assert (run / "training.json").read_bytes() == before  # nothing was trained with the change
+
+
+@pytest.mark.parametrize(("limit", "said"), [({"epochs": 1}, True), ({"max_steps": 2}, False)])
+def test_epochs_that_end_before_the_minutes_are_said(limit, said, text, tmp_path, quick_steps):
+    watch = Watch()
+    assert list(start(text, tmp_path / "run", max_minutes=99.0, events=watch, **limit))
+    last = "the epochs end before max_minutes; a larger --epochs continues the run"
+    assert (last in watch.said) == said
 
 
 def test_validations(text, tmp_path, quick_steps):

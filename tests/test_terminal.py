@@ -308,6 +308,21 @@ def test_the_time_stands_still_while_something_compiles(clock, capsys):
     ]  # fmt: skip
 
 
+def test_the_last_line_of_a_log_is_printed_once(monkeypatch, capsys):
+    """Also if the next line of the log is due."""
+    monkeypatch.setattr("pico_tg.progress.FIRST_SECONDS", 0.0)
+    monkeypatch.setattr("pico_tg.progress.LINE_SECONDS", 0.0)
+    display = TrainingDisplay()
+
+    def made():
+        display.phase("training")
+        yield step_record(1, 1)
+
+    display.show(made())
+    shown = capsys.readouterr().err.splitlines()
+    assert [line for line in shown if line.startswith("trained")] == shown[-1:]
+
+
 def test_training_in_a_log(capsys):
     """A line for each validation, and a sample; one line at the end."""
     display = TrainingDisplay(lambda: "sample: The text")

@@ -197,7 +197,8 @@ def _write(source: Source, folder: Path, progress: bool) -> None:
     tagged = 0  # documents whose text holds a tag
     blank = True
     content = hashlib.blake2b(digest_size=16)
-    shown = {"unit": "B", "unit_scale": True, "disable": not progress}
+    small = sum(os.stat(file.path).st_size for file in source.files) < 10_000  # read at once
+    shown = {"unit": "B", "unit_scale": True, "disable": not progress or small}
     with (
         Bar(desc=f"caching {source.label}", **shown) as bar,
         open(folder / "bytes", "wb") as data,

@@ -175,7 +175,11 @@ def _open(spec: DataSpec) -> Folder:
     if spec.revision is None and part and os.path.isdir(os.path.expanduser(name)):
         raise PicoError(f"there is no {spec.dataset}; a folder of {name} is written {name}/{part}")
     looks_local = spec.dataset.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local or format_of(spec.dataset) or spec.dataset.lower().endswith(".zip"):
+    looks_local |= bool(format_of(spec.dataset)) or spec.dataset.lower().endswith(".zip")
+    if re.search(r"\n|.{4096}" if looks_local else r"\s|.{256}", spec.dataset):
+        shown = f"{spec.dataset[:60]!r}{'…' if spec.dataset[60:] else ''}"
+        raise PicoError(f"{shown} is no data set or file; `score` and eval --text measure a text")
+    if looks_local:
         if spec.path.exists():
             raise PicoError(f"{spec.dataset} is a local path, not on the hub; leave revision out")
         there = []

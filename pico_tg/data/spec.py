@@ -85,4 +85,4 @@ class DataSpec:
     @property
     def is_local(self) -> bool:
         """Whether `dataset` is a file or folder; only data on the hub have a revision."""
-        return self.revision is None and self.dataset != PYTHON_DOCS and self.path.exists()
+        return self.revision is None and self.dataset != PYTHON_DOCS and os.path.exists(self.path)

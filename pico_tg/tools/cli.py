@@ -334,7 +334,7 @@ def data_to_measure(args: argparse.Namespace, stored: dict[str, Any] | None) -> 
             raise PicoError(f"--split all holds nothing out: leave {options} out")
     spec, run_dir = named_data(args), run_folder(args.path, args.run)
     if spec is None and stored is None:
-        raise PicoError(f"{run_dir} names no data in a training.json; give a DATASET or --text")
+        raise PicoError("give a DATASET or --text: the run does not say what it was trained on")
     return spec or stored_spec(stored, run_dir)
 
 
@@ -370,6 +370,8 @@ def command_run(args: argparse.Namespace) -> int:
     prompt = read_prompt(args)
     if args.html:
         check_writable(args.html)
+    if " " in str(args.path):
+        load_config(args.path, "a text to continue comes after --prompt")
     choose_run(args)
     model = load(args.path, args.run, args.checkpoint)
     say_which_is_best(args)

@@ -17,6 +17,7 @@ from .. import costs
 from ..config import PRESETS, PURPOSES, Config, TrainSettings, field_help, types_of
 from ..data import DataSpec
 from ..evaluation import EvalSettings
+from ..files import did_you_mean
 from ..generation import SampleSettings
 from ..progress import visible
 
@@ -42,6 +43,8 @@ class Parser(argparse.ArgumentParser):
     """Prints an error as one line, without the usage before it."""
 
     def error(self, message: str) -> None:
+        wrong, _, known = message.partition("invalid choice: ")[2].partition(" (choose from ")
+        message += did_you_mean(wrong.strip("'"), re.findall(r"[\w-]+", known))
         self.exit(2, visible(f"{self.prog}: error: {message} (see {self.prog} --help)\n"))
 
 

@@ -300,7 +300,7 @@ class TrainingDisplay(StopSignals):
                         self.phase("sampling")
                         self.say(f"  {self.sample()}")
             if self.record:
-                self.phase("trained")
+                self.name, self.parts = "trained", ""  # `close` prints the line
         finally:
             if self.status is not None:
                 self.status.close()

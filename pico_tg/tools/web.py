@@ -47,8 +47,9 @@ class Server(ThreadingHTTPServer):
         try:
             super().__init__(("127.0.0.1", port), Handler)
         except (OSError, OverflowError) as error:
+            why = str(error).rstrip(".")
             raise PicoError(
-                f"cannot listen on port {port}: {error}; choose another --port"
+                f"cannot listen on port {port}: {why}; choose another --port"
             ) from error
         self.title = title
         self.decoder = Decoder(model)
