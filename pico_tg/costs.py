@@ -66,8 +66,8 @@ VALIDATIONS = 10  # of a run, about, if they take at most VALIDATION_SHARE of th
 VALIDATION_SHARE = 0.1
 CLOSE = 0.25  # of an interval before the last step, in which no other validation is made
 
-EFFICIENCY = 0.6  # rate of a train step as a fraction of a plain matmul's
-SECONDS_PER_BLOCK = 0.01  # time to launch the kernels of a block on a CPU
+EFFICIENCY = 0.7  # rate of a train step as a fraction of a plain matmul's
+SECONDS_PER_BLOCK = 0.004  # time to launch the kernels of a block on a CPU
 LEAST_READ = 2  # bytes per parameter; a model that reads fewer is said to be too large
 FLOATS_PER_BLOCK = 18  # saved for the backward, per block, byte and channel
 

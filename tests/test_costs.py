@@ -220,7 +220,7 @@ def test_the_cost_is_told():
     seconds = 240 * (1 + share * (count + 1) / count)  # the last one measures top-k, too
     told = re.match(r"training will take about 4:(\d\d), plus compiling the first time: ", time)
     assert int(told[1]) == pytest.approx(seconds - 240, abs=1)
-    assert f": {steps:,} steps of 0.42 s, " in time
+    assert f": {steps:,} steps of 0.28 s, " in time
     assert f" s, {count} validations of " in time
     assert memory == "memory: about 272 MB (parameters 14, optimizer 75, activations 182)"
     timed = dataclasses.replace(settings, max_minutes=1200, max_steps=10**7, epochs=10**6)
@@ -248,7 +248,7 @@ def test_the_lines_of_a_choice(minutes, monkeypatch):
     else:
         (warning,) = lines[5:]
         assert warning.startswith(
-            "warning: the run trains on 0.83 bytes per parameter (1,474,560 bytes, 1,775,872 param"
+            "warning: the run trains on 1.2 bytes per parameter (2,164,736 bytes, 1,775,872 parame"
         )
         assert "; train longer, choose smaller sizes (init PATH --preset minutes), or" in warning
         given = {"max_minutes": minutes}
