@@ -189,8 +189,6 @@ MISTAKES = {  # a command line, and what its error names
     "train new r {text} --from nowhere run": "nowhere is no model: there is no such folder; --from",
     "train new r {text} --from {trained}/run run": "holds no model.json; --from takes PATH and RUN",
     "train new r {text} --from {trained} none": "{trained} has no run none; its runs are: run",
-    "train new r {text} --from {model}": "no run of {model} has a checkpoint",
-    "train new r --from {trained} run x.txt": "x.txt comes before --from",
     "train stories new {text}": "train models/mine new DATASET --from stories first",
     "train stories new {text} --from stories first": "stories stays as it comes with the package",
     "train new r nowhere.txt --from {trained} run": "nowhere.txt",
@@ -408,9 +406,9 @@ def test_base_weights(weights, text):
 
 
 def test_fine_tuning(trained, tmp_path, capsys):
-    """From the newest run of another model, whose sizes a new folder takes over."""
+    """From the newest checkpoint of another model, whose sizes a new folder takes over."""
     text, new = trained.parent / "text.txt", tmp_path / "models" / "mine"
-    arguments = ["train", str(new), "b", str(text), "--from", str(trained), *SHORT]
+    arguments = ["train", str(new), "b", str(text), "--from", str(trained), "run", *SHORT]
     assert cli.main([*arguments, "--sample-prompt", "A"]) == 0
     said = capsys.readouterr().err
     assert said.count('\n  sample after "A": ') == 1

@@ -153,11 +153,8 @@ def command_train(args: argparse.Namespace) -> int:
     if args.force and not args.resume:
         raise PicoError("--force requires --resume")
     if args.source:
-        source, *run = args.source
-        if len(run) > 1:
-            raise PicoError(f"--from takes PATH and RUN of a model; {run[1]} comes before --from")
-        config = load_config(source, "--from takes PATH and RUN of a trained model")
-        args.base_weights = find_checkpoint(existing_run(source, *run or [newest_run(source)]))
+        config = load_config(args.source[0], "--from takes PATH and RUN of a trained model")
+        args.base_weights = find_checkpoint(existing_run(*args.source))
     else:
         config = load_config(args.path)
     devices = () if args.devices is None else parse_devices(args.devices)

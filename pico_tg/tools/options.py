@@ -54,10 +54,6 @@ class Formatter(argparse.HelpFormatter):
     def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: str | None = None) -> None:
         super().add_usage(usage, [a for a in actions if not a.option_strings], [], prefix)
 
-    def _format_args(self, action: Any, default_metavar: str) -> str:
-        text = super()._format_args(action, default_metavar)
-        return text.replace(" ...", "") if action.dest == "source" else text  # one value or two
-
     def _split_lines(self, text: str, width: int) -> list[str]:
         split = super()._split_lines
         return [part for line in text.split("\n") for part in split(line, width)]
@@ -174,10 +170,9 @@ def add_train_options(parser: Parser) -> None:
         "short text is read half as often",
     )  # fmt: skip
     start.add_argument(
-        "--from", dest="source", nargs="+", metavar=("PATH", "RUN"),
-        help="fine-tune: start from the newest checkpoint of another model's RUN (default: its "
-        "newest run); this model's folder, if new, takes over the sizes; defaults change as for "
-        "--base-weights",
+        "--from", dest="source", nargs=2, metavar=("PATH", "RUN"),
+        help="fine-tune: start from the newest checkpoint of another model's RUN; this model's "
+        "folder, if new, takes over the sizes; defaults change as for --base-weights",
     )  # fmt: skip
     start.add_argument(
         "--settings", choices=["chosen", "published"],
