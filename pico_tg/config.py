@@ -312,7 +312,7 @@ class TrainSettings:
     learning_rate: float = setting(
         "peak of the learning rate: linear warm-up, then cosine decay to a tenth of the peak",
         1e-3,
-        above=0,
+        minimum=0,
     )
     weight_decay: float = setting("decoupled weight decay, on matrices only", 0.1, minimum=0)
     epochs: int = setting("passes over the data; training ends earlier if max_steps is reached", 1)

@@ -80,8 +80,7 @@ IMPOSSIBLE = {  # the field, the value, and what it must be
     ],
     TrainSettings: [
         ("batch_size", None, "a whole number of at least 1, not None"),
-        ("learning_rate", math.nan, "a number above 0, not nan"),
-        ("learning_rate", 0, "a number above 0, not 0"),
+        ("learning_rate", math.nan, "a number of at least 0, not nan"),
         ("learning_rate", math.inf, "finite, not inf"),
         ("optimizer", "sgd", "one of soap, adamw, not 'sgd'"),
         ("checkpoint_activations", 1, "True or False, not 1"),
