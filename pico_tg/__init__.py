@@ -25,7 +25,8 @@ try:
 except (KeyboardInterrupt, ModuleNotFoundError) as error:
     # the command line ends without a traceback; it imports this file before its own __main__.py,
     # while sys.argv[0] of `python -m pico_tg` is still -m
-    if Path(*sys.argv[:1]).stem not in ("-m", "pico_tg"):
+    program = Path(*sys.argv[:1]).name
+    if program != "pico_tg" and not (program == "-m" and "pico_tg" in sys.orig_argv):
         raise
     if isinstance(error, KeyboardInterrupt):
         sys.exit(130)

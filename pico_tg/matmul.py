@@ -122,7 +122,7 @@ def _product_function(M: int, N: int, L: int, gemm: Gemm, to_bf16: bool) -> Call
     def gradient(upstream: UOp, call: UOp) -> tuple[UOp | None, ...]:
         a, b, *buffers = (Tensor(uop) for uop in call.src[1:])
         (_, m, l), n = a.shape, b.shape[1]
-        if gemm.tile == 1:
+        if (cpu := cpu_kernels(a.device)) and gemm.run is cpu.gemm:
             a, b = in_stored_shape(a), in_stored_shape(b)
         g = rounded_factor(_pad(Tensor(upstream), m, n), to_bf16).contiguous()
         da = gemm.run(g, b, M, L, N)[:, :m, :l]

@@ -342,13 +342,16 @@ def train(
         raise PicoError("settings is for a new run; a resumed run has its own, leave it out")
     chosen = _chosen_settings(given, stored, folder, devices, force)
     _check_for_model(chosen, model.config)
+    if not resume and chosen.learning_rate == 0:
+        raise PicoError("learning_rate must be a number above 0, not 0")
     if folder is not None and not resume:
         check_startable(folder)
         model.config.exists(folder.parent / "model.json")
     data = open_data(dataset, stored, folder, events.bars)
-    if (size := len(data.train.bytes)) < LEAST_TEXT:
-        name = data.spec.dataset
-        raise PicoError(f"{size} bytes of {name} are too few to train on; at least {LEAST_TEXT}")
+    if (size := len(data.train.bytes)) < LEAST_TEXT and not resume:
+        raise PicoError(
+            f"{size} bytes to train on, from {data.spec.dataset}, are too few; take {LEAST_TEXT}"
+        )
     device = (devices or (Device.DEFAULT,))[0]
     picked, lines = {}, []
     if not resume and settings != "published":

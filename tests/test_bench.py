@@ -104,8 +104,8 @@ def test_mistakes(capsys):
         (["decode", "--batch-size", "2"], "--batch-size"),
         (["decode", "--devices", "2"], "--devices"),
         (["train", "--model", "nowhere"], "nowhere"),
-        (["train", "--context-len", "2"], "context_len 2"),
-        (["decode", "--context-len", "0"], "context_len"),
+        (["train", "--context-len", "2"], "--context-len 2"),
+        (["decode", "--context-len", "0"], "--context-len"),
         (["--repeats", "0"], "repeats"),
     ):
         assert cli.main(["bench", *arguments]) == 2

@@ -167,7 +167,7 @@ MISTAKES = {  # a command line, and what its error names
     "train {model} r {text} --dataset-train-split nope": "has no split 'nope'",
     "train {model} r {rows} --dataset-column-name plot": "; name one by --dataset-column-name",
     "train {model} r missing.txt": "missing.txt",
-    "train {model} r {tiny}": "error: 221 bytes of {tiny} are too few to train on; at least 256",
+    "train {model} r {tiny}": "error: 221 bytes to train on, from {tiny}, are too few; take 256",
     "train {model} r {text} --keep-checkpoints -1": "error: --keep-checkpoints must be",
     "train {model} r {text} --max-minutes -1": "error: --max-minutes must be",
     "train {model} r {text} --dataset-validation-size 2.5": "--dataset-validation-size must be",
@@ -393,7 +393,7 @@ def test_published_settings(trained, tmp_path):
 def test_base_weights(weights, text):
     """Training may start from another run's weights."""
     file = weights / "run" / "00000003.safetensors"
-    arguments = ["train", str(weights), "more", str(text), *SHORT, "--learning-rate", "0"]
+    arguments = ["train", str(weights), "more", str(text), *SHORT, "--learning-rate", "1e-30"]
     assert cli.main([*arguments, "--base-weights", str(file)]) == 0
     before, _ = read_safetensors(file)
     after, _ = read_safetensors(weights / "more" / "00000003.safetensors")

@@ -87,32 +87,38 @@ def test_vectors_compute_what_tinygrad_does(compiled, monkeypatch):
 
 @llvm
 def test_long_loops_are_left_to_llvm(compiled):
-    """One exponential in the source, in a loop over a whole row: LLVM finds the vectors."""
+    """One addition in the source, in a loop over a whole row: LLVM finds the vectors."""
 
-    def source(function, side):
-        (program,) = compiled(function, rows(side))[1]
-        return program.src[3].arg
+    def additions(function, x):
+        (program,) = compiled(function, x)[1]
+        return re.findall(r"fadd (reassoc)?", program.src[3].arg)
 
-    def terms(function, side):
-        return len(re.findall(r"fadd.*reassoc", source(function, side)))
+    def sums(x):
+        return [x.sum(axis=1)]
 
-    assert source(lambda x: [x + x[:1]], 256).count("fadd") == 1
-    assert source(lambda x: [x + x[:1]], 24).count("fadd") > 1  # of 24 iterations
-    assert terms(lambda x: [x.sum(axis=1)], 256) == 1
+    assert additions(lambda x: [x + x[:1]], rows(256)) == [""]
+    assert len(additions(lambda x: [x + x[:1]], rows(24))) > 1  # 24 iterations
+    assert additions(sums, rows(256)) == ["reassoc"]
+    assert additions(sums, rows(256)[:4]) == ["reassoc", "", "", ""]  # in order
 
 
-def test_sums_of_few_rows_keep_their_order(compiled):
-    """Passes of 1 and of 4 rows compute the same bits, or drafts would change the text."""
-    x = rows(384)[:4]
+@pytest.mark.parametrize("shape", [(4, 384), (64, 1024)])
+def test_few_sums_keep_their_order(compiled, shape):
+    """Passes of 1, 4 and 64 rows compute the same bits, or drafts would change the text."""
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     together = compiled(lambda x: [x.square().sum(axis=1)], x)[0][0]
-    alone = [compiled(lambda x: [x.square().sum(axis=1)], x[i : i + 1])[0][0][0] for i in range(4)]
-    np.testing.assert_array_equal(together, alone)
+    for row in (0, 1, shape[0] - 1):
+        alone = compiled(lambda x: [x.square().sum(axis=1)], x[row : row + 1])[0][0]
+        np.testing.assert_array_equal(together[row : row + 1], alone)
 
 
 def test_square_roots(compiled):
-    """Correctly rounded; from tinygrad's polynomials they differ in the last bits."""
-    x = np.abs(rows(64)) ** 20
-    np.testing.assert_array_equal(compiled(lambda x: [x.sqrt()], x)[0][0], np.sqrt(x))
+    """Correctly rounded, and no estimates of reciprocals, which give nan for 0."""
+    x = np.append(np.abs(rows(64)) ** 20, [0, 1e-38, np.inf]).astype(np.float32)
+    roots, reciprocals = compiled(lambda x: [x.sqrt(), x.rsqrt()], x)[0]
+    np.testing.assert_array_equal(roots, np.sqrt(x))
+    with np.errstate(divide="ignore"):
+        np.testing.assert_allclose(reciprocals, 1 / np.sqrt(x), rtol=2e-7)
 
 
 @llvm

@@ -32,9 +32,10 @@ from tinygrad.uop.ops import AxisType, Ops, PatternMatcher, UOp, UPat
 
 SHARED = 1 << 16  # least number of iterations, or elements, that threads share
 LONG = 32  # least number of iterations that LLVM is to vectorize
+ROWS = 128  # least number of sums that LLVM is to vectorize: more than a pass of decoding has rows
 
-# Which rules apply, in the compile cache's keys like all context variables: 0 for none, 1 for those
-# of `extend_renderers`, 2 for all. Other values after a change of the rules.
+# Which rules apply, in the compile cache's keys like all context variables: 0 for none, 3 for those
+# of `extend_renderers`, 4 for all. Other values after a change of the rules.
 RULES = ContextVar("PICO_CODEGEN", 0)
 
 hand_coded_optimizations = heuristic.hand_coded_optimizations  # tinygrad's
@@ -42,8 +43,8 @@ hand_coded_optimizations = heuristic.hand_coded_optimizations  # tinygrad's
 
 def install() -> None:
     """Optimize all kernels that are compiled for CPU devices from now on by `optimize`."""
-    if RULES.value < 2:
-        RULES.value = 2
+    if RULES.value != 4:
+        RULES.value = 4
         heuristic.hand_coded_optimizations = optimize
         codegen.to_program_cache.clear()
 
@@ -72,15 +73,15 @@ def optimize(kernel: Scheduler) -> Scheduler:
 def is_vectorizable(kernel: Scheduler) -> bool:
     """Whether the innermost loop is long, over consecutive elements, and without conditions.
 
-    Of reductions, LLVM vectorizes sums; clang, which compiles C, may not change their order. Sums
-    of few rows keep tinygrad's order, which is the same for any number of rows: drafts, which are
-    checked in passes of several rows, would otherwise change the text.
+    Of reductions, LLVM vectorizes sums; clang, which compiles C, may not change their order. Few
+    sums keep tinygrad's order: passes of 1 and of 4 rows must have the same bits, or drafts would
+    change the text.
     """
     sums = kernel.axes_of(AxisType.REDUCE)
     if sums and not (
         len(sums) == 1
         and kernel.reduceop.arg[0] is Ops.ADD
-        and math.prod(kernel.full_shape) >= SHARED
+        and math.prod(kernel.full_shape) >= max(SHARED, ROWS * kernel.full_shape[sums[0]])
         and isinstance(kernel.ren, CPULLVMRenderer)
     ):
         return False
@@ -100,10 +101,10 @@ def is_vectorizable(kernel: Scheduler) -> bool:
 
 
 def render_sum(ctx: dict[UOp, str], add: UOp) -> str | None:
-    """LLVM IR that adds to the only sum of a kernel, in the order that LLVM likes.
+    """LLVM IR that adds to a sum in one register: a loop of such additions has no order.
 
-    None for other additions: of 4 unrolled terms of a sum, the order is kept. `ctx`: the names of
-    values.
+    None for other additions. Of the 4 terms of an unrolled sum only the first is marked, so that
+    the order is kept. `ctx`: the names of values.
     """
     for term in add.src:
         while term.op in (Ops.LOAD, Ops.INDEX, Ops.AFTER):
@@ -132,11 +133,13 @@ def vector_prefix(renderer: ClangRenderer, dtype: DType) -> str:
 
 TINYGRAD, PREFIX = CPULLVMRenderer.string_rewrite, ClangRenderer.render_vector_prefix
 VECTORS = tuple(dtypes.float32.vec(n) for n in (6, 8, 16))
-SQRT = {dtypes.float32: "f32", dtypes.float64: "f64"}
+SQRT = {dtypes.float16: "f16", dtypes.float32: "f32", dtypes.float64: "f64"}
 # LLVM 18 and earlier do not declare their own functions
 DECLARATIONS = "".join(
     f"declare {ldt(dtype)} @llvm.sqrt.{name}({ldt(dtype)})\n" for dtype, name in SQRT.items()
 )
+# tinygrad 0.13 allows reciprocals, so that LLVM would estimate 1 / sqrt(x): 0 and inf gave nan
+EXACT = ' "reciprocal-estimates"="none" }'
 RENDERING = PatternMatcher(
     [
         (UPat(Ops.ADD, dtypes.float32, name="add"), render_sum),
@@ -152,7 +155,10 @@ def extend_renderers() -> None:
     llvm, footer = CPULLVMRenderer, CPULLVMRenderer._render_footer
     llvm.code_for_op = {**llvm.code_for_op, Ops.SQRT: lambda: None}
     llvm.string_rewrite = RENDERING + TINYGRAD
-    llvm._render_footer = lambda self, uops: DECLARATIONS + footer(self, uops)
+    llvm._render_footer = lambda self, uops: DECLARATIONS + footer(self, uops)[:-2] + EXACT
     ClangRenderer.render_vector_prefix = vector_prefix
-    RULES.value = 1
+    RULES.value = 3
     codegen.to_program_cache.clear()
+
+
+extend_renderers()  # before any kernel of this folder is compiled

@@ -158,9 +158,9 @@ def tiled_matmul(
 ) -> Tensor:
     """c = a @ b, [M, L] @ [L, N], for each iteration of the `outer` loops; `sizes` is (M, N, L).
 
-    inputs: a, b, and the tensors that the epilogue loads. M is at least 8 (with accumulate_over, a
-    multiple of 8), N at least TILE_N. A tile whose first row is m has the rows m + i; the last tile
-    ends with the last row or column, and may overlap the one before it.
+    inputs: a, b, and the tensors that the epilogue loads. M is at least 8 and N at least TILE_N;
+    with accumulate_over, they are multiples of 8 and of TILE_N. A tile whose first row is m has the
+    rows m + i. The last tile ends with the last row or column, and may overlap the one before it.
 
     - a_index(*outer, m, i, l): the address of one element of a, in row m + i
     - b_index(*outer, l, p): the address of TILE_N consecutive elements of b, in panel p
@@ -178,6 +178,7 @@ def tiled_matmul(
     if accumulate_over and M % height:
         height = 4
     assert height <= M, "the last tile would begin before the first row"
+    assert not accumulate_over or N % TILE_N == 0, "columns would be added twice"
     panels, wide = -(-N // TILE_N), panels_of_a_tile(N)
     width = wide * TILE_N
     tiles_m = -(-M // height)

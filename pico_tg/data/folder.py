@@ -180,7 +180,7 @@ def _open(spec: DataSpec) -> Folder:
         shown = f"{spec.dataset[:60]!r}{'…' if spec.dataset[60:] else ''}"
         raise PicoError(f"{shown} is no data set or file; `score` and eval --text measure a text")
     if looks_local:
-        if spec.path.exists():
+        if os.path.exists(spec.path):
             raise PicoError(f"{spec.dataset} is a local path, not on the hub; leave revision out")
         there = []
         with contextlib.suppress(OSError):

@@ -56,8 +56,10 @@ def read_file(path: Path, label: str, column: str | None, remark: Remark) -> Pie
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             raise PicoError(f"{path} is a pointer of Git LFS; run: git lfs pull")
     with COMPRESSIONS.get(path.suffix.lower(), open)(path, "rb") as file:
-        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            raise PicoError(f"{label} is UTF-16; convert it, as iconv -f UTF-16 -t UTF-8 does")
+        start = file.read(4)
+        if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            name = "UTF-32" if start == codecs.BOM_UTF32_LE else "UTF-16"
+            raise PicoError(f"{label} is {name}; convert it, as iconv -f {name} -t UTF-8 does")
         file.seek(0)
         yield from READERS[format_of(path.name)](file, label, column, remark)
 

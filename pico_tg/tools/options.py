@@ -45,6 +45,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         wrong, _, known = message.partition("invalid choice: ")[2].partition(" (choose from ")
         message += did_you_mean(wrong.strip("'"), re.findall(r"[\w-]+", known))
+        message = message.replace("--from: expected 2 arguments", "--from: PATH and RUN of a model")
         self.exit(2, visible(f"{self.prog}: error: {message} (see {self.prog} --help)\n"))
 
 
@@ -340,12 +341,13 @@ def with_options(error: str, parser: Parser) -> str:
     """
     if re.search(r"\b(model|training)\.json", error):
         return error
+    error, *lists = re.split(r"(are: |python -m )", error, maxsplit=1)  # of names, or a command
     for action in parser._actions:
         name = action.dest.removeprefix("dataset_")
         anywhere, first = rf"(?<![\w/.'-]){name}(?![\w/.'-])", rf"^{name}(?= must| is empty| \()"
         if action.option_strings:
             error = re.sub(anywhere if "_" in name else first, action.option_strings[0], error)
-    return error
+    return error + "".join(lists)
 
 
 def checkpoint_name(text: str) -> int | str:
