@@ -12,7 +12,7 @@ import pytest
 from helpers import TINY
 from tinygrad import Device, Tensor, TinyJit
 from tinygrad.engine.realize import get_graph_runtime
-from tinygrad.helpers import CPU_COUNT, Context
+from tinygrad.helpers import CPU_COUNT, DEV, Context
 from tinygrad.runtime.graph.hcq import HCQGraph
 
 from pico_tg import decoder
@@ -37,8 +37,10 @@ def graph_of(monkeypatch):
             monkeypatch.setattr(device, "graph", HCQGraph)
             return
         if library is None:
-            source = launcher._source(platform.machine())
-            library = device.renderer.compiler.compile_cached(source)
+            compiler = device.renderer.compiler
+            if DEV.renderer == "CLANGJIT":
+                compiler = launcher.IRCompiler(compiler.arch)
+            library = compiler.compile_cached(launcher._source(platform.machine()))
         own = launcher.Launcher(library, helpers)
         monkeypatch.setattr(launcher, "_launcher", lambda: own)
         monkeypatch.setattr(device, "graph", launcher.NativeGraph)
