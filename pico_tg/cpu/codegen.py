@@ -3,8 +3,8 @@
 `extend_renderers` changes how code is written, for the kernels of this folder too:
 
 - A vector may be at any address. tinygrad 0.13 promises the compiler multiples of its size.
-- A square root is one instruction. tinygrad 0.13 has none for LLVM on a CPU, and computes
-  2^(log2(x) / 2) from polynomials.
+- A square root is one instruction, and its reciprocal is no estimate. tinygrad 0.13 has no square
+  root for LLVM on a CPU, and computes 2^(log2(x) / 2) from polynomials.
 
 `optimize` takes the place of tinygrad's `hand_coded_optimizations`, where the launcher runs graphs:
 
@@ -155,7 +155,9 @@ def extend_renderers() -> None:
     llvm, footer = CPULLVMRenderer, CPULLVMRenderer._render_footer
     llvm.code_for_op = {**llvm.code_for_op, Ops.SQRT: lambda: None}
     llvm.string_rewrite = RENDERING + TINYGRAD
-    llvm._render_footer = lambda self, uops: DECLARATIONS + footer(self, uops)[:-2] + EXACT
+    llvm._render_footer = lambda self, uops: (
+        DECLARATIONS + footer(self, uops).removesuffix(" }") + EXACT
+    )
     ClangRenderer.render_vector_prefix = vector_prefix
     RULES.value = 3
     codegen.to_program_cache.clear()

@@ -43,7 +43,6 @@ from tinygrad.uop.ops import Ops, UOp
 
 from ..backend.machine import cgroup_limit, processor
 from . import codegen
-from .codegen import SHARED
 
 # A kernel's row: function, shares, number of arguments, position of core_id, arguments' address.
 # A jump's row: address of the choice (int32), 0, unused, unused, address of the targets: the next
@@ -174,7 +173,7 @@ def worth_threads(elements: int) -> bool:
 
     Without the launcher, tinygrad starts them from Python, which takes as long as 2^19 elements.
     """
-    return elements >= (SHARED if serves() else 1 << 19)
+    return elements >= (codegen.SHARED if serves() else 1 << 19)
 
 
 def install(device: str) -> None:

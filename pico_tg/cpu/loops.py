@@ -11,7 +11,7 @@ from tinygrad.helpers import CPU_COUNT
 from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
-from . import codegen  # noqa: F401  # vectors may be at any address
+from . import codegen  # noqa: F401  # extends the renderers: a vector may be at any address
 
 TILE_N = 16  # columns of a register tile; the renderer splits them into the CPU's vectors
 VECTOR = dtypes.float32.vec(TILE_N)

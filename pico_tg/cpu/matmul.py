@@ -31,10 +31,9 @@ def gemm(
 ) -> Tensor:
     """a [Z, M, L] @ b [Z, L, N] -> [Z, M, N], float32; with N < TILE_N, [Z, M, TILE_N].
 
-    The factors may have other shapes, with the same order of elements.
-    `trans_a`: a is stored as [Z, L, M]; `trans_b`: b is stored as [Z, N, L]. If the two factors are
-    one matrix and its transpose, the result is symmetric, and only the tiles on and below its
-    diagonal are computed.
+    `trans_a`: a is stored as [Z, L, M]; `trans_b`: b is stored as [Z, N, L]. The factors may have
+    other shapes, with the same order of elements. If the two factors are one matrix and its
+    transpose, the result is symmetric, and only the tiles on and below its diagonal are computed.
 
     b, and a if it is transposed, are first copied into panels, which a tile reads from start to
     end. Without the copy, each term of a sum is in a different cache line, and every few terms in a
