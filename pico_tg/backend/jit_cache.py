@@ -110,21 +110,23 @@ def _has_numbered_buffers(schedule: UOp) -> bool:
 
 def cached_program(ast: UOp, renderer: Renderer) -> UOp:
     """tinygrad's `to_program`, cached: the compiled kernel without its list of operations."""
-    # BEAM passes thousands of compiled candidates; DEBUG >= 3 prints while compiling
-    is_compiled = ast.op is Ops.PROGRAM and len(ast.src) == 5
-    if is_compiled or renderer.target.device in INTERPRETERS or DEBUG >= 3:
+    # compiled already, as a kernel of cpu/ or one of BEAM's thousands of candidates
+    if ast.op is Ops.PROGRAM and len(ast.src) == 5:
+        return ast
+    if renderer.target.device in INTERPRETERS or DEBUG >= 3:  # which prints while compiling
         return to_program(ast, renderer)
     key = _key(ast.key, *_target(renderer))
     if key not in _programs:
         program = _read("pico_kernels", key)
         if program is None:
-            program = _without_operations(to_program(ast, renderer))
+            program = without_operations(to_program(ast, renderer))
             _write("pico_kernels", key, program)
         _programs[key] = program
     return _programs[key]
 
 
-def _without_operations(program: UOp) -> UOp:
+def without_operations(program: UOp) -> UOp:
+    """A compiled kernel as its binary and what launching it takes, without what it computes."""
     sink, device, _, source, binary = program.src
     # launching a kernel needs only its parameters and variables
     kept = tuple(u for u in sink.toposort() if u.op in (Ops.PARAM, Ops.DEFINE_VAR))

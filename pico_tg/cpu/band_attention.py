@@ -30,7 +30,7 @@ from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
 from ..backend.precision import BF16, rounded_factor
 from .loops import TILE_N, LoopNest, even_threads
-from .matmul import pack, tiled_matmul
+from .matmul import kernel, pack, tiled_matmul
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +128,7 @@ def band_attention(q: Tensor, k: Tensor, v: Tensor, window: int, slopes: Tensor)
     slopes = (slopes.reshape(1, -1).expand(B, -1) / -math.log(2)).reshape(-1).contiguous()  # (B*H,)
     scores = _scores(q, _key_panels(k, band), slopes, band)
     weights = rounded_factor(exps(scores, even_threads(scores.shape[0])), to_bf16).contiguous()
-    sums = _rows_times_keys(weights, v, band)
+    sums = _rows_times_keys(q.shape, [weights, v], band)
     out = _output_function(band, to_bf16)(q, k, v, weights, sums)  # (B*K*blocks*G*Q, C)
     out = out.reshape(B, K, blocks, G, Q, C).permute(0, 1, 3, 2, 4, 5)  # (B, K, G, blocks, Q, C)
     return out.reshape(B, band.heads, blocks * Q, C)[:, :, : band.length]
@@ -146,11 +146,13 @@ def _output_function(band: Band, to_bf16: bool):
         # -delta / l, since the epilogue adds
         minus_delta = (-(g * sums[:, :C]).sum(axis=1, keepdim=True) * inv_l * inv_l).contiguous()
         g = rounded_factor((g * inv_l).pad((None, (0, P - C))), to_bf16).contiguous()  # dO / l
-        ds = _score_gradient(g, _key_panels(v, band), weights, minus_delta, band)
+        inputs = [g, _key_panels(v, band), weights, minus_delta]
+        ds = _score_gradient(weights.shape, inputs, band)
         ds = rounded_factor(ds, to_bf16).contiguous()
-        dq = _rows_times_keys(ds, k, band) * math.log(2)
-        dk = _key_gradient(ds, q, band) * math.log(2)
-        dv = _key_gradient(weights, g, band)
+        dq = _rows_times_keys(q.shape, [ds, k], band) * math.log(2)
+        key_rows = band.matrices * band.blocks * band.queries, P
+        dk = _key_gradient(key_rows, [ds, q], band) * math.log(2)
+        dv = _key_gradient(key_rows, [weights, g], band)
         dk, dv = (  # zeros for the rows before the first byte: (B*K*positions, P)
             x.reshape(band.matrices, -1, P).pad((None, (band.lookback, 0), None)).reshape(-1, P)
             for x in (dk, dv)
@@ -172,42 +174,46 @@ def _key_panels(x: Tensor, band: Band) -> Tensor:
 def _scores(q: Tensor, k: Tensor, slopes: Tensor, band: Band) -> Tensor:
     """Query rows, keys in panels, slopes [B * H] times -log2(e) -> score rows S."""
     Q, s = band.queries, band.keys
-
-    def add_bias(nest: LoopNest, sums: UOp, z: UOp, b: UOp, m: UOp, n: UOp) -> UOp:
-        head = UOp(Ops.CDIV, m.dtype, (m, nest.const(Q)))
-        slope = nest.load(3, z * band.group + head, 1)
-        distance = nest.load(4, (m - head * Q) * s + n)
-        return sums + nest.broadcast(slope) * distance + nest.load(5, b * Q + n)
-
     arange = functools.partial(Tensor.arange, device=q.device)
     distance = arange(Q).reshape(Q, 1) + band.lookback - arange(s)  # (Q, s)
     visible = (distance >= 0) & (distance <= band.window)
     # the slopes are negative, so an infinite distance makes the score -inf
     distance = visible.where(distance.cast(dtypes.float32), math.inf).contiguous()
     before_start = (arange(band.positions) < band.lookback).where(-math.inf, 0.0).contiguous()
-    return _rows_times_panels([q, k, slopes, distance, before_start], band, "scores", add_bias)
+    return _score_kernel((len(q), s), [q, k, slopes, distance, before_start], band)
 
 
-def _score_gradient(
-    g: Tensor, v: Tensor, weights: Tensor, minus_delta: Tensor, band: Band
-) -> Tensor:
+@kernel
+def _score_kernel(buffers: tuple[int, ...], band: Band) -> UOp:
+    Q = band.queries
+
+    def add_bias(nest: LoopNest, sums: UOp, z: UOp, b: UOp, m: UOp, n: UOp) -> UOp:
+        head = UOp(Ops.CDIV, m.dtype, (m, nest.const(Q)))
+        slope = nest.load(3, z * band.group + head, 1)
+        distance = nest.load(4, (m - head * Q) * band.keys + n)
+        return sums + nest.broadcast(slope) * distance + nest.load(5, b * Q + n)
+
+    return _rows_times_panels(buffers, band, "scores", add_bias)
+
+
+@kernel
+def _score_gradient(buffers: tuple[int, ...], band: Band) -> UOp:
     """dS from dO / l (rows), V in panels, P (rows) and -delta / l [rows, 1]."""
 
     def times_weights(nest: LoopNest, sums: UOp, z: UOp, b: UOp, m: UOp, n: UOp) -> UOp:
         row = band.query_row(z, b, m)
         return (sums + nest.broadcast(nest.load(4, row, 1))) * nest.load(3, row * band.keys + n)
 
-    return _rows_times_panels([g, v, weights, minus_delta], band, "ds", times_weights)
+    return _rows_times_panels(buffers, band, "ds", times_weights)
 
 
 def _rows_times_panels(
-    inputs: list[Tensor], band: Band, name: str, epilogue: Callable[..., UOp]
-) -> Tensor:
+    buffers: tuple[int, ...], band: Band, name: str, epilogue: Callable[..., UOp]
+) -> UOp:
     """Each block's query rows @ its visible keys, in panels -> rows of `keys` elements."""
     Z, b, M, P, s = band.matrices, band.blocks, band.rows, band.width, band.keys
     return tiled_matmul(
-        Tensor.empty(Z * b * M, s, device=inputs[0].device),
-        inputs,
+        buffers,
         f"{name}_{Z}_{b}_{M}_{s}_{band.head_dim}",
         (Z, b),
         (M, s, band.head_dim),
@@ -218,12 +224,12 @@ def _rows_times_panels(
     )
 
 
-def _rows_times_keys(a: Tensor, x: Tensor, band: Band) -> Tensor:
+@kernel
+def _rows_times_keys(buffers: tuple[int, ...], band: Band) -> UOp:
     """Each block's score rows a @ its visible key rows x -> query rows."""
     Z, b, M, P, s = band.matrices, band.blocks, band.rows, band.width, band.keys
     return tiled_matmul(
-        Tensor.empty(Z * b * M, P, device=a.device),
-        [a, x],
+        buffers,
         f"weigh_{Z}_{b}_{M}_{P}_{s}",
         (Z, b),
         (M, P, s),
@@ -233,7 +239,8 @@ def _rows_times_keys(a: Tensor, x: Tensor, band: Band) -> Tensor:
     )
 
 
-def _key_gradient(a: Tensor, x: Tensor, band: Band) -> Tensor:
+@kernel
+def _key_gradient(buffers: tuple[int, ...], band: Band) -> UOp:
     """a^T x -> key rows. For each key: the sum, over the queries that see the key, of a * x."""
     Z, b, M, Q, P = band.matrices, band.blocks, band.rows, band.queries, band.width
     later = band.lookback // Q  # a key is visible to its own block and to this many later ones
@@ -251,8 +258,7 @@ def _key_gradient(a: Tensor, x: Tensor, band: Band) -> Tensor:
         return band.query_row(z, block + t, m) * P + p * TILE_N
 
     return tiled_matmul(
-        Tensor.empty(Z * b * Q, P, device=a.device),
-        [a, x],
+        buffers,
         f"key_gradient_{Z}_{b}_{Q}_{P}_{M}_{band.keys}",
         (Z, b),
         (Q, P, M),

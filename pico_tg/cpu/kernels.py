@@ -2,8 +2,7 @@
 
 from .band_attention import band_attention
 from .decoding import attend, packed_matmul
-from .loops import fused_multiply_adds
-from .matmul import column_sums, gemm
+from .matmul import column_sums, fused_multiply_adds, gemm
 
 __all__ = [
     "attend",

@@ -48,7 +48,10 @@ from . import codegen
 # A jump's row: address of the choice (int32), 0, unused, unused, address of the targets: the next
 # row for each choice (int64).
 ROW = 5  # int64s
-MAX_ARGUMENTS = 96
+# Numbers of arguments. A kernel is called with the next of them, which the calling conventions of
+# x86-64 and arm64 allow: a function does not see arguments that it does not expect.
+CALLS = 4, 8, 12, 16, 24, 32, 48, 64, 96
+MAX_ARGUMENTS = CALLS[-1]
 SPIN = 2000  # polls before a thread sleeps, about 20 to 80 µs
 # byte offsets in the shared state, each in a separate cache line to avoid false sharing
 STATE = {"TICKET": 0, "DONE": 64, "SEQUENCE": 128, "SLEEPERS": 192, "WAITING": 256, "KERNEL": 320}
@@ -88,7 +91,10 @@ class NativeGraph(HCQGraph):
                 arguments.append(fixed.get(variable.expr, 0))
             function = ctypes.cast(runtime.fxn, ctypes.c_void_p).value
             shares = (ast.arg.global_size or (1,))[0]
-            row[:4] = function, shares, len(arguments) - start, core
+            number = len(arguments) - start
+            passed = next(n for n in CALLS if n >= number)
+            arguments += [0] * (passed - number)
+            row[:4] = function, shares, passed, core
         self.arguments = np.array(arguments, np.int64)
         rows[:, 4] = self.arguments.ctypes.data + 8 * np.array(starts)
         self.rows = rows
@@ -315,7 +321,7 @@ def usable_cores() -> int:
 def _source(architecture: str) -> str:
     """LLVM IR of `launch(state, rows, count, syscall)`, from the template launcher.ll.in."""
     cases, labels = [], []
-    for n in range(1, MAX_ARGUMENTS + 1):  # a call of a function of n arguments
+    for n in CALLS:  # a call with n arguments
         lines = [f"call.{n}:"]
         for i in range(n):
             lines.append(f"  %p.{n}.{i} = getelementptr i64, ptr %arguments, i64 {i}")

@@ -3,9 +3,9 @@
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-from tinygrad import Device, Tensor, TinyJit, dtypes
+from tinygrad import dtypes
 from tinygrad.dtype import AddrSpace
 from tinygrad.helpers import CPU_COUNT
 from tinygrad.renderer import Estimates
@@ -24,7 +24,7 @@ INDEX = dtypes.long
 class LoopNest:
     """A kernel under construction; each Python `with` block is one loop of the kernel.
 
-        nest = LoopNest(out, x, threads=1)
+        nest = LoopNest((8 * TILE_N, 8 * TILE_N), threads=1)
         with nest.loop(8) as i:
             nest.store(i * TILE_N, nest.load(1, i * TILE_N))
         program = nest.program("copy")
@@ -32,15 +32,14 @@ class LoopNest:
     The result is ready for tinygrad's renderer. tinygrad's optimizer could derive the same loops
     from a plain sum, but takes 0.3 to 1 s for each shape.
 
-    All tensors are float32. Tensor 0 is the output. Addresses count elements from a tensor's start.
+    sizes: the elements of each tensor. All are float32. Tensor 0 is the output. Addresses count
+    elements from a tensor's start.
     """
 
-    def __init__(self, *tensors: Tensor, threads: int) -> None:
+    def __init__(self, sizes: tuple[int, ...], threads: int) -> None:
         self.threads = threads
-        assert all(tensor.dtype == dtypes.float32 for tensor in tensors)
-        sizes = [tensor.numel() for tensor in tensors]
         self.buffers = [UOp(Ops.PARAM, dtypes.float32.ptr(n), arg=i) for i, n in enumerate(sizes)]
-        self.device, self.bytes = tensors[0].device.split(":")[0], 4 * sum(sizes)
+        self.bytes = 4 * sum(sizes)
         self.ids = itertools.count()  # one for each loop and each register file
         self.open_loops: list[UOp] = []
         self.stores: list[UOp] = []  # the last statements of the innermost open loop
@@ -141,8 +140,7 @@ class LoopNest:
         # tinygrad 0.13 itself estimates 0: it takes the whole kernel for address arithmetic
         # (test_soap.test_operations_of_a_step)
         info = KernelInfo(name=name, estimates=Estimates(operations, mem=self.bytes))
-        device = UOp(Ops.DEVICE, arg=self.device)
-        return UOp(Ops.PROGRAM, src=(UOp.sink(*self.stores, arg=info), device))
+        return UOp(Ops.PROGRAM, src=(UOp.sink(*self.stores, arg=info), UOp(Ops.DEVICE, arg="CPU")))
 
 
 def choose_shared_loop(sizes: tuple[int, ...]) -> tuple[int, int]:
@@ -153,41 +151,6 @@ def choose_shared_loop(sizes: tuple[int, ...]) -> tuple[int, int]:
 
     best = min(range(len(sizes)), key=longest_share)
     return best, min(CPU_COUNT.value, sizes[best])
-
-
-def fused_multiply_adds(device: str) -> tuple[Callable[[], None], int]:
-    """(a call that computes independent chains of s * x + x in registers, its operations).
-
-    The chains read memory before their first step and write it after their last.
-    """
-    threads, chains, steps, unroll = CPU_COUNT.value, 12 if tile_m() == 8 else 6, 1 << 18, 8
-    start = Tensor.full((chains * TILE_N,), 0.5, device=device).contiguous().realize()
-    out = Tensor.empty(threads * chains * TILE_N, device=device)
-    nest = LoopNest(out, start, threads=threads)
-    with nest.loops((threads,), 0) as (thread,):
-        x, registers = nest.load(1, nest.const(0)), nest.registers(chains)
-        for c in range(chains):  # separate loads: the compiler would merge equal chains
-            nest.store_reg(registers, c, nest.load(1, nest.const(c * TILE_N)))
-        with nest.loop(steps):
-            sums = [nest.load_reg(registers, c) for c in range(chains)]
-            for _ in range(unroll):
-                sums = [s * x + x for s in sums]
-            for c, s in enumerate(sums):
-                nest.store_reg(registers, c, s)
-        for c in range(chains):
-            nest.store((thread * chains + c) * TILE_N, nest.load_reg(registers, c))
-    operations = 2 * threads * chains * TILE_N * steps * unroll
-    program = nest.program("fused_multiply_adds", operations)
-
-    @TinyJit
-    def call(x: Tensor) -> Tensor:
-        return out.custom_kernel(x, fxn=lambda *_: program)[0].realize()
-
-    def run() -> None:
-        call(start)
-        Device[device].synchronize()
-
-    return run, operations
 
 
 @functools.cache

@@ -1,13 +1,17 @@
 """Matmul in tiles whose sums stay in vector registers."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
 
-from tinygrad import Tensor, dtypes
+from tinygrad import Device, Tensor, TinyJit, dtypes
 from tinygrad.codegen.opt import Opt, OptOps
+from tinygrad.engine import realize
+from tinygrad.helpers import CPU_COUNT, Context
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
+from ..backend.jit_cache import without_operations
 from . import launcher
 from .loops import TILE_N, LoopNest, choose_shared_loop, even_threads, tile_m
 
@@ -18,6 +22,34 @@ SHARES = 8
 LONG = 1 << 25
 STREAMS = 16  # panels that are written in turn: with more, cache and TLB lose them
 UNROLL = 4  # terms of a sum that one iteration adds
+
+
+def kernel(build: Callable[..., UOp]) -> Callable[..., Tensor]:
+    """Decorator: `build(sizes, *arguments)` of a LoopNest's program -> a function of tensors.
+
+    `function(shape, inputs, *arguments)` runs the kernel, and returns its output, float32 of that
+    shape. `sizes`: the elements of the output and of each input. The kernel is built once for equal
+    sizes and arguments, which must determine it.
+    """
+
+    @functools.cache
+    def built(settings: tuple, sizes: tuple[int, ...], *arguments: object) -> UOp:
+        return build(sizes, *arguments)
+
+    @functools.wraps(build)
+    def run(shape: tuple[int, ...], inputs: list[Tensor], *arguments: object) -> Tensor:
+        assert all(tensor.dtype == dtypes.float32 for tensor in inputs)
+        out = Tensor.empty(*shape, device=inputs[0].device)
+        settings = CPU_COUNT.value, tile_m(), LONG, launcher.serves()
+        program = built(settings, tuple(x.numel() for x in (out, *inputs)), *arguments)
+        with Context(ALLOW_DEVICE_USAGE=1):  # tinygrad forbids opening a device inside @function
+            renderer = Device["CPU"].renderer
+        # Compiled now, and without its operations: tinygrad walks through them at every pass over
+        # a graph, of which they are nine tenths.
+        program = without_operations(realize.to_program(program, renderer))
+        return out.custom_kernel(*inputs, fxn=lambda *_: program)[0]
+
+    return run
 
 
 def gemm(
@@ -41,12 +73,22 @@ def gemm(
     """
     symmetric = a.uop is b.uop and trans_a != trans_b
     Z, height, columns = a.numel() // (M * L), tile_m(), max(N, TILE_N)
-    tiles, panels = -(-M // height), -(-columns // TILE_N)
     if N < TILE_N:
         b = b.reshape(Z, *((N, L) if trans_b else (L, N)))
         padding = (0, TILE_N - N)
         b = b.pad((None, padding, None) if trans_b else (None, None, padding))
     b = pack(b, L, columns, TILE_N, panels_of_a_tile(columns), trans_b)
+
+    a = pack(a, L, M, height, 1) if trans_a else a
+    return _gemm((Z, M, columns), [a, b], Z, M, N, L, trans_a, symmetric)
+
+
+@kernel
+def _gemm(
+    buffers: tuple[int, ...], Z: int, M: int, N: int, L: int, trans_a: bool, symmetric: bool
+) -> UOp:
+    height, columns = tile_m(), max(N, TILE_N)
+    tiles, panels = -(-M // height), -(-columns // TILE_N)
 
     def a_index(z: UOp, m: UOp, i: int, l: UOp) -> UOp:
         if trans_a:
@@ -54,8 +96,7 @@ def gemm(
         return (z * M + m + i) * L + l
 
     return tiled_matmul(
-        Tensor.empty(Z, M, columns, device=a.device),
-        [pack(a, L, M, height, 1) if trans_a else a, b],
+        buffers,
         f"{'gram' if symmetric else 'gemm'}_{Z}_{M}_{N}_{L}",
         (Z,),
         (M, columns, L),
@@ -81,14 +122,29 @@ def pack(x: Tensor, L: int, N: int, width: int, last: int, transposed: bool = Fa
     """
     assert last * width <= N, "a panel would begin before the first column"
     Z, panels = x.numel() // (L * N), -(-N // width)
+    threaded = launcher.worth_threads(x.numel())
+    return _pack((Z, panels, L, width), [x], Z, L, N, width, last, transposed, threaded)
+
+
+@kernel
+def _pack(
+    buffers: tuple[int, ...],
+    Z: int,
+    L: int,
+    N: int,
+    width: int,
+    last: int,
+    transposed: bool,
+    threaded: bool,
+) -> UOp:
+    panels = -(-N // width)
     # what an iteration copies: a block of registers, or a cache line of the panel
     rows = min(8, L) if transposed else TILE_N // width
     blocks = -(-L // rows)
-    out = Tensor.empty(Z, panels, L, width, device=x.device)
     group = 1 if transposed else min(panels, STREAMS)
     sizes = (Z, -(-panels // group), blocks)
-    shared, threads = choose_shared_loop(sizes) if launcher.worth_threads(x.numel()) else (0, 1)
-    nest = LoopNest(out, x, threads=threads)
+    shared, threads = choose_shared_loop(sizes) if threaded else (0, 1)
+    nest = LoopNest(buffers, threads)
     with nest.loops(sizes, shared) as (z, g, l):
         first = g * group
         l = at_most(l * rows, L - rows) if L % rows else l * rows
@@ -104,8 +160,7 @@ def pack(x: Tensor, L: int, N: int, width: int, last: int, transposed: bool = Fa
                 else:
                     values = nest.load(1, (z * L + l + row) * N + n, width)
                 nest.store(((z * panels + panel) * L + l + row) * width, values, width)
-    program = nest.program(f"pack{'_transposed' * transposed}_{Z}_{L}_{N}_{width}")
-    return out.custom_kernel(x, fxn=lambda *_: program)[0]
+    return nest.program(f"pack{'_transposed' * transposed}_{Z}_{L}_{N}_{width}")
 
 
 def column_sums(*factors: Tensor) -> Tensor:
@@ -142,8 +197,7 @@ def ceil_div(i: UOp, n: int) -> UOp:
 
 
 def tiled_matmul(
-    out: Tensor,
-    inputs: list[Tensor],
+    buffers: tuple[int, ...],
     name: str,
     outer: tuple[int, ...],
     sizes: tuple[int, int, int],
@@ -154,16 +208,17 @@ def tiled_matmul(
     accumulate_over: Callable[..., UOp] | None = None,
     products: int | None = None,
     symmetric: bool = False,
-) -> Tensor:
+) -> UOp:
     """c = a @ b, [M, L] @ [L, N], for each iteration of the `outer` loops; `sizes` is (M, N, L).
 
-    inputs: a, b, and the tensors that the epilogue loads. M is at least 8 and N at least TILE_N;
-    with accumulate_over, they are multiples of 8 and of TILE_N. A tile whose first row is m has the
-    rows m + i. The last tile ends with the last row or column, and may overlap the one before it.
+    buffers: the elements of c, a, b, and of what the epilogue loads. M is at least 8 and N at least
+    TILE_N; with accumulate_over, they are multiples of 8 and of TILE_N. A tile whose first row is m
+    has the rows m + i. The last tile ends with the last row or column, and may overlap the one
+    before it.
 
     - a_index(*outer, m, i, l): the address of one element of a, in row m + i
     - b_index(*outer, l, p): the address of TILE_N consecutive elements of b, in panel p
-    - c_index(*outer, m, n): the address of TILE_N consecutive elements of `out`
+    - c_index(*outer, m, n): the address of TILE_N consecutive elements of c
     - epilogue(nest, sums, *outer, m, n): the vector to store, from the vector of sums
     - accumulate_over(*outer): number of iterations of an additional innermost outer loop; c is the
       sum of a @ b over these iterations. a_index and b_index receive the counter of this loop after
@@ -187,7 +242,7 @@ def tiled_matmul(
     shared, threads = choose_shared_loop(loops)
     if threads > 1 and operations >= LONG and launcher.serves():
         threads = min(SHARES * threads, loops[shared])
-    nest = LoopNest(out, *inputs, threads=threads)
+    nest = LoopNest(buffers, threads)
     zero = nest.broadcast(0.0)
     # tinygrad 0.13 renders no loop of one iteration (test_cpu.test_products_on_other_processors)
     looped = L - L % UNROLL if L >= 2 * UNROLL else 0
@@ -255,5 +310,41 @@ def tiled_matmul(
                 compute(matrix, [*matrix, t])
         else:
             compute(matrix, matrix)
-    program = nest.program(name, operations)
-    return out.custom_kernel(*inputs, fxn=lambda *_: program)[0]
+    return nest.program(name, operations)
+
+
+def fused_multiply_adds(device: str) -> tuple[Callable[[], None], int]:
+    """(a call that computes independent chains of s * x + x in registers, its operations).
+
+    The chains read memory before their first step and write it after their last.
+    """
+    threads, chains, steps, unroll = CPU_COUNT.value, 12 if tile_m() == 8 else 6, 1 << 18, 8
+    operations = 2 * threads * chains * TILE_N * steps * unroll
+    start = Tensor.full((chains * TILE_N,), 0.5, device=device).contiguous().realize()
+
+    @kernel
+    def multiply_adds(buffers: tuple[int, ...]) -> UOp:
+        nest = LoopNest(buffers, threads)
+        with nest.loops((threads,), 0) as (thread,):
+            x, registers = nest.load(1, nest.const(0)), nest.registers(chains)
+            for c in range(chains):  # separate loads: the compiler would merge equal chains
+                nest.store_reg(registers, c, nest.load(1, nest.const(c * TILE_N)))
+            with nest.loop(steps):
+                sums = [nest.load_reg(registers, c) for c in range(chains)]
+                for _ in range(unroll):
+                    sums = [s * x + x for s in sums]
+                for c, s in enumerate(sums):
+                    nest.store_reg(registers, c, s)
+            for c in range(chains):
+                nest.store((thread * chains + c) * TILE_N, nest.load_reg(registers, c))
+        return nest.program("fused_multiply_adds", operations)
+
+    @TinyJit
+    def call(x: Tensor) -> Tensor:
+        return multiply_adds((threads * chains * TILE_N,), [x]).realize()
+
+    def run() -> None:
+        call(start)
+        Device[device].synchronize()
+
+    return run, operations
