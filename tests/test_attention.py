@@ -82,4 +82,4 @@ def test_rotation_of_far_positions(channels):
     rates = 10000.0 ** -(np.arange(half) / max(1, half))
     rotated = rotated * np.exp(1j * positions[:, None] * rates)
     expected = np.concatenate([rotated.real, rotated.imag, x[..., 2 * half :]], axis=-1)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=5e-6)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)

@@ -133,7 +133,7 @@ def vector_prefix(renderer: ClangRenderer, dtype: DType) -> str:
 
 
 def unchecked(compiler: CPULLVMCompiler, *arguments: object) -> None:
-    """Check a kernel's IR once, not after every pass of LLVM: a seventh of the time of compiling."""
+    """Check a kernel's IR once, not after every pass of LLVM, a seventh of its time."""
     INIT(compiler, *arguments)
     llvm.LLVMPassBuilderOptionsSetVerifyEach(compiler.pbo, False)
 
