@@ -31,7 +31,7 @@ from pathlib import Path
 import tinygrad.engine.realize
 import tinygrad.schedule
 from tinygrad import Device, Tensor, helpers
-from tinygrad.codegen import to_program
+from tinygrad.codegen import do_to_program, to_program
 from tinygrad.engine.jit import CapturedJit, _prepare_jit_inputs
 from tinygrad.helpers import CACHELEVEL, DEBUG, JIT, ContextVar, getenv
 from tinygrad.renderer import Renderer
@@ -119,7 +119,8 @@ def cached_program(ast: UOp, renderer: Renderer) -> UOp:
     if key not in _programs:
         program = _read("pico_kernels", key)
         if program is None:
-            program = without_operations(to_program(ast, renderer))
+            # not `to_program`, which would keep the operations in memory
+            program = without_operations(do_to_program(ast, renderer))
             _write("pico_kernels", key, program)
         _programs[key] = program
     return _programs[key]

@@ -9,6 +9,7 @@ from tinygrad import Device, Tensor, TinyJit, dtypes
 from tinygrad.codegen.opt import Opt, OptOps
 from tinygrad.engine import realize
 from tinygrad.helpers import CPU_COUNT, Context
+from tinygrad.renderer import Renderer
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
 from ..backend.jit_cache import without_operations
@@ -33,20 +34,22 @@ def kernel(build: Callable[..., UOp]) -> Callable[..., Tensor]:
     """
 
     @functools.cache
-    def built(settings: tuple, sizes: tuple[int, ...], *arguments: object) -> UOp:
-        return build(sizes, *arguments)
+    def compiled(
+        renderer: Renderer, settings: tuple, sizes: tuple[int, ...], *arguments: object
+    ) -> UOp:
+        # Compiled now, and without its operations: tinygrad walks through them at every pass over
+        # a graph, of which they are nine tenths.
+        return without_operations(realize.to_program(build(sizes, *arguments), renderer))
 
     @functools.wraps(build)
     def run(shape: tuple[int, ...], inputs: list[Tensor], *arguments: object) -> Tensor:
         assert all(tensor.dtype == dtypes.float32 for tensor in inputs)
         out = Tensor.empty(*shape, device=inputs[0].device)
-        settings = CPU_COUNT.value, tile_m(), LONG, launcher.serves()
-        program = built(settings, tuple(x.numel() for x in (out, *inputs)), *arguments)
         with Context(ALLOW_DEVICE_USAGE=1):  # tinygrad forbids opening a device inside @function
             renderer = Device["CPU"].renderer
-        # Compiled now, and without its operations: tinygrad walks through them at every pass over
-        # a graph, of which they are nine tenths.
-        program = without_operations(realize.to_program(program, renderer))
+        settings = CPU_COUNT.value, tile_m(), LONG, launcher.serves()
+        sizes = tuple(tensor.numel() for tensor in (out, *inputs))
+        program = compiled(renderer, settings, sizes, *arguments)
         return out.custom_kernel(*inputs, fxn=lambda *_: program)[0]
 
     return run
