@@ -199,10 +199,9 @@ def ticks(low: float, high: float, about: int = 6) -> list[float]:
 
 def _short(value: float) -> str:
     """A tick's label: 1500000 as 1.5M, 0.30000000000000004 as 0.3."""
-    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
-            scale = 1e3 if suffix == "k" else size
-            return f"{value / scale:.4g}{suffix}"
+            return f"{value / size:.4g}{suffix}"
     return f"{value:.4g}"
 
 
