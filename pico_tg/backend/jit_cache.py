@@ -127,11 +127,12 @@ def cached_program(ast: UOp, renderer: Renderer) -> UOp:
 
 
 def without_operations(program: UOp) -> UOp:
-    """A compiled kernel as its binary and what launching it takes, without what it computes."""
-    sink, device, _, source, binary = program.src
+    """A compiled kernel as its binary and what launching it takes: no operations, no source."""
+    sink, device, _, _, binary = program.src
     # launching a kernel needs only its parameters and variables
     kept = tuple(u for u in sink.toposort() if u.op in (Ops.PARAM, Ops.DEFINE_VAR))
-    return program.replace(src=(sink.replace(src=kept), device, UOp(Ops.LINEAR), source, binary))
+    none = UOp(Ops.LINEAR), UOp(Ops.SOURCE, arg="")
+    return program.replace(src=(sink.replace(src=kept), device, *none, binary))
 
 
 class StoredGraph:
