@@ -68,7 +68,7 @@ class Watch(Events):
         return self.asked()
 
 
-FLAGS = flags(TINY.to_dict())
+FLAGS = flags(vars(TINY))
 SHORT = flags(WINDOWS | {"max_steps": 3, "warmup_steps": 1, "sample_prompt": ""})
 FOX = "The quick brown fox jumps over the lazy dog. " * 50
 

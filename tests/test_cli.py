@@ -143,12 +143,14 @@ def test_every_field_is_an_option(command, cls, prefix, capsys):
         assert given(parsed, cls, prefix) == {field.name: value}
         told = field.metadata.get("off", field.metadata["help"])
         help, default = re.sub(r"\s", "", told), field.default
+        if command == "init":
+            default = PRESETS["minutes"].get(field.name, default)
         named = command in ("init", "run") and default is not None and not isinstance(default, bool)
         assert help + (f"(default:{default})" if named else "") in shown
 
 
 MISTAKES = {  # a command line, and what its error names
-    "init {new} --dim 3": "error: --dim (3) is smaller than --att-q-heads (9): a head",
+    "init {new} --dim 3": "error: --dim (3) is smaller than --att-q-heads (4): a head",
     "init {new} --depth 3": "unrecognized arguments: --depth 3 (see pico_tg init --help)",
     "train {model} x --routr learned": "--routr learned (see pico_tg train --help)",
     "run {model} --promt=a": "--promt=a (did you mean --prompt?) (see pico_tg run --help)",
@@ -275,13 +277,13 @@ def test_a_mistake_is_one_line(line, model, text, trained, tmp_path, monkeypatch
     [
         ([], Config.preset("minutes"), "preset minutes (for minutes"),
         (["--router", "space"], Config.preset("minutes", router="space"), "with router space"),
-        (["--dim", "96"], Config(dim=96), "preset xs (the default sizes"),
+        (["--dim", "96"], Config.preset("minutes", dim=96), "with dim 96"),
         (["--preset", "xs", "--dim", "99"], Config.preset("xs", dim=99), "with dim 99"),
         (["--preset", "published"], Config.preset("published"), "10,243,208 parameters"),
     ],
 )
 def test_init_takes_a_preset(flags, expected, words, tmp_path, capsys):
-    """Without sizes one that trains in minutes; with sizes, the original's defaults."""
+    """Without one, `minutes`; other flags change single sizes of it."""
     assert cli.main(["init", str(tmp_path / "a" / "b"), *flags]) == 0
     assert load_config(tmp_path / "a" / "b") == expected
     made, following = capsys.readouterr().out.splitlines()

@@ -98,7 +98,7 @@ def test_command_line_of_the_readme(tmp_path):
     assert init.endswith(" models/small")  # no other flag
     assert train.endswith(" models/small first tinyshakespeare.txt --max-minutes 5")
     (tmp_path / "tinyshakespeare.txt").write_text("To be, or not to be: that is the question." * 99)
-    run(f"{init} {' '.join(flags(TINY.to_dict()))}", tmp_path)
+    run(f"{init} {' '.join(flags(vars(TINY)))}", tmp_path)
     run(f"{train} {' '.join(flags(WINDOWS))} --max-steps 3", tmp_path)
     assert (tmp_path / run(plot, tmp_path).strip()).read_text().startswith("<svg")
     assert run(sample + " --max-bytes 20", tmp_path).startswith("ROMEO:")
@@ -141,7 +141,7 @@ def test_script_of_the_readme(tmp_path):
 @pytest.mark.slow
 def test_benchmarks_of_the_readme(tmp_path):
     """The benchmarks, with small sizes."""
-    sizes = " ".join(flags(TINY.to_dict()))
+    sizes = " ".join(flags(vars(TINY)))
     lines = [line for block in blocks("bash", STUDIES) for line in block.splitlines()]
     commands = [line for line in lines if line.startswith("python -m pico_tg bench")]
     assert len(commands) == 2

@@ -94,9 +94,7 @@ def test_resumed_in_a_new_process(text, tmp_path):
     options = flags(QUICK | settings)
     pico = [sys.executable, "-m", "pico_tg"]
     model = tmp_path / "model"
-    subprocess.run(
-        [*pico, "init", model, *flags(CONFIG.to_dict())], check=True, capture_output=True
-    )
+    subprocess.run([*pico, "init", model, *flags(vars(CONFIG))], check=True, capture_output=True)
     subprocess.run([*pico, "train", model, "a", text, *options], check=True, capture_output=True)
     command = [*pico, "train", model, "b", text, *options]
     child = subprocess.Popen(command, stderr=subprocess.DEVNULL)

@@ -110,7 +110,7 @@ def choose_run(args: argparse.Namespace) -> None:
 def command_init(args: argparse.Namespace) -> int:
     """Describe a new model: write PATH/model.json. `train` makes the weights."""
     sizes, path = given_sizes(args), args.path
-    preset = args.preset or ("xs" if sizes.keys() - {"router", "position"} else "minutes")
+    preset = args.preset
     config = Config.preset(preset, **sizes)
     if path == Path("stories"):
         raise PicoError("stories is the model that comes with pico_tg; choose another PATH")

@@ -96,12 +96,11 @@ def build_parser(functions: dict[str, Callable]) -> Parser:
 
     init = add("init", "describe a new model in PATH/model.json", path)
     init.add_argument(
-        "--preset", choices=PRESETS,
-        help="start from these sizes; the other flags change single sizes. Default: minutes; xs, "
-        "if a flag other than --router or --position is given\n"
+        "--preset", choices=PRESETS, default="minutes",
+        help="start from these sizes (default: minutes); the other flags change single sizes\n"
         + "\n".join(map(describe_preset, PRESETS)),
     )  # fmt: skip
-    add_fields(init, Config)
+    add_fields(init, Config, defaults=PRESETS["minutes"])
 
     training = add("train", "train a model on text", path, run)
     add_train_options(training)
