@@ -1,15 +1,32 @@
 """The command line: `python -m pico_tg`, and the script `pico_tg`."""
 
+import _thread
 import contextlib
 import gc
 import os
 import sys
+import threading
+from typing import Any
 
 INTERRUPTED = 130
 
 
+def repeat_interrupt(ignored: Any) -> None:
+    """`sys.unraisablehook` that raises an ignored KeyboardInterrupt once more.
+
+    Python ignores an exception in a `__del__` and in a function that C calls. tinygrad 0.13 has
+    both, for its operations and for LLVM's diagnostics: while it compiled, every second Ctrl-C was
+    lost (test_cli.test_an_ignored_interrupt_is_repeated).
+    """
+    if ignored.exc_type is KeyboardInterrupt:
+        threading.Timer(0.01, _thread.interrupt_main).start()
+    elif getattr(ignored.object, "__qualname__", "") != "UOp.__del__":  # of one half made
+        sys.__unraisablehook__(ignored)
+
+
 def main() -> int:
     """Run the command line; returns its exit status."""
+    sys.unraisablehook = repeat_interrupt
     # tinygrad creates many objects and few cycles: with Python's default thresholds, garbage
     # collection took 7 % of the CPU time of compiling
     gc.set_threshold(50_000, 20, 100)

@@ -28,7 +28,7 @@ def rotate(x: Tensor, positions: Tensor, same_bits: bool = False) -> Tensor:
     """x [..., N, C] rotated by its positions, int [N]: rotary embeddings (arXiv 2104.09864).
 
     Channels j and j + C // 2 are a pair, rotated by position * 10000^(-2j / C) radians (an odd C
-    counts as C - 1, and the last channel is not rotated). The error is at most 5e-7 radians at any
+    counts as C - 1, and the last channel is not rotated). The error is at most 6e-7 radians at any
     position. same_bits: give a position the same bits whatever the number of positions.
     """
     half = x.shape[-1] // 2

@@ -1,6 +1,7 @@
 """The command line end to end; every mistake is one line, status 2, and nothing is written."""
 
 import contextlib
+import ctypes
 import dataclasses
 import io
 import json
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 from helpers import FLAGS, FOX, SHORT, Watch, error_line, start, status
 
+from pico_tg.__main__ import repeat_interrupt
 from pico_tg.config import PRESETS, Config, TrainSettings, types_of
 from pico_tg.costs import CHOSEN, training_flops
 from pico_tg.data import DataSpec
@@ -1126,6 +1128,26 @@ def test_imports_that_fail(program, imported, error, expected, tmp_path):
         [sys.executable, *program], cwd=tmp_path, env=env, capture_output=True, timeout=100
     )
     assert (done.returncode, done.stdout, done.stderr) == expected
+
+
+def test_an_ignored_interrupt_is_repeated(monkeypatch, capsys):
+    """Ctrl-C in a `__del__`, or in a function that C calls."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "unraisablehook", repeat_interrupt)
+    called = ctypes.CFUNCTYPE(None)(interrupted)
+    deleted = type("Deleted", (), {"__del__": interrupted})
+
+    def wait(ignore):
+        ignore()
+        time.sleep(10)
+
+    for ignore in (called, deleted):
+        with pytest.raises(KeyboardInterrupt):
+            wait(ignore)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.slow

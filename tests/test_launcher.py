@@ -97,6 +97,22 @@ def test_same_bits_with_competing_processes(graph_of):
     np.testing.assert_array_equal(expected, found)
 
 
+@pytest.mark.parametrize("elements", [1000, 1 << 17])  # one share, and several
+@pytest.mark.parametrize("terms", [2, 3, 7, 8, 30, 94])
+def test_any_number_of_arguments(graph_of, terms, elements):
+    """A kernel is called with more arguments than it has, up to those of the next call."""
+    graph_of(1)
+    jit = TinyJit(lambda *xs: (sum(xs[1:], xs[0]).contiguous() * 2).realize())
+    inputs = [Tensor.full((elements,), float(i)).contiguous().realize() for i in range(terms)]
+    for _ in range(3):
+        found = jit(*inputs).numpy()
+    np.testing.assert_array_equal(found, terms * (terms - 1))
+    (graph,) = (c.src[0] for c in jit.captured.linear.src if c.src[0].arg == "graph")
+    graph = get_graph_runtime(graph)
+    assert graph.launcher is not None
+    assert max(len(buffers) for _, _, buffers, _ in graph.calls) == terms + 1
+
+
 def test_from_several_threads(graph_of):
     graph_of(1)
     weight = Tensor(np.eye(64, dtype=np.float32)).realize()

@@ -72,9 +72,9 @@ def _open() -> _Connection:
         connection = sqlite3.connect(path, timeout=60, **options)
         # readers then do not wait for a writer; fails while another connection sets WAL, too
         with contextlib.suppress(sqlite3.OperationalError):
-            connection.execute("PRAGMA journal_mode=WAL").fetchall()
-            # with WAL a crash of the system loses only the last entries
-            connection.execute("PRAGMA synchronous=NORMAL")
+            if connection.execute("PRAGMA journal_mode=WAL").fetchall() == [("wal",)]:
+                # no fsync for each entry: with WAL a crash of the system loses only the last ones
+                connection.execute("PRAGMA synchronous=NORMAL")
         _limit_size(connection)
         return connection
     except (sqlite3.Error, OSError) as error:

@@ -4,8 +4,8 @@ tinygrad 0.13 caches on disk only the binary that a compiler made of a kernel's 
 schedules its graphs and generates source code again, which takes many times as long as compiling.
 Here three tables in the same file (CACHEDB) cache the rest:
 
-- pico_schedules_2: from a graph to its list of kernels, not compiled yet; graphs on several devices
-  are left out where `_has_numbered_buffers`;
+- pico_schedules_2: from a graph to its list of kernels, of which those of cpu/ are compiled; graphs
+  on several devices are left out where `_has_numbered_buffers`;
 - pico_kernels: from a kernel to its program: binary, launch sizes, counts of operations and bytes;
 - pico_captured_2: from a method of an object to the graph that `StoredGraph` captured of it.
 

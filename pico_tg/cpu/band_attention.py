@@ -184,7 +184,7 @@ def _scores(q: Tensor, k: Tensor, slopes: Tensor, band: Band) -> Tensor:
 
 
 @kernel
-def _score_kernel(buffers: tuple[int, ...], band: Band) -> UOp:
+def _score_kernel(numels: tuple[int, ...], band: Band) -> UOp:
     Q = band.queries
 
     def add_bias(nest: LoopNest, sums: UOp, z: UOp, b: UOp, m: UOp, n: UOp) -> UOp:
@@ -193,27 +193,27 @@ def _score_kernel(buffers: tuple[int, ...], band: Band) -> UOp:
         distance = nest.load(4, (m - head * Q) * band.keys + n)
         return sums + nest.broadcast(slope) * distance + nest.load(5, b * Q + n)
 
-    return _rows_times_panels(buffers, band, "scores", add_bias)
+    return _rows_times_panels(numels, band, "scores", add_bias)
 
 
 @kernel
-def _score_gradient(buffers: tuple[int, ...], band: Band) -> UOp:
+def _score_gradient(numels: tuple[int, ...], band: Band) -> UOp:
     """dS from dO / l (rows), V in panels, P (rows) and -delta / l [rows, 1]."""
 
     def times_weights(nest: LoopNest, sums: UOp, z: UOp, b: UOp, m: UOp, n: UOp) -> UOp:
         row = band.query_row(z, b, m)
         return (sums + nest.broadcast(nest.load(4, row, 1))) * nest.load(3, row * band.keys + n)
 
-    return _rows_times_panels(buffers, band, "ds", times_weights)
+    return _rows_times_panels(numels, band, "ds", times_weights)
 
 
 def _rows_times_panels(
-    buffers: tuple[int, ...], band: Band, name: str, epilogue: Callable[..., UOp]
+    numels: tuple[int, ...], band: Band, name: str, epilogue: Callable[..., UOp]
 ) -> UOp:
     """Each block's query rows @ its visible keys, in panels -> rows of `keys` elements."""
     Z, b, M, P, s = band.matrices, band.blocks, band.rows, band.width, band.keys
     return tiled_matmul(
-        buffers,
+        numels,
         f"{name}_{Z}_{b}_{M}_{s}_{band.head_dim}",
         (Z, b),
         (M, s, band.head_dim),
@@ -225,11 +225,11 @@ def _rows_times_panels(
 
 
 @kernel
-def _rows_times_keys(buffers: tuple[int, ...], band: Band) -> UOp:
+def _rows_times_keys(numels: tuple[int, ...], band: Band) -> UOp:
     """Each block's score rows a @ its visible key rows x -> query rows."""
     Z, b, M, P, s = band.matrices, band.blocks, band.rows, band.width, band.keys
     return tiled_matmul(
-        buffers,
+        numels,
         f"weigh_{Z}_{b}_{M}_{P}_{s}",
         (Z, b),
         (M, P, s),
@@ -240,7 +240,7 @@ def _rows_times_keys(buffers: tuple[int, ...], band: Band) -> UOp:
 
 
 @kernel
-def _key_gradient(buffers: tuple[int, ...], band: Band) -> UOp:
+def _key_gradient(numels: tuple[int, ...], band: Band) -> UOp:
     """a^T x -> key rows. For each key: the sum, over the queries that see the key, of a * x."""
     Z, b, M, Q, P = band.matrices, band.blocks, band.rows, band.queries, band.width
     later = band.lookback // Q  # a key is visible to its own block and to this many later ones
@@ -258,7 +258,7 @@ def _key_gradient(buffers: tuple[int, ...], band: Band) -> UOp:
         return band.query_row(z, block + t, m) * P + p * TILE_N
 
     return tiled_matmul(
-        buffers,
+        numels,
         f"key_gradient_{Z}_{b}_{Q}_{P}_{M}_{band.keys}",
         (Z, b),
         (Q, P, M),

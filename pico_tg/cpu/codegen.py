@@ -5,6 +5,7 @@
 - A vector may be at any address. tinygrad 0.13 promises the compiler multiples of its size.
 - A square root is one instruction, and its reciprocal is no estimate. tinygrad 0.13 has no square
   root for LLVM on a CPU, and computes 2^(log2(x) / 2) from polynomials.
+- LLVM checks a kernel once. tinygrad 0.13 lets it check after each of its passes.
 
 `optimize` takes the place of tinygrad's `hand_coded_optimizations`, where the launcher runs graphs:
 
@@ -132,7 +133,7 @@ def vector_prefix(renderer: ClangRenderer, dtype: DType) -> str:
     return re.sub(r"aligned\(\d+\)", f"aligned({dtype.scalar().itemsize})", PREFIX(renderer, dtype))
 
 
-def unchecked(compiler: CPULLVMCompiler, *arguments: object) -> None:
+def checked_once(compiler: CPULLVMCompiler, *arguments: object) -> None:
     """Check a kernel's IR once, not after every pass of LLVM, a seventh of its time."""
     INIT(compiler, *arguments)
     llvm.LLVMPassBuilderOptionsSetVerifyEach(compiler.pbo, False)
@@ -160,14 +161,14 @@ RENDERING = PatternMatcher(
 
 def extend_renderers() -> None:
     """Write code for CPU devices as above, in the whole process."""
-    llvm, footer = CPULLVMRenderer, CPULLVMRenderer._render_footer
-    llvm.code_for_op = {**llvm.code_for_op, Ops.SQRT: lambda: None}
-    llvm.string_rewrite = RENDERING + TINYGRAD
-    llvm._render_footer = lambda self, uops: (
+    renderer, footer = CPULLVMRenderer, CPULLVMRenderer._render_footer
+    renderer.code_for_op = {**renderer.code_for_op, Ops.SQRT: lambda: None}
+    renderer.string_rewrite = RENDERING + TINYGRAD
+    renderer._render_footer = lambda self, uops: (
         DECLARATIONS + footer(self, uops).removesuffix(" }") + EXACT
     )
     ClangRenderer.render_vector_prefix = vector_prefix
-    CPULLVMCompiler.__init__ = unchecked
+    CPULLVMCompiler.__init__ = checked_once
     RULES.value = 3
     codegen.to_program_cache.clear()
 

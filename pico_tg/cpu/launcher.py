@@ -44,12 +44,12 @@ from tinygrad.uop.ops import Ops, UOp
 from ..backend.machine import cgroup_limit, processor
 from . import codegen
 
-# A kernel's row: function, shares, number of arguments, position of core_id, arguments' address.
+# A kernel's row: function, shares, arguments passed, position of core_id, arguments' address.
 # A jump's row: address of the choice (int32), 0, unused, unused, address of the targets: the next
 # row for each choice (int64).
 ROW = 5  # int64s
-# Numbers of arguments. A kernel is called with the next of them, which the calling conventions of
-# x86-64 and arm64 allow: a function does not see arguments that it does not expect.
+# Numbers of arguments. A kernel is called with the least that suffices. By the calling conventions
+# of x86-64 and arm64, a function does not see arguments that it does not expect.
 CALLS = 4, 8, 12, 16, 24, 32, 48, 64, 96
 MAX_ARGUMENTS = CALLS[-1]
 SPIN = 2000  # polls before a thread sleeps, about 20 to 80 µs

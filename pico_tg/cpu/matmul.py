@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable, Iterator
 
 from tinygrad import Device, Tensor, TinyJit, dtypes
+from tinygrad.codegen import do_to_program
 from tinygrad.codegen.opt import Opt, OptOps
-from tinygrad.engine import realize
-from tinygrad.helpers import CPU_COUNT, Context
+from tinygrad.helpers import CPU_COUNT, DEBUG, Context
 from tinygrad.renderer import Renderer
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
-from ..backend.jit_cache import without_operations
+from ..backend.jit_cache import cached_program, installed, without_operations
 from . import launcher
 from .loops import TILE_N, LoopNest, choose_shared_loop, even_threads, tile_m
 
@@ -26,20 +26,21 @@ UNROLL = 4  # terms of a sum that one iteration adds
 
 
 def kernel(build: Callable[..., UOp]) -> Callable[..., Tensor]:
-    """Decorator: `build(sizes, *arguments)` of a LoopNest's program -> a function of tensors.
+    """Decorator: `build(numels, *arguments)` of a LoopNest's program -> a function of tensors.
 
-    `function(shape, inputs, *arguments)` runs the kernel, and returns its output, float32 of that
-    shape. `sizes`: the elements of the output and of each input. The kernel is built once for equal
-    sizes and arguments, which must determine it.
+    `function(shape, inputs, *arguments)` returns the kernel's output, a lazy float32 tensor of that
+    shape. `numels`: the number of elements of the output and of each input. A kernel is built and
+    compiled once for equal numels, arguments, settings and renderer, which must determine it.
     """
 
     @functools.cache
     def compiled(
-        renderer: Renderer, settings: tuple, sizes: tuple[int, ...], *arguments: object
+        renderer: Renderer, settings: tuple, numels: tuple[int, ...], *arguments: object
     ) -> UOp:
-        # Compiled now, and without its operations: tinygrad walks through them at every pass over
-        # a graph, of which they are nine tenths.
-        return without_operations(realize.to_program(build(sizes, *arguments), renderer))
+        # Compiled now, and without its operations: at every pass over a graph, of which they are
+        # nine tenths, tinygrad 0.13 walks through them (test_cpu.test_graphs_hold_no_operations).
+        to_program = cached_program if installed() else do_to_program
+        return without_operations(to_program(build(numels, *arguments), renderer))
 
     @functools.wraps(build)
     def run(shape: tuple[int, ...], inputs: list[Tensor], *arguments: object) -> Tensor:
@@ -47,9 +48,9 @@ def kernel(build: Callable[..., UOp]) -> Callable[..., Tensor]:
         out = Tensor.empty(*shape, device=inputs[0].device)
         with Context(ALLOW_DEVICE_USAGE=1):  # tinygrad forbids opening a device inside @function
             renderer = Device["CPU"].renderer
-        settings = CPU_COUNT.value, tile_m(), LONG, launcher.serves()
-        sizes = tuple(tensor.numel() for tensor in (out, *inputs))
-        program = compiled(renderer, settings, sizes, *arguments)
+        settings = CPU_COUNT.value, tile_m(), LONG, launcher.serves(), DEBUG >= 3
+        numels = tuple(tensor.numel() for tensor in (out, *inputs))
+        program = compiled(renderer, settings, numels, *arguments)
         return out.custom_kernel(*inputs, fxn=lambda *_: program)[0]
 
     return run
@@ -88,7 +89,7 @@ def gemm(
 
 @kernel
 def _gemm(
-    buffers: tuple[int, ...], Z: int, M: int, N: int, L: int, trans_a: bool, symmetric: bool
+    numels: tuple[int, ...], Z: int, M: int, N: int, L: int, trans_a: bool, symmetric: bool
 ) -> UOp:
     height, columns = tile_m(), max(N, TILE_N)
     tiles, panels = -(-M // height), -(-columns // TILE_N)
@@ -99,7 +100,7 @@ def _gemm(
         return (z * M + m + i) * L + l
 
     return tiled_matmul(
-        buffers,
+        numels,
         f"{'gram' if symmetric else 'gemm'}_{Z}_{M}_{N}_{L}",
         (Z,),
         (M, columns, L),
@@ -131,7 +132,7 @@ def pack(x: Tensor, L: int, N: int, width: int, last: int, transposed: bool = Fa
 
 @kernel
 def _pack(
-    buffers: tuple[int, ...],
+    numels: tuple[int, ...],
     Z: int,
     L: int,
     N: int,
@@ -147,7 +148,7 @@ def _pack(
     group = 1 if transposed else min(panels, STREAMS)
     sizes = (Z, -(-panels // group), blocks)
     shared, threads = choose_shared_loop(sizes) if threaded else (0, 1)
-    nest = LoopNest(buffers, threads)
+    nest = LoopNest(numels, threads)
     with nest.loops(sizes, shared) as (z, g, l):
         first = g * group
         l = at_most(l * rows, L - rows) if L % rows else l * rows
@@ -178,7 +179,7 @@ def column_sums(*factors: Tensor) -> Tensor:
     if launcher.worth_threads(N * D) and (threads := even_threads(D // width)) > 1:
         opts.append(Opt(OptOps.THREAD, 0, threads))
 
-    def kernel(out: UOp, *factors: UOp) -> UOp:
+    def sums(out: UOp, *factors: UOp) -> UOp:
         d, n = UOp.range(D, 0), UOp.range(N, 1, AxisType.REDUCE)
         factors = [f.reshape(N, f.numel() // N) for f in factors]
         product = math.prod(f[n, d if f.shape[1] > 1 else 0] for f in factors)
@@ -188,7 +189,7 @@ def column_sums(*factors: Tensor) -> Tensor:
     out = Tensor.empty(1, D, device=factors[0].device)
     # reshaped: tinygrad 0.13 would return a function's result before the kernel has computed it
     # (test_golden.test_training_step)
-    return out.custom_kernel(*factors, fxn=kernel)[0].reshape(D)
+    return out.custom_kernel(*factors, fxn=sums)[0].reshape(D)
 
 
 def at_most(i: UOp, last: int) -> UOp:
@@ -200,7 +201,7 @@ def ceil_div(i: UOp, n: int) -> UOp:
 
 
 def tiled_matmul(
-    buffers: tuple[int, ...],
+    numels: tuple[int, ...],
     name: str,
     outer: tuple[int, ...],
     sizes: tuple[int, int, int],
@@ -214,7 +215,7 @@ def tiled_matmul(
 ) -> UOp:
     """c = a @ b, [M, L] @ [L, N], for each iteration of the `outer` loops; `sizes` is (M, N, L).
 
-    buffers: the elements of c, a, b, and of what the epilogue loads. M is at least 8 and N at least
+    numels: the elements of c, a, b, and of what the epilogue loads. M is at least 8 and N at least
     TILE_N; with accumulate_over, they are multiples of 8 and of TILE_N. A tile whose first row is m
     has the rows m + i. The last tile ends with the last row or column, and may overlap the one
     before it.
@@ -245,7 +246,7 @@ def tiled_matmul(
     shared, threads = choose_shared_loop(loops)
     if threads > 1 and operations >= LONG and launcher.serves():
         threads = min(SHARES * threads, loops[shared])
-    nest = LoopNest(buffers, threads)
+    nest = LoopNest(numels, threads)
     zero = nest.broadcast(0.0)
     # tinygrad 0.13 renders no loop of one iteration (test_cpu.test_products_on_other_processors)
     looped = L - L % UNROLL if L >= 2 * UNROLL else 0
@@ -326,8 +327,8 @@ def fused_multiply_adds(device: str) -> tuple[Callable[[], None], int]:
     start = Tensor.full((chains * TILE_N,), 0.5, device=device).contiguous().realize()
 
     @kernel
-    def multiply_adds(buffers: tuple[int, ...]) -> UOp:
-        nest = LoopNest(buffers, threads)
+    def multiply_adds(numels: tuple[int, ...]) -> UOp:
+        nest = LoopNest(numels, threads)
         with nest.loops((threads,), 0) as (thread,):
             x, registers = nest.load(1, nest.const(0)), nest.registers(chains)
             for c in range(chains):  # separate loads: the compiler would merge equal chains
