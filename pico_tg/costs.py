@@ -246,8 +246,8 @@ def plan(
         )
     elif "epochs" not in given and settings.max_steps > total_steps(config, settings, train_bytes):
         lines.append(
-            f"epochs {settings.epochs}: with more passes over so short a text, other text is "
-            "usually predicted worse"
+            f"epochs {settings.epochs}: the run ends there at the latest; with more passes over so "
+            "short a text, other text is usually predicted worse"
         )
     if not trained and read < LEAST_READ * config.parameters:
         way = "train longer" if passes < most else "take more text"

@@ -416,8 +416,8 @@ def read_metrics(folder: Path) -> list[Record]:
     try:
         lines = path.read_text("utf-8", errors="replace").splitlines()
     except FileNotFoundError:
-        why = "which train writes: the run was not trained here"
-        raise PicoError(f"{folder} has no metrics.jsonl, {why}") from None
+        why = "only the command train writes it, into its runs"
+        raise PicoError(f"{folder} has no metrics.jsonl: {why}") from None
     except OSError as error:
         raise PicoError(f"cannot read {path}: {error.strerror or error}") from error
     records: list[Record] = []

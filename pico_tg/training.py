@@ -350,7 +350,8 @@ def train(
     data = open_data(dataset, stored, folder, events.bars)
     if (size := len(data.train.bytes)) < LEAST_TEXT and not resume:
         raise PicoError(
-            f"{size} bytes to train on, from {data.spec.dataset}, are too few; take {LEAST_TEXT}"
+            f"{size} bytes to train on, from {data.spec.dataset}, are too few: at least "
+            f"{LEAST_TEXT} are needed, document tags included"
         )
     device = (devices or (Device.DEFAULT,))[0]
     picked, lines = {}, []

@@ -171,7 +171,7 @@ MISTAKES = {  # a command line, and what its error names
     "train {model} r {text} --dataset-train-split nope": "has no split 'nope'",
     "train {model} r {rows} --dataset-column-name plot": "; name one by --dataset-column-name",
     "train {model} r missing.txt": "missing.txt",
-    "train {model} r {tiny}": "error: 221 bytes to train on, from {tiny}, are too few; take 256",
+    "train {model} r {tiny}": "221 bytes to train on, from {tiny}, are too few: at least 256",
     "train {model} r {text} --keep-checkpoints -1": "error: --keep-checkpoints must be",
     "train {model} r {text} --max-minutes -1": "error: --max-minutes must be",
     "train {model} r {text} --dataset-validation-size 2.5": "--dataset-validation-size must be",
@@ -218,7 +218,7 @@ MISTAKES = {  # a command line, and what its error names
     "eval {trained} run --text a --full": "leave --full out",
     "info {new}": "to train one, begin with: python -m pico_tg init {new}",
     "plot {trained} missing": "{trained} has no run missing; its runs are: run",
-    "plot stories": "stories/first has no metrics.jsonl, which train writes: the run was not",
+    "plot stories": "stories/first has no metrics.jsonl: only the command train writes it",
     "eval stories first": "error: give a DATASET or --text: the run does not say what",
     "init stories": "stories is the model that comes with pico_tg",
     "run {model} nothing": "make one with: python -m pico_tg train {model} nothing",
@@ -724,7 +724,7 @@ def test_plot_of_several_models(trained, tmp_path, monkeypatch, capsys):
         assert out == f"{Path(written)}\n"
         picture = Path(written).read_text()
         assert all(f">{name} " in picture for name in names)
-        assert "Bits per byte of text.txt," in picture
+        assert "Bits per byte of text.txt:" in picture
         assert ("validated on different texts" in err) == ("models/b/run" in arguments)
 
 

@@ -274,7 +274,7 @@ def command_eval(args: argparse.Namespace) -> int:
         show(json.dumps(facts | measured.as_dict() | report.as_dict(), indent=2))
         return 0
     part = "all" if settings.split == "all" else f"{settings.split} data"
-    show(f"{title_of(args)}, step {facts['step']}: {part} of {spec.dataset}\n\n{told}")
+    show(f"{args.path}, run {args.run}, step {facts['step']}: {part} of {spec.dataset}\n\n{told}")
     if args.full:
         show(f"\n{describe_evaluation(measured, report)}")
     return 0

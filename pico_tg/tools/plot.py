@@ -235,7 +235,8 @@ def training_chart(runs: dict[str, list[dict]], data: str = "", notes: Sequence[
         gaps.append(_curve(name, records, "validation_routing_gap", look))
         shares.append(_curve(name, records, "router_rate", look, average=True))
         rates.append(_curve(name, records, "lr", look))
-    title = f"Bits per byte{data and f' of {data}'}, held out (thick) and in training (thin)"
+    of = data and f" of {_shortened(data)}"
+    title = f"Bits per byte{of}: held out (thick), in training (thin)"
     seen, y_range = "bytes trained on", settled(averages + thick)
     panels = [Panel(thin + thick, title, seen, "bits per byte", y_range)]
     if any(gap > GAP for gap in _heights(gaps)):
