@@ -29,7 +29,9 @@ def any_size(monkeypatch):
 
 @pytest.mark.parametrize(("cores", "tile_m"), [(1, 6), (3, 8)])
 @pytest.mark.parametrize(
-    "shape", [((), 37, 41, 29), ((), 100, 7, 50), ((), 50, 40, 5), ((3,), 16, 8, 16)], ids=str
+    "shape",
+    [((), 37, 41, 29), ((), 37, 43, 31), ((), 100, 7, 50), ((), 50, 40, 5), ((3,), 16, 8, 16)],
+    ids=str,
 )
 def test_products_on_other_processors(shape, tile_m, cores, any_size, monkeypatch):
     """Tiles of AVX2 and of AVX-512; rows and matrices that the threads do not divide."""

@@ -30,7 +30,7 @@ from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
 from ..backend.precision import BF16, rounded_factor
 from .loops import TILE_N, LoopNest, even_threads
-from .matmul import kernel, pack, tiled_matmul
+from .matmul import gemm, kernel, pack, tiled_matmul
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,9 +150,8 @@ def _output_function(band: Band, to_bf16: bool):
         ds = _score_gradient(weights.shape, inputs, band)
         ds = rounded_factor(ds, to_bf16).contiguous()
         dq = _rows_times_keys(q.shape, [ds, k], band) * math.log(2)
-        key_rows = band.matrices * band.blocks * band.queries, P
-        dk = _key_gradient(key_rows, [ds, q], band) * math.log(2)
-        dv = _key_gradient(key_rows, [weights, g], band)
+        dk = _key_gradient(ds, q, band) * math.log(2)
+        dv = _key_gradient(weights, g, band)
         dk, dv = (  # zeros for the rows before the first byte: (B*K*positions, P)
             x.reshape(band.matrices, -1, P).pad((None, (band.lookback, 0), None)).reshape(-1, P)
             for x in (dk, dv)
@@ -239,9 +238,16 @@ def _rows_times_keys(numels: tuple[int, ...], band: Band) -> UOp:
     )
 
 
-@kernel
-def _key_gradient(numels: tuple[int, ...], band: Band) -> UOp:
+def _key_gradient(a: Tensor, x: Tensor, band: Band) -> Tensor:
     """a^T x -> key rows. For each key: the sum, over the queries that see the key, of a * x."""
+    Z, b, M, Q, P = band.matrices, band.blocks, band.rows, band.queries, band.width
+    if band.lookback == 0:  # one block
+        return gemm(a, x, Q, P, M, trans_a=True).reshape(Z * Q, P)
+    return _key_gradient_kernel((Z * b * Q, P), [a, x], band)
+
+
+@kernel
+def _key_gradient_kernel(numels: tuple[int, ...], band: Band) -> UOp:
     Z, b, M, Q, P = band.matrices, band.blocks, band.rows, band.queries, band.width
     later = band.lookback // Q  # a key is visible to its own block and to this many later ones
 
@@ -249,12 +255,10 @@ def _key_gradient(numels: tuple[int, ...], band: Band) -> UOp:
         remaining = b - block
         return (remaining < later + 1).where(remaining, remaining.const_like(later + 1))
 
-    def a_index(z: UOp, block: UOp, *rest: UOp) -> UOp:
-        t, n, i, m = rest if later else (0, *rest)
+    def a_index(z: UOp, block: UOp, t: UOp, n: UOp, i: int, m: UOp) -> UOp:
         return band.query_row(z, block + t, m) * band.keys + (later - t) * Q + n + i
 
-    def b_index(z: UOp, block: UOp, *rest: UOp) -> UOp:
-        t, m, p = rest if later else (0, *rest)
+    def b_index(z: UOp, block: UOp, t: UOp, m: UOp, p: UOp) -> UOp:
         return band.query_row(z, block + t, m) * P + p * TILE_N
 
     return tiled_matmul(
@@ -265,7 +269,7 @@ def _key_gradient(numels: tuple[int, ...], band: Band) -> UOp:
         a_index,
         b_index,
         c_index=lambda z, block, n, c: ((z * b + block) * Q + n) * P + c,
-        accumulate_over=visible_to if later else None,
+        accumulate_over=visible_to,
         products=Z * sum(min(later + 1, b - i) for i in range(b)),
     )
 
