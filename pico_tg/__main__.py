@@ -17,10 +17,14 @@ def repeat_interrupt(ignored: Any) -> None:
     Python ignores an exception in a `__del__` and in a function that C calls. tinygrad 0.13 has
     both, for its operations and for LLVM's diagnostics: while it compiled, every second Ctrl-C was
     lost (test_cli.test_an_ignored_interrupt_is_repeated).
+
+    An operation or a graph whose constructor was interrupted, or had no memory, lacks attributes
+    when it is freed: that second error is not shown.
     """
+    freed = getattr(ignored.object, "__qualname__", "").endswith(".__del__")
     if ignored.exc_type is KeyboardInterrupt:
         threading.Timer(0.01, _thread.interrupt_main).start()
-    elif getattr(ignored.object, "__qualname__", "") != "UOp.__del__":  # of one half made
+    elif not (freed and ignored.exc_type is AttributeError):
         sys.__unraisablehook__(ignored)
 
 

@@ -1147,7 +1147,19 @@ def test_an_ignored_interrupt_is_repeated(monkeypatch, capsys):
     for ignore in (called, deleted):
         with pytest.raises(KeyboardInterrupt):
             wait(ignore)
+
+    class HalfMade:
+        def __del__(self):
+            print(self.attribute)
+
+    class Wrong:
+        def __del__(self):
+            print(1 / 0)
+
+    HalfMade()
     assert capsys.readouterr().err == ""
+    Wrong()
+    assert "ZeroDivisionError" in capsys.readouterr().err
 
 
 @pytest.mark.slow

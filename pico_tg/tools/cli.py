@@ -110,8 +110,7 @@ def choose_run(args: argparse.Namespace) -> None:
 def command_init(args: argparse.Namespace) -> int:
     """Describe a new model: write PATH/model.json. `train` makes the weights."""
     sizes, path = given_sizes(args), args.path
-    preset = args.preset
-    config = Config.preset(preset, **sizes)
+    config = Config.preset(args.preset, **sizes)
     if path == Path("stories"):
         raise PicoError("stories is the model that comes with pico_tg; choose another PATH")
     try:
@@ -124,7 +123,7 @@ def command_init(args: argparse.Namespace) -> int:
         raise PicoError(f"cannot create {path}: {error.strerror}") from error
     config.to_json(path / "model.json")
     changed = ", ".join(f"{name} {value}" for name, value in sizes.items())
-    preset += f" ({PURPOSES[preset]})" + (f" with {changed}" if changed else "")
+    preset = f"{args.preset} ({PURPOSES[args.preset]})" + (f" with {changed}" if changed else "")
     show(f"{path / 'model.json'}: {config.parameters:,} parameters, preset {preset}")
     show(f"next: {command('train', path)} RUN DATASET")
     return 0
@@ -593,7 +592,5 @@ def main(arguments: list[str] | None = None) -> int:
     except (PicoError, OSError, MemoryError) as error:  # OSError: a name too long, for example
         if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
             error = "not enough memory; a smaller --batch-size or --context-len needs less"
-            # tinygrad 0.13 raises another error while it frees the incomplete graph
-            sys.unraisablehook = lambda unraisable: None
         say(f"pico_tg: error: {with_options(' '.join(str(error).split()), args.parser)}")
         return 2
