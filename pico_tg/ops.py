@@ -7,9 +7,10 @@ that activation.
 import functools
 import math
 
-from tinygrad import Context, Device, Tensor, UOp, dtypes, function
+from tinygrad import Tensor, UOp, dtypes, function
 
 from .backend.cpu_kernels import cpu_kernels
+from .backend.machine import renderer_of
 from .backend.runtime import (
     AxisType,
     KernelInfo,
@@ -91,8 +92,7 @@ def _sum_rows(g: Tensor, index: Tensor, rows: int) -> Tensor:
     columns, so that no two threads add to the same number.
     """
     N, D = g.shape
-    with Context(ALLOW_DEVICE_USAGE=1):  # tinygrad forbids opening a device inside @function
-        is_gpu = Device[g.device].renderer.has_local
+    is_gpu = renderer_of(g.device).has_local
     parts = next(n for n in (16, 8, 4, 2, 1) if N % n == 0) if is_gpu else 1
     width = next(n for n in ((4, 2, 1) if is_gpu else (12, 16, 8, 4, 2, 1)) if D % n == 0)
     threads = max(n for n in range(1, 65) if D // width % n == 0) if is_gpu else 1

@@ -16,7 +16,7 @@ from references import (
 from tinygrad import Context, Device, Tensor, TinyJit, dtypes
 
 from pico_tg import SOAP, matmul
-from pico_tg.backend import precision
+from pico_tg.backend import machine, precision
 from pico_tg.backend.precision import choose_precision
 from pico_tg.files import PicoError
 from pico_tg.model import Pico
@@ -74,7 +74,7 @@ def test_auto_asks_the_hardware():
         cores = tc.metal if arch.startswith("Apple") else tc.get_cuda(arch)
         fake = {"D": Fake(arch, type("Renderer", (), {"tensor_cores": cores}))}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(precision, "Device", fake)
+            patch.setattr(machine, "Device", fake)
             with Context(TC=1):  # off on a CPU
                 assert precision.has_tensor_cores("D", dtypes.float32) == arch.startswith("Apple")
                 return precision.has_tensor_cores("D", dtypes.bfloat16)

@@ -1,4 +1,6 @@
-"""The processor, and what the system grants this process: memory, limits of its cgroup (v2)."""
+"""The processor, what the system grants this process (memory, limits of its cgroup, v2), and the
+code generators of its devices.
+"""
 
 import functools
 import hashlib
@@ -6,6 +8,9 @@ import math
 import os
 import platform
 from pathlib import Path
+
+from tinygrad import Context, Device
+from tinygrad.renderer import Renderer
 
 
 def available_memory() -> float:
@@ -51,3 +56,13 @@ def processor() -> str:
     except OSError:
         lines = set()
     return hashlib.sha256(repr((platform.uname()[4:], sorted(lines))).encode()).hexdigest()
+
+
+def renderer_of(device: str | tuple[str, ...]) -> Renderer:
+    """The code generator of a device, or of the first of several.
+
+    Also inside a tinygrad function, where tinygrad 0.13 opens no device
+    (test_launcher.test_found_inside_a_tinygrad_function).
+    """
+    with Context(ALLOW_DEVICE_USAGE=1):
+        return Device[device if isinstance(device, str) else device[0]].renderer

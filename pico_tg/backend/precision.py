@@ -14,6 +14,7 @@ from tinygrad import Context, Device, Tensor, dtypes
 from tinygrad.dtype import DType
 from tinygrad.helpers import ALLOW_TF32, JIT, USE_TC, ContextVar
 
+from .machine import renderer_of
 from .runtime import has_cpu_kernels
 
 if TYPE_CHECKING:
@@ -31,8 +32,7 @@ def has_tensor_cores(device: str | tuple[str, ...], dtype: DType) -> bool:
     bfloat16: on CUDA from sm_80, on Apple from the M3 on. float32: only on Apple, since CUDA's
     tensor cores would round factors to 10 bits of mantissa, which ALLOW_TF32=1 permits.
     """
-    with Context(ALLOW_DEVICE_USAGE=1):  # tinygrad forbids opening a device inside @function
-        renderer = Device[device if isinstance(device, str) else device[0]].renderer
+    renderer = renderer_of(device)
     arch = renderer.target.arch
     if dtype == dtypes.bfloat16:
         apple = re.fullmatch(r"Apple(\d+)", arch)

@@ -35,13 +35,13 @@ from tinygrad import Device, GlobalCounters
 from tinygrad.device import Buffer, CompileError
 from tinygrad.engine import realize
 from tinygrad.engine.jit import CapturedJit, GraphRunner, create_graph_call
-from tinygrad.helpers import CPU_COUNT, DEBUG, PROFILE, Context, getenv, mv_address
+from tinygrad.helpers import CPU_COUNT, DEBUG, PROFILE, getenv, mv_address
 from tinygrad.runtime.graph.hcq import HCQGraph
 from tinygrad.runtime.ops_cpu import CPUProgram
 from tinygrad.runtime.support.compiler_cpu import ClangJITCompiler, CPULLVMCompiler
 from tinygrad.uop.ops import Ops, UOp
 
-from ..backend.machine import cgroup_limit, processor
+from ..backend.machine import cgroup_limit, processor, renderer_of
 from . import codegen
 
 # A kernel's row: function, shares, arguments passed, position of core_id, arguments' address.
@@ -295,9 +295,7 @@ class IRCompiler(ClangJITCompiler):
 @functools.cache
 def _launcher() -> Launcher | None:
     """The process's launcher; None unless on Linux, x86-64 or arm64, with LLVM or clang."""
-    # a matmul may be the first to ask, inside a tinygrad function, where no device may be opened
-    with Context(ALLOW_DEVICE_USAGE=1):
-        compiler = Device["CPU"].renderer.compiler
+    compiler = renderer_of("CPU").compiler
     machine = platform.machine()
     if sys.platform != "linux" or machine not in PAUSE:
         return None

@@ -32,14 +32,14 @@ class LoopNest:
     The result is ready for tinygrad's renderer. tinygrad's optimizer could derive the same loops
     from a plain sum, but takes 0.3 to 1 s for each shape.
 
-    sizes: the elements of each tensor. All are float32. Tensor 0 is the output. Addresses count
+    numels: the elements of each tensor. All are float32. Tensor 0 is the output. Addresses count
     elements from a tensor's start.
     """
 
-    def __init__(self, sizes: tuple[int, ...], threads: int) -> None:
+    def __init__(self, numels: tuple[int, ...], threads: int) -> None:
         self.threads = threads
-        self.buffers = [UOp(Ops.PARAM, dtypes.float32.ptr(n), arg=i) for i, n in enumerate(sizes)]
-        self.bytes = 4 * sum(sizes)
+        self.buffers = [UOp(Ops.PARAM, dtypes.float32.ptr(n), arg=i) for i, n in enumerate(numels)]
+        self.bytes = 4 * sum(numels)
         self.ids = itertools.count()  # one for each loop and each register file
         self.open_loops: list[UOp] = []
         self.stores: list[UOp] = []  # the last statements of the innermost open loop

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 from tinygrad import Device, Tensor, TinyJit, dtypes
 from tinygrad.codegen import do_to_program
 from tinygrad.codegen.opt import Opt, OptOps
-from tinygrad.helpers import CPU_COUNT, DEBUG, Context
+from tinygrad.helpers import CPU_COUNT, DEBUG
 from tinygrad.renderer import Renderer
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
 from ..backend.jit_cache import cached_program, installed, without_operations
+from ..backend.machine import renderer_of
 from . import launcher
 from .loops import TILE_N, LoopNest, choose_shared_loop, even_threads, tile_m
 
@@ -46,11 +47,9 @@ def kernel(build: Callable[..., UOp]) -> Callable[..., Tensor]:
     def run(shape: tuple[int, ...], inputs: list[Tensor], *arguments: object) -> Tensor:
         assert all(tensor.dtype == dtypes.float32 for tensor in inputs)
         out = Tensor.empty(*shape, device=inputs[0].device)
-        with Context(ALLOW_DEVICE_USAGE=1):  # tinygrad forbids opening a device inside @function
-            renderer = Device["CPU"].renderer
         settings = CPU_COUNT.value, tile_m(), LONG, launcher.serves(), DEBUG >= 3
         numels = tuple(tensor.numel() for tensor in (out, *inputs))
-        program = compiled(renderer, settings, numels, *arguments)
+        program = compiled(renderer_of("CPU"), settings, numels, *arguments)
         return out.custom_kernel(*inputs, fxn=lambda *_: program)[0]
 
     return run
@@ -249,12 +248,11 @@ def tiled_matmul(
     nest = LoopNest(numels, threads)
     zero = nest.broadcast(0.0)
     # tinygrad 0.13 renders no loop of one iteration (test_cpu.test_products_on_other_processors)
-    looped = L - L % UNROLL if L >= 2 * UNROLL else 0
-    loops_over_terms = [(0, looped, UNROLL)]  # (first term, terms, terms in an iteration)
-    if looped and L % UNROLL == 3:
-        # three terms after the loop: LLVM's code takes 1.5 times as long
-        loops_over_terms.append((looped, 3, 1))
-        looped = L
+    # (first term, iterations, terms in each): loops over the terms of a sum
+    term_loops = [(0, L // UNROLL, UNROLL)] if L >= 2 * UNROLL else []
+    if term_loops and L % UNROLL == 3:  # else LLVM's code of both takes 1.5 times as long
+        term_loops.append((L - 3, 3, 1))
+    looped = sum(iterations * unroll for _, iterations, unroll in term_loops)
 
     def vectors(m: UOp, n: UOp) -> list[tuple[UOp, UOp]]:
         """(row, first column) of each vector of a tile, row by row."""
@@ -286,12 +284,12 @@ def tiled_matmul(
                 return [s + product for s, product in zip(sums, products, strict=True)]
 
             sums = [nest.load_output(address) if accumulate_over else zero for address in c]
-            if looped:
+            if term_loops:
                 registers = nest.registers(len(sums))
                 for i, vector in enumerate(sums):
                     nest.store_reg(registers, i, vector)
-                for first, terms, unroll in loops_over_terms:
-                    with nest.loop(terms // unroll) as l:
+                for first, iterations, unroll in term_loops:
+                    with nest.loop(iterations) as l:
                         sums = [nest.load_reg(registers, i) for i in range(len(c))]
                         for u in range(unroll):
                             sums = add_term(sums, l * unroll + (first + u))
