@@ -220,6 +220,7 @@ def _rows_times_panels(
         b_index=lambda z, b, l, p: band.key_row(z, b, p * TILE_N) * P + l * TILE_N,
         c_index=lambda z, b, m, n: band.query_row(z, b, m) * s + n,
         epilogue=epilogue,
+        overlap=False,
     )
 
 
@@ -235,6 +236,7 @@ def _rows_times_keys(numels: tuple[int, ...], band: Band) -> UOp:
         a_index=lambda z, b, m, i, l: band.query_row(z, b, m + i) * s + l,
         b_index=lambda z, b, l, p: band.key_row(z, b, l) * P + p * TILE_N,
         c_index=lambda z, b, m, c: band.query_row(z, b, m) * P + c,
+        overlap=False,
     )
 
 
@@ -271,6 +273,7 @@ def _key_gradient_kernel(numels: tuple[int, ...], band: Band) -> UOp:
         c_index=lambda z, block, n, c: ((z * b + block) * Q + n) * P + c,
         accumulate_over=visible_to,
         products=Z * sum(min(later + 1, b - i) for i in range(b)),
+        overlap=False,
     )
 
 

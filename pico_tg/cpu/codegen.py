@@ -123,6 +123,14 @@ def render_sqrt(ctx: dict[UOp, str], sqrt: UOp) -> str:
     return f"  {ctx[sqrt]} = call {kind} @llvm.sqrt.{SQRT[sqrt.dtype]}({kind} {ctx[sqrt.src[0]]})"
 
 
+def render_prefetch(ctx: dict[UOp, str], prefetch: UOp) -> str:
+    """LLVM IR that moves a cache line into the first cache."""
+    (pointer,) = prefetch.src
+    write = int(prefetch.arg == PREFETCH["write"])
+    address = f"{ldt(pointer.dtype)} {ctx[pointer]}"
+    return f"  call void @llvm.prefetch.p0({address}, i32 {write}, i32 3, i32 1)"
+
+
 def render_vector(ctx: dict[UOp, str], x: UOp) -> str:
     """LLVM IR of a load or a store of a vector at any address."""
     return f"{TINYGRAD.rewrite(x, ctx)}, align 4"
@@ -143,8 +151,10 @@ INIT = CPULLVMCompiler.__init__
 TINYGRAD, PREFIX = CPULLVMRenderer.string_rewrite, ClangRenderer.render_vector_prefix
 VECTORS = tuple(dtypes.float32.vec(n) for n in (6, 8, 16))
 SQRT = {dtypes.float16: "f16", dtypes.float32: "f32", dtypes.float64: "f64"}
+# statements of C; LLVM's are written by `render_prefetch`
+PREFETCH = {"read": "__builtin_prefetch({0}, 0, 3);", "write": "__builtin_prefetch({0}, 1, 3);"}
 # LLVM 18 and earlier do not declare their own functions
-DECLARATIONS = "".join(
+DECLARATIONS = "declare void @llvm.prefetch.p0(float*, i32, i32, i32)\n" + "".join(
     f"declare {ldt(dtype)} @llvm.sqrt.{name}({ldt(dtype)})\n" for dtype, name in SQRT.items()
 )
 # tinygrad 0.13 allows reciprocals, so that LLVM would estimate 1 / sqrt(x): 0 and inf gave nan
@@ -153,6 +163,7 @@ RENDERING = PatternMatcher(
     [
         (UPat(Ops.ADD, dtypes.float32, name="add"), render_sum),
         (UPat(Ops.SQRT, tuple(SQRT), name="sqrt"), render_sqrt),
+        (UPat(Ops.CUSTOM, name="prefetch"), render_prefetch),
         (UPat(Ops.LOAD, VECTORS, (UPat(),), name="x"), render_vector),
         (UPat(Ops.STORE, src=(UPat(), UPat(dtype=VECTORS)), name="x"), render_vector),
     ]

@@ -11,7 +11,7 @@ from tinygrad.helpers import CPU_COUNT
 from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
-from . import codegen  # noqa: F401  # extends the renderers: a vector may be at any address
+from . import codegen  # extends the renderers: a vector may be at any address
 
 TILE_N = 16  # columns of a register tile; the renderer splits them into the CPU's vectors
 VECTOR = dtypes.float32.vec(TILE_N)
@@ -111,6 +111,15 @@ class LoopNest:
     def store(self, address: UOp, vector: UOp, width: int = TILE_N) -> None:
         """Store a vector of `width` elements; the innermost loop's stores have equal widths."""
         self._add(self._pointer(self.buffers[0], address, width).store(vector))
+
+    def prefetch(self, tensor: int, address: UOp) -> None:
+        """Begin to move the cache line of an element that will be loaded or, of the output, stored.
+
+        It happens before the registers are next read or written.
+        """
+        pointer = self._pointer(self.buffers[tensor], address, 1)
+        statement = codegen.PREFETCH["write" if tensor == 0 else "read"]
+        self.order = [*self.order, UOp(Ops.CUSTOM, dtypes.void, (pointer,), statement)]
 
     def registers(self, vectors: int) -> UOp:
         """An array of vectors in registers, for values that are carried between iterations."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from tinygrad import Device, Tensor, TinyJit, dtypes
 from tinygrad.codegen import do_to_program
 from tinygrad.codegen.opt import Opt, OptOps
-from tinygrad.helpers import CPU_COUNT, DEBUG
+from tinygrad.helpers import CPU_COUNT, DEBUG, round_up
 from tinygrad.renderer import Renderer
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
@@ -81,7 +81,6 @@ def gemm(
         padding = (0, TILE_N - N)
         b = b.pad((None, padding, None) if trans_b else (None, None, padding))
     b = pack(b, L, columns, TILE_N, panels_of_a_tile(columns), trans_b)
-
     a = pack(a, L, M, height, 1) if trans_a else a
     return _gemm((Z, M, columns), [a, b], Z, M, N, L, trans_a, symmetric)
 
@@ -91,7 +90,7 @@ def _gemm(
     numels: tuple[int, ...], Z: int, M: int, N: int, L: int, trans_a: bool, symmetric: bool
 ) -> UOp:
     height, columns = tile_m(), max(N, TILE_N)
-    tiles, panels = -(-M // height), -(-columns // TILE_N)
+    tiles, panels = -(-M // height), panels_of(columns, TILE_N, panels_of_a_tile(columns))
 
     def a_index(z: UOp, m: UOp, i: int, l: UOp) -> UOp:
         if trans_a:
@@ -110,23 +109,32 @@ def _gemm(
     )
 
 
-def panels_of_a_tile(N: int) -> int:
-    """Vectors in a row of a tile, of a result of N columns."""
-    # with three vectors in a row, a tile takes 27 of the 32 registers of AVX-512
-    choices = (3, 2, 1) if tile_m() == 8 else (1,)
-    return next(n for n in choices if -(-N // TILE_N) % n == 0 and n * TILE_N <= N)
+def panels_of_a_tile(N: int, overlap: bool = True) -> int:
+    """Panels, each one vector of a row, in a tile of a result of N columns.
+
+    `overlap`: the last tile may overlap the one before it.
+    """
+    if tile_m() == 6 or N < 2 * TILE_N:
+        return 1
+    # 32 registers of AVX-512 hold 8 rows of up to 3 vectors
+    choices = [n for n in (2, 3) if n * TILE_N <= N and (overlap or N % (n * TILE_N) == 0)]
+    return min(choices, key=lambda n: round_up(N, n * TILE_N), default=1)
 
 
 def pack(x: Tensor, L: int, N: int, width: int, last: int, transposed: bool = False) -> Tensor:
-    """Columns of x [Z, L, N] in panels: [Z, ceil(N / width), L, width].
+    """Columns of x [Z, L, N] in panels: [Z, panels, L, width], in a multiple of `last` panels.
 
     `transposed`: x is stored as [Z, N, L]. The `last` panels end with the last column, and may
-    overlap the panel before them.
+    overlap the panels before them.
     """
     assert last * width <= N, "a panel would begin before the first column"
-    Z, panels = x.numel() // (L * N), -(-N // width)
+    Z, panels = x.numel() // (L * N), panels_of(N, width, last)
     threaded = launcher.worth_threads(x.numel())
     return _pack((Z, panels, L, width), [x], Z, L, N, width, last, transposed, threaded)
+
+
+def panels_of(N: int, width: int, last: int) -> int:
+    return last * -(-N // (last * width))
 
 
 @kernel
@@ -140,7 +148,7 @@ def _pack(
     transposed: bool,
     threaded: bool,
 ) -> UOp:
-    panels = -(-N // width)
+    panels = panels_of(N, width, last)
     # what an iteration copies: a block of registers, or a cache line of the panel
     rows = min(8, L) if transposed else TILE_N // width
     blocks = -(-L // rows)
@@ -154,7 +162,7 @@ def _pack(
         with nest.loops((at_most(panels - first, group) if panels % group else group,)) as (i,):
             panel = first + i
             n = panel * width
-            if N % width:
+            if N % (last * width):
                 n = (panel < panels - last).where(n, n - (panels * width - N))
             for row in range(rows):
                 if transposed:
@@ -211,6 +219,7 @@ def tiled_matmul(
     accumulate_over: Callable[..., UOp] | None = None,
     products: int | None = None,
     symmetric: bool = False,
+    overlap: bool = True,
 ) -> UOp:
     """c = a @ b, [M, L] @ [L, N], for each iteration of the `outer` loops; `sizes` is (M, N, L).
 
@@ -235,11 +244,12 @@ def tiled_matmul(
     if accumulate_over and M % height:
         height = 4
     assert height <= M, "the last tile would begin before the first row"
-    assert not accumulate_over or N % TILE_N == 0, "columns would be added twice"
-    panels, wide = -(-N // TILE_N), panels_of_a_tile(N)
+    assert overlap or N % TILE_N == 0, "a part of a panel would be left"
+    assert not (accumulate_over and overlap), "columns would be added twice"
+    wide = panels_of_a_tile(N, overlap)
     width = wide * TILE_N
-    tiles_m = -(-M // height)
-    elements = M * (panels * TILE_N + width) // 2 if symmetric else M * panels * TILE_N
+    tiles_m, tiles_n = -(-M // height), -(-N // width)
+    elements = M * (tiles_n + 1) * width // 2 if symmetric else M * tiles_n * width
     operations = 2 * elements * L * (products or math.prod(outer))
     loops = (*outer, tiles_m)
     shared, threads = choose_shared_loop(loops)
@@ -264,14 +274,13 @@ def tiled_matmul(
 
         Rows are the inner loop, so that a tile finds its panels of b in the cache.
         """
-        with nest.loops((panels // wide,)) as (panel,):
-            panel = panel * wide
-            n = at_most(panel * TILE_N, N - width) if N % TILE_N else panel * TILE_N
+        with nest.loops((tiles_n,)) as (tile,):
+            n = at_most(tile * width, N - width) if N % width else tile * width
             # the first tile that is not above the diagonal
             start = UOp(Ops.CDIV, n.dtype, (n, nest.const(height))) if symmetric else 0
             with nest.loops((tiles_m - start,), shared - len(outer)) as (m,):
                 m = (m + start) * height
-                yield at_most(m, M - height) if M % height else m, n, panel
+                yield at_most(m, M - height) if M % height else m, n, tile * wide
 
     def compute(outer_c: list[UOp], outer_ab: list[UOp]) -> None:
         with tiles() as (m, n, panel):
@@ -285,11 +294,17 @@ def tiled_matmul(
 
             sums = [nest.load_output(address) if accumulate_over else zero for address in c]
             if term_loops:
+                for address in c:  # arrives while the terms are added
+                    nest.prefetch(0, address)
+                following = a_index(*outer_ab, at_most(m + height, M - height), 0, nest.const(0))
                 registers = nest.registers(len(sums))
                 for i, vector in enumerate(sums):
                     nest.store_reg(registers, i, vector)
                 for first, iterations, unroll in term_loops:
                     with nest.loop(iterations) as l:
+                        # as many elements of the next tile's rows of a as an iteration reads
+                        for i in range(0, unroll * height, TILE_N):
+                            nest.prefetch(1, following + (l * (unroll * height) + i))
                         sums = [nest.load_reg(registers, i) for i in range(len(c))]
                         for u in range(unroll):
                             sums = add_term(sums, l * unroll + (first + u))
