@@ -4,7 +4,7 @@ tinygrad 0.13 caches on disk only the binary that a compiler made of a kernel's 
 schedules its graphs and generates source code again, which takes many times as long as compiling.
 Here three tables in the same file (CACHEDB) cache the rest:
 
-- pico_schedules_2: from a graph to its list of kernels, of which those of cpu/ are compiled; graphs
+- pico_schedules_3: from a graph to its list of kernels, of which those of cpu/ are compiled; graphs
   on several devices are left out where `_has_numbered_buffers`;
 - pico_kernels: from a kernel to its program: binary, launch sizes, counts of operations and bytes;
 - pico_captured_2: from a method of an object to the graph that `StoredGraph` captured of it.
@@ -79,7 +79,7 @@ class Schedules(dict):
     def get(self, graph: bytes, default: UOp | None = None) -> UOp | None:
         """The schedule of the graph with this key; `default` if no schedule is cached."""
         if graph not in self:
-            schedule = _read("pico_schedules_2", _key(graph))
+            schedule = _read("pico_schedules_3", _key(graph))
             if schedule is None:
                 return default
             super().__setitem__(graph, schedule)
@@ -88,7 +88,7 @@ class Schedules(dict):
     def __setitem__(self, graph: bytes, schedule: UOp) -> None:
         super().__setitem__(graph, schedule)
         if not _has_numbered_buffers(schedule):
-            _write("pico_schedules_2", _key(graph), schedule)
+            _write("pico_schedules_3", _key(graph), schedule)
 
 
 def _has_numbered_buffers(schedule: UOp) -> bool:
