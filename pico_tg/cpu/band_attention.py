@@ -24,13 +24,13 @@ import math
 from collections.abc import Callable
 
 from tinygrad import Tensor, dtypes, function
-from tinygrad.codegen.opt import Opt, OptOps
 from tinygrad.helpers import round_up
-from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
+from tinygrad.uop.ops import Ops, UOp
 
 from ..backend.precision import BF16, rounded_factor
-from .loops import TILE_N, LoopNest, even_threads
-from .matmul import gemm, kernel, pack, tiled_matmul
+from . import launcher
+from .loops import TILE_N, VECTOR, LoopNest, tile_m
+from .matmul import UNROLL, at_most, ceil_div, kernel, pack, shares, tiled_matmul
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +63,19 @@ class Band:
         return self.heads // self.kv_heads
 
     @property
+    def causal(self) -> bool:
+        """Whether there is one block, where query i sees the keys 0 to i: half of all pairs."""
+        return self.lookback == 0
+
+    @property
+    def parts(self) -> int:
+        """Parts of a matrix's query rows that are multiplied separately: heads or blocks."""
+        return self.group if self.causal else self.blocks
+
+    @property
     def rows(self) -> int:
-        """Query rows of a block: `queries` positions of `group` heads."""
-        return self.group * self.queries
+        """Query rows of a part: `queries` positions of one head, or of all heads of a block."""
+        return self.queries if self.causal else self.group * self.queries
 
     @property
     def keys(self) -> int:
@@ -81,13 +91,24 @@ class Band:
         """Columns of q, k and v in memory: head_dim, the column of ones, padding."""
         return round_up(self.head_dim + 1, TILE_N)
 
-    def query_row(self, z: UOp, block: UOp, m: UOp) -> UOp:
-        """The index of a block's m-th query row among those of all blocks."""
-        return (z * self.blocks + block) * self.rows + m
+    def query_row(self, z: UOp, part: UOp, m: UOp) -> UOp:
+        """The index of a part's m-th query row among all query rows."""
+        return (z * self.parts + part) * self.rows + m
 
-    def key_row(self, z: UOp, block: UOp, n: UOp) -> UOp:
-        """The index of a block's n-th visible key row among those of all blocks."""
-        return z * self.positions + block * self.queries + n
+    def key(self, part: UOp, n: UOp) -> UOp:
+        """The index of a part's n-th visible key among those of its matrix."""
+        return n if self.causal else part * self.queries + n
+
+    def key_row(self, z: UOp, part: UOp, n: UOp) -> UOp:
+        """The index of a part's n-th visible key row among all key rows."""
+        return z * self.positions + self.key(part, n)
+
+    @property
+    def products(self) -> float:
+        """Number of matmuls of a part's score rows with keys, or with queries."""
+        # causal ones need the diagonal's tiles and half of the others
+        share = (1 + tile_m() / self.keys) / 2 if self.causal else 1
+        return self.matrices * self.parts * share
 
 
 def tiles(length: int, window: int) -> tuple[int, int, int]:
@@ -127,7 +148,7 @@ def band_attention(q: Tensor, k: Tensor, v: Tensor, window: int, slopes: Tensor)
     k, v = key_rows(k, ones=False), key_rows(v, ones=True)
     slopes = (slopes.reshape(1, -1).expand(B, -1) / -math.log(2)).reshape(-1).contiguous()  # (B*H,)
     scores = _scores(q, _key_panels(k, band), slopes, band)
-    weights = rounded_factor(exps(scores, even_threads(scores.shape[0])), to_bf16).contiguous()
+    weights = rounded_factor(exps(scores, Q if band.causal else 0), to_bf16).contiguous()
     sums = _rows_times_keys(q.shape, [weights, v], band)
     out = _output_function(band, to_bf16)(q, k, v, weights, sums)  # (B*K*blocks*G*Q, C)
     out = out.reshape(B, K, blocks, G, Q, C).permute(0, 1, 3, 2, 4, 5)  # (B, K, G, blocks, Q, C)
@@ -186,11 +207,11 @@ def _scores(q: Tensor, k: Tensor, slopes: Tensor, band: Band) -> Tensor:
 def _score_kernel(numels: tuple[int, ...], band: Band) -> UOp:
     Q = band.queries
 
-    def add_bias(nest: LoopNest, sums: UOp, z: UOp, b: UOp, m: UOp, n: UOp) -> UOp:
-        head = UOp(Ops.CDIV, m.dtype, (m, nest.const(Q)))
-        slope = nest.load(3, z * band.group + head, 1)
+    def add_bias(nest: LoopNest, sums: UOp, z: UOp, part: UOp, m: UOp, n: UOp) -> UOp:
+        head = UOp(Ops.CDIV, m.dtype, (m, nest.const(Q)))  # of those of the part
+        slope = nest.load(3, z * band.group + (part if band.causal else head), 1)
         distance = nest.load(4, (m - head * Q) * band.keys + n)
-        return sums + nest.broadcast(slope) * distance + nest.load(5, b * Q + n)
+        return sums + nest.broadcast(slope) * distance + nest.load(5, band.key(part, n))
 
     return _rows_times_panels(numels, band, "scores", add_bias)
 
@@ -199,8 +220,8 @@ def _score_kernel(numels: tuple[int, ...], band: Band) -> UOp:
 def _score_gradient(numels: tuple[int, ...], band: Band) -> UOp:
     """dS from dO / l (rows), V in panels, P (rows) and -delta / l [rows, 1]."""
 
-    def times_weights(nest: LoopNest, sums: UOp, z: UOp, b: UOp, m: UOp, n: UOp) -> UOp:
-        row = band.query_row(z, b, m)
+    def times_weights(nest: LoopNest, sums: UOp, z: UOp, part: UOp, m: UOp, n: UOp) -> UOp:
+        row = band.query_row(z, part, m)
         return (sums + nest.broadcast(nest.load(4, row, 1))) * nest.load(3, row * band.keys + n)
 
     return _rows_times_panels(numels, band, "ds", times_weights)
@@ -209,43 +230,44 @@ def _score_gradient(numels: tuple[int, ...], band: Band) -> UOp:
 def _rows_times_panels(
     numels: tuple[int, ...], band: Band, name: str, epilogue: Callable[..., UOp]
 ) -> UOp:
-    """Each block's query rows @ its visible keys, in panels -> rows of `keys` elements."""
-    Z, b, M, P, s = band.matrices, band.blocks, band.rows, band.width, band.keys
+    """Each part's query rows @ its visible keys, in panels -> rows of `keys` elements."""
+    Z, parts, M, P, s = band.matrices, band.parts, band.rows, band.width, band.keys
     return tiled_matmul(
         numels,
-        f"{name}_{Z}_{b}_{M}_{s}_{band.head_dim}",
-        (Z, b),
+        f"{name}_{Z}_{parts}_{M}_{s}_{band.head_dim}",
+        (Z, parts),
         (M, s, band.head_dim),
-        a_index=lambda z, b, m, i, l: band.query_row(z, b, m + i) * P + l,
-        b_index=lambda z, b, l, p: band.key_row(z, b, p * TILE_N) * P + l * TILE_N,
-        c_index=lambda z, b, m, n: band.query_row(z, b, m) * s + n,
+        a_index=lambda z, part, m, i, l: band.query_row(z, part, m + i) * P + l,
+        b_index=lambda z, part, l, p: band.key_row(z, part, p * TILE_N) * P + l * TILE_N,
+        c_index=lambda z, part, m, n: band.query_row(z, part, m) * s + n,
         epilogue=epilogue,
+        lower=band.causal,
         overlap=False,
     )
 
 
 @kernel
 def _rows_times_keys(numels: tuple[int, ...], band: Band) -> UOp:
-    """Each block's score rows a @ its visible key rows x -> query rows."""
-    Z, b, M, P, s = band.matrices, band.blocks, band.rows, band.width, band.keys
+    """Each part's score rows a @ its visible key rows x -> query rows."""
+    Z, parts, M, P, s = band.matrices, band.parts, band.rows, band.width, band.keys
     return tiled_matmul(
         numels,
-        f"weigh_{Z}_{b}_{M}_{P}_{s}",
-        (Z, b),
+        f"weigh_{Z}_{parts}_{M}_{P}_{s}",
+        (Z, parts),
         (M, P, s),
-        a_index=lambda z, b, m, i, l: band.query_row(z, b, m + i) * s + l,
-        b_index=lambda z, b, l, p: band.key_row(z, b, l) * P + p * TILE_N,
-        c_index=lambda z, b, m, c: band.query_row(z, b, m) * P + c,
+        a_index=lambda z, part, m, i, l: band.query_row(z, part, m + i) * s + l,
+        b_index=lambda z, part, l, p: band.key_row(z, part, l) * P + p * TILE_N,
+        c_index=lambda z, part, m, c: band.query_row(z, part, m) * P + c,
+        steps=(lambda m, c: (0, ceil_div(m + tile_m(), UNROLL))) if band.causal else None,
+        products=band.products,
         overlap=False,
     )
 
 
 def _key_gradient(a: Tensor, x: Tensor, band: Band) -> Tensor:
     """a^T x -> key rows. For each key: the sum, over the queries that see the key, of a * x."""
-    Z, b, M, Q, P = band.matrices, band.blocks, band.rows, band.queries, band.width
-    if band.lookback == 0:  # one block
-        return gemm(a, x, Q, P, M, trans_a=True).reshape(Z * Q, P)
-    return _key_gradient_kernel((Z * b * Q, P), [a, x], band)
+    rows = band.matrices * band.blocks * band.queries
+    return _key_gradient_kernel((rows, band.width), [a, x], band)
 
 
 @kernel
@@ -253,16 +275,26 @@ def _key_gradient_kernel(numels: tuple[int, ...], band: Band) -> UOp:
     Z, b, M, Q, P = band.matrices, band.blocks, band.rows, band.queries, band.width
     later = band.lookback // Q  # a key is visible to its own block and to this many later ones
 
-    def visible_to(z: UOp, block: UOp) -> UOp:
+    def parts(z: UOp, block: UOp) -> UOp | int:
+        """Number of parts that see keys of the block: all heads, or this block and later ones."""
+        if band.causal:
+            return band.parts
         remaining = b - block
         return (remaining < later + 1).where(remaining, remaining.const_like(later + 1))
 
     def a_index(z: UOp, block: UOp, t: UOp, n: UOp, i: int, m: UOp) -> UOp:
-        return band.query_row(z, block + t, m) * band.keys + (later - t) * Q + n + i
+        key = n + i if band.causal else (later - t) * Q + n + i
+        return band.query_row(z, block + t, m) * band.keys + key
 
     def b_index(z: UOp, block: UOp, t: UOp, m: UOp, p: UOp) -> UOp:
         return band.query_row(z, block + t, m) * P + p * TILE_N
 
+    def steps(n: UOp, _: UOp) -> tuple[UOp, UOp]:
+        """Those of the queries from the key's own on."""
+        first = UOp(Ops.CDIV, n.dtype, (n, n.const_like(UNROLL)))
+        return first, Q // UNROLL - first
+
+    products = band.products if band.causal else Z * sum(min(later + 1, b - i) for i in range(b))
     return tiled_matmul(
         numels,
         f"key_gradient_{Z}_{b}_{Q}_{P}_{M}_{band.keys}",
@@ -271,35 +303,52 @@ def _key_gradient_kernel(numels: tuple[int, ...], band: Band) -> UOp:
         a_index,
         b_index,
         c_index=lambda z, block, n, c: ((z * b + block) * Q + n) * P + c,
-        accumulate_over=visible_to,
-        products=Z * sum(min(later + 1, b - i) for i in range(b)),
+        accumulate_over=parts,
+        steps=steps if band.causal else None,
+        products=products,
         overlap=False,
     )
 
 
-def exps(scores: Tensor, threads: int = 1) -> Tensor:
-    """2^(scores - row maximum): [rows, s] -> [rows, s], with s a multiple of TILE_N."""
+def exps(scores: Tensor, queries: int = 0) -> Tensor:
+    """2^(scores - row maximum): [rows, s] -> [rows, s], with s a multiple of TILE_N.
+
+    With `queries` > 0, row i sees the keys 0 to i % queries. Only the tiles of scores that contain
+    such keys are read and written.
+    """
     rows, s = scores.shape
+    return _exps((rows, s), [scores], rows, s, queries)
 
-    def kernel(out: UOp, scores: UOp) -> UOp:
-        row, n = UOp.range(rows, 0), UOp.range(s, 1)
-        lane = UOp.range(TILE_N, 3, AxisType.REDUCE)
-        if s > TILE_N:
-            step = UOp.range(s // TILE_N, 2, AxisType.REDUCE)
-            top = scores[row, step * TILE_N + lane].reduce(step, arg=Ops.MAX)
-        else:
-            top = scores[row, lane]
-        top = top.reduce(lane, arg=Ops.MAX)
-        value = _exp2(scores[row, n] - top)
-        # tinygrad drops an axis of one iteration, so the later axes move down
-        opts = [Opt(OptOps.UPCAST, rows > 1, TILE_N), Opt(OptOps.UNROLL, s > TILE_N, TILE_N)]
-        if threads > 1:
-            opts.append(Opt(OptOps.THREAD, 0, threads))
-        info = KernelInfo(name=f"exps_{rows}_{s}", opts_to_apply=tuple(opts))
-        return out[row, n].store(value).end(row, n).sink(arg=info)
 
-    out = Tensor.empty(rows, s, device=scores.device)
-    return out.custom_kernel(scores, fxn=kernel)[0]
+@kernel
+def _exps(numels: tuple[int, ...], rows: int, s: int, queries: int) -> UOp:
+    period, vectors = queries or rows, s // TILE_N
+    threads = shares(period) if launcher.worth_threads(rows * s) else 1
+    nest = LoopNest(numels, threads)
+
+    def lanes(vector: UOp) -> list[UOp]:
+        return [vector.gep(i) for i in range(TILE_N)]
+
+    def largest(x: UOp, y: UOp) -> UOp:
+        return (x < y).where(y, x)
+
+    with nest.loops((rows // period, period), 1) as (part, query):
+        row = part * period + query
+        if queries:  # all keys that a row of the same tile sees
+            keys = at_most(ceil_div(query + 1, tile_m()) * tile_m(), queries)
+            vectors = ceil_div(keys, TILE_N)
+        start, top = row * s, nest.registers(1)
+        nest.store_reg(top, 0, nest.load(1, start))
+        with nest.loops((vectors,)) as (v,):
+            scores = nest.load(1, start + v * TILE_N)
+            pairs = zip(lanes(nest.load_reg(top, 0)), lanes(scores), strict=True)
+            nest.store_reg(top, 0, UOp(Ops.STACK, VECTOR, tuple(largest(x, y) for x, y in pairs)))
+        highest = functools.reduce(largest, lanes(nest.load_reg(top, 0)))
+        with nest.loops((vectors,)) as (v,):
+            address = start + v * TILE_N
+            powers = (_exp2(score - highest) for score in lanes(nest.load(1, address)))
+            nest.store(address, UOp(Ops.STACK, VECTOR, tuple(powers)))
+    return nest.program(f"exps_{rows}_{s}_{queries}")
 
 
 # 2^x over [-0.5, 0.5], interpolated at the Chebyshev nodes: relative error at most 1e-7
@@ -311,7 +360,7 @@ EXP2_COEFFICIENTS = (
 
 def _exp2(x: UOp) -> UOp:
     """2^x for x <= 0, exactly 0 below 2^-126; three times as fast as tinygrad's exp2."""
-    x = x.maximum(x.const_like(-127.0))
+    x = (x < -127.0).where(x.const_like(-127.0), x)
     whole = (x - 0.5).cast(dtypes.int32)  # x <= 0, so truncation after -0.5 rounds to nearest
     rest = x - whole.cast(dtypes.float32)
     power = rest.const_like(EXP2_COEFFICIENTS[0])

@@ -17,9 +17,9 @@ from ..backend.machine import renderer_of
 from . import launcher
 from .loops import TILE_N, LoopNest, choose_shared_loop, even_threads, tile_m
 
-# A kernel of at least LONG operations has SHARES shares per thread: with one share per thread, the
-# slowest or busiest core would delay the kernel. Only with the launcher: without it, tinygrad
-# starts a Python thread for each share.
+# A kernel of at least LONG operations, or of tiles of different sizes, has SHARES shares a thread:
+# with one share a thread, the slowest or busiest core would delay the kernel. Only with the
+# launcher: without it, tinygrad starts a Python thread for each share.
 SHARES = 8
 LONG = 1 << 25
 STREAMS = 16  # panels that are written in turn: with more, cache and TLB lose them
@@ -217,7 +217,9 @@ def tiled_matmul(
     c_index: Callable[..., UOp],
     epilogue: Callable[..., UOp] | None = None,
     accumulate_over: Callable[..., UOp] | None = None,
-    products: int | None = None,
+    steps: Callable[[UOp, UOp], tuple[UOp | int, UOp | int]] | None = None,
+    products: float | None = None,
+    lower: bool = False,
     symmetric: bool = False,
     overlap: bool = True,
 ) -> UOp:
@@ -235,13 +237,15 @@ def tiled_matmul(
     - accumulate_over(*outer): number of iterations of an additional innermost outer loop; c is the
       sum of a @ b over these iterations. a_index and b_index receive the counter of this loop after
       the outer ones, c_index does not
-    - products: total number of matmuls, if accumulate_over varies
-    - symmetric: c is symmetric; only the tiles on and below the diagonal are computed, and each is
-      stored a second time, transposed
+    - steps(m, n): (first, number) of those steps, of UNROLL terms each, that the tile at row m and
+      column n needs; of the others' terms only the last L % UNROLL are added
+    - products: total number of matmuls, if accumulate_over or steps vary
+    - lower: only the tiles on and below the diagonal are computed
+    - symmetric: c is symmetric; of the `lower` tiles, each is stored a second time, transposed
     """
     M, N, L = sizes
     height = tile_m()
-    if accumulate_over and M % height:
+    if accumulate_over and (M % height or height % UNROLL):
         height = 4
     assert height <= M, "the last tile would begin before the first row"
     assert overlap or N % TILE_N == 0, "a part of a panel would be left"
@@ -249,12 +253,13 @@ def tiled_matmul(
     wide = panels_of_a_tile(N, overlap)
     width = wide * TILE_N
     tiles_m, tiles_n = -(-M // height), -(-N // width)
-    elements = M * (tiles_n + 1) * width // 2 if symmetric else M * tiles_n * width
-    operations = 2 * elements * L * (products or math.prod(outer))
+    lower = lower or symmetric
+    elements = M * (tiles_n + 1) * width // 2 if lower else M * tiles_n * width
+    operations = int(2 * elements * L * (products or math.prod(outer)))
     loops = (*outer, tiles_m)
     shared, threads = choose_shared_loop(loops)
-    if threads > 1 and operations >= LONG and launcher.serves():
-        threads = min(SHARES * threads, loops[shared])
+    if threads > 1 and (operations >= LONG or steps or lower):
+        threads = shares(loops[shared])
     nest = LoopNest(numels, threads)
     zero = nest.broadcast(0.0)
     # tinygrad 0.13 renders no loop of one iteration (test_cpu.test_products_on_other_processors)
@@ -277,10 +282,18 @@ def tiled_matmul(
         with nest.loops((tiles_n,)) as (tile,):
             n = at_most(tile * width, N - width) if N % width else tile * width
             # the first tile that is not above the diagonal
-            start = UOp(Ops.CDIV, n.dtype, (n, nest.const(height))) if symmetric else 0
+            start = UOp(Ops.CDIV, n.dtype, (n, nest.const(height))) if lower else 0
             with nest.loops((tiles_m - start,), shared - len(outer)) as (m,):
                 m = (m + start) * height
                 yield at_most(m, M - height) if M % height else m, n, tile * wide
+
+    def ahead(outer: list[UOp], m: UOp, l: UOp, count: int) -> list[UOp]:
+        """Addresses of a, a cache line each, to prefetch while terms l to l + count are added."""
+        if accumulate_over:  # a is not in the order of the tiles: terms of the same tile
+            return [a_index(*outer, m, 0, at_most(l + (i + 16), L - 1)) for i in range(count)]
+        # as many elements of the next tile's rows as these terms have
+        following = a_index(*outer, at_most(m + height, M - height), 0, nest.const(0))
+        return [following + (l * height + i) for i in range(0, count * height, TILE_N)]
 
     def compute(outer_c: list[UOp], outer_ab: list[UOp]) -> None:
         with tiles() as (m, n, panel):
@@ -296,15 +309,16 @@ def tiled_matmul(
             if term_loops:
                 for address in c:  # arrives while the terms are added
                     nest.prefetch(0, address)
-                following = a_index(*outer_ab, at_most(m + height, M - height), 0, nest.const(0))
                 registers = nest.registers(len(sums))
                 for i, vector in enumerate(sums):
                     nest.store_reg(registers, i, vector)
                 for first, iterations, unroll in term_loops:
+                    if steps and unroll == UNROLL:
+                        first, iterations = steps(m, n)
+                        first = first * UNROLL
                     with nest.loop(iterations) as l:
-                        # as many elements of the next tile's rows of a as an iteration reads
-                        for i in range(0, unroll * height, TILE_N):
-                            nest.prefetch(1, following + (l * (unroll * height) + i))
+                        for address in ahead(outer_ab, m, l * unroll + first, unroll):
+                            nest.prefetch(1, address)
                         sums = [nest.load_reg(registers, i) for i in range(len(c))]
                         for u in range(unroll):
                             sums = add_term(sums, l * unroll + (first + u))
@@ -334,6 +348,11 @@ def tiled_matmul(
         else:
             compute(matrix, matrix)
     return nest.program(name, operations)
+
+
+def shares(iterations: int) -> int:
+    """The number of threads of a loop of that many iterations, SHARES times that of the cores."""
+    return min(CPU_COUNT.value * (SHARES if launcher.serves() else 1), iterations)
 
 
 def fused_multiply_adds(device: str) -> tuple[Callable[[], None], int]:
