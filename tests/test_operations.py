@@ -29,5 +29,6 @@ def test_operations_are_close_to_the_model_flops():
     assert all(1 < ratio <= 1.15 for ratio in ratios.values()), ratios
     # as the model FLOPs: more than 6 times, since at 1024 bytes the windows are not yet full
     growth = counted[6144][0] / counted[1024][0]
-    assert growth <= 1.02 * least[6144] / least[1024], growth
-    assert all(kernels <= 913 for _, kernels in counted.values()), counted
+    # (and the deep blocks' bytes are one block, of which only the visible half is computed)
+    assert growth <= 1.03 * least[6144] / least[1024], growth
+    assert all(kernels <= 895 for _, kernels in counted.values()), counted

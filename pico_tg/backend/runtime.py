@@ -22,7 +22,7 @@ from tinygrad.uop.ops import AxisType, KernelInfo, Ops  # noqa: F401  # for ops.
 
 from ..files import PicoError
 from ..progress import say
-from . import jit_cache, scheduling  # noqa: F401  # `scheduling` extends tinygrad
+from . import jit_cache
 from .jit_cache import StoredGraph
 
 try:

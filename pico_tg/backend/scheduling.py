@@ -3,7 +3,7 @@
 Where two kernels read a reshaped tensor in different orders, tinygrad 0.13 gives both a copy of it,
 and later removes each copy that could be computed again from at most 3 buffers. If a custom kernel
 has written the tensor, it counts the buffers that this kernel and all before it read, so the copy
-stays: 63 of the 976 kernels of the published model's forward and backward pass
+stays: 63 of 976 kernels of the published model's forward and backward pass
 (test_operations.test_operations_are_close_to_the_model_flops).
 """
 

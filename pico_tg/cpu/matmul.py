@@ -12,6 +12,7 @@ from tinygrad.helpers import CPU_COUNT, DEBUG, round_up
 from tinygrad.renderer import Renderer
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
+from ..backend import scheduling  # noqa: F401  # what these kernels write is not copied
 from ..backend.jit_cache import cached_program, installed, without_operations
 from ..backend.machine import renderer_of
 from . import launcher
