@@ -41,8 +41,9 @@ class BlockFunction:
 
     `constants` depend on no input, such as RoPE's sines: all calls share them. `saved` are the
     activations that both graphs need. Hand-scheduled kernels write into buffers
-    (scratch), which each call allocates and passes in. The backward receives the forward's scratch
-    buffers that the gradient reads ("kernels' buffers").
+    (scratch), which each call allocates and passes in; those of gradients write into the results.
+    The backward receives the forward's scratch buffers that the gradient reads ("kernels'
+    buffers").
     """
 
     def __init__(self, block: Callable[[Tensor], Tensor], weights: list[Tensor], x: Tensor) -> None:
@@ -74,7 +75,10 @@ class BlockFunction:
         self.kept = [buffer.base for buffer in in_buffers.values()]
         params = {uop: uop.param_like(SAVED_SLOT + i) for i, uop in enumerate(saved)}
         backward = UOp.maketuple(*gradients).substitute(params | in_buffers)
-        self.scratch_back = [uop for uop in _written_buffers(backward) if uop not in self.kept]
+        backward = UOp.maketuple(*map(_as_output, backward.src))
+        outputs = [uop.src[0] for uop in backward.src if uop.op is Ops.AFTER]
+        written = _written_buffers(backward)
+        self.scratch_back = [uop for uop in written if uop not in self.kept + outputs]
         order = [upstream, out, x, *read, *params.values(), *self.kept, *self.scratch_back]
         self.backward = _as_function(backward, order)
 
@@ -95,7 +99,8 @@ class BlockFunction:
                 name="block_backward",
                 precompile=True,
             )
-            gradients = (found.gettuple(i).contiguous() for i in range(len(self.backward.src)))
+            results = (found.gettuple(i).contiguous() for i in range(len(self.backward.src)))
+            gradients = (g.reshape(x.shape) for g, x in zip(results, inputs, strict=False))
             return *gradients, *[None for _ in (*self.constants, *scratch)]
 
         inputs = x.uop, *[w.uop for w in weights], *self.constants, *scratch.values()
@@ -127,6 +132,19 @@ def _written_buffers(graph: UOp) -> list[UOp]:
     """The buffers that the hand-scheduled kernels of a graph write."""
     written = [uop.src[0].base for uop in graph.toposort(enter_calls=False) if uop.op is Ops.AFTER]
     return list(dict.fromkeys(buffer for buffer in written if buffer.op is Ops.BUFFER))
+
+
+def _as_output(uop: UOp) -> UOp:
+    """A result that is the whole buffer of a hand-scheduled kernel, without its shape.
+
+    tinygrad lets the kernel write such a result into the function's output, and copies others.
+    """
+    written = uop
+    while written.op is Ops.RESHAPE:
+        written = written.src[0]
+    buffer = written.src[0].base if written.op is Ops.AFTER else written
+    whole = buffer.op is Ops.BUFFER and buffer.numel() == uop.numel()
+    return buffer.after(*written.src[1:]) if whole else uop
 
 
 def _as_function(graph: UOp, inputs: list[UOp]) -> UOp:
