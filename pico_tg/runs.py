@@ -269,7 +269,9 @@ def run_folder(path: str | os.PathLike, run: str | os.PathLike) -> Path:
 
 
 def _misplaced(run: str | os.PathLike) -> str:
-    return "; a DATASET follows the RUN" if os.path.isfile(run) else ""
+    if os.path.isfile(run):
+        return "; a DATASET follows the RUN"
+    return "; a text to continue follows --prompt" if " " in os.fspath(run) else ""
 
 
 def existing_run(path: str | os.PathLike, run: str | os.PathLike) -> Path:

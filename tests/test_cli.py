@@ -227,6 +227,7 @@ MISTAKES = {  # a command line, and what its error names
     "run {trained} run --checkpoint last": "neither a step nor best",
     "run {trained} run --prompt a --prompt-file b": "--prompt-file",
     "run {trained} run --prompt": "expected one argument",
+    "run {trained} 'Once upon'": "a text to continue follows --prompt",
     "run {trained} run --prompt-file /dev/null": "/dev/null is empty; leave --prompt-file out",
     "run {trained} run --prompt-file nowhere.txt": "nowhere.txt",
     "run {trained} run --prompt-file .": "cannot read",

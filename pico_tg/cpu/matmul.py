@@ -18,7 +18,7 @@ from ..backend.machine import renderer_of
 from . import launcher
 from .loops import TILE_N, LoopNest, choose_shared_loop, even_threads, tile_m
 
-# A kernel of at least LONG operations, or of tiles of different sizes, has SHARES shares a thread:
+# A kernel of at least LONG operations, or of tiles of different lengths, has SHARES shares a thread:
 # with one share a thread, the slowest or busiest core would delay the kernel. Only with the
 # launcher: without it, tinygrad starts a Python thread for each share.
 SHARES = 8
@@ -259,7 +259,7 @@ def tiled_matmul(
     operations = int(2 * elements * L * (products or math.prod(outer)))
     loops = (*outer, tiles_m)
     shared, threads = choose_shared_loop(loops)
-    if threads > 1 and (operations >= LONG or steps or lower):
+    if threads > 1 and (operations >= LONG or steps):
         threads = shares(loops[shared])
     nest = LoopNest(numels, threads)
     zero = nest.broadcast(0.0)
