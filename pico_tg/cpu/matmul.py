@@ -18,7 +18,7 @@ from ..backend.machine import renderer_of
 from . import launcher
 from .loops import TILE_N, LoopNest, choose_shared_loop, even_threads, tile_m
 
-# A kernel of at least LONG operations, or of tiles of different lengths, has SHARES shares a thread:
+# A kernel of at least LONG operations, or of sums of different lengths, has SHARES shares a thread:
 # with one share a thread, the slowest or busiest core would delay the kernel. Only with the
 # launcher: without it, tinygrad starts a Python thread for each share.
 SHARES = 8
