@@ -31,4 +31,4 @@ def test_operations_are_close_to_the_model_flops():
     growth = counted[6144][0] / counted[1024][0]
     # (and the deep blocks' bytes are one block, of which only the visible half is computed)
     assert growth <= 1.03 * least[6144] / least[1024], growth
-    assert all(kernels <= 823 for _, kernels in counted.values()), counted
+    assert all(kernels <= 821 for _, kernels in counted.values()), counted

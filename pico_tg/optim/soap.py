@@ -226,10 +226,6 @@ class Stack:
         for side, Q in zip(self.sides, self.Q, strict=True):
             projected = _project(projected, side, Q)
         grams = [_gram(gradient, side) for side in self.sides]
-        # tinygrad 0.13 computes a moving average in place from at most three buffers, and counts
-        # also those that a kernel still to be run reads; else it copies the average
-        # (test_soap.test_moving_averages_are_updated_in_place)
-        Tensor.realize(projected, *grams)
         # M and V: moving averages of projected and projected²
         _lerp(self.exp_avg, projected, 1 - beta1, updating)
         _lerp(self.exp_avg_sq, projected.square(), 1 - beta2, updating)
