@@ -3,12 +3,14 @@
 With PICO_WITHOUT_CPU=1 the tests run as if the folder pico_tg/cpu did not exist.
 """
 
+import ctypes
 import gc
 import os
 import sys
 
 import pytest
 import tinygrad.engine.jit
+from tinygrad import Device
 from tinygrad.uop.ops import Ops
 
 if os.environ.get("PICO_WITHOUT_CPU"):
@@ -54,6 +56,21 @@ def planned_memory(monkeypatch):
         return plan(linear, held_bufs)
 
     monkeypatch.setattr(tinygrad.engine.jit, "memory_plan_rewrite", checked)
+
+
+@pytest.fixture
+def nan_memory(monkeypatch):
+    """New memory of the CPU device holds nan until it is written."""
+    allocator = type(Device["CPU"].allocator)
+    alloc = allocator.alloc
+
+    def filled(self, size, options=None):
+        buffer = alloc(self, size, options)
+        if options is None or options.external_ptr is None:
+            ctypes.memset(buffer.va_addr, 0xFF, size)
+        return buffer
+
+    monkeypatch.setattr(allocator, "alloc", filled)
 
 
 def pytest_collection_modifyitems(items):

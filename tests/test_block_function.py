@@ -1,10 +1,13 @@
 """Blocks as functions: what their graphs share."""
 
 import numpy as np
-from tinygrad import Tensor, dtypes
+import pytest
+from tinygrad import Device, Tensor, dtypes, function
 
 from pico_tg.attention import rotate
-from pico_tg.backend.block_function import BlockFunction
+from pico_tg.backend.block_function import BlockFunction, run_blocks
+from pico_tg.backend.runtime import has_cpu_kernels
+from pico_tg.matmul import bmm
 
 
 def test_equal_blocks_have_equal_graphs():
@@ -26,3 +29,28 @@ def test_blocks_share_what_depends_on_no_input():
     # only they are computed from unsigned integers
     assert any(uop.dtype == dtypes.uint32 for uop in function.constants[0].toposort())
     assert not any(uop.dtype == dtypes.uint32 for uop in function.forward.toposort())
+
+
+@pytest.mark.skipif(not has_cpu_kernels(Device.DEFAULT), reason="needs hand-scheduled CPU kernels")
+def test_a_kernel_computes_two_gradients(nan_memory):
+    """The second gradient, too, is what the kernel writes, not the memory before it."""
+
+    def gradient(upstream, call):
+        x, v, w = (Tensor(uop) for uop in call.src[1:])
+        g = Tensor(upstream).contiguous()
+        for_both = bmm(g, x, trans_a=True).reshape(32, 32)
+        return bmm(g, (v + w).reshape(1, 32, 32)).uop, for_both.uop, for_both.uop
+
+    @function(grad_fxn=gradient)
+    def block(x, v, w):
+        return x @ (v + w).T
+
+    rng = np.random.default_rng(0)
+    x, v, w = (rng.standard_normal(s).astype(np.float32) for s in [(1, 32, 32), *[(32, 32)] * 2])
+    inputs = [Tensor(a).clone().realize() for a in (x, v, w)]
+    out = run_blocks(lambda x: block(x, *inputs[1:]), [inputs[1:]], inputs[0])
+    gradients = out.sum().gradient(*inputs)
+    Tensor.realize(out, *gradients)
+    expected = np.ones((32, 32)) @ (v + w), np.ones((32, 32)) @ x[0], np.ones((32, 32)) @ x[0]
+    for found, reference in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(found.numpy().reshape(32, 32), reference, rtol=0, atol=1e-4)

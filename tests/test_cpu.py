@@ -1,6 +1,5 @@
 """The CPU's hand-scheduled kernels: other processors' tiles, thread counts, wide addresses."""
 
-import ctypes
 import re
 
 import numpy as np
@@ -26,21 +25,6 @@ def any_size(monkeypatch):
     """Matmuls of any size take the hand-scheduled kernel, in several shares per thread."""
     monkeypatch.setattr(matmuls, "SMALL", 0)
     monkeypatch.setattr(matmul, "LONG", 0)
-
-
-@pytest.fixture
-def nan_memory(monkeypatch):
-    """New memory of the CPU device holds nan until it is written."""
-    allocator = type(Device["CPU"].allocator)
-    alloc = allocator.alloc
-
-    def filled(self, size, options=None):
-        buffer = alloc(self, size, options)
-        if options is None or options.external_ptr is None:
-            ctypes.memset(buffer.va_addr, 0xFF, size)
-        return buffer
-
-    monkeypatch.setattr(allocator, "alloc", filled)
 
 
 @pytest.mark.parametrize(("cores", "tile_m"), [(1, 6), (3, 8)])
@@ -100,6 +84,26 @@ def test_column_sums(D, monkeypatch):
     expected = np.prod(np.broadcast_arrays(*(x.reshape(20, -1) for x in factors)), axis=0).sum(0)
     found = matmul.column_sums(*(Tensor(x).realize() for x in factors)).numpy()
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("tile_m", [6, 8])
+def test_a_product_of_one_term(tile_m, nan_memory, monkeypatch):
+    """Panels of one row; `pico_tg.matmul` leaves such products to tinygrad."""
+    monkeypatch.setattr(matmul, "tile_m", lambda: tile_m)
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal((1, n)).astype(np.float32) for n in (20, 40))
+    found = matmul.gemm(Tensor(a).realize(), Tensor(b).realize(), 20, 40, 1, trans_a=True)
+    np.testing.assert_allclose(found.numpy()[0], a.T @ b, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("keys", [16, 48])
+def test_exponentials(keys, nan_memory):
+    """Of one vector a row, too: powers of 2 below the row's largest score."""
+    scores = 20 * np.random.default_rng(0).standard_normal((9, keys)).astype(np.float32)
+    scores[0, 1:] = -np.inf
+    found = band_attention.exps(Tensor(scores).realize()).numpy()
+    expected = np.exp2(scores - scores.max(axis=1, keepdims=True))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-7)
 
 
 @pytest.mark.parametrize(("cores", "tile_m"), [(1, 8), (3, 6)])

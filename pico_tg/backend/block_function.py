@@ -41,8 +41,8 @@ class BlockFunction:
 
     `constants` depend on no input, such as RoPE's sines: all calls share them. `saved` are the
     activations that both graphs need. Hand-scheduled kernels write into buffers
-    (scratch), which each call allocates and passes in; those of gradients write into the results.
-    The backward receives the forward's scratch buffers that the gradient reads ("kernels'
+    (scratch), which each call allocates and passes in, or into a gradient if they compute all of
+    it. The backward receives the forward's scratch buffers that the gradient reads ("kernels'
     buffers").
     """
 
@@ -75,8 +75,7 @@ class BlockFunction:
         self.kept = [buffer.base for buffer in in_buffers.values()]
         params = {uop: uop.param_like(SAVED_SLOT + i) for i, uop in enumerate(saved)}
         backward = UOp.maketuple(*gradients).substitute(params | in_buffers)
-        backward = UOp.maketuple(*map(_as_output, backward.src))
-        outputs = [uop.src[0] for uop in backward.src if uop.op is Ops.AFTER]
+        backward, outputs = _with_outputs(backward)
         written = _written_buffers(backward)
         self.scratch_back = [uop for uop in written if uop not in self.kept + outputs]
         order = [upstream, out, x, *read, *params.values(), *self.kept, *self.scratch_back]
@@ -99,8 +98,10 @@ class BlockFunction:
                 name="block_backward",
                 precompile=True,
             )
-            results = (found.gettuple(i).contiguous() for i in range(len(self.backward.src)))
-            gradients = (g.reshape(x.shape) for g, x in zip(results, inputs, strict=False))
+            gradients = [
+                found.gettuple(i).contiguous().reshape(inputs[i].shape)
+                for i in range(1 + len(weights))
+            ]
             return *gradients, *[None for _ in (*self.constants, *scratch)]
 
         inputs = x.uop, *[w.uop for w in weights], *self.constants, *scratch.values()
@@ -134,17 +135,32 @@ def _written_buffers(graph: UOp) -> list[UOp]:
     return list(dict.fromkeys(buffer for buffer in written if buffer.op is Ops.BUFFER))
 
 
-def _as_output(uop: UOp) -> UOp:
-    """A result that is the whole buffer of a hand-scheduled kernel, without its shape.
+def _with_outputs(graph: UOp) -> tuple[UOp, list[UOp]]:
+    """The results of a graph, and those buffers of hand-scheduled kernels that are whole results.
 
-    tinygrad lets the kernel write such a result into the function's output, and copies others.
+    Such a result loses its shape: only then does tinygrad let the kernel write into the function's
+    output, in place of a copy. A buffer that is two results is copied twice; else tinygrad 0.13
+    would make the second copy before the kernel has run
+    (test_block_function.test_a_kernel_computes_two_gradients).
     """
-    written = uop
-    while written.op is Ops.RESHAPE:
-        written = written.src[0]
-    buffer = written.src[0].base if written.op is Ops.AFTER else written
-    whole = buffer.op is Ops.BUFFER and buffer.numel() == uop.numel()
-    return buffer.after(*written.src[1:]) if whole else uop
+    results = [_flat_buffer(uop) for uop in graph.src]
+    results = [
+        flat if flat is not None and results.count(flat) == 1 else uop
+        for flat, uop in zip(results, graph.src, strict=True)
+    ]
+    changed = [new.src[0] for new, old in zip(results, graph.src, strict=True) if new is not old]
+    return UOp.maketuple(*results), changed
+
+
+def _flat_buffer(uop: UOp) -> UOp | None:
+    """The buffer that a hand-scheduled kernel writes, after the kernel, if `uop` is all of it."""
+    n = uop.numel()
+    while uop.op is Ops.RESHAPE:
+        uop = uop.src[0]
+    if uop.op is not Ops.AFTER:
+        return None
+    buffer = uop.src[0].base
+    return buffer.after(*uop.src[1:]) if buffer.op is Ops.BUFFER and buffer.numel() == n else None
 
 
 def _as_function(graph: UOp, inputs: list[UOp]) -> UOp:

@@ -7,6 +7,10 @@ also counts the buffers that this kernel and all before it read, so the copy sta
 kernels of the published model's forward and backward pass, and SOAP's moving averages
 (test_operations.test_operations_are_close_to_the_model_flops,
 test_soap.test_moving_averages_are_updated_in_place).
+
+The output of a custom kernel must not be assigned in the schedule that computes it: tinygrad orders
+such a store only after reads of buffers that are arguments of the schedule, so that a copy may have
+kept a value that a direct read finds overwritten.
 """
 
 from tinygrad.dtype import Invalid
@@ -41,7 +45,8 @@ def copy_of(value: UPat) -> UPat:
     return value.f(Ops.STAGE, allow_any_len=True, name="copy")
 
 
-WRITTEN = UPat(Ops.INDEX, src=(UPat(Ops.AFTER), UPat()), name="written")
+KERNEL_OUTPUT = UPat(Ops.AFTER, src=(UPat(), UPat(Ops.CALL)))
+WRITTEN = UPat(Ops.INDEX, src=(KERNEL_OUTPUT, UPat()), name="written")
 READ = copy_of(UPat.var("value")).f(Ops.INDEX, allow_any_len=True, name="read")
 RESHAPED = copy_of(WRITTEN).f(Ops.RESHAPE, allow_any_len=True, name="reshaped")
 

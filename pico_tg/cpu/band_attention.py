@@ -105,8 +105,7 @@ class Band:
 
     @property
     def products(self) -> float:
-        """Number of matmuls of a part's score rows with keys, or with queries."""
-        # causal ones need the diagonal's tiles and half of the others
+        """Matmuls of a part's scores [rows, keys]; a causal one counts as its share of tiles."""
         share = (1 + tile_m() / self.keys) / 2 if self.causal else 1
         return self.matrices * self.parts * share
 
@@ -208,7 +207,7 @@ def _score_kernel(numels: tuple[int, ...], band: Band) -> UOp:
     Q = band.queries
 
     def add_bias(nest: LoopNest, sums: UOp, z: UOp, part: UOp, m: UOp, n: UOp) -> UOp:
-        head = UOp(Ops.CDIV, m.dtype, (m, nest.const(Q)))  # of those of the part
+        head = UOp(Ops.CDIV, m.dtype, (m, nest.const(Q)))  # of the part's heads
         slope = nest.load(3, z * band.group + (part if band.causal else head), 1)
         distance = nest.load(4, (m - head * Q) * band.keys + n)
         return sums + nest.broadcast(slope) * distance + nest.load(5, band.key(part, n))
@@ -290,7 +289,7 @@ def _key_gradient_kernel(numels: tuple[int, ...], band: Band) -> UOp:
         return band.query_row(z, block + t, m) * P + p * TILE_N
 
     def steps(n: UOp, _: UOp) -> tuple[UOp, UOp]:
-        """Those of the queries from the key's own on."""
+        """The steps from the key's own query on."""
         first = UOp(Ops.CDIV, n.dtype, (n, n.const_like(UNROLL)))
         return first, Q // UNROLL - first
 
@@ -317,14 +316,13 @@ def exps(scores: Tensor, queries: int = 0) -> Tensor:
     such keys are read and written.
     """
     rows, s = scores.shape
-    return _exps((rows, s), [scores], rows, s, queries)
+    return _exps((rows, s), [scores], rows, s, queries, launcher.worth_threads(rows * s))
 
 
 @kernel
-def _exps(numels: tuple[int, ...], rows: int, s: int, queries: int) -> UOp:
+def _exps(numels: tuple[int, ...], rows: int, s: int, queries: int, threaded: bool) -> UOp:
     period, vectors = queries or rows, s // TILE_N
-    threads = shares(period) if launcher.worth_threads(rows * s) else 1
-    nest = LoopNest(numels, threads)
+    nest = LoopNest(numels, shares(period) if threaded else 1)
 
     def lanes(vector: UOp) -> list[UOp]:
         return [vector.gep(i) for i in range(TILE_N)]
@@ -334,17 +332,19 @@ def _exps(numels: tuple[int, ...], rows: int, s: int, queries: int) -> UOp:
 
     with nest.loops((rows // period, period), 1) as (part, query):
         row = part * period + query
-        if queries:  # all keys that a row of the same tile sees
+        if (
+            queries
+        ):  # what a row of the same tile sees; rounded up, also in a last tile that overlaps
             keys = at_most(ceil_div(query + 1, tile_m()) * tile_m(), queries)
             vectors = ceil_div(keys, TILE_N)
         start, top = row * s, nest.registers(1)
         nest.store_reg(top, 0, nest.load(1, start))
-        with nest.loops((vectors,)) as (v,):
+        with nest.loop(vectors) as v:
             scores = nest.load(1, start + v * TILE_N)
             pairs = zip(lanes(nest.load_reg(top, 0)), lanes(scores), strict=True)
             nest.store_reg(top, 0, UOp(Ops.STACK, VECTOR, tuple(largest(x, y) for x, y in pairs)))
         highest = functools.reduce(largest, lanes(nest.load_reg(top, 0)))
-        with nest.loops((vectors,)) as (v,):
+        with nest.loop(vectors) as v:
             address = start + v * TILE_N
             powers = (_exp2(score - highest) for score in lanes(nest.load(1, address)))
             nest.store(address, UOp(Ops.STACK, VECTOR, tuple(powers)))

@@ -62,7 +62,10 @@ class LoopNest:
 
     @contextlib.contextmanager
     def loops(self, sizes: tuple[UOp | int, ...], shared: int = -1) -> Iterator[list[UOp]]:
-        """Nested loops, outermost first; if `shared` >= 0, threads share that loop."""
+        """Nested loops, outermost first; if `shared` >= 0, threads share that loop.
+
+        A size of 1 is no loop, and does not order statements before and after it.
+        """
         with contextlib.ExitStack() as stack:
             yield [
                 stack.enter_context(self._split(n) if i == shared else self._whole(n))
@@ -115,7 +118,7 @@ class LoopNest:
     def prefetch(self, tensor: int, address: UOp) -> None:
         """Begin to move the cache line of an element that will be loaded or, of the output, stored.
 
-        It happens before the registers are next read or written.
+        The prefetch comes before the next access to registers.
         """
         pointer = self._pointer(self.buffers[tensor], address, 1)
         statement = codegen.PREFETCH["write" if tensor == 0 else "read"]

@@ -135,6 +135,7 @@ def pack(x: Tensor, L: int, N: int, width: int, last: int, transposed: bool = Fa
 
 
 def panels_of(N: int, width: int, last: int) -> int:
+    """Number of panels of N columns, `width` each: a multiple of `last`, the panels of a tile."""
     return last * -(-N // (last * width))
 
 
@@ -151,7 +152,7 @@ def _pack(
 ) -> UOp:
     panels = panels_of(N, width, last)
     # what an iteration copies: a block of registers, or a cache line of the panel
-    rows = min(8, L) if transposed else TILE_N // width
+    rows = min(8 if transposed else TILE_N // width, L)
     blocks = -(-L // rows)
     group = 1 if transposed else min(panels, STREAMS)
     sizes = (Z, -(-panels // group), blocks)
@@ -227,7 +228,7 @@ def tiled_matmul(
     """c = a @ b, [M, L] @ [L, N], for each iteration of the `outer` loops; `sizes` is (M, N, L).
 
     numels: the elements of c, a, b, and of what the epilogue loads. M is at least 8 and N at least
-    TILE_N; with accumulate_over, they are multiples of 8 and of TILE_N. A tile whose first row is m
+    TILE_N; with accumulate_over, they are multiples of 4 and of TILE_N. A tile whose first row is m
     has the rows m + i. The last tile ends with the last row or column, and may overlap the one
     before it.
 
@@ -238,11 +239,14 @@ def tiled_matmul(
     - accumulate_over(*outer): number of iterations of an additional innermost outer loop; c is the
       sum of a @ b over these iterations. a_index and b_index receive the counter of this loop after
       the outer ones, c_index does not
-    - steps(m, n): (first, number) of those steps, of UNROLL terms each, that the tile at row m and
-      column n needs; of the others' terms only the last L % UNROLL are added
+    - steps(m, n): (first, number) of the steps, of UNROLL terms each, that the tile at row m and
+      column n needs. The last L % UNROLL terms are always added, and all terms if they are fewer
+      than two steps
     - products: total number of matmuls, if accumulate_over or steps vary
     - lower: only the tiles on and below the diagonal are computed
-    - symmetric: c is symmetric; of the `lower` tiles, each is stored a second time, transposed
+    - symmetric: c is symmetric; `lower`, and each tile is stored a second time, transposed
+    - overlap: whether a row's last tile may overlap the one before it; if not, N is a multiple of
+      TILE_N, and b has no panels twice
     """
     M, N, L = sizes
     height = tile_m()
@@ -290,9 +294,9 @@ def tiled_matmul(
 
     def ahead(outer: list[UOp], m: UOp, l: UOp, count: int) -> list[UOp]:
         """Addresses of a, a cache line each, to prefetch while terms l to l + count are added."""
-        if accumulate_over:  # a is not in the order of the tiles: terms of the same tile
+        if accumulate_over:  # the rows of a are its columns: terms of the same tile
             return [a_index(*outer, m, 0, at_most(l + (i + 16), L - 1)) for i in range(count)]
-        # as many elements of the next tile's rows as these terms have
+        # the next tile's rows follow one another (in attention, with padding): as many elements
         following = a_index(*outer, at_most(m + height, M - height), 0, nest.const(0))
         return [following + (l * height + i) for i in range(0, count * height, TILE_N)]
 
@@ -308,7 +312,7 @@ def tiled_matmul(
 
             sums = [nest.load_output(address) if accumulate_over else zero for address in c]
             if term_loops:
-                for address in c:  # arrives while the terms are added
+                for address in () if accumulate_over else c:  # arrives while terms are added
                     nest.prefetch(0, address)
                 registers = nest.registers(len(sums))
                 for i, vector in enumerate(sums):
