@@ -271,7 +271,7 @@ def run_folder(path: str | os.PathLike, run: str | os.PathLike) -> Path:
 def _misplaced(run: str | os.PathLike) -> str:
     if os.path.isfile(run):
         return "; a DATASET follows the RUN"
-    return "; a text to continue follows --prompt" if " " in os.fspath(run) else ""
+    return "; a text follows --prompt (run) or --text (eval)" if " " in os.fspath(run) else ""
 
 
 def existing_run(path: str | os.PathLike, run: str | os.PathLike) -> Path:

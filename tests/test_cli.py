@@ -227,7 +227,10 @@ MISTAKES = {  # a command line, and what its error names
     "run {trained} run --checkpoint last": "neither a step nor best",
     "run {trained} run --prompt a --prompt-file b": "--prompt-file",
     "run {trained} run --prompt": "expected one argument",
-    "run {trained} 'Once upon'": "a text to continue follows --prompt",
+    "run {trained} 'Once upon'": "a text follows --prompt (run) or --text (eval)",
+    "eval {trained} --prompt 'The cat'": "error: unrecognized arguments: --prompt (see",
+    "run {trained} --text=Hi": "error: unrecognized arguments: --text (see",
+    "train {trained} new --prompt x": "--prompt (did you mean --sample-prompt?)",
     "run {trained} run --prompt-file /dev/null": "/dev/null is empty; leave --prompt-file out",
     "run {trained} run --prompt-file nowhere.txt": "nowhere.txt",
     "run {trained} run --prompt-file .": "cannot read",
@@ -842,8 +845,9 @@ def test_prompts_that_begin_with_a_dash(prompt, written, monkeypatch, capsys):
         monkeypatch.setattr(sys, "stdin", stdin_of(b"-"))
         assert run_it(*flags) == 0
         assert written.prompt == prompt.encode()
-    marked = mark_texts(["train", "m", "r", "--sample-prompt", "--resume", "--resume"])
-    args = build_parser(cli.COMMANDS).parse_args(marked)
+    parser = build_parser(cli.COMMANDS)
+    marked = mark_texts(["train", "m", "r", "--sample-prompt", "--resume", "--resume"], parser)
+    args = parser.parse_args(marked)
     assert (args.sample_prompt, args.resume) == ("--resume", True)
 
 

@@ -572,11 +572,14 @@ def main(arguments: list[str] | None = None) -> int:
         # escape characters that the encoding lacks; a notebook's stream accepts all characters
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    marked = mark_texts(sys.argv[1:] if arguments is None else arguments)
-    args, unknown = build_parser(COMMANDS).parse_known_args(marked)
+    parser = build_parser(COMMANDS)
+    marked = mark_texts(sys.argv[1:] if arguments is None else arguments, parser)
+    args, unknown = parser.parse_known_args(marked)
     if unknown:  # reported by the command's parser, whose help lists the command's options
         options = [name for action in args.parser._actions for name in action.option_strings]
-        meant = did_you_mean(unknown[0].partition("=")[0], options)
+        name = unknown[0].partition("=")[0]
+        longer = [option for option in options if name.lstrip("-") in option]
+        meant = did_you_mean(name, longer or options)
         args.parser.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
     try:
         with results_alone():

@@ -355,16 +355,19 @@ def checkpoint_name(text: str) -> int | str:
     return text if text == "best" else int(text)
 
 
-def mark_texts(arguments: list[str]) -> list[str]:
+def mark_texts(arguments: list[str], parser: Parser) -> list[str]:
     """The arguments, each text of TEXTS joined to its option: argparse takes -Hello for an option.
 
-    TEXT precedes it, since argparse of Python 3.11 loses the text `--` also when it is joined.
+    TEXT precedes it, since argparse of Python 3.11 loses the text `--` also when it is joined. The
+    text of an option that the command does not have is dropped: argparse would take it for a RUN.
     """
+    commands = parser._subparsers._group_actions[0].choices
+    known = next((commands[a]._option_string_actions for a in arguments if a in commands), {})
     marked, rest = [], iter(arguments)
     for argument in rest:
         option, joined, text = argument.partition("=")
         if option in TEXTS and (joined or (text := next(rest, None)) is not None):
-            argument = f"{option}={TEXT}{text}"
+            argument = f"{option}={TEXT}{text}" if option in known else option
         marked.append(argument)
     return marked
 
