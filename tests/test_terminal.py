@@ -258,7 +258,7 @@ def test_the_line_names_what_is_done(clock, capsys):
         lasts(5)
 
     assert display.show(made()) == "300"
-    first, last = "step 1 of 1200, 8.00 bits/byte", "step 300 of 1200, 7.40 bits/byte"
+    first, last = "step 1 of 1200, 8.00 bits/byte", "step 300 of 1200, 4.00 bits/byte"
     assert seen == [
         "compiling 0:20",
         f"compiling 0:24, {first}, 24% routed",
