@@ -16,6 +16,9 @@ and with dO the gradient of the output:
 
 as in FlashAttention-2 (arXiv 2307.08691), except that P is kept for the backward pass: in a band it
 has only O(N * window) elements.
+
+The band is cut into blocks of queries. In a single block, half of S is not visible: its tiles are
+not computed, and hold any numbers; nothing reads them.
 """
 
 import dataclasses
@@ -63,19 +66,19 @@ class Band:
         return self.heads // self.kv_heads
 
     @property
-    def causal(self) -> bool:
-        """Whether there is one block, where query i sees the keys 0 to i: half of all pairs."""
+    def one_block(self) -> bool:
+        """Whether all queries are in one block, in which query i sees the keys 0 to i."""
         return self.lookback == 0
 
     @property
     def parts(self) -> int:
         """Parts of a matrix's query rows that are multiplied separately: heads or blocks."""
-        return self.group if self.causal else self.blocks
+        return self.group if self.one_block else self.blocks
 
     @property
     def rows(self) -> int:
         """Query rows of a part: `queries` positions of one head, or of all heads of a block."""
-        return self.queries if self.causal else self.group * self.queries
+        return self.queries if self.one_block else self.group * self.queries
 
     @property
     def keys(self) -> int:
@@ -97,7 +100,7 @@ class Band:
 
     def key(self, part: UOp, n: UOp) -> UOp:
         """The index of a part's n-th visible key among those of its matrix."""
-        return n if self.causal else part * self.queries + n
+        return n if self.one_block else part * self.queries + n
 
     def key_row(self, z: UOp, part: UOp, n: UOp) -> UOp:
         """The index of a part's n-th visible key row among all key rows."""
@@ -105,8 +108,8 @@ class Band:
 
     @property
     def products(self) -> float:
-        """Matmuls of a part's scores [rows, keys]; a causal one counts as its share of tiles."""
-        share = (1 + tile_m() / self.keys) / 2 if self.causal else 1
+        """Matmuls of a part's scores [rows, keys]; in one block, by the share of tiles computed."""
+        share = (1 + tile_m() / self.keys) / 2 if self.one_block else 1
         return self.matrices * self.parts * share
 
 
@@ -147,7 +150,7 @@ def band_attention(q: Tensor, k: Tensor, v: Tensor, window: int, slopes: Tensor)
     k, v = key_rows(k, ones=False), key_rows(v, ones=True)
     slopes = (slopes.reshape(1, -1).expand(B, -1) / -math.log(2)).reshape(-1).contiguous()  # (B*H,)
     scores = _scores(q, _key_panels(k, band), slopes, band)
-    weights = rounded_factor(exps(scores, Q if band.causal else 0), to_bf16).contiguous()
+    weights = rounded_factor(exps(scores, Q if band.one_block else 0), to_bf16).contiguous()
     sums = _rows_times_keys(q.shape, [weights, v], band)
     out = _output_function(band, to_bf16)(q, k, v, weights, sums)  # (B*K*blocks*G*Q, C)
     out = out.reshape(B, K, blocks, G, Q, C).permute(0, 1, 3, 2, 4, 5)  # (B, K, G, blocks, Q, C)
@@ -208,7 +211,7 @@ def _score_kernel(numels: tuple[int, ...], band: Band) -> UOp:
 
     def add_bias(nest: LoopNest, sums: UOp, z: UOp, part: UOp, m: UOp, n: UOp) -> UOp:
         head = UOp(Ops.CDIV, m.dtype, (m, nest.const(Q)))  # of the part's heads
-        slope = nest.load(3, z * band.group + (part if band.causal else head), 1)
+        slope = nest.load(3, z * band.group + (part if band.one_block else head), 1)
         distance = nest.load(4, (m - head * Q) * band.keys + n)
         return sums + nest.broadcast(slope) * distance + nest.load(5, band.key(part, n))
 
@@ -240,7 +243,7 @@ def _rows_times_panels(
         b_index=lambda z, part, l, p: band.key_row(z, part, p * TILE_N) * P + l * TILE_N,
         c_index=lambda z, part, m, n: band.query_row(z, part, m) * s + n,
         epilogue=epilogue,
-        lower=band.causal,
+        lower=band.one_block,
         overlap=False,
     )
 
@@ -257,7 +260,7 @@ def _rows_times_keys(numels: tuple[int, ...], band: Band) -> UOp:
         a_index=lambda z, part, m, i, l: band.query_row(z, part, m + i) * s + l,
         b_index=lambda z, part, l, p: band.key_row(z, part, l) * P + p * TILE_N,
         c_index=lambda z, part, m, c: band.query_row(z, part, m) * P + c,
-        steps=(lambda m, c: (0, ceil_div(m + tile_m(), UNROLL))) if band.causal else None,
+        steps=(lambda m, c: (0, ceil_div(m + tile_m(), UNROLL))) if band.one_block else None,
         products=band.products,
         overlap=False,
     )
@@ -276,13 +279,13 @@ def _key_gradient_kernel(numels: tuple[int, ...], band: Band) -> UOp:
 
     def parts(z: UOp, block: UOp) -> UOp | int:
         """Number of parts that see keys of the block: all heads, or this block and later ones."""
-        if band.causal:
+        if band.one_block:
             return band.parts
         remaining = b - block
         return (remaining < later + 1).where(remaining, remaining.const_like(later + 1))
 
     def a_index(z: UOp, block: UOp, t: UOp, n: UOp, i: int, m: UOp) -> UOp:
-        key = n + i if band.causal else (later - t) * Q + n + i
+        key = n + i if band.one_block else (later - t) * Q + n + i
         return band.query_row(z, block + t, m) * band.keys + key
 
     def b_index(z: UOp, block: UOp, t: UOp, m: UOp, p: UOp) -> UOp:
@@ -293,7 +296,7 @@ def _key_gradient_kernel(numels: tuple[int, ...], band: Band) -> UOp:
         first = UOp(Ops.CDIV, n.dtype, (n, n.const_like(UNROLL)))
         return first, Q // UNROLL - first
 
-    products = band.products if band.causal else Z * sum(min(later + 1, b - i) for i in range(b))
+    products = band.products if band.one_block else Z * sum(min(later + 1, b - i) for i in range(b))
     return tiled_matmul(
         numels,
         f"key_gradient_{Z}_{b}_{Q}_{P}_{M}_{band.keys}",
@@ -303,7 +306,7 @@ def _key_gradient_kernel(numels: tuple[int, ...], band: Band) -> UOp:
         b_index,
         c_index=lambda z, block, n, c: ((z * b + block) * Q + n) * P + c,
         accumulate_over=parts,
-        steps=steps if band.causal else None,
+        steps=steps if band.one_block else None,
         products=products,
         overlap=False,
     )
@@ -332,9 +335,8 @@ def _exps(numels: tuple[int, ...], rows: int, s: int, queries: int, threaded: bo
 
     with nest.loops((rows // period, period), 1) as (part, query):
         row = part * period + query
-        if (
-            queries
-        ):  # what a row of the same tile sees; rounded up, also in a last tile that overlaps
+        # what a row of the same tile sees; rounded up to vectors, also where the last tile overlaps
+        if queries:
             keys = at_most(ceil_div(query + 1, tile_m()) * tile_m(), queries)
             vectors = ceil_div(keys, TILE_N)
         start, top = row * s, nest.registers(1)
