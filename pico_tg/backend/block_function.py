@@ -41,9 +41,9 @@ class BlockFunction:
 
     `constants` depend on no input, such as RoPE's sines: all calls share them. `saved` are the
     activations that both graphs need. Hand-scheduled kernels write into buffers
-    (scratch), which each call allocates and passes in, or into a gradient if they compute all of
-    it. The backward receives the forward's scratch buffers that the gradient reads ("kernels'
-    buffers").
+    (scratch), which each call allocates and passes in; a kernel that computes a whole gradient
+    writes into that result. The backward receives the forward's scratch buffers that the gradient
+    reads ("kernels' buffers").
     """
 
     def __init__(self, block: Callable[[Tensor], Tensor], weights: list[Tensor], x: Tensor) -> None:
@@ -143,13 +143,11 @@ def _with_outputs(graph: UOp) -> tuple[UOp, list[UOp]]:
     would make the second copy before the kernel has run
     (test_block_function.test_a_kernel_computes_two_gradients).
     """
-    results = [_flat_buffer(uop) for uop in graph.src]
-    results = [
-        flat if flat is not None and results.count(flat) == 1 else uop
-        for flat, uop in zip(results, graph.src, strict=True)
-    ]
-    changed = [new.src[0] for new, old in zip(results, graph.src, strict=True) if new is not old]
-    return UOp.maketuple(*results), changed
+    flat = [_flat_buffer(uop) for uop in graph.src]
+    outputs = {uop for uop in flat if uop is not None and flat.count(uop) == 1}
+    pairs = zip(flat, graph.src, strict=True)
+    results = (new if new in outputs else old for new, old in pairs)
+    return UOp.maketuple(*results), [uop.src[0] for uop in outputs]
 
 
 def _flat_buffer(uop: UOp) -> UOp | None:

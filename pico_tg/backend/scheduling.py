@@ -1,16 +1,15 @@
 """No copies of what a custom kernel has written.
 
-Where two kernels read a reshaped tensor in different orders, tinygrad 0.13 gives both a copy of it,
-and a store gets a copy of what it stores over its own operand. Later tinygrad removes each copy
-that could be computed again from at most 3 buffers. If a custom kernel has written one of these, it
-also counts the buffers that this kernel and all before it read, so the copy stays: 65 of 976
-kernels of the published model's forward and backward pass, and SOAP's moving averages
+tinygrad 0.13 makes a copy of a reshaped tensor that two kernels read in different orders, and of a
+value that is stored over one of its own operands. Later it removes each copy that could be computed
+again from at most 3 buffers. For a value that depends on a custom kernel's output, it counts all
+buffers that this kernel and those before it read, so the copy stays: 65 of 976 kernels of the
+published model's forward and backward pass, and SOAP's moving averages
 (test_operations.test_operations_are_close_to_the_model_flops,
 test_soap.test_moving_averages_are_updated_in_place).
 
-The output of a custom kernel must not be assigned in the schedule that computes it: tinygrad orders
-such a store only after reads of buffers that are arguments of the schedule, so that a copy may have
-kept a value that a direct read finds overwritten.
+Do not assign to a custom kernel's output in the schedule that computes it: tinygrad does not order
+the store after the reads of that output, which may then find the new value.
 """
 
 from tinygrad.dtype import Invalid
@@ -24,8 +23,8 @@ def without_copy(value: UOp, copy: UOp, read: UOp) -> UOp | None:
     if not copy.arg.removable or value.op in rangeify.ALWAYS_RUN_OPS:
         return None
     buffers = {Ops.AFTER, Ops.PARAM, Ops.STAGE, Ops.MSTACK}
-    found = value.toposort(gate=lambda uop: uop.op not in buffers)
-    if any(u.op is Ops.REDUCE for u in found) or sum(u.op in buffers for u in found) > 3:
+    graph = value.toposort(gate=lambda uop: uop.op not in buffers)
+    if any(u.op is Ops.REDUCE for u in graph) or sum(u.op in buffers for u in graph) > 3:
         return None
     indices = zip(copy.src[1:], read.src[1:], strict=True)
     found = {i: j for i, j in indices if i.op is not Ops.CONST and j.arg is not Invalid}

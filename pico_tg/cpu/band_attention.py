@@ -33,7 +33,7 @@ from tinygrad.uop.ops import Ops, UOp
 from ..backend.precision import BF16, rounded_factor
 from . import launcher
 from .loops import TILE_N, VECTOR, LoopNest, tile_m
-from .matmul import UNROLL, at_most, ceil_div, kernel, pack, shares, tiled_matmul
+from .matmul import UNROLL, at_most, ceil_div, floor_div, kernel, pack, shares, tiled_matmul
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +210,7 @@ def _score_kernel(numels: tuple[int, ...], band: Band) -> UOp:
     Q = band.queries
 
     def add_bias(nest: LoopNest, sums: UOp, z: UOp, part: UOp, m: UOp, n: UOp) -> UOp:
-        head = UOp(Ops.CDIV, m.dtype, (m, nest.const(Q)))  # of the part's heads
+        head = floor_div(m, Q)  # of the part's heads
         slope = nest.load(3, z * band.group + (part if band.one_block else head), 1)
         distance = nest.load(4, (m - head * Q) * band.keys + n)
         return sums + nest.broadcast(slope) * distance + nest.load(5, band.key(part, n))
@@ -281,8 +281,7 @@ def _key_gradient_kernel(numels: tuple[int, ...], band: Band) -> UOp:
         """Number of parts that see keys of the block: all heads, or this block and later ones."""
         if band.one_block:
             return band.parts
-        remaining = b - block
-        return (remaining < later + 1).where(remaining, remaining.const_like(later + 1))
+        return at_most(b - block, later + 1)
 
     def a_index(z: UOp, block: UOp, t: UOp, n: UOp, i: int, m: UOp) -> UOp:
         key = n + i if band.one_block else (later - t) * Q + n + i
@@ -293,7 +292,7 @@ def _key_gradient_kernel(numels: tuple[int, ...], band: Band) -> UOp:
 
     def steps(n: UOp, _: UOp) -> tuple[UOp, UOp]:
         """The steps from the key's own query on."""
-        first = UOp(Ops.CDIV, n.dtype, (n, n.const_like(UNROLL)))
+        first = floor_div(n, UNROLL)
         return first, Q // UNROLL - first
 
     products = band.products if band.one_block else Z * sum(min(later + 1, b - i) for i in range(b))

@@ -205,8 +205,12 @@ def at_most(i: UOp, last: int) -> UOp:
     return (i < last).where(i, i.const_like(last))
 
 
+def floor_div(i: UOp, n: int) -> UOp:
+    return UOp(Ops.CDIV, i.dtype, (i, i.const_like(n)))
+
+
 def ceil_div(i: UOp, n: int) -> UOp:
-    return UOp(Ops.CDIV, i.dtype, (i + (n - 1), i.const_like(n)))
+    return floor_div(i + (n - 1), n)
 
 
 def tiled_matmul(
@@ -287,7 +291,7 @@ def tiled_matmul(
         with nest.loops((tiles_n,)) as (tile,):
             n = at_most(tile * width, N - width) if N % width else tile * width
             # the first tile that is not above the diagonal
-            start = UOp(Ops.CDIV, n.dtype, (n, nest.const(height))) if lower else 0
+            start = floor_div(n, height) if lower else 0
             with nest.loops((tiles_m - start,), shared - len(outer)) as (m,):
                 m = (m + start) * height
                 yield at_most(m, M - height) if M % height else m, n, tile * wide
@@ -356,7 +360,7 @@ def tiled_matmul(
 
 
 def shares(iterations: int) -> int:
-    """The number of threads of a loop of that many iterations, SHARES times that of the cores."""
+    """Shares of a loop of that many iterations: SHARES a thread with the launcher, else one."""
     return min(CPU_COUNT.value * (SHARES if launcher.serves() else 1), iterations)
 
 

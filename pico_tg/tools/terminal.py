@@ -248,7 +248,7 @@ class TrainingDisplay(StopSignals):
         self.status: Status | None = None  # from the first phase to the end of `show`
         self.record: dict = {}  # the last one
         self.bits = 0.0  # bits per byte in training: a moving average
-        self.weight = 2.0  # of the newest step in it: 1, 2/3, 2/4 and so on, down to 0.1
+        self.shown = 0  # steps in it
         self.name, self.parts = "", ""  # of the phase
         self.since = self.received = time.monotonic()
         self.held: float | None = None  # since when the time that is left does not pass
@@ -291,8 +291,8 @@ class TrainingDisplay(StopSignals):
         try:
             for record in records:
                 bits = record["bits_per_byte"]
-                self.weight = max(0.1, 1 / (1 / self.weight + 0.5))
-                self.bits += self.weight * (bits - self.bits)
+                self.shown += 1
+                self.bits += max(0.1, 2 / (self.shown + 1)) * (bits - self.bits)
                 self.hold(False)
                 self.record, self.received = record, time.monotonic()
                 checkpoint = record.get("checkpoint", checkpoint)
