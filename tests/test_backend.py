@@ -7,18 +7,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tinygrad import Device
 from tinygrad.device import ALL_DEVICES
 from tinygrad.helpers import Target
 
+from pico_tg.backend import huge_pages
 from pico_tg.backend.device import (
+    check_backend,
     complete_target,
     find_clang,
     find_llvm,
     parse_devices,
     without_absent_gpus,
 )
+from pico_tg.backend.runtime import from_host, read
 from pico_tg.files import PicoError
 
 SCRIPT = Path(__file__).parent / "scripts" / "compute.py"
@@ -66,6 +70,34 @@ def test_unreadable_buses_exclude_no_gpu(tmp_path):
     before = list(ALL_DEVICES)
     with without_absent_gpus(tmp_path):
         assert before == ALL_DEVICES
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no huge pages here"
+)
+def test_large_buffers_are_private_memory_for_huge_pages():
+    """Also after a reuse; a small buffer stays as tinygrad maps it."""
+    check_backend()
+    for elements, huge in (1 << 20, True), (1 << 20, True), (1 << 12, False):
+        x = from_host(np.arange(elements, dtype=np.float32), "CPU")
+        address = read(x).ctypes.data
+        flags = mapping_flags(address)
+        assert ("hg" in flags, "sh" in flags) == (huge, not huge)
+        assert address % huge_pages.HUGE == 0 or not huge
+        assert (read((x + 1).realize()) == np.arange(1, elements + 1)).all()
+        del x
+
+
+def mapping_flags(address: int) -> list[str]:
+    """The kernel's flags of the mapping that holds `address`."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if bounds := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
+            start, stop = (int(bound, 16) for bound in bounds.groups())
+            inside = start <= address < stop
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    raise LookupError(hex(address))
 
 
 @pytest.mark.parametrize(

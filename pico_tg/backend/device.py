@@ -32,6 +32,7 @@ from tinygrad.helpers import CPU_COUNT, DEV, USE_TC, Target
 from tinygrad.runtime.support.c import DLL
 
 from ..files import PicoError
+from . import huge_pages
 from .cache_file import share_cache_file
 from .machine import processor
 
@@ -196,6 +197,7 @@ def _open(name: str) -> None:
     compiler = Device[name].renderer.compiler  # loads it
     if name.split(":")[0] == "CPU":
         _check_executable_memory()
+        huge_pages.install(Device[name].allocator)
         # tinygrad 0.13 caches clang's objects by source and "native", whatever processor that is
         # (test_backend.test_objects_are_of_one_processor)
         if compiler and compiler.cachekey:
