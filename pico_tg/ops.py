@@ -234,8 +234,10 @@ def column_sums(*factors: Tensor) -> Tensor:
     kernel of several such sums in a single thread.
     """
     x = factors[0]
-    # a single row would be a loop of one iteration, which tinygrad 0.13 renders as none
-    if x.numel() > x.shape[-1] and (cpu := cpu_kernels(x.device)):
+    D = x.shape[-1]
+    # a single row would be a loop of one iteration, which tinygrad 0.13 renders as none; the
+    # kernel's vectors have 16 columns
+    if x.numel() > D >= 16 and (cpu := cpu_kernels(x.device)):
         return cpu.column_sums(*factors)
     product = math.prod(factors)
     return product.reshape(-1, product.shape[-1]).sum(axis=0).contiguous()

@@ -1,5 +1,6 @@
 """The CPU's hand-scheduled kernels: other processors' tiles, thread counts, wide addresses."""
 
+import math
 import re
 
 import numpy as np
@@ -11,6 +12,7 @@ from tinygrad.helpers import DEV
 from tinygrad.uop.ops import Ops
 
 import pico_tg.matmul as matmuls
+from pico_tg import ops
 from pico_tg.attention import banded_attention
 from pico_tg.backend.runtime import has_cpu_kernels
 from pico_tg.cpu import band_attention, launcher, loops, matmul
@@ -74,15 +76,17 @@ def test_graphs_hold_no_operations():
     assert len(call.src[0].toposort()) < 20
 
 
-@pytest.mark.parametrize("D", [32, 48, 36, 7, 1])
-def test_column_sums(D, monkeypatch):
-    """Whole vectors of columns, parts of one, single columns; shared by threads, or not."""
+@pytest.mark.parametrize("cores", [1, 3])
+@pytest.mark.parametrize("D", [16, 36, 96, 372, 7, 1])
+def test_column_sums(D, cores, nan_memory, monkeypatch):
+    """One vector of columns; blocks of vectors, the last of which overlaps; fewer columns."""
     monkeypatch.setattr(launcher, "worth_threads", lambda _: True)
     rng = np.random.default_rng(0)
-    shapes = (4, 5, D), (20, D), (1, 20, 1)
+    shapes = (4, 5, D), (4, 5, D), (4, 5, 1)
     factors = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
-    expected = np.prod(np.broadcast_arrays(*(x.reshape(20, -1) for x in factors)), axis=0).sum(0)
-    found = matmul.column_sums(*(Tensor(x).realize() for x in factors)).numpy()
+    expected = math.prod(factors).sum(axis=(0, 1))
+    with Context(CPU_COUNT=cores):
+        found = ops.column_sums(*(Tensor(x).realize() for x in factors)).numpy()
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 

@@ -7,16 +7,15 @@ from collections.abc import Callable, Iterator
 
 from tinygrad import Device, Tensor, TinyJit, dtypes
 from tinygrad.codegen import do_to_program
-from tinygrad.codegen.opt import Opt, OptOps
 from tinygrad.helpers import CPU_COUNT, DEBUG, round_up
 from tinygrad.renderer import Renderer
-from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
+from tinygrad.uop.ops import Ops, UOp
 
 from ..backend import scheduling  # noqa: F401  # what these kernels write is not copied
 from ..backend.jit_cache import cached_program, installed, without_operations
 from ..backend.machine import renderer_of
 from . import launcher
-from .loops import TILE_N, LoopNest, choose_shared_loop, even_threads, tile_m
+from .loops import TILE_N, LoopNest, choose_shared_loop, tile_m
 
 # A kernel of at least LONG operations, or of sums of different lengths, has SHARES shares a thread:
 # with one share a thread, the slowest or busiest core would delay the kernel. Only with the
@@ -177,28 +176,49 @@ def _pack(
 
 
 def column_sums(*factors: Tensor) -> Tensor:
-    """The product of the factors [..., D] or [..., 1], summed over all axes but the last: [D].
+    """The product of the factors, summed over all axes but the last: [D], with D >= TILE_N.
 
-    A row adds a vector of columns at a time; tinygrad would read a column at a time.
+    A factor is [..., D], at least two rows, or [..., 1]. A row adds several vectors of columns at a
+    time; tinygrad would read a column at a time.
     """
     D = max(f.shape[-1] for f in factors)
     N = max(f.numel() for f in factors) // D
-    width = next(n for n in (TILE_N, 12, 8, 4, 3, 2, 1) if D % n == 0)
-    opts = [Opt(OptOps.UPCAST, 0, width)] if width > 1 else []
-    if launcher.worth_threads(N * D) and (threads := even_threads(D // width)) > 1:
-        opts.append(Opt(OptOps.THREAD, 0, threads))
-
-    def sums(out: UOp, *factors: UOp) -> UOp:
-        d, n = UOp.range(D, 0), UOp.range(N, 1, AxisType.REDUCE)
-        factors = [f.reshape(N, f.numel() // N) for f in factors]
-        product = math.prod(f[n, d if f.shape[1] > 1 else 0] for f in factors)
-        info = KernelInfo(name=f"column_sums_{N}_{D}_{len(factors)}", opts_to_apply=tuple(opts))
-        return out[0, d].store(product.reduce(n, arg=Ops.ADD)).end(d).sink(arg=info)
-
-    out = Tensor.empty(1, D, device=factors[0].device)
+    threads = CPU_COUNT.value if launcher.worth_threads(N * D) else 1
+    whole = tuple(f.shape[-1] == D for f in factors)
     # reshaped: tinygrad 0.13 would return a function's result before the kernel has computed it
     # (test_golden.test_training_step)
-    return out.custom_kernel(*factors, fxn=sums)[0].reshape(D)
+    return _column_sums((1, D), list(factors), N, D, whole, threads).reshape(D)
+
+
+@kernel
+def _column_sums(
+    numels: tuple[int, ...], N: int, D: int, whole: tuple[bool, ...], threads: int
+) -> UOp:
+    """`whole`: for each factor, whether it has D columns or one."""
+    # blocks of up to 8 vectors of columns, equally many for each thread if possible
+    choices = [v for v in range(8, 0, -1) if v * TILE_N <= D]
+    vectors = next((v for v in choices if -(-D // (v * TILE_N)) % threads == 0), choices[-1])
+    width = vectors * TILE_N
+    blocks = -(-D // width)
+    nest = LoopNest(numels, min(threads, blocks))
+    with nest.loops((blocks,), 0) as (block,):
+        first = at_most(block * width, D - width) if D % width else block * width
+        registers = nest.registers(vectors)
+        for v in range(vectors):
+            nest.store_reg(registers, v, nest.broadcast(0.0))
+        with nest.loop(N) as row:
+            sums = [nest.load_reg(registers, v) for v in range(vectors)]
+            for v in range(vectors):
+                column = first + v * TILE_N
+                terms = [
+                    nest.load(i, row * D + column) if all_columns
+                    else nest.broadcast(nest.load(i, row, 1))
+                    for i, all_columns in enumerate(whole, 1)
+                ]  # fmt: skip
+                nest.store_reg(registers, v, sums[v] + math.prod(terms[1:], start=terms[0]))
+        for v in range(vectors):
+            nest.store(first + v * TILE_N, nest.load_reg(registers, v))
+    return nest.program(f"column_sums_{N}_{D}_{len(whole)}", N * D * len(whole))
 
 
 def at_most(i: UOp, last: int) -> UOp:
