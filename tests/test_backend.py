@@ -1,5 +1,7 @@
 """The choice of a device and a code generator, and the one line where there is none."""
 
+import itertools
+import mmap
 import os
 import platform
 import re
@@ -10,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tinygrad import Device
-from tinygrad.device import ALL_DEVICES
-from tinygrad.helpers import Target
+from tinygrad.device import ALL_DEVICES, BufferSpec
+from tinygrad.helpers import Target, mv_address
 
 from pico_tg.backend import huge_pages
 from pico_tg.backend.device import (
@@ -78,15 +80,33 @@ def test_unreadable_buses_exclude_no_gpu(tmp_path):
 def test_buffers_have_huge_pages():
     """Also after others were freed; a large one begins at such a page and is unmapped if freed."""
     check_backend()
-    for elements in 1 << 23, 1, 1 << 18, 1 << 23, 1 << 18:
+    large = 1 << 23
+    for elements in large, 1, 1 << 18, large, 1 << 18:
         x = from_host(np.arange(elements, dtype=np.float32), "CPU")
         address = read(x).ctypes.data
         assert "hg" in mapping_flags(address)
-        assert address % (huge_pages.HUGE if elements == 1 << 23 else huge_pages.LINE) == 0
         assert (read((x + 1).realize()) == np.arange(1, elements + 1)).all()
         del x
         Device["CPU"].allocator.free_cache()
-        assert bool(mapping_flags(address)) == (elements < 1 << 23)
+        if elements == large:
+            assert address % huge_pages.HUGE == 0
+            assert mapping_flags(address) == []
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="Linux only")
+def test_buffers_are_apart_and_inside_their_mappings():
+    check_backend()
+    installed = Device["CPU"].allocator._alloc
+    check_backend()
+    assert Device["CPU"].allocator._alloc is installed
+    allocate = huge_pages.HugePages(Device["CPU"].allocator)
+    sizes = [1, 4097, 1 << 20, 5 << 20, huge_pages.SHARED // 2, huge_pages.SHARED // 2 + 1] * 8
+    buffers = [(allocate(size, BufferSpec()), size) for size in sizes]
+    ends = sorted((buffer.va_addr, buffer.va_addr + size) for buffer, size in buffers)
+    assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(ends))
+    for buffer, size in buffers:
+        start = buffer.va_addr - mv_address(buffer.meta)
+        assert 0 <= start <= len(buffer.meta) - size
 
 
 def mapping_flags(address: int) -> list[str]:
@@ -238,7 +258,7 @@ os.waitpid(child, 0)
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_forked_child_is_told():
-    """At once, if the parent has computed: the child would hang, or share the parent's weights."""
+    """At once, if the parent has computed: the child would wait for its threads."""
     assert python("-c", FORKED.format(computed=True)).stdout.count("spawn") == 2
     assert python("-c", FORKED.format(computed=False)).stdout == "computed\n"
 

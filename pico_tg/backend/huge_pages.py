@@ -1,49 +1,52 @@
 """Huge pages (of 2 MiB) for the buffers of a CPU device, on Linux.
 
-The tables of pages of 4 KiB for a model's weights, moments and gradients do not fit the processor's
-caches of addresses. tinygrad 0.13 maps each buffer as shared memory, for which Linux has no huge
-pages by default. Here buffers are parts of large private mappings, for which a program may ask for
-them.
+A processor caches the addresses of a few thousand pages; a model's weights, moments and gradients
+are many more pages of 4 KiB. tinygrad 0.13 maps each buffer as shared memory, for which Linux has
+no huge pages by default. Here buffers are parts of private mappings, for which a program may ask
+for them.
 """
 
 import contextlib
 import dataclasses
 import mmap
+import threading
 
 from tinygrad.device import BufferSpec
-from tinygrad.helpers import mv_address, round_up
+from tinygrad.helpers import LRU, mv_address, round_up
 from tinygrad.runtime.ops_cpu import CPUAllocator
 from tinygrad.runtime.support.hcq import HCQBuffer
 
 HUGE = 1 << 21  # bytes of a page
-MAPPING = 16 * HUGE  # buffers of up to half as many bytes share mappings of that size
-LINE = 64  # bytes of a cache line, at which a buffer begins
+SHARED = 16 * HUGE  # buffers of up to half as many bytes share mappings of that size
 
 
 class HugePages:
-    """Cuts buffers off mappings, one after another. A mapping is freed with its last buffer.
+    """Cuts buffers off mappings, one after another. A full mapping is freed with its last buffer.
 
-    What a freed buffer leaves is not cut again, but tinygrad keeps freed buffers for others of the
-    same size.
+    What a freed buffer leaves is not cut again: tinygrad keeps freed buffers for others of the same
+    size.
     """
 
     def __init__(self, allocator: CPUAllocator) -> None:
         self.allocate = allocator._alloc
-        self.mapping, self.start, self.stop = None, 0, 0
+        self.lock = threading.Lock()
+        self.mapping, self.first, self.used = None, 0, SHARED  # the first buffer finds it full
 
     def __call__(self, size: int, options: BufferSpec) -> HCQBuffer:
         """In place of tinygrad's `_alloc`."""
         if options.external_ptr is not None:
             return self.allocate(size, options)
-        length = round_up(size, LINE)
-        if length > MAPPING // 2:
+        length = round_up(size, mmap.PAGESIZE)  # drivers of GPUs map whole pages
+        if length > SHARED // 2:
             mapping, start = _map(length)
         else:
-            if length > self.stop - self.start:
-                self.mapping, self.start = _map(MAPPING)
-                self.stop = self.start + MAPPING
-            mapping, start = self.mapping, self.start
-            self.start += length
+            with self.lock:
+                if self.used + length > SHARED:
+                    self.mapping, self.first = _map(SHARED)
+                    self.used = 0
+                mapping, start = self.mapping, self.first + self.used
+                self.used += length
+        # a buffer without memory of its own
         buffer = self.allocate(size, dataclasses.replace(options, external_ptr=start))
         buffer.meta = mapping
         return buffer
@@ -58,6 +61,10 @@ def _map(size: int) -> tuple[mmap.mmap, int]:
 
 
 def install(allocator: CPUAllocator) -> None:
-    """Give the buffers that `allocator` creates from now on such memory."""
-    if hasattr(mmap, "MADV_HUGEPAGE") and not isinstance(allocator._alloc, HugePages):
+    """Give the buffers that `allocator` creates from now on such memory.
+
+    Not with tinygrad's LRU=0, where what freed buffers leave would be lost.
+    """
+    installed = isinstance(allocator._alloc, HugePages)
+    if LRU and hasattr(mmap, "MADV_HUGEPAGE") and not installed:
         allocator._alloc = HugePages(allocator)

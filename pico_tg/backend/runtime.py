@@ -273,7 +273,7 @@ def exclusive(function: Callable) -> Callable:
     """The function, holding `tinygrad_lock` while it runs; outside the main thread without BEAM.
 
     Raises PicoError in a process that was forked from one that has computed: it would wait for the
-    parent's threads, and share the parent's buffers (test_backend.test_a_forked_child_is_told).
+    parent's threads (test_backend.test_a_forked_child_is_told).
     """
 
     @functools.wraps(function)
@@ -281,8 +281,8 @@ def exclusive(function: Callable) -> Callable:
         global _used
         if _forked:
             raise PicoError(
-                "this process was forked from one that has already computed, and shares its "
-                'memory; start it by multiprocessing.get_context("spawn")'
+                "this process was forked from one that has already computed, and lacks its "
+                'threads; start it by multiprocessing.get_context("spawn")'
             )
         _used = True
         with tinygrad_lock, _search():
