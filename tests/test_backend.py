@@ -74,6 +74,7 @@ def test_unreadable_buses_exclude_no_gpu(tmp_path):
         assert before == ALL_DEVICES
 
 
+@on_cpu
 @pytest.mark.skipif(
     not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no huge pages here"
 )
@@ -93,6 +94,7 @@ def test_buffers_have_huge_pages():
             assert mapping_flags(address) == []
 
 
+@on_cpu
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="Linux only")
 def test_buffers_are_apart_and_inside_their_mappings():
     check_backend()

@@ -15,7 +15,7 @@ import pico_tg.matmul as matmuls
 from pico_tg import ops
 from pico_tg.attention import banded_attention
 from pico_tg.backend.runtime import has_cpu_kernels
-from pico_tg.cpu import band_attention, launcher, loops, matmul
+from pico_tg.cpu import band_attention, decoding, launcher, loops, matmul
 
 pytestmark = pytest.mark.skipif(
     not has_cpu_kernels(Device.DEFAULT), reason="needs the hand-scheduled CPU kernels"
@@ -158,4 +158,4 @@ def test_tiles_cover_the_band(window, length):
 
 def test_threads_share_evenly():
     with Context(CPU_COUNT=4):
-        assert [loops.even_threads(n) for n in (1, 2, 3, 8, 9, 10)] == [1, 2, 3, 4, 3, 2]
+        assert [decoding.even_threads(n) for n in (1, 2, 3, 8, 9, 10)] == [1, 2, 3, 4, 3, 2]

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 
 from tinygrad import Tensor, dtypes
 from tinygrad.codegen.opt import Opt, OptOps
+from tinygrad.helpers import CPU_COUNT
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
 from . import launcher
 from .band_attention import exps
-from .loops import TILE_N, even_threads, tile_m
+from .loops import TILE_N, tile_m
 
 if TYPE_CHECKING:
     from ..kv_cache import KVCache
@@ -174,3 +175,8 @@ def _tile_opts(column_axis: int, vectors: int, row_axis: int, rows: int) -> list
     if rows > 1:
         opts.append(Opt(OptOps.UPCAST, row_axis, rows))
     return opts
+
+
+def even_threads(iterations: int) -> int:
+    """The largest number of threads, at most CPU_COUNT, that divides `iterations`."""
+    return next(t for t in range(CPU_COUNT.value, 0, -1) if iterations % t == 0)

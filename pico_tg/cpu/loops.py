@@ -177,8 +177,3 @@ def tile_m() -> int:
             return 8 if " avx512f " in file.read() else 6
     except OSError:
         return 6
-
-
-def even_threads(iterations: int) -> int:
-    """The largest number of threads, at most CPU_COUNT, that divides `iterations`."""
-    return next(t for t in range(CPU_COUNT.value, 0, -1) if iterations % t == 0)
