@@ -77,7 +77,7 @@ def test_graphs_hold_no_operations():
 
 
 @pytest.mark.parametrize("cores", [1, 3])
-@pytest.mark.parametrize("D", [16, 36, 96, 372, 7, 1])
+@pytest.mark.parametrize("D", [16, 32, 36, 48, 96, 372, 7, 1])
 def test_column_sums(D, cores, nan_memory, monkeypatch):
     """One vector of columns; blocks of vectors, the last of which overlaps; fewer columns."""
     monkeypatch.setattr(launcher, "worth_threads", lambda _: True)

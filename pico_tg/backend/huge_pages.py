@@ -11,9 +11,8 @@ import dataclasses
 import mmap
 import threading
 
-from tinygrad.device import BufferSpec
+from tinygrad.device import Allocator, BufferSpec
 from tinygrad.helpers import LRU, mv_address, round_up
-from tinygrad.runtime.ops_cpu import CPUAllocator
 from tinygrad.runtime.support.hcq import HCQBuffer
 
 HUGE = 1 << 21  # bytes of a page
@@ -27,7 +26,7 @@ class HugePages:
     size.
     """
 
-    def __init__(self, allocator: CPUAllocator) -> None:
+    def __init__(self, allocator: Allocator) -> None:
         self.allocate = allocator._alloc
         self.lock = threading.Lock()
         self.mapping, self.first, self.used = None, 0, SHARED  # the first buffer finds it full
@@ -60,7 +59,7 @@ def _map(size: int) -> tuple[mmap.mmap, int]:
     return mapping, round_up(mv_address(mapping), HUGE)
 
 
-def install(allocator: CPUAllocator) -> None:
+def install(allocator: Allocator) -> None:
     """Give the buffers that `allocator` creates from now on such memory.
 
     Not with tinygrad's LRU=0, where what freed buffers leave would be lost.

@@ -159,7 +159,7 @@ def _pack(
     nest = LoopNest(numels, threads)
     with nest.loops(sizes, shared) as (z, g, l):
         first = g * group
-        l = at_most(l * rows, L - rows) if L % rows else l * rows
+        l = first_of(l, rows, L)
         with nest.loops((at_most(panels - first, group) if panels % group else group,)) as (i,):
             panel = first + i
             n = panel * width
@@ -183,18 +183,19 @@ def column_sums(*factors: Tensor) -> Tensor:
     """
     D = max(f.shape[-1] for f in factors)
     N = max(f.numel() for f in factors) // D
-    threads = CPU_COUNT.value if launcher.worth_threads(N * D) else 1
+    threaded = launcher.worth_threads(N * D)
     whole = tuple(f.shape[-1] == D for f in factors)
     # reshaped: tinygrad 0.13 would return a function's result before the kernel has computed it
     # (test_golden.test_training_step)
-    return _column_sums((1, D), list(factors), N, D, whole, threads).reshape(D)
+    return _column_sums((1, D), list(factors), N, D, whole, threaded).reshape(D)
 
 
 @kernel
 def _column_sums(
-    numels: tuple[int, ...], N: int, D: int, whole: tuple[bool, ...], threads: int
+    numels: tuple[int, ...], N: int, D: int, whole: tuple[bool, ...], threaded: bool
 ) -> UOp:
     """`whole`: for each factor, whether it has D columns or one."""
+    threads = CPU_COUNT.value if threaded else 1
     # blocks of up to 8 vectors of columns, equally many for each thread if possible
     choices = [v for v in range(8, 0, -1) if v * TILE_N <= D]
     vectors = next((v for v in choices if -(-D // (v * TILE_N)) % threads == 0), choices[-1])
@@ -202,12 +203,11 @@ def _column_sums(
     blocks = -(-D // width)
     nest = LoopNest(numels, min(threads, blocks))
     with nest.loops((blocks,), 0) as (block,):
-        first = at_most(block * width, D - width) if D % width else block * width
+        first = first_of(block, width, D)
         registers = nest.registers(vectors)
         for v in range(vectors):
             nest.store_reg(registers, v, nest.broadcast(0.0))
         with nest.loop(N) as row:
-            sums = [nest.load_reg(registers, v) for v in range(vectors)]
             for v in range(vectors):
                 column = first + v * TILE_N
                 terms = [
@@ -215,10 +215,16 @@ def _column_sums(
                     else nest.broadcast(nest.load(i, row, 1))
                     for i, all_columns in enumerate(whole, 1)
                 ]  # fmt: skip
-                nest.store_reg(registers, v, sums[v] + math.prod(terms[1:], start=terms[0]))
+                total = nest.load_reg(registers, v) + math.prod(terms[1:], start=terms[0])
+                nest.store_reg(registers, v, total)
         for v in range(vectors):
             nest.store(first + v * TILE_N, nest.load_reg(registers, v))
     return nest.program(f"column_sums_{N}_{D}_{len(whole)}", N * D * len(whole))
+
+
+def first_of(tile: UOp, width: int, size: int) -> UOp:
+    """The first of the `width` elements of a tile; the last tile ends with the last of `size`."""
+    return at_most(tile * width, size - width) if size % width else tile * width
 
 
 def at_most(i: UOp, last: int) -> UOp:
@@ -309,12 +315,11 @@ def tiled_matmul(
         Rows are the inner loop, so that a tile finds its panels of b in the cache.
         """
         with nest.loops((tiles_n,)) as (tile,):
-            n = at_most(tile * width, N - width) if N % width else tile * width
+            n = first_of(tile, width, N)
             # the first tile that is not above the diagonal
             start = floor_div(n, height) if lower else 0
             with nest.loops((tiles_m - start,), shared - len(outer)) as (m,):
-                m = (m + start) * height
-                yield at_most(m, M - height) if M % height else m, n, tile * wide
+                yield first_of(m + start, height, M), n, tile * wide
 
     def ahead(outer: list[UOp], m: UOp, l: UOp, count: int) -> list[UOp]:
         """Addresses of a, a cache line each, to prefetch while terms l to l + count are added."""
