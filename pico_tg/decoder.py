@@ -241,18 +241,18 @@ class Decoder:
                 whole()
 
             def run() -> list[np.ndarray]:
-                results = read(whole())
+                results = whole()
                 logits, rest = results[: -2 * rows], results[-2 * rows :]
                 return [logits.reshape(rows, -1, 256), *rest.reshape(2, rows)]
 
             return run
         encode, predict = self._graph(self._encode, rows), self._graph(self._predict, rows)
         deepen = [self._graph(self._deepen, count) for count in counts]
-        router_logits, decisions, choice = encode()
+        router_logits, decisions, _ = encode()
         for graph in deepen:  # only to compile it: the first pass overwrites what it computes
             graph()
-        outputs = [read(x) for x in (predict(), router_logits, decisions)]
-        run_graphs = link_graphs(encode, choice, deepen, predict)
+        outputs = [predict(), router_logits, decisions]
+        run_graphs = link_graphs(encode, deepen, predict)
         return lambda: run_graphs() or outputs
 
     def _slots(self, rows: int) -> list[int]:

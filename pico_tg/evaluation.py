@@ -24,7 +24,7 @@ import numpy as np
 from tinygrad import Tensor, dtypes, nn
 
 from .backend.precision import graph_context
-from .backend.runtime import exclusive, jit_method, on_devices
+from .backend.runtime import exclusive, jit_method
 from .config import PRECISIONS, TrainSettings, check_fields, field_help, setting, settings_class
 from .data import MAX_BATCH_BYTES, Corpus, Data, DataSpec, load_data, load_whole
 from .files import PicoError
@@ -65,6 +65,7 @@ class CausalPass:
         compiled = partial(
             jit_method,
             self._graph,
+            devices=devices,
             tensors=nn.state.get_parameters(model),
             determined_by=(model.config, wanted),
             of_training=True,
@@ -102,13 +103,12 @@ class CausalPass:
 
         lengths int [B]: how many positions of a window are not padding, which needs no slots.
         """
-        lengths = lengths.reshape(-1, 1).astype(np.int32)
-        inputs = [on_devices(array, self.devices, 0) for array in (windows, lengths)]
+        inputs = windows, lengths.reshape(-1, 1).astype(np.int32)
         with graph_context(self.settings, self.devices):
             *figures, routed = self.few_slots(*inputs)
-            if routed.item() > self.slots:
+            if routed > self.slots:
                 *figures, routed = self.all_slots(*inputs)
-            found = (figure.numpy() for figure in figures)
+            found = (figure.copy() for figure in figures)
             return dict(zip(self.wanted, found, strict=True))
 
 

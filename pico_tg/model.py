@@ -355,6 +355,4 @@ def inputs_and_targets(windows: Tensor, next_tokens: int) -> tuple[Tensor, Tenso
     """Bytes [B, N + T] -> inputs [B, N], targets [B, N, T]; targets[:, n, k] is byte n + 1 + k."""
     N = windows.shape[1] - next_tokens
     targets = Tensor.stack(*[windows[:, k : k + N] for k in range(1, next_tokens + 1)], dim=2)
-    # no `contiguous`: for one window tinygrad 0.13 makes the copy a view, and TinyJit then replays
-    # the first call's input (test_training.test_a_lone_window_is_read_at_every_call)
     return windows[:, :N], targets

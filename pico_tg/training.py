@@ -23,7 +23,7 @@ import numpy as np
 from tinygrad import Device, Tensor, dtypes, nn
 
 from .backend.precision import choose_precision, graph_context
-from .backend.runtime import exclusive, jit_method, on_devices, write_all, write_into
+from .backend.runtime import exclusive, jit_method, write_all, write_into
 from .checkpoint import checkpoint_path, list_checkpoints, load_newest, load_weights
 from .config import Config, TrainSettings
 from .costs import CHOSEN, check_memory, plan
@@ -50,7 +50,7 @@ from .runs import (
 
 LEAST_TEXT = 256  # bytes to train on, tags included; fewer are taken for a mistake
 UNREAD = 0.03  # share of the data; `train` says so if more of them are in no window
-# settings that are no constants of a compiled step; router_warmup_steps only adds a tensor
+# settings that are no constants of a compiled step; it depends on router_warmup_steps > 0
 NOT_COMPILED = (
     "learning_rate", "epochs", "max_steps", "max_minutes", "warmup_steps", "router_warmup_steps",
     "validation_interval", "checkpoint_interval", "validation_bytes", "keep_checkpoints",
@@ -140,30 +140,27 @@ class TrainStep:
         self.sums: list[Tensor] = []
         if settings.grad_accumulation_steps > 1:
             self.sums = [p.zeros_like().contiguous().realize() for p in self.parameters]
-        self.router_warmup: Tensor | None = None  # int32 [1]: 1 during router warm-up, else 0
-        if settings.router_warmup_steps:
-            self.router_warmup = Tensor.zeros(1, dtype=dtypes.int32).contiguous().realize()
-            move([self.router_warmup], devices)
         self.consistent = True
         constants = [(k, v) for k, v in vars(settings).items() if k not in NOT_COMPILED]
         compiled = partial(
             jit_method,
+            devices=devices,
             tensors=self._graph_tensors(),
-            determined_by=(model.config, constants),
+            determined_by=(model.config, constants, settings.router_warmup_steps > 0),
             of_training=True,
         )
         self.whole_step = compiled(self._whole_step)
         self.accumulate = compiled(self._accumulate)
         self.update = compiled(self._update)
 
-    def _gradients(self, windows: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def _gradients(self, windows: Tensor, warmup: Tensor) -> tuple[Tensor, list[Tensor]]:
         config = self.model.config
         x, targets = inputs_and_targets(windows, config.next_tokens)
         logits, z, decisions = self.model(x)
         router_target = decisions
         # computed in every step: a second graph would take seconds to compile
-        if self.router_warmup is not None:
-            warmup = (self.router_warmup > 0).expand(*decisions.shape)
+        if self.settings.router_warmup_steps:
+            warmup = (warmup > 0).expand(*decisions.shape)
             router_target = warmup.where(most_uncertain(logits, config), decisions)
         extra = self.settings.extra_heads_weight
         losses = loss_fn(logits, z, router_target, targets, config, extra)
@@ -198,13 +195,13 @@ class TrainStep:
         Tensor.realize(*updated, *self.rates)
         return finite.cast(dtypes.float32).reshape(1)
 
-    def _whole_step(self, windows: Tensor, lr: Tensor) -> Tensor:
-        losses, gradients = self._gradients(windows)
+    def _whole_step(self, windows: Tensor, warmup: Tensor, lr: Tensor) -> Tensor:
+        losses, gradients = self._gradients(windows, warmup)
         Tensor.realize(losses, *gradients)
         return losses.cat(self._apply(gradients, lr)).realize()
 
-    def _accumulate(self, windows: Tensor) -> Tensor:
-        losses, gradients = self._gradients(windows)
+    def _accumulate(self, windows: Tensor, warmup: Tensor) -> Tensor:
+        losses, gradients = self._gradients(windows, warmup)
         for total, gradient in zip(self.sums, gradients, strict=True):
             total.assign(total + gradient / self.settings.grad_accumulation_steps)
         Tensor.realize(losses, *self.sums)
@@ -229,25 +226,22 @@ class TrainStep:
         `most_uncertain` bytes are the target of the router; no effect if router_warmup_steps is 0.
         """
         events = events or Events()
-        rate = on_devices(np.array([lr], np.float32), self.devices)
-        if self.router_warmup is not None:
-            write_into(self.router_warmup, np.array([router_warmup], np.int32))
+        rate, warmup = np.array([lr], np.float32), np.array([router_warmup], np.int32)
         with Tensor.train(), graph_context(self.settings, self.devices):
             if len(batches) == 1:
-                windows = on_devices(batches[0], self.devices, 0)
                 self.consistent = False
-                losses = self.whole_step(windows, rate).numpy()
+                losses = self.whole_step(batches[0], warmup, rate).copy()
             else:
                 parts = []
                 for done, batch in enumerate(batches, 1):
-                    parts.append(self.accumulate(on_devices(batch, self.devices, 0)).numpy())
+                    parts.append(self.accumulate(batch, warmup).copy())
                     events.part(done, len(batches))
                     if done < len(batches) and events.stop():
                         for total in self.sums:
                             write_into(total, np.zeros(total.shape, np.float32))
                         return None
                 self.consistent = False
-                losses = np.concatenate([np.mean(parts, axis=0), self.update(rate).numpy()])
+                losses = np.concatenate([np.mean(parts, axis=0), self.update(rate)])
         if isinstance(self.optimizer, SOAP):
             self.optimizer.refresh()
         return losses
@@ -255,8 +249,6 @@ class TrainStep:
     def _graph_tensors(self) -> list[Tensor]:
         """All tensors that the compiled methods read or write."""
         tensors = [*self.tensors, *self._state().values(), *self.rates, *self.sums]
-        if self.router_warmup is not None:
-            tensors.append(self.router_warmup)
         if isinstance(self.optimizer, SOAP):
             tensors += [self.optimizer.finite, *self.optimizer.indices]
         return tensors

@@ -24,6 +24,7 @@ from pico_tg.files import PicoError
 from pico_tg.model import Pico, inputs_and_targets, loss_fn
 from pico_tg.training import TrainStep, learning_rate, train
 
+TWO = ("CPU", "CPU:1")
 SLOW = pytest.mark.slow
 EXTRA = 0.2  # weight of the extra heads
 QUICK = WINDOWS | {"warmup_steps": 2, "learning_rate": 3e-3}
@@ -149,18 +150,22 @@ def test_jitted_equals_unjitted(optimizer, windows):
     assert all(np.abs(weights_a[k] - weights_b[k]).max() < 1e-4 for k in weights_a)
 
 
+@pytest.mark.parametrize("devices", [(), TWO])
 @pytest.mark.parametrize("next_tokens", [1, 2])
-def test_a_lone_window_is_read_at_every_call(next_tokens):
+def test_inputs_are_read_at_every_call(next_tokens, devices):
     class Split:
-        def both(self, windows):
+        def both(self, windows, ones):
             x, targets = inputs_and_targets(windows, next_tokens)
-            return ((x + 1).realize(), (targets + 1).realize())
+            return ((x + ones).realize(), (targets + ones).realize())
 
-    split = Split()
-    graph = jit_method(split.both)
-    for value in range(4):
-        windows = Tensor(np.full((1, 8 + next_tokens), value, np.uint8)).realize()
-        assert all((part.numpy() == value + 1).all() for part in graph(windows))
+    split, ones = Split(), np.ones(1, np.uint8)
+    for rows in [2] if devices else [1, 2]:
+        graph = jit_method(split.both, devices=devices)
+        for value in range(4):
+            windows = np.arange(rows * (8 + next_tokens), dtype=np.uint8).reshape(rows, -1) + value
+            x, targets = graph(windows, ones)
+            assert (x == windows[:, :8] + 1).all()
+            assert (targets[:, :, -1] == windows[:, next_tokens:] + 1).all()
 
 
 @SLOW
@@ -301,9 +306,6 @@ def test_validation_is_bits_per_byte_of_the_text(text):
     assert found["validation_routing_gap"] == pytest.approx(gap, abs=1e-5)
     again = Validation(model, corpus, settings)()
     assert again["validation_bits_per_byte"] == found["validation_bits_per_byte"]
-
-
-TWO = ("CPU", "CPU:1")
 
 
 @SLOW

@@ -32,7 +32,7 @@ import tinygrad.engine.realize
 import tinygrad.schedule
 from tinygrad import Device, Tensor, helpers
 from tinygrad.codegen import do_to_program, to_program
-from tinygrad.engine.jit import CapturedJit, _prepare_jit_inputs
+from tinygrad.engine.jit import CapturedJit
 from tinygrad.helpers import CACHELEVEL, DEBUG, JIT, ContextVar, getenv
 from tinygrad.renderer import Renderer
 from tinygrad.uop.ops import CallInfo, Ops, UOp, buffers
@@ -138,19 +138,21 @@ def without_operations(program: UOp) -> UOp:
 class StoredGraph:
     """What TinyJit captures of a method, kept in the file.
 
-    The buffers of a captured graph are those of `tensors`, and buffers that the capture makes. In
-    the file each has a number; `load` puts the buffers of this process in their place.
+    The buffers of a captured graph are those of `tensors` and of the inputs, and buffers that the
+    capture makes. In the file each has a number; `load` puts the buffers of this process in their
+    place.
     """
 
     def __init__(self, name: str, tensors: list[Tensor]) -> None:
         """name: with the shapes of tensors and inputs, it determines what the method computes."""
         self.name, self.tensors = name, tensors
 
-    def load(self, inputs: tuple[Tensor, ...]) -> CapturedJit | None:
+    def load(self, inputs: list[Tensor]) -> CapturedJit | None:
         """The stored graph, for the buffers of this process. Called before the first call."""
+        self.tensors = [*self.tensors, *inputs]
         self.known: dict[UOp, int] = {}  # the number of each buffer; tensors may share one
         numbers = [self.known.setdefault(x.uop.base, len(self.known)) for x in self.tensors]
-        shapes = [(x.shape, x.dtype, x.device) for x in (*self.tensors, *inputs)]
+        shapes = [(x.shape, x.dtype, x.device) for x in self.tensors]
         settings = JIT.value, getenv("JITBEAM"), Tensor.training  # TinyJit reads JITBEAM
         renderer = Device[self.tensors[0].device].renderer
         self.key = _key(self.name, shapes, numbers, _source(), settings, *_target(renderer))
@@ -166,8 +168,7 @@ class StoredGraph:
                 new[uop] = UOp.new_buffer(device, uop.arg, uop.dtype) if made else known[number]
         linear, *results = _replaced(stored, new).src
         results = tuple(map(Tensor, results))
-        _, _, names, expected = _prepare_jit_inputs(inputs, {})
-        return CapturedJit(results if len(results) > 1 else results[0], linear, names, expected)
+        return CapturedJit(results if len(results) > 1 else results[0], linear, [], [])
 
     def store(self, captured: CapturedJit) -> None:
         """Store a graph, unless it has a buffer that is none of `tensors` and was there before."""

@@ -10,7 +10,6 @@ import threading
 import weakref
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 from tinygrad import Context, Device, Tensor, TinyJit, getenv
@@ -52,13 +51,17 @@ def _launcher() -> ModuleType | None:
 
 
 def write_into(x: Tensor, values: np.ndarray) -> None:
-    """Overwrite the buffer of the realized tensor `x` in place, on each device that holds a copy.
+    """Overwrite the memory of the realized tensor `x` in place, on each device that holds a part.
 
     Unlike `assign`, this builds no graph, and captured graphs keep reading the same buffer.
     """
     assert values.dtype.itemsize * values.size == x.nbytes(), "size of the buffer"
-    for buffer in _buffers(x):
-        memory = memoryview(np.ascontiguousarray(values)).cast("B")
+    buffers = _buffers(x)
+    parts = [values] * len(buffers)
+    if x.uop.axis is not None:
+        parts = np.split(values, len(buffers), x.uop.axis)
+    for buffer, part in zip(buffers, parts, strict=True):
+        memory = memoryview(np.ascontiguousarray(part)).cast("B")
         buffer.ensure_allocated().copyin(memory)
 
 
@@ -88,6 +91,8 @@ def write_all(tensors: dict[str, Tensor], values: dict[str, np.ndarray]) -> None
 
 def read(x: Tensor) -> np.ndarray:
     """The values of the realized tensor `x`; a view of its memory where `in_host_memory`."""
+    if x.uop.axis is not None:  # parts on several devices
+        return x.numpy()
     buffer = _buffers(x)[0]
     memory = buffer.as_memoryview(allow_zero_copy=True)[: x.nbytes()]
     return np.frombuffer(memory, _to_np_dtype(x.dtype)).reshape(x.shape)
@@ -100,7 +105,7 @@ def in_host_memory(x: Tensor) -> bool:
 
 
 def _buffers(x: Tensor) -> list:
-    buffer = x.uop.buffer
+    buffer = (x.uop.src[0] if x.uop.op is Ops.MULTI else x.uop).buffer
     return getattr(buffer, "bufs", [buffer])
 
 
@@ -133,45 +138,74 @@ def in_stored_shape(x: Tensor) -> Tensor:
     return x
 
 
-class MethodJit(TinyJit):
-    """A TinyJit that the launcher of cpu/ replays directly, if it can and there are no inputs.
+Arrays = np.ndarray | tuple[np.ndarray, ...]
 
-    TinyJit's own checks before a replay take longer than a decoding pass of a small model.
+
+class MethodJit(TinyJit):
+    """A TinyJit from arrays to arrays, which the launcher of cpu/ replays directly if it can.
+
+    Each input has one buffer, which a call overwrites. With tensors as inputs and results, a tenth
+    of a training step went into making and reading them and into TinyJit's checks: Python is slow
+    when kernels have just filled the processor's caches. The checks alone take longer than a
+    decoding pass of a small model.
+
+    All calls have inputs of equal shapes. Several devices share an input of two or more dimensions
+    along the first, and each has a copy of an input of one dimension. On a CPU the results are
+    views of memory that the next call overwrites.
     """
 
-    replay: Callable[[], Any] | None = None
+    replay: Callable[[], None] | None = None
     stored: StoredGraph | None = None
 
-    def __call__(self, *inputs: Tensor) -> Any:
+    def __init__(
+        self, function: Callable, inputs: list[Tensor], devices: tuple[str, ...] = ()
+    ) -> None:
+        """`function()` reads `inputs`, a list that is empty until the first call."""
+        super().__init__(function)
+        self.cnt = 1  # the first call is captured
+        self.inputs, self.devices = inputs, devices
+
+    def __call__(self, *values: np.ndarray) -> Arrays:
+        if len(self.inputs) < len(values):
+            for x in values:
+                self.inputs.append(on_devices(x, self.devices, 0 if x.ndim > 1 else None))
+        else:
+            for x, array in zip(self.inputs, values, strict=True):
+                write_into(x, array)
         if self.replay is not None:
-            return self.replay()
+            self.replay()
+            return self.results
         stored, self.stored = self.stored, None
         # training moves the model to its devices after this object was made
         if stored and not all(isinstance(tensor.device, str) for tensor in stored.tensors):
             stored = None
-        found = stored and stored.load(inputs)
+        found = stored and stored.load(self.inputs)
         if found:
             self.captured, self.cnt = found, 2
-        result = super().__call__(*inputs)
+        results = super().__call__()
         if stored and not found:
             stored.store(self.captured)
-        if not inputs and self.captured is not None and (launcher := _launcher()):
+        self.results = tuple(map(read, results)) if type(results) is tuple else read(results)
+        one_device = len(self.devices) <= 1
+        if one_device and self.captured is not None and (launcher := _launcher()):
             self.replay = launcher.native_replay(self.captured)
-        return result
+        return self.results
 
 
 def jit_method(
     method: Callable,
     *constants: int,
+    devices: tuple[str, ...] = (),
     tensors: list[Tensor] | None = None,
     determined_by: object = None,
     of_training: bool = False,
 ) -> MethodJit:
     """TinyJit of a bound method, to be kept in an attribute of the method's own object.
 
-    `constants` are the method's first arguments in every call. The first call is already captured;
-    TinyJit would execute the first call uncaptured, and so build and schedule everything twice.
-    Therefore all buffers that the method writes must exist before the first call.
+    `constants` are the method's first arguments in every call; the tensors of the MethodJit's
+    inputs follow. The first call is already captured; TinyJit would execute the first call
+    uncaptured, and so build and schedule everything twice. Therefore all buffers that the method
+    writes must exist before the first call.
 
     The TinyJit holds a weak reference to the object. A reference cycle would leave the captured
     graph to Python's garbage collector, which may run on the CPU device's own thread. Freeing a
@@ -185,9 +219,8 @@ def jit_method(
     """
     if launcher := _launcher():
         launcher.install(Device.DEFAULT)
-    reference = weakref.WeakMethod(method)
-    method_jit = MethodJit(lambda *inputs: reference()(*constants, *inputs))
-    method_jit.cnt = 1
+    reference, inputs = weakref.WeakMethod(method), []
+    method_jit = MethodJit(lambda: reference()(*constants, *inputs), inputs, devices)
     kept = tensors and JIT and jit_cache.installed()
     if kept and (jit_cache.training_graphs or not of_training):
         name = f"{method.__qualname__} {constants} {determined_by!r} {launcher is not None}"
@@ -195,29 +228,25 @@ def jit_method(
     return method_jit
 
 
-def link_graphs(
-    first: MethodJit, choice: Tensor, variants: list[MethodJit], last: MethodJit
-) -> Callable[[], None]:
+def link_graphs(first: MethodJit, variants: list[MethodJit], last: MethodJit) -> Callable[[], None]:
     """A function that runs captured graphs: `first`, one of the variants or none, and `last`.
 
-    `first` writes its choice to `choice` (int32, realized): n > 0 for variants[n - 1], 0 for none.
-    None of the graphs has inputs. If the launcher of cpu/ can replay all of them, the function is
-    one native call, which halves the time of a decoding pass of a small model.
+    The last result of `first` is its choice, int32 [1]: n > 0 for variants[n - 1], 0 for none. None
+    of the graphs has inputs. If the launcher of cpu/ can replay all of them, the function is one
+    native call, which halves the time of a decoding pass of a small model.
     """
     graphs = first, *variants, last
     launcher = _launcher()
     if launcher and all(graph.replay is not None for graph in graphs):
         head, *middle, tail = (graph.captured for graph in graphs)
-        linked = launcher.link_graphs(head, _buffers(choice)[0], middle, tail)
+        linked = launcher.link_graphs(head, first.results[-1], middle, tail)
         if linked is not None:
             return linked
 
     def run() -> None:
-        first()
-        if number := read(choice)[0]:
+        if number := first()[-1][0]:
             variants[number - 1]()
         last()
-        Device[choice.device].synchronize()  # the caller reads the results where they are
 
     return run
 

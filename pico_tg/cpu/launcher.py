@@ -28,11 +28,10 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tinygrad import Device, GlobalCounters
-from tinygrad.device import Buffer, CompileError
+from tinygrad.device import CompileError
 from tinygrad.engine import realize
 from tinygrad.engine.jit import CapturedJit, GraphRunner, create_graph_call
 from tinygrad.helpers import CPU_COUNT, DEBUG, PROFILE, getenv, mv_address
@@ -217,18 +216,35 @@ def count(calls: Calls) -> None:
         GlobalCounters.global_mem += estimates.mem
 
 
-def native_replay(captured: CapturedJit) -> Callable[[], Any] | None:
-    """A function equivalent to `captured([], {})`; None unless all its calls are native graphs."""
+def rows_of(calls: Calls) -> list[np.ndarray]:
+    return [row for _, graph in calls for row in graph.rows]
+
+
+class Table:
+    """Rows of kernels and jumps of one CPU device; calling it runs them in one native call."""
+
+    def __init__(self, device: NativeGraph, rows: list[np.ndarray]) -> None:
+        """device: a graph of the device; the caller keeps the graphs of all rows in memory."""
+        self.launcher, self.cpu = device.launcher, device.cpu
+        self.rows = np.array(rows, np.int64)
+        self.place = self.rows.ctypes.data, len(self.rows)
+
+    def __call__(self) -> None:
+        with self.launcher.lock:
+            self.cpu.synchronize()
+            self.launcher.run(*self.place)
+
+
+def native_replay(captured: CapturedJit) -> Callable[[], None] | None:
+    """`captured([], {})` in one native call; None unless all its calls are native graphs."""
     calls = native_calls(captured)
     if calls is None:
         return None
-    result = captured.ret
+    table = Table(calls[0][1], rows_of(calls))
 
-    def replay() -> Any:
-        for _, graph in calls:
-            graph((), {})
+    def replay() -> None:
+        table()
         count(calls)
-        return result
 
     return replay
 
@@ -236,34 +252,29 @@ def native_replay(captured: CapturedJit) -> Callable[[], Any] | None:
 class LinkedGraphs:
     """The graphs of `first`, one of `variants` or none, and `last`, run in one native call.
 
-    `choice` is an int32 that `first` writes: 0 for none, n for variants[n - 1].
+    `choice` is memory, int32 [1], that `first` writes: 0 for none, n for variants[n - 1].
     """
 
-    def __init__(self, first: Calls, choice: Buffer, variants: list[Calls], last: Calls) -> None:
+    def __init__(
+        self, first: Calls, choice: np.ndarray, variants: list[Calls], last: Calls
+    ) -> None:
         self.parts = [first, *variants, last]
-        self.launcher, self.cpu = first[0][1].launcher, first[0][1].cpu
-        self.choice = (ctypes.c_int32 * 1).from_address(choice._buf.va_addr)
+        self.choice = (ctypes.c_int32 * 1).from_address(choice.ctypes.data)
         self.zero = np.zeros(1, np.int32)  # the choice of an unconditional jump
         self.targets = np.zeros(1 + len(variants), np.int64)
-
-        def rows(calls: Calls) -> list[np.ndarray]:
-            return [row for _, graph in calls for row in graph.rows]
 
         def jump(choice: int) -> list[np.ndarray]:
             return [np.array([choice, 0, 0, 0, self.targets.ctypes.data])]
 
-        table = rows(first) + jump(choice._buf.va_addr)
+        rows = rows_of(first) + jump(choice.ctypes.data)
         for number, variant in enumerate(variants, 1):
-            self.targets[number] = len(table)
-            table += rows(variant) + jump(self.zero.ctypes.data)
-        self.targets[0] = len(table)
-        self.rows = np.array(table + rows(last), np.int64)
-        self.table = self.rows.ctypes.data, len(self.rows)
+            self.targets[number] = len(rows)
+            rows += rows_of(variant) + jump(self.zero.ctypes.data)
+        self.targets[0] = len(rows)
+        self.table = Table(first[0][1], rows + rows_of(last))
 
     def __call__(self) -> None:
-        with self.launcher.lock:
-            self.cpu.synchronize()
-            self.launcher.run(*self.table)
+        self.table()
         choice = self.choice[0]
         chosen = self.parts[choice] if choice else []
         for calls in (self.parts[0], chosen, self.parts[-1]):
@@ -271,7 +282,7 @@ class LinkedGraphs:
 
 
 def link_graphs(
-    first: CapturedJit, choice: Buffer, variants: list[CapturedJit], last: CapturedJit
+    first: CapturedJit, choice: np.ndarray, variants: list[CapturedJit], last: CapturedJit
 ) -> LinkedGraphs | None:
     """The linked graphs of captured functions; None unless all their calls are native graphs."""
     parts = [native_calls(captured) for captured in (first, *variants, last)]

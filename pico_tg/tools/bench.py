@@ -35,7 +35,7 @@ from tinygrad import Device, GlobalCounters, Tensor, UOp, nn
 from ..backend.cpu_kernels import cpu_kernels
 from ..backend.device import describe_backend
 from ..backend.precision import choose_precision, graph_context
-from ..backend.runtime import Ops, jit_method, on_devices, realize
+from ..backend.runtime import Ops, jit_method, realize
 from ..config import Config, TrainSettings
 from ..costs import decoding_flops, gemm_rate, training_flops
 from ..decoder import DECODE_ROWS, Decoder
@@ -104,12 +104,9 @@ def bench_train(
     model = train_step.model
     del train_step, one_step  # frees the memory of their graphs
     gc.collect()
-    loss_and_gradients = ForwardBackward(model)
+    loss_and_gradients = ForwardBackward(model, devices)
     with Tensor.train(), graph_context(settings, devices):
-        windows = [
-            on_devices(rng.integers(0, 256, size[1:]).astype(np.uint8), devices, 0)
-            for _ in range(accumulation)
-        ]
+        windows = rng.integers(0, 256, size).astype(np.uint8)
 
         def forward_backward() -> None:
             for x in windows:
@@ -125,9 +122,9 @@ def bench_train(
 class ForwardBackward:
     """Compiled forward and backward of a model; a call computes all gradients, returns the loss."""
 
-    def __init__(self, model: Pico) -> None:
+    def __init__(self, model: Pico, devices: tuple[str, ...] = ()) -> None:
         self.model = model
-        self.graph = jit_method(self._graph)
+        self.graph = jit_method(self._graph, devices=devices)
 
     def _graph(self, windows: Tensor) -> Tensor:
         x, targets = inputs_and_targets(windows, self.model.config.next_tokens)
@@ -137,8 +134,8 @@ class ForwardBackward:
         Tensor.realize(loss, *gradients)
         return loss
 
-    def __call__(self, windows: Tensor) -> float:
-        return self.graph(windows).item()
+    def __call__(self, windows: np.ndarray) -> float:
+        return float(self.graph(windows))
 
 
 def bench_decode(config: Config, context_len: int = 1024, repeats: int = 5) -> Iterator[Record]:
