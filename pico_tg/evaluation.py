@@ -58,7 +58,7 @@ class CausalPass:
         wanted: tuple[str, ...],
         devices: tuple[str, ...] = (),
     ) -> None:
-        self.model, self.settings, self.wanted, self.devices = model, settings, wanted, devices
+        self.model, self.wanted = model, wanted
         self.slots = min(length, 2 * max(1, model.config.capacity(length)))
         if wanted == ("nats_top_k",):  # which has as many slots as it selects
             self.slots = length
@@ -66,6 +66,7 @@ class CausalPass:
             jit_method,
             self._graph,
             devices=devices,
+            context=partial(graph_context, settings, devices),
             tensors=nn.state.get_parameters(model),
             determined_by=(model.config, wanted),
             of_training=True,
@@ -104,12 +105,10 @@ class CausalPass:
         lengths int [B]: how many positions of a window are not padding, which needs no slots.
         """
         inputs = windows, lengths.reshape(-1, 1).astype(np.int32)
-        with graph_context(self.settings, self.devices):
-            *figures, routed = self.few_slots(*inputs)
-            if routed > self.slots:
-                *figures, routed = self.all_slots(*inputs)
-            found = (figure.copy() for figure in figures)
-            return dict(zip(self.wanted, found, strict=True))
+        *figures, routed = self.few_slots(*inputs)
+        if routed > self.slots:
+            *figures, routed = self.all_slots(*inputs)
+        return {name: found.copy() for name, found in zip(self.wanted, figures, strict=True)}
 
 
 class Validation:

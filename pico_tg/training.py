@@ -105,6 +105,12 @@ def most_uncertain(logits: Tensor, config: Config) -> Tensor:
     return top_k_decisions(uncertainty, config.capacity(logits.shape[1]))
 
 
+@contextlib.contextmanager
+def _graph_context(settings: TrainSettings, devices: tuple[str, ...]) -> Iterator[None]:
+    with Tensor.train(), graph_context(settings, devices):
+        yield
+
+
 class TrainStep:
     """One compiled optimizer step on bytes uint8 [A, B, N + T], averaged over A micro-batches.
 
@@ -145,6 +151,7 @@ class TrainStep:
         compiled = partial(
             jit_method,
             devices=devices,
+            context=partial(_graph_context, settings, devices),
             tensors=self._graph_tensors(),
             determined_by=(model.config, constants, settings.router_warmup_steps > 0),
             of_training=True,
@@ -227,21 +234,20 @@ class TrainStep:
         """
         events = events or Events()
         rate, warmup = np.array([lr], np.float32), np.array([router_warmup], np.int32)
-        with Tensor.train(), graph_context(self.settings, self.devices):
-            if len(batches) == 1:
-                self.consistent = False
-                losses = self.whole_step(batches[0], warmup, rate).copy()
-            else:
-                parts = []
-                for done, batch in enumerate(batches, 1):
-                    parts.append(self.accumulate(batch, warmup).copy())
-                    events.part(done, len(batches))
-                    if done < len(batches) and events.stop():
-                        for total in self.sums:
-                            write_into(total, np.zeros(total.shape, np.float32))
-                        return None
-                self.consistent = False
-                losses = np.concatenate([np.mean(parts, axis=0), self.update(rate)])
+        if len(batches) == 1:
+            self.consistent = False
+            losses = self.whole_step(batches[0], warmup, rate).copy()
+        else:
+            parts = []
+            for done, batch in enumerate(batches, 1):
+                parts.append(self.accumulate(batch, warmup).copy())
+                events.part(done, len(batches))
+                if done < len(batches) and events.stop():
+                    for total in self.sums:
+                        write_into(total, np.zeros(total.shape, np.float32))
+                    return None
+            self.consistent = False
+            losses = np.concatenate([np.mean(parts, axis=0), self.update(rate)])
         if isinstance(self.optimizer, SOAP):
             self.optimizer.refresh()
         return losses

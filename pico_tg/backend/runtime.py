@@ -4,7 +4,9 @@ Public are the names that `tinygrad` itself exports (`from tinygrad import ...`)
 Only backend/ and cpu/ import others; all other files get theirs here (tests/test_structure.py).
 """
 
+import contextlib
 import functools
+import math
 import os
 import threading
 import weakref
@@ -53,9 +55,9 @@ def _launcher() -> ModuleType | None:
 def write_into(x: Tensor, values: np.ndarray) -> None:
     """Overwrite the memory of the realized tensor `x` in place, on each device that holds a part.
 
-    Unlike `assign`, this builds no graph, and captured graphs keep reading the same buffer.
+    Unlike `assign`, this builds no graph, and captured graphs keep reading the same buffer. Raises
+    AssertionError if `values` have another size.
     """
-    assert values.dtype.itemsize * values.size == x.nbytes(), "size of the buffer"
     buffers = _buffers(x)
     parts = [values] * len(buffers)
     if x.uop.axis is not None:
@@ -91,11 +93,12 @@ def write_all(tensors: dict[str, Tensor], values: dict[str, np.ndarray]) -> None
 
 def read(x: Tensor) -> np.ndarray:
     """The values of the realized tensor `x`; a view of its memory where `in_host_memory`."""
-    if x.uop.axis is not None:  # parts on several devices
+    uop = x.uop  # whose attributes cost less than the methods of Tensor, which trace their callers
+    if uop.axis is not None:  # parts on several devices
         return x.numpy()
-    buffer = _buffers(x)[0]
-    memory = buffer.as_memoryview(allow_zero_copy=True)[: x.nbytes()]
-    return np.frombuffer(memory, _to_np_dtype(x.dtype)).reshape(x.shape)
+    memory = _buffers(x)[0].as_memoryview(allow_zero_copy=True)
+    values = np.frombuffer(memory, _to_np_dtype(uop.dtype), math.prod(uop.shape))
+    return values.reshape(uop.shape)
 
 
 def in_host_memory(x: Tensor) -> bool:
@@ -158,12 +161,16 @@ class MethodJit(TinyJit):
     stored: StoredGraph | None = None
 
     def __init__(
-        self, function: Callable, inputs: list[Tensor], devices: tuple[str, ...] = ()
+        self,
+        function: Callable,
+        inputs: list[Tensor],
+        devices: tuple[str, ...],
+        context: Callable[[], contextlib.AbstractContextManager],
     ) -> None:
         """`function()` reads `inputs`, a list that is empty until the first call."""
         super().__init__(function)
         self.cnt = 1  # the first call is captured
-        self.inputs, self.devices = inputs, devices
+        self.inputs, self.devices, self.context = inputs, devices, context
 
     def __call__(self, *values: np.ndarray) -> Arrays:
         if len(self.inputs) < len(values):
@@ -175,6 +182,11 @@ class MethodJit(TinyJit):
         if self.replay is not None:
             self.replay()
             return self.results
+        with self.context():
+            return self._build()
+
+    def _build(self) -> Arrays:
+        """Capture the method, or run it where the launcher cannot replay it."""
         stored, self.stored = self.stored, None
         # training moves the model to its devices after this object was made
         if stored and not all(isinstance(tensor.device, str) for tensor in stored.tensors):
@@ -196,6 +208,7 @@ def jit_method(
     method: Callable,
     *constants: int,
     devices: tuple[str, ...] = (),
+    context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     tensors: list[Tensor] | None = None,
     determined_by: object = None,
     of_training: bool = False,
@@ -212,6 +225,8 @@ def jit_method(
     graph there waits for that same thread: a deadlock in tinygrad 0.13
     (test_resume.test_graphs_are_freed_immediately).
 
+    context: makes the context in which the graph is built.
+
     tensors: all that the method reads or writes besides its inputs, if the graph may be kept in the
     compile cache. `determined_by`, whose repr is a part of the key, and the shapes of tensors and
     inputs then determine what the method computes. Graphs on several devices are not kept, nor
@@ -220,7 +235,7 @@ def jit_method(
     if launcher := _launcher():
         launcher.install(Device.DEFAULT)
     reference, inputs = weakref.WeakMethod(method), []
-    method_jit = MethodJit(lambda: reference()(*constants, *inputs), inputs, devices)
+    method_jit = MethodJit(lambda: reference()(*constants, *inputs), inputs, devices, context)
     kept = tensors and JIT and jit_cache.installed()
     if kept and (jit_cache.training_graphs or not of_training):
         name = f"{method.__qualname__} {constants} {determined_by!r} {launcher is not None}"

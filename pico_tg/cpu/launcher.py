@@ -188,12 +188,9 @@ def install(device: str) -> None:
         codegen.install()
 
 
-Calls = list[tuple[UOp, NativeGraph]]  # a captured function's calls, all of them native graphs
-
-
-def native_calls(captured: CapturedJit) -> Calls | None:
-    """The calls of `captured`, which has no inputs; None unless all of them are native graphs."""
-    calls = []
+def native_graphs(captured: CapturedJit) -> list[NativeGraph] | None:
+    """The graphs of `captured`, which has no inputs; None unless all calls are native graphs."""
+    graphs = []
     for call in captured.linear.src:
         ast = call.src[0]
         if ast.op is Ops.PROGRAM:  # tinygrad makes no graph of a batch of one kernel
@@ -203,21 +200,8 @@ def native_calls(captured: CapturedJit) -> Calls | None:
         graph = realize.get_graph_runtime(ast, ())
         if not isinstance(graph, NativeGraph) or graph.launcher is None:
             return None
-        calls.append((call, graph))
-    return calls
-
-
-def count(calls: Calls) -> None:
-    """Update GlobalCounters as tinygrad's own replay does."""
-    for call, _ in calls:
-        estimates = realize.estimate_uop(call)
-        GlobalCounters.kernel_count += 1
-        GlobalCounters.global_ops += estimates.ops
-        GlobalCounters.global_mem += estimates.mem
-
-
-def rows_of(calls: Calls) -> list[np.ndarray]:
-    return [row for _, graph in calls for row in graph.rows]
+        graphs.append(graph)
+    return graphs
 
 
 class Table:
@@ -235,16 +219,34 @@ class Table:
             self.launcher.run(*self.place)
 
 
+class Part:
+    """The graphs of a captured function: their rows, and what GlobalCounters counts of them."""
+
+    def __init__(self, graphs: list[NativeGraph]) -> None:
+        self.graphs = graphs
+        self.rows = [row for graph in graphs for row in graph.rows]
+        self.ops, self.mem = (
+            sum(getattr(graph.estimates, name) for graph in graphs) for name in ("ops", "mem")
+        )
+
+    def count(self) -> None:
+        """Update GlobalCounters; tinygrad's own replay counts a graph as one kernel."""
+        GlobalCounters.kernel_count += len(self.rows)
+        GlobalCounters.global_ops += self.ops
+        GlobalCounters.global_mem += self.mem
+
+
 def native_replay(captured: CapturedJit) -> Callable[[], None] | None:
     """`captured([], {})` in one native call; None unless all its calls are native graphs."""
-    calls = native_calls(captured)
-    if calls is None:
+    graphs = native_graphs(captured)
+    if graphs is None:
         return None
-    table = Table(calls[0][1], rows_of(calls))
+    part = Part(graphs)
+    table = Table(part.graphs[0], part.rows)
 
     def replay() -> None:
         table()
-        count(calls)
+        part.count()
 
     return replay
 
@@ -256,9 +258,13 @@ class LinkedGraphs:
     """
 
     def __init__(
-        self, first: Calls, choice: np.ndarray, variants: list[Calls], last: Calls
+        self,
+        first: list[NativeGraph],
+        choice: np.ndarray,
+        variants: list[list[NativeGraph]],
+        last: list[NativeGraph],
     ) -> None:
-        self.parts = [first, *variants, last]
+        self.first, *self.variants, self.last = map(Part, (first, *variants, last))
         self.choice = (ctypes.c_int32 * 1).from_address(choice.ctypes.data)
         self.zero = np.zeros(1, np.int32)  # the choice of an unconditional jump
         self.targets = np.zeros(1 + len(variants), np.int64)
@@ -266,26 +272,26 @@ class LinkedGraphs:
         def jump(choice: int) -> list[np.ndarray]:
             return [np.array([choice, 0, 0, 0, self.targets.ctypes.data])]
 
-        rows = rows_of(first) + jump(choice.ctypes.data)
-        for number, variant in enumerate(variants, 1):
+        rows = self.first.rows + jump(choice.ctypes.data)
+        for number, variant in enumerate(self.variants, 1):
             self.targets[number] = len(rows)
-            rows += rows_of(variant) + jump(self.zero.ctypes.data)
+            rows += variant.rows + jump(self.zero.ctypes.data)
         self.targets[0] = len(rows)
-        self.table = Table(first[0][1], rows + rows_of(last))
+        self.table = Table(self.first.graphs[0], rows + self.last.rows)
 
     def __call__(self) -> None:
         self.table()
-        choice = self.choice[0]
-        chosen = self.parts[choice] if choice else []
-        for calls in (self.parts[0], chosen, self.parts[-1]):
-            count(calls)
+        self.first.count()
+        if choice := self.choice[0]:
+            self.variants[choice - 1].count()
+        self.last.count()
 
 
 def link_graphs(
     first: CapturedJit, choice: np.ndarray, variants: list[CapturedJit], last: CapturedJit
 ) -> LinkedGraphs | None:
     """The linked graphs of captured functions; None unless all their calls are native graphs."""
-    parts = [native_calls(captured) for captured in (first, *variants, last)]
+    parts = [native_graphs(captured) for captured in (first, *variants, last)]
     return None if None in parts else LinkedGraphs(parts[0], choice, parts[1:-1], parts[-1])
 
 

@@ -223,14 +223,15 @@ Run = tuple[float, float, float]  # seconds, kernels, operations
 def count_kernels() -> Iterator[list[int]]:
     """Count the kernels that run inside the `with` block, in the yielded list's only element.
 
-    GlobalCounters.kernel_count counts a captured graph of many kernels as one.
+    It is valid after the block. GlobalCounters.kernel_count counts a captured graph that tinygrad
+    replays as one kernel.
     """
-    count, estimate = [0], realize.estimate_uop
+    count, estimate = [-GlobalCounters.kernel_count], realize.estimate_uop
 
     def counting(call: UOp):  # tinygrad estimates each call that it executes
         ast = call.src[0]
-        graph = ast.op is Ops.CUSTOM_FUNCTION and ast.arg == "graph"
-        count[0] += len(ast.src[0].src) if graph else 1
+        if ast.op is Ops.CUSTOM_FUNCTION and ast.arg == "graph":
+            count[0] += len(ast.src[0].src) - 1
         return estimate(call)
 
     realize.estimate_uop = counting
@@ -238,6 +239,7 @@ def count_kernels() -> Iterator[list[int]]:
         yield count
     finally:
         realize.estimate_uop = estimate
+        count[0] += GlobalCounters.kernel_count
 
 
 def run_once(call: Callable[[], Any]) -> Run:
