@@ -264,14 +264,13 @@ class PicoSide:
     def __init__(self, config: Config, data: np.ndarray) -> None:
         sizes = {"context_len": data.shape[1] - config.next_tokens, "batch_size": len(data)}
         self.model, self.data = pico_tg.Pico(config, seed=0), data
-        self.windows = Tensor(data).realize()
         self.loss_and_gradients = ForwardBackward(self.model)
         self.train_step = TrainStep(self.model, TrainSettings(**sizes))
         self.optimizer = self.train_step.optimizer
 
     def forward_backward(self) -> float:
         with Tensor.train():
-            return self.loss_and_gradients(self.windows)
+            return self.loss_and_gradients(self.data)
 
     def step(self) -> None:
         self.train_step(self.data[None], LR)
