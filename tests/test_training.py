@@ -356,6 +356,16 @@ def test_training_on_two_devices(text, tmp_path):
     assert any("longer than estimated" in line for line in watch.said)
 
 
+@SLOW
+@pytest.mark.skipif(Device.DEFAULT != "CPU", reason="compares two CPU devices")
+def test_training_on_another_device(text):
+    settings = QUICK | {"max_steps": 2, "settings": "published"}
+    records = [list(train(make(), text, devices=names, **settings)) for names in ((), TWO[1:])]
+    for key in ("loss", "validation_bits_per_byte"):
+        one, other = (record[-1][key] for record in records)
+        assert one == pytest.approx(other, abs=1e-4)
+
+
 def test_a_batch_that_cannot_be_shared(text, tmp_path):
     with pytest.raises(PicoError, match="batch_size 3 cannot be shared by 2 devices"):
         train(make(), text, tmp_path / "run", devices=TWO, **(QUICK | {"batch_size": 3}))

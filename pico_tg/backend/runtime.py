@@ -152,11 +152,12 @@ class MethodJit(TinyJit):
     when kernels have just filled the processor's caches. The checks alone take longer than a
     decoding pass of a small model.
 
-    All calls have inputs of equal shapes. Several devices share an input of two or more dimensions
-    along the first, and each has a copy of an input of one dimension. On a CPU the results are
-    views of memory that the next call overwrites.
+    All calls have inputs of equal shapes and dtypes. Several devices share an input of two or more
+    dimensions along the first, and each has a copy of an input of one dimension. On a CPU the
+    results are views of memory that the next call overwrites.
     """
 
+    forms: list[tuple] | None = None  # shape and dtype of each input
     replay: Callable[[], None] | None = None
     stored: StoredGraph | None = None
 
@@ -173,10 +174,14 @@ class MethodJit(TinyJit):
         self.inputs, self.devices, self.context = inputs, devices, context
 
     def __call__(self, *values: np.ndarray) -> Arrays:
-        if len(self.inputs) < len(values):
-            for x in values:
-                self.inputs.append(on_devices(x, self.devices, 0 if x.ndim > 1 else None))
+        forms = [(array.shape, array.dtype) for array in values]
+        if self.forms is None:
+            self.forms = forms
+            for array in values:
+                axis = 0 if array.ndim > 1 else None
+                self.inputs.append(on_devices(array, self.devices, axis))
         else:
+            assert forms == self.forms, f"inputs {forms}, in the first call {self.forms}"
             for x, array in zip(self.inputs, values, strict=True):
                 write_into(x, array)
         if self.replay is not None:
@@ -272,9 +277,13 @@ def is_capturing() -> bool:
 
 
 def on_devices(values: np.ndarray, devices: tuple[str, ...], axis: int | None = None) -> Tensor:
-    """A realized tensor of `values`, sharded along `axis` over the devices, or replicated."""
-    x = Tensor(values)
-    return (x.shard(devices, axis=axis) if len(devices) > 1 else x).realize()
+    """A realized tensor of a copy of `values`, sharded along `axis` over the devices, or on each.
+
+    On one device, () is the default, nothing is scheduled.
+    """
+    if len(devices) > 1:
+        return Tensor(values).shard(devices, axis=axis).realize()
+    return from_host(values, devices[0] if devices else Device.DEFAULT)
 
 
 # tinygrad 0.13 has global state without locks: the TinyJit that is capturing, `Context` variables,
