@@ -344,3 +344,27 @@ def test_weights_are_float32_or_refused():
     script = FORKED.format(computed=True)
     done = python("-c", script, DEFAULT_FLOAT="HALF")
     assert "PicoError: DEFAULT_FLOAT=HALF would change" in done.stderr
+
+
+RESULTS = """
+import numpy as np
+from pico_tg.backend.runtime import jit_method
+
+class Double:
+    def method(self, x):
+        return (x * 2).contiguous().realize()
+
+double = Double()
+graph = jit_method(double.method)
+for value in range(3):
+    assert (graph(np.full(1 << 20, value, np.float32)) == 2 * value).all()
+print("read")
+"""
+
+
+@on_cpu
+@pytest.mark.parametrize("jit", ["0", "1"])
+def test_results_are_kept_until_the_next_call(jit):
+    """Where freed memory is given back to the system at once."""
+    done = python("-c", RESULTS, JIT=jit, LRU="0")
+    assert (done.returncode, done.stdout) == (0, "read\n"), done.stderr

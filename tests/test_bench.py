@@ -9,7 +9,7 @@ import pytest
 from helpers import FLAGS, TINY
 from tinygrad import Device, GlobalCounters, Tensor, TinyJit
 
-from pico_tg.backend.runtime import has_cpu_kernels
+from pico_tg.backend.runtime import has_cpu_kernels, jit_method
 from pico_tg.costs import decoding_flops, training_flops
 from pico_tg.cpu import kernels
 from pico_tg.tools import bench, cli
@@ -145,3 +145,14 @@ def test_kernels_of_a_graph_are_counted():
         with bench.count_kernels() as count:
             jitted(x)
         assert count == [3]
+
+
+def test_a_replay_counts_its_kernels_and_operations():
+    class Three:
+        def method(self, x):
+            return (((x + 1).contiguous() * 2).contiguous() - 3).contiguous().realize()
+
+    three = Three()
+    graph, x = jit_method(three.method), np.ones(64, np.float32)
+    runs = [bench.run_once(lambda: graph(x)) for _ in range(4)]
+    assert [run[1:] for run in runs[1:]] == [(3, 3 * 64)] * 3

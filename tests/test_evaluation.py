@@ -336,6 +336,18 @@ def test_more_routed_bytes_than_slots(read, model):
     assert exceeds
 
 
+def test_batches_of_several_sizes(read, model):
+    """Each size has a graph of its own, also in the compile cache."""
+    window = read.data[: CONTEXT + 1]
+    for size in (1, 2):
+        measure = CausalPass(model, CONTEXT, TrainSettings(), ("nats",))
+        nats = measure(np.tile(window, (size, 1)), np.full(size, CONTEXT))["nats"]
+        assert nats.shape == (size, CONTEXT)
+        logits = model(Tensor(window[None, :-1]), causal=True)[0].numpy()[0, :, 0]
+        expected = bits(logits, window[1:].astype(int)) * math.log(2)
+        assert nats.mean(axis=1) == pytest.approx([expected] * size, abs=1e-5)
+
+
 @pytest.mark.usefixtures("without_stored_graphs")
 def test_routed_padding_takes_no_slots(model, monkeypatch):
     """A window that is mostly padding, all of which is routed, is computed with few slots."""

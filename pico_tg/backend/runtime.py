@@ -56,7 +56,7 @@ def write_into(x: Tensor, values: np.ndarray) -> None:
     """Overwrite the memory of the realized tensor `x` in place, on each device that holds a part.
 
     Unlike `assign`, this builds no graph, and captured graphs keep reading the same buffer. Raises
-    AssertionError if `values` have another size.
+    AssertionError or ValueError if `values` have another size.
     """
     buffers = _buffers(x)
     parts = [values] * len(buffers)
@@ -147,14 +147,15 @@ Arrays = np.ndarray | tuple[np.ndarray, ...]
 class MethodJit(TinyJit):
     """A TinyJit from arrays to arrays, which the launcher of cpu/ replays directly if it can.
 
-    Each input has one buffer, which a call overwrites. With tensors as inputs and results, a tenth
-    of a training step went into making and reading them and into TinyJit's checks: Python is slow
-    when kernels have just filled the processor's caches. The checks alone take longer than a
-    decoding pass of a small model.
+    Each input has one buffer, which a call overwrites. Tensors as inputs and results would take a
+    tenth of a training step, with TinyJit's checks of them: Python is slow when kernels have just
+    filled the processor's caches. The checks alone take longer than a decoding pass of a small
+    model.
 
-    All calls have inputs of equal shapes and dtypes. Several devices share an input of two or more
-    dimensions along the first, and each has a copy of an input of one dimension. On a CPU the
-    results are views of memory that the next call overwrites.
+    All calls have inputs of the shapes and dtypes of the first; other ones raise ValueError.
+    Several devices share an input of two or more dimensions along the first, and each has a copy of
+    an input of one dimension. On a CPU, results are views of memory that the next call overwrites
+    and that is freed with this object: copy what is kept.
     """
 
     forms: list[tuple] | None = None  # shape and dtype of each input
@@ -172,16 +173,20 @@ class MethodJit(TinyJit):
         super().__init__(function)
         self.cnt = 1  # the first call is captured
         self.inputs, self.devices, self.context = inputs, devices, context
+        self.may_replay = len(devices) <= 1  # False once the launcher has been asked
 
     def __call__(self, *values: np.ndarray) -> Arrays:
         forms = [(array.shape, array.dtype) for array in values]
         if self.forms is None:
+            axes = [0 if array.ndim > 1 else None for array in values]
+            self.inputs += [
+                on_devices(array, self.devices, axis)
+                for array, axis in zip(values, axes, strict=True)
+            ]
             self.forms = forms
-            for array in values:
-                axis = 0 if array.ndim > 1 else None
-                self.inputs.append(on_devices(array, self.devices, axis))
+        elif forms != self.forms:
+            raise ValueError(f"inputs {forms}; in the first call they were {self.forms}")
         else:
-            assert forms == self.forms, f"inputs {forms}, in the first call {self.forms}"
             for x, array in zip(self.inputs, values, strict=True):
                 write_into(x, array)
         if self.replay is not None:
@@ -191,7 +196,7 @@ class MethodJit(TinyJit):
             return self._build()
 
     def _build(self) -> Arrays:
-        """Capture the method, or run it where the launcher cannot replay it."""
+        """Load or capture the graph and run it; with JIT=0, run the method."""
         stored, self.stored = self.stored, None
         # training moves the model to its devices after this object was made
         if stored and not all(isinstance(tensor.device, str) for tensor in stored.tensors):
@@ -200,12 +205,12 @@ class MethodJit(TinyJit):
         if found:
             self.captured, self.cnt = found, 2
         results = super().__call__()
+        self.kept = results  # with JIT=0 nothing else keeps the memory of the views
         if stored and not found:
             stored.store(self.captured)
         self.results = tuple(map(read, results)) if type(results) is tuple else read(results)
-        one_device = len(self.devices) <= 1
-        if one_device and self.captured is not None and (launcher := _launcher()):
-            self.replay = launcher.native_replay(self.captured)
+        if self.may_replay and self.captured is not None and (launcher := _launcher()):
+            self.may_replay, self.replay = False, launcher.native_replay(self.captured)
         return self.results
 
 

@@ -207,15 +207,15 @@ def native_graphs(captured: CapturedJit) -> list[NativeGraph] | None:
 class Table:
     """Rows of kernels and jumps of one CPU device; calling it runs them in one native call."""
 
-    def __init__(self, device: NativeGraph, rows: list[np.ndarray]) -> None:
-        """device: a graph of the device; the caller keeps the graphs of all rows in memory."""
-        self.launcher, self.cpu = device.launcher, device.cpu
+    def __init__(self, graph: NativeGraph, rows: list[np.ndarray]) -> None:
+        """graph: any one of the device; the caller keeps the graphs of all rows in memory."""
+        self.launcher, self.cpu = graph.launcher, graph.cpu
         self.rows = np.array(rows, np.int64)
         self.place = self.rows.ctypes.data, len(self.rows)
 
     def __call__(self) -> None:
-        with self.launcher.lock:
-            self.cpu.synchronize()
+        with self.launcher.lock:  # the launcher runs one table at a time
+            self.cpu.synchronize()  # what tinygrad's own queue still has to run comes first
             self.launcher.run(*self.place)
 
 
