@@ -152,10 +152,9 @@ class MethodJit(TinyJit):
     filled the processor's caches. The checks alone take longer than a decoding pass of a small
     model.
 
-    All calls have inputs of the shapes and dtypes of the first; other ones raise ValueError.
-    Several devices share an input of two or more dimensions along the first, and each has a copy of
-    an input of one dimension. On a CPU, results are views of memory that the next call overwrites
-    and that is freed with this object: copy what is kept.
+    All calls have inputs of the shapes and dtypes of the first; other ones raise ValueError. On
+    several devices, see `on_devices`. On a CPU, results are views of memory that the next call
+    overwrites and that is freed with this object: copy what is kept.
     """
 
     forms: list[tuple] | None = None  # shape and dtype of each input
@@ -178,11 +177,7 @@ class MethodJit(TinyJit):
     def __call__(self, *values: np.ndarray) -> Arrays:
         forms = [(array.shape, array.dtype) for array in values]
         if self.forms is None:
-            axes = [0 if array.ndim > 1 else None for array in values]
-            self.inputs += [
-                on_devices(array, self.devices, axis)
-                for array, axis in zip(values, axes, strict=True)
-            ]
+            self.inputs += [on_devices(array, self.devices) for array in values]
             self.forms = forms
         elif forms != self.forms:
             raise ValueError(f"inputs {forms}; in the first call they were {self.forms}")
@@ -281,13 +276,13 @@ def is_capturing() -> bool:
     return bool(realize.capturing)
 
 
-def on_devices(values: np.ndarray, devices: tuple[str, ...], axis: int | None = None) -> Tensor:
-    """A realized tensor of a copy of `values`, sharded along `axis` over the devices, or on each.
+def on_devices(values: np.ndarray, devices: tuple[str, ...]) -> Tensor:
+    """A realized tensor of a copy of `values`; () is the default device.
 
-    On one device, () is the default, nothing is scheduled.
+    Several devices share two or more dimensions along the first, and each has a copy of one.
     """
     if len(devices) > 1:
-        return Tensor(values).shard(devices, axis=axis).realize()
+        return Tensor(values).shard(devices, axis=0 if values.ndim > 1 else None).realize()
     return from_host(values, devices[0] if devices else Device.DEFAULT)
 
 

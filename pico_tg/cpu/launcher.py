@@ -129,6 +129,12 @@ class NativeGraph(HCQGraph):
             self.launcher.run(*self.table)
         return time.perf_counter() - start if wait else None
 
+    def count(self) -> None:
+        """Count the kernels of one run; tinygrad's own replay counts a graph as one kernel."""
+        GlobalCounters.kernel_count += len(self.rows)
+        GlobalCounters.global_ops += self.estimates.ops
+        GlobalCounters.global_mem += self.estimates.mem
+
     def __del__(self) -> None:
         if self.launcher is None:
             super().__del__()
@@ -219,21 +225,8 @@ class Table:
             self.launcher.run(*self.place)
 
 
-class Part:
-    """The graphs of a captured function: their rows, and what GlobalCounters counts of them."""
-
-    def __init__(self, graphs: list[NativeGraph]) -> None:
-        self.graphs = graphs
-        self.rows = [row for graph in graphs for row in graph.rows]
-        self.ops, self.mem = (
-            sum(getattr(graph.estimates, name) for graph in graphs) for name in ("ops", "mem")
-        )
-
-    def count(self) -> None:
-        """Update GlobalCounters; tinygrad's own replay counts a graph as one kernel."""
-        GlobalCounters.kernel_count += len(self.rows)
-        GlobalCounters.global_ops += self.ops
-        GlobalCounters.global_mem += self.mem
+def rows_of(graphs: list[NativeGraph]) -> list[np.ndarray]:
+    return [row for graph in graphs for row in graph.rows]
 
 
 def native_replay(captured: CapturedJit) -> Callable[[], None] | None:
@@ -241,12 +234,12 @@ def native_replay(captured: CapturedJit) -> Callable[[], None] | None:
     graphs = native_graphs(captured)
     if graphs is None:
         return None
-    part = Part(graphs)
-    table = Table(part.graphs[0], part.rows)
+    table = Table(graphs[0], rows_of(graphs))
 
     def replay() -> None:
         table()
-        part.count()
+        for graph in graphs:
+            graph.count()
 
     return replay
 
@@ -264,7 +257,7 @@ class LinkedGraphs:
         variants: list[list[NativeGraph]],
         last: list[NativeGraph],
     ) -> None:
-        self.first, *self.variants, self.last = map(Part, (first, *variants, last))
+        self.by_choice = [[*first, *chosen, *last] for chosen in ([], *variants)]
         self.choice = (ctypes.c_int32 * 1).from_address(choice.ctypes.data)
         self.zero = np.zeros(1, np.int32)  # the choice of an unconditional jump
         self.targets = np.zeros(1 + len(variants), np.int64)
@@ -272,19 +265,17 @@ class LinkedGraphs:
         def jump(choice: int) -> list[np.ndarray]:
             return [np.array([choice, 0, 0, 0, self.targets.ctypes.data])]
 
-        rows = self.first.rows + jump(choice.ctypes.data)
-        for number, variant in enumerate(self.variants, 1):
+        rows = rows_of(first) + jump(choice.ctypes.data)
+        for number, variant in enumerate(variants, 1):
             self.targets[number] = len(rows)
-            rows += variant.rows + jump(self.zero.ctypes.data)
+            rows += rows_of(variant) + jump(self.zero.ctypes.data)
         self.targets[0] = len(rows)
-        self.table = Table(self.first.graphs[0], rows + self.last.rows)
+        self.table = Table(first[0], rows + rows_of(last))
 
     def __call__(self) -> None:
         self.table()
-        self.first.count()
-        if choice := self.choice[0]:
-            self.variants[choice - 1].count()
-        self.last.count()
+        for graph in self.by_choice[self.choice[0]]:
+            graph.count()
 
 
 def link_graphs(
