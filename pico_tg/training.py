@@ -50,7 +50,7 @@ from .runs import (
 
 LEAST_TEXT = 256  # bytes to train on, tags included; fewer are taken for a mistake
 UNREAD = 0.03  # share of the data; `train` says so if more of them are in no window
-# settings that are no constants of a compiled step; of router_warmup_steps, whether it is 0 is one
+# settings that do not change the compiled step, except that it depends on router_warmup_steps > 0
 NOT_COMPILED = (
     "learning_rate", "epochs", "max_steps", "max_minutes", "warmup_steps", "router_warmup_steps",
     "validation_interval", "checkpoint_interval", "validation_bytes", "keep_checkpoints",
